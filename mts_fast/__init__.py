@@ -1,0 +1,36 @@
+"""mts_fast: meta-learning for training-data selection (MTS), fast, on any torch model.
+
+`MTSStep` takes the place of the training step in your loop. `mts_fast.reference` says what every
+function computes, in plain PyTorch.
+"""
+
+from mts_fast import diagnostics, features, hypergradient, reference, training
+from mts_fast.hypergradient import hypergradient_dots
+from mts_fast.ops import (
+    normalize_weights,
+    selector_gradient,
+    use_backend,
+    virtual_update,
+    weighted_cross_entropy,
+)
+from mts_fast.training import MTSStep, Selector, SelectorBatch, StepResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MTSStep",
+    "Selector",
+    "SelectorBatch",
+    "StepResult",
+    "diagnostics",
+    "features",
+    "hypergradient",
+    "hypergradient_dots",
+    "normalize_weights",
+    "reference",
+    "selector_gradient",
+    "training",
+    "use_backend",
+    "virtual_update",
+    "weighted_cross_entropy",
+]

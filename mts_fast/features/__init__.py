@@ -1,0 +1,18 @@
+"""Features that tell the selector which samples to trust."""
+
+from mts_fast.features.distribution import distribution_features
+from mts_fast.features.dynamics import ForgettingCounter, training_dynamics
+from mts_fast.features.online import OnlineStandardizer, online_features
+from mts_fast.features.penultimate import PenultimateFeatures
+from mts_fast.features.table import PAPER_COLUMNS, FeatureTable
+
+__all__ = [
+    "PAPER_COLUMNS",
+    "FeatureTable",
+    "ForgettingCounter",
+    "OnlineStandardizer",
+    "PenultimateFeatures",
+    "distribution_features",
+    "online_features",
+    "training_dynamics",
+]

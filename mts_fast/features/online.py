@@ -1,0 +1,87 @@
+"""Online features with validation, and their standardisation by batch or by running statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast._check import check_floating, check_not_empty, check_positive_int, fail
+from mts_fast.reference.online_features import VARIANCE_EPSILON
+
+OP = "online_features"
+
+
+def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tuple[Tensor, Tensor]:
+    """Cosines of samples to the validation batch, in the classifier's own feature space.
+
+    Args:
+        features: [B, D], penultimate activations of the samples; floating point.
+        val_features: [V, D], those of the validation batch, V >= k.
+        k: how many nearest validation samples.
+
+    Returns:
+        (nearest [B, k], descending; centroid [B, 1], cosine to the mean of val_features).
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, an empty batch, k > V.
+
+    Notes:
+        A zero vector has cosine 0 to everything.
+
+    Source: feature table, online group.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> nearest, centroid = mts_fast.features.online_features(torch.eye(2), torch.eye(2), k=1)
+        >>> nearest.flatten().tolist()
+        [1.0, 1.0]
+    """
+    check_floating(OP, "features", features, ndim=2)
+    check_floating(OP, "val_features", val_features, ndim=2)
+    check_not_empty(OP, "features", features)
+    check_not_empty(OP, "val_features", val_features)
+    check_positive_int(OP, "k", k)
+    if features.shape[1] != val_features.shape[1]:
+        expected = f"[V, {features.shape[1]}] like features"
+        fail(ValueError, OP, "val_features", expected, tuple(val_features.shape))
+    if k > len(val_features):
+        hint = "use a larger validation batch or a smaller k"
+        fail(ValueError, OP, "k", f"at most the validation batch ({len(val_features)})", k, hint)
+    return reference.online_features(features, val_features, k=k)
+
+
+class OnlineStandardizer:
+    """Standardises each online feature by one mean and one variance over all its entries.
+
+    momentum None: those of the batch, as published. Otherwise a running mean and variance,
+    new = momentum * old + (1 - momentum) * batch, starting from the first batch's.
+    """
+
+    def __init__(self, momentum: float | None = None) -> None:
+        if momentum is not None and not 0.0 <= momentum < 1.0:
+            fail(ValueError, "MTSStep", "online_momentum", "None or in [0, 1)", momentum)
+        self.momentum = momentum
+        self._running: dict[str, Tensor] = {}  # name -> (mean, variance) [2]
+
+    def __call__(self, name: str, values: Tensor, *, update: bool = True) -> Tensor:
+        """Standardised values of the same shape; `update` moves the running statistics."""
+        if self.momentum is None:
+            return reference.standardize(values)
+        batch = torch.stack([values.mean(), values.var(correction=0)])
+        running = self._running.get(name, batch)
+        if update:
+            if name in self._running:
+                running = self.momentum * running + (1 - self.momentum) * batch
+            self._running[name] = running
+        return (values - running[0]) / (running[1] + VARIANCE_EPSILON).sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics."""
+        return {"running": {name: value.clone() for name, value in self._running.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over running statistics."""
+        self._running = {name: value.clone() for name, value in state["running"].items()}

@@ -1,0 +1,73 @@
+"""Row 6 by forward-mode automatic differentiation: exact to rounding, where every op has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mts_fast._isolation import RngState, preserved_rng
+from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.objective import Objective
+
+
+class ForwardMode(Engine):
+    """d = tangent of the losses when theta has the tangent v; one forward with tangents."""
+
+    name = "forward_mode"
+
+    def reasons(self) -> list[str]:
+        # an RNN keeps a flat list of its weights, which parameters swapped in do not reach.
+        found = [
+            f"{path or 'the model'} is a {type(module).__name__}, whose weights cannot be swapped"
+            for path, module in self.objective.model.named_modules()
+            if isinstance(module, nn.RNNBase)
+        ]
+        known = {id(p) for p in self.objective.model.parameters()}
+        if any(id(p) not in known for p in self.parameters):
+            found.append("the optimizer holds parameters that are not the model's")
+        return found
+
+    def dots(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        direction: Sequence[Tensor],
+        *,
+        rng: RngState | None = None,
+    ) -> Tensor:
+        model = self.objective.model
+        tangent = {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # fused attention has no forward mode; the plain one computes the same.
+        with (
+            torch.no_grad(),
+            preserved_rng(model, rng),
+            sdpa_kernel(SDPBackend.MATH),
+            forward_ad.dual_level(),
+        ):
+            duals = {
+                name: forward_ad.make_dual(p.detach(), tangent[id(p)])
+                for name, p in model.named_parameters()
+                if id(p) in tangent
+            }
+            swapped = Objective(_Functional(model, {**duals, **buffers}), self.objective.loss)
+            losses = swapped.losses(inputs, labels)
+            dots = forward_ad.unpack_dual(losses).tangent
+        return torch.zeros_like(losses) if dots is None else dots
+
+
+class _Functional(nn.Module):
+    """The model with other tensors in place of its own; holds no parameters of its own."""
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._call = lambda args, kwargs: functional_call(model, tensors, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(args, kwargs)

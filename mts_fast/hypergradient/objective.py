@@ -1,0 +1,61 @@
+"""The function that engines differentiate: model and loss, giving one loss per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mts_fast import ops
+from mts_fast._check import describe, fail
+
+# (model output, labels) -> per-sample losses [B]
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+class Objective:
+    """Per-sample losses of a model.
+
+    Inputs may be one tensor, a tuple or list (`model(*inputs)`), or a dict (`model(**inputs)`).
+    Without `loss` the output must be logits [B, C] or [B, T, C], or carry them as `.logits` or
+    `["logits"]`, and the loss is the cross-entropy.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+        self.model = model
+        self.loss = loss
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's output, in whatever mode it is in."""
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return self.model(*inputs)
+        return self.model(inputs)
+
+    def losses(self, inputs: Any, labels: Tensor) -> Tensor:
+        """Per-sample losses [B]."""
+        return self.losses_of(self.forward(inputs), labels)
+
+    def losses_of(self, output: Any, labels: Tensor) -> Tensor:
+        """Per-sample losses [B] of an output that is already there."""
+        if self.loss is None:
+            return ops.cross_entropy(logits_of(output), labels)
+        losses = self.loss(output, labels)
+        if not isinstance(losses, Tensor) or losses.shape != labels.shape[:1]:
+            hint = "return one loss per sample, for example with reduction='none'"
+            expected = f"a tensor of shape ({labels.shape[0]},)"
+            fail(ValueError, "MTSStep", "loss(output, labels)", expected, describe(losses), hint)
+        return losses
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        hint = "pass loss= to say what your model's output means"
+        fail(TypeError, "MTSStep", "the model's output", "logits", describe(output), hint)
+    return output

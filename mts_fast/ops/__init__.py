@@ -1,0 +1,20 @@
+"""The contracts: schemas, validation, dispatch. No element maths."""
+
+from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
+from mts_fast.ops.label_agreement import label_agreement
+from mts_fast.ops.registry import current_backend, use_backend
+from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
+from mts_fast.ops.weights import normalize_weights, selector_gradient
+
+__all__ = [
+    "VirtualUpdate",
+    "cross_entropy",
+    "current_backend",
+    "label_agreement",
+    "normalize_weights",
+    "selector_gradient",
+    "trainable_parameters",
+    "use_backend",
+    "virtual_update",
+    "weighted_cross_entropy",
+]

@@ -1,0 +1,97 @@
+"""label_agreement: contract, torch.library schema, fake kernel and dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast._check import check_floating, check_integer, check_length, check_range, fail
+from mts_fast._extension import extension
+from mts_fast.ops.registry import register, resolve
+from mts_fast.reference.label_agreement import EPSILON
+
+OP = "label_agreement"
+CPP_DTYPES = (torch.float32, torch.float64)
+
+torch.library.define(
+    f"mts_fast::{OP}",
+    "(Tensor similarity, Tensor neighbors, Tensor labels, float epsilon) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake(f"mts_fast::{OP}")
+def _fake(
+    similarity: Tensor, neighbors: Tensor, labels: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    rows = similarity.shape[0]
+    return similarity.new_empty(rows), similarity.new_empty(rows)
+
+
+def _cpp(
+    similarity: Tensor, neighbors: Tensor, labels: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.mts_fast.label_agreement(similarity, neighbors, labels, epsilon)
+
+
+def _reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
+    status = extension()
+    reasons = [] if status.available else [status.reason]
+    if any(t.device.type != "cpu" for t in tensors):
+        reasons.append("its kernel runs on the CPU only")
+    if tensors[0].dtype not in CPP_DTYPES:
+        reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
+    if any(t.requires_grad for t in tensors):
+        reasons.append("its kernel has no backward")
+    return reasons
+
+
+register(OP, "reference", reference.label_agreement)
+register(OP, "cpp", _cpp, _reasons_against_cpp)
+
+
+def label_agreement(
+    similarity: Tensor, neighbors: Tensor, labels: Tensor, *, epsilon: float = EPSILON
+) -> tuple[Tensor, Tensor]:
+    """Share of each sample's nearest neighbours that carry its label.
+
+    plain_i = sum_k [y_nk = y_i] / K; weighted_i = sum_k s_ik [y_nk = y_i] / (sum_k s_ik + epsilon).
+
+    Args:
+        similarity: s [N, K], floating point; similarity of sample i to its k-th neighbour.
+        neighbors: n [N, K], integers in [0, N); indices into labels.
+        labels: y [N], integers.
+        epsilon: added to the sum of similarities.
+
+    Returns:
+        (plain [N], weighted [N]) of similarity's dtype.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: wrong shapes, K = 0, or a neighbour outside the pool.
+        RuntimeError: an explicit backend that cannot run.
+
+    Source: feature table, 5-NN label agreement.
+
+    Example:
+        >>> import torch
+        >>> from mts_fast.ops.label_agreement import label_agreement
+        >>> s, n = torch.ones(2, 1), torch.tensor([[1], [0]])
+        >>> label_agreement(s, n, torch.tensor([4, 4]))[0].tolist()
+        [1.0, 1.0]
+    """
+    check_floating(OP, "similarity", similarity, ndim=2)
+    if similarity.shape[1] == 0:
+        fail(ValueError, OP, "similarity", "[N, K] with K >= 1", tuple(similarity.shape))
+    check_integer(OP, "neighbors", neighbors, ndim=2)
+    if neighbors.shape != similarity.shape:
+        expected = f"of similarity's shape {tuple(similarity.shape)}"
+        fail(ValueError, OP, "neighbors", expected, tuple(neighbors.shape))
+    check_integer(OP, "labels", labels, ndim=1)
+    check_length(OP, "labels", labels, len(similarity))
+    if not neighbors.is_cuda:
+        check_range(OP, "neighbors", neighbors, 0, len(labels))
+    function = resolve(OP, [similarity, neighbors, labels])
+    return function(similarity, neighbors.long(), labels.long(), epsilon)

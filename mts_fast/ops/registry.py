@@ -1,0 +1,121 @@
+"""Which implementation of an op runs: the registry, `use_backend`, and the reasons when none can.
+
+Every op has a `reference` implementation. A faster backend registers a function and a check that
+returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
+backend raises where its kernel cannot run; an op that has no kernel in it runs the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mts_fast._check import check_choice
+from mts_fast._extension import extension
+
+logger = logging.getLogger("mts_fast")
+
+BACKENDS = ("auto", "reference", "triton", "cpp")
+# order in which `auto` asks; the reference can always run.
+PREFERENCE = ("triton", "cpp", "reference")
+ENVIRONMENT_VARIABLE = "MTS_FAST_BACKEND"
+
+Reasons = Callable[[Sequence[Tensor]], list[str]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op: the function, and the reasons why it cannot serve some tensors."""
+
+    function: Callable[..., Any]
+    reasons: Reasons
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_selected: ContextVar[str | None] = ContextVar("mts_fast_backend", default=None)
+_announced: set[tuple[str, str]] = set()
+
+
+def register(
+    op: str, backend: str, function: Callable[..., Any], reasons: Reasons = lambda _: []
+) -> None:
+    """Add an implementation of `op`; `reasons(tensors)` is empty where it can run."""
+    check_choice("register", "backend", backend, PREFERENCE)
+    _implementations.setdefault(op, {})[backend] = Implementation(function, reasons)
+
+
+def current_backend() -> str:
+    """The backend in force: innermost `use_backend`, else MTS_FAST_BACKEND, else `auto`."""
+    selected = _selected.get()
+    if selected is None:
+        selected = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        check_choice("mts_fast", f"environment variable {ENVIRONMENT_VARIABLE}", selected, BACKENDS)
+    return selected
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    Args:
+        name: "auto", "reference", "triton" or "cpp".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: the backend cannot run here, with all the reasons. An op whose kernel cannot
+            serve its tensors raises the same when it is called.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> with mts_fast.use_backend("reference"):
+        ...     mts_fast.normalize_weights(torch.zeros(4)).tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
+    check_choice("use_backend", "name", name, BACKENDS)
+    why = backend_reasons(name)
+    if why:
+        raise RuntimeError(f"use_backend: backend {name!r} cannot run: {'; '.join(why)}; use 'auto'")
+    token = _selected.set(name)
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The function that serves `op` on these tensors under the backend in force."""
+    available = _implementations[op]
+    backend = current_backend()
+    if backend != "auto":
+        chosen = available.get(backend, available["reference"])
+        why = chosen.reasons(tensors)
+        if why:
+            hint = "use backend 'auto' or 'reference'"
+            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
+        return chosen.function
+    name = next(n for n in PREFERENCE if n in available and not available[n].reasons(tensors))
+    if (op, name) not in _announced:
+        _announced.add((op, name))
+        logger.info("%s runs on backend %r", op, name)
+    return available[name].function
+
+
+def backend_reasons(backend: str) -> list[str]:
+    """Why a backend as a whole cannot run here; empty where it can."""
+    if backend == "cpp" and not extension().available:
+        return [extension().reason]
+    if backend == "triton" and not any("triton" in found for found in _implementations.values()):
+        return ["this version has no Triton kernels yet"]
+    return []
+
+
+def registered() -> dict[str, tuple[str, ...]]:
+    """Every op with its backends, for the doctor."""
+    return {op: tuple(found) for op, found in sorted(_implementations.items())}

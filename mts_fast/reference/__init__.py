@@ -1,0 +1,35 @@
+"""Plain PyTorch: what every op means, the oracle of every test, the default where nothing is faster."""
+
+from mts_fast.reference.cross_entropy import cross_entropy, weighted_cross_entropy
+from mts_fast.reference.distribution_features import distribution_features
+from mts_fast.reference.hypergradient import hypergradient_dots, hypergradient_double_backward
+from mts_fast.reference.label_agreement import label_agreement
+from mts_fast.reference.online_features import online_features, standardize
+from mts_fast.reference.step import Batch, Trace, mts_step
+from mts_fast.reference.training_dynamics import error_norm, forgetting, gradient_norm
+from mts_fast.reference.virtual_update import AdamState, SGDState, kappa, virtual_update
+from mts_fast.reference.weights import log_weights, normalize_weights, selector_gradient
+
+__all__ = [
+    "AdamState",
+    "Batch",
+    "SGDState",
+    "Trace",
+    "cross_entropy",
+    "distribution_features",
+    "error_norm",
+    "forgetting",
+    "gradient_norm",
+    "hypergradient_dots",
+    "hypergradient_double_backward",
+    "kappa",
+    "label_agreement",
+    "log_weights",
+    "mts_step",
+    "normalize_weights",
+    "online_features",
+    "selector_gradient",
+    "standardize",
+    "virtual_update",
+    "weighted_cross_entropy",
+]

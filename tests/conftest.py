@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests: the device, and repeatable random numbers."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    # two test processes on two cores: one thread each keeps them out of each other's way.
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where tests run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same generators and leaves the default dtype alone."""
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32
