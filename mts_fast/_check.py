@@ -1,4 +1,4 @@
-"""Validation helpers: every message reads `<op>: <arg> must be <expected>, got <actual>[; hint]`."""
+"""Validation helpers: errors read `<op>: <arg> must be <expected>, got <actual>[; hint]`."""
 
 from __future__ import annotations
 

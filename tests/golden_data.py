@@ -70,7 +70,11 @@ class Golden:
 
     def group(self, prefix):
         """Arrays under `prefix/`, the selector's with our names."""
-        found = {k.removeprefix(prefix + "/"): v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+        found = {
+            k.removeprefix(prefix + "/"): v
+            for k, v in self.arrays.items()
+            if k.startswith(prefix + "/")
+        }
         return {rename(k): v for k, v in found.items()}
 
 
@@ -92,7 +96,8 @@ def load_step(name, device="cpu", dtype=torch.float64):
     with np.load(FOLDER / f"{name}.npz") as file:
         config = ast.literal_eval(str(file["config"]))
     arrays = {
-        k: v.to(device, dtype if v.is_floating_point() else None) for k, v in load_arrays(name).items()
+        k: v.to(device, dtype if v.is_floating_point() else None)
+        for k, v in load_arrays(name).items()
     }
     classes = config["num_classes"]
     model = (CNN if config["kind"] == "cnn_bn" else mlp)(classes).to(device, dtype)

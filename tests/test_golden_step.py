@@ -72,8 +72,7 @@ def run_reference(golden):
         golden.selector,
         golden.selector_optimizer,
         batch,
-        a["val/inputs"],
-        a["val/labels"],
+        (a["val/inputs"], a["val/labels"]),
         hypergradient_lr=config["pseudo_lr"],
     )
 
@@ -165,7 +164,9 @@ def test_float32_step_is_as_good_as_torch(name, engine, device):
         assert relative(gradients(ours.selector)[parameter], exact) <= 3 * own + 2 * floor
     for tensor, exact in truth.group("model_after").items():
         own = relative(torchs.model.state_dict()[tensor], exact)
-        assert relative(ours.model.state_dict()[tensor], exact) <= 2 * own + max(1e-6, floor / 100), tensor
+        assert relative(ours.model.state_dict()[tensor], exact) <= 2 * own + max(
+            1e-6, floor / 100
+        ), tensor
 
 
 def kappa(config):

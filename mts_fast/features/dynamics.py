@@ -72,7 +72,9 @@ def training_dynamics(
         for x, y in zip(inputs.split(batch_size), labels.long().split(batch_size), strict=True):
             parts.append(_scores(model, x, y, gradient_norm))
     columns = {name: torch.cat([part[name] for part in parts])[:, None] for name in parts[0]}
-    check_finite(OP, "loss of every sample", columns["loss"], "the model or these inputs are broken")
+    check_finite(
+        OP, "loss of every sample", columns["loss"], "the model or these inputs are broken"
+    )
     return columns
 
 
@@ -120,7 +122,9 @@ class ForgettingCounter:
         if not indices.is_cuda:
             check_range(op, "indices", indices, 0, len(self.counts))
             if len(indices.unique()) != len(indices):
-                fail(ValueError, op, "indices", "distinct", "repeated ones", "update once per epoch")
+                fail(
+                    ValueError, op, "indices", "distinct", "repeated ones", "update once per epoch"
+                )
         indices, correct = indices.long(), correct.bool()
         self.counts[indices] += self._last[indices] & ~correct
         self._last[indices] = correct
@@ -140,7 +144,11 @@ class ForgettingCounter:
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and last predictions."""
-        return {"counts": self.counts.clone(), "last": self._last.clone(), "ever": self._ever.clone()}
+        return {
+            "counts": self.counts.clone(),
+            "last": self._last.clone(),
+            "ever": self._ever.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over counts and last predictions of a counter of the same size."""

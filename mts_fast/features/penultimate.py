@@ -37,7 +37,14 @@ class PenultimateFeatures:
         """The features of the last forward."""
         if self.value is None:
             hint = "name a layer that is called, with feature_layer="
-            fail(RuntimeError, "MTSStep", f"layer {self.path!r}", "called in the forward", "no call", hint)
+            fail(
+                RuntimeError,
+                "MTSStep",
+                f"layer {self.path!r}",
+                "called in the forward",
+                "no call",
+                hint,
+            )
         return self.value
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -53,10 +60,19 @@ def _find(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
     if layer is not None:
         if layer not in modules:
             known = ", ".join(list(modules)[1:8])
-            fail(ValueError, "MTSStep", "feature_layer", f"a module path ({known}, ...)", repr(layer))
+            fail(
+                ValueError, "MTSStep", "feature_layer", f"a module path ({known}, ...)", repr(layer)
+            )
         return layer, modules[layer]
     linear = [(path, m) for path, m in modules.items() if isinstance(m, nn.Linear)]
     if not linear:
         hint = "name the layer whose input holds the features, or set online_features=False"
-        fail(ValueError, "MTSStep", "feature_layer", "given for a model without nn.Linear", None, hint)
+        fail(
+            ValueError,
+            "MTSStep",
+            "feature_layer",
+            "given for a model without nn.Linear",
+            None,
+            hint,
+        )
     return linear[-1]

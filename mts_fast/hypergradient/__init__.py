@@ -27,13 +27,20 @@ __all__ = [
 
 
 def make_engine(name: str, objective: Objective, parameters: Sequence[Tensor]) -> Engine:
-    """The engine of that name ("auto": finite_difference), or all the reasons why it cannot serve."""
+    """The engine of that name ("auto": finite_difference), or the reasons why it cannot serve."""
     check_choice("MTSStep", "engine", name, ("auto", *ENGINES))
     engine = ENGINES["finite_difference" if name == "auto" else name](objective, parameters)
     why = engine.reasons()
     if why:
         hint = "use engine='finite_difference', which serves every model"
-        fail(RuntimeError, "MTSStep", "engine", "able to serve the model", repr(name), "; ".join([*why, hint]))
+        fail(
+            RuntimeError,
+            "MTSStep",
+            "engine",
+            "able to serve the model",
+            repr(name),
+            "; ".join([*why, hint]),
+        )
     return engine
 
 
@@ -78,11 +85,19 @@ def hypergradient_dots(
     named = dict(model.named_parameters())
     unknown = sorted(set(direction) - set(named))
     if unknown:
-        fail(ValueError, "hypergradient_dots", "direction", "of the model's parameters", unknown[:3])
+        fail(
+            ValueError, "hypergradient_dots", "direction", "of the model's parameters", unknown[:3]
+        )
     for name, value in direction.items():
         if value.shape != named[name].shape:
             expected = f"of shape {tuple(named[name].shape)}"
-            fail(ValueError, "hypergradient_dots", f"direction[{name!r}]", expected, tuple(value.shape))
+            fail(
+                ValueError,
+                "hypergradient_dots",
+                f"direction[{name!r}]",
+                expected,
+                tuple(value.shape),
+            )
     parameters = [named[name] for name in direction]
     chosen = make_engine(engine, Objective(model, loss), parameters)
     return chosen.dots(inputs, labels, list(direction.values()))

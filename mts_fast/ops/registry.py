@@ -81,7 +81,9 @@ def use_backend(name: str) -> Iterator[None]:
     check_choice("use_backend", "name", name, BACKENDS)
     why = backend_reasons(name)
     if why:
-        raise RuntimeError(f"use_backend: backend {name!r} cannot run: {'; '.join(why)}; use 'auto'")
+        raise RuntimeError(
+            f"use_backend: backend {name!r} cannot run: {'; '.join(why)}; use 'auto'"
+        )
     token = _selected.set(name)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Plain PyTorch: what every op means, the oracle of every test, the default where nothing is faster."""
+"""Plain PyTorch: what every op means, the oracle of every test, and the default."""
 
 from mts_fast.reference.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.reference.distribution_features import distribution_features

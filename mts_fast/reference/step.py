@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.func import functional_call
 
 from mts_fast.reference.cross_entropy import cross_entropy
@@ -20,7 +21,7 @@ from mts_fast.reference.weights import log_weights, normalize_weights, selector_
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs [B, ...], labels [B], is_synthetic [B], features [B, F]: all that the selector reads."""
+    """inputs [B, ...], labels [B], is_synthetic [B] and the selector's features [B, F]."""
 
     inputs: Tensor
     labels: Tensor
@@ -30,82 +31,69 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the step computed on the way: p [B], losses [B], v and dL_val/dphi by name, dots [B]."""
+    """What the step computed on the way: p [B], losses [B], v by parameter name, dots [B]."""
 
     p: Tensor
     losses: Tensor
     val_gradient: dict[str, Tensor]
     dots: Tensor
-    selector_gradient: dict[str, Tensor]
 
 
 def mts_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    optimizer_state: dict[str, State],  # of each trainable parameter, as it stands before the step
+    states: dict[str, State],  # the optimizer's state of each trainable parameter, before the step
     selector: nn.Module,
     selector_optimizer: torch.optim.Optimizer,
     batch: Batch,
-    val_inputs: Tensor,
-    val_labels: Tensor,
+    val: tuple[Tensor, Tensor],  # inputs, labels
     *,
     selector_batch: Batch | None = None,
     hypergradient_lr: float | None = None,
 ) -> Trace:
-    """Update the selector and the classifier once, in place; returns the intermediate quantities."""
-    theta = {n: p for n, p in model.named_parameters() if n in optimizer_state}
-    phi = dict(selector.named_parameters())
+    """Update the selector and the classifier once, in place, and return what was computed."""
+    theta = {n: p for n, p in model.named_parameters() if n in states}
+    phi = list(selector.parameters())
     buffers = {n: b.clone() for n, b in model.named_buffers()}
 
+    def logits(b: Batch) -> Tensor:
+        return selector(b.features, b.labels, b.is_synthetic)
+
     def losses_of(b: Batch, statistics: dict[str, Tensor]) -> Tensor:
-        return cross_entropy(functional_call(model.train(), (theta, statistics), b.inputs), b.labels)
+        return cross_entropy(functional_call(model, {**theta, **statistics}, b.inputs), b.labels)
 
+    model.train()
     # rows 1, 2: w = sigmoid(MLP(h)), p = w / sum w
-    z = selector(batch.features, batch.labels, batch.is_synthetic)  # [B]
+    z = logits(batch)  # [B]
     p = normalize_weights(log_weights(z.detach()))  # [B]
-
     # row 3: L = sum p l, BatchNorm statistics moving in the copies
     losses = losses_of(batch, buffers)  # [B]
-    g = dict(zip(theta, torch.autograd.grad(p @ losses, list(theta.values()), retain_graph=True)))
-
+    g = grad(p @ losses, list(theta.values()), retain_graph=True)
     # row 4: theta' = U(theta, g; live optimizer state)
-    virtual = {
-        n: virtual_update(t.detach(), g[n], optimizer_state[n]).requires_grad_()
-        for n, t in theta.items()
-    }
-
+    rows = [(n, t.detach(), dt, states[n]) for (n, t), dt in zip(theta.items(), g, strict=True)]
+    virtual = {n: virtual_update(t, dt, s).requires_grad_() for n, t, dt, s in rows}
     # row 5: v = grad of the mean validation loss at theta', eval mode
-    val_logits = functional_call(model.eval(), (virtual, buffers), val_inputs)
-    val_loss = cross_entropy(val_logits, val_labels).mean()
-    v = dict(zip(virtual, torch.autograd.grad(val_loss, list(virtual.values()))))
-
+    val_output = functional_call(model.eval(), {**virtual, **buffers}, val[0])
+    v = grad(cross_entropy(val_output, val[1]).mean(), list(virtual.values()))
+    model.train()
     # row 6: d_i = <kappa v, grad l_i>, on the selector's batch
-    direction = [
-        kappa(t.detach(), g[n], optimizer_state[n], hypergradient_lr) * v[n]
-        for n, t in theta.items()
-    ]
-    if selector_batch is None:
-        meta, z_meta, losses_meta = batch, z, losses
-    else:
-        meta = selector_batch
-        z_meta = selector(meta.features, meta.labels, meta.is_synthetic)
+    scales = [kappa(t, dt, s, hypergradient_lr) for _, t, dt, s in rows]
+    direction = [k * dv for k, dv in zip(scales, v, strict=True)]
+    meta, z_meta, losses_meta = batch, z, losses
+    if selector_batch is not None:
+        meta, z_meta = selector_batch, logits(selector_batch)
         losses_meta = losses_of(meta, {n: b.clone() for n, b in buffers.items()})
     dots = hypergradient_dots(losses_meta, list(theta.values()), direction)  # [B]
-
     # rows 7, 8: the cotangent of the logits, one selector backward, the selector's step
     p_meta = normalize_weights(log_weights(z_meta.detach()))
-    cotangent = selector_gradient(dots, z_meta.detach(), p_meta)
-    for q, dq in zip(phi.values(), torch.autograd.grad(z_meta, list(phi.values()), cotangent)):
-        q.grad = dq
+    selector_optimizer.zero_grad()
+    z_meta.backward(selector_gradient(dots, z_meta.detach(), p_meta), inputs=phi)
     selector_optimizer.step()
-
     # row 9: weights again with the new phi, then the real step
-    with torch.no_grad():
-        z_new = selector(batch.features, batch.labels, batch.is_synthetic)
-    p_new = normalize_weights(log_weights(z_new))
-    for t, dt in zip(theta.values(), torch.autograd.grad(p_new @ losses, list(theta.values()))):
-        t.grad = dt
+    p_new = normalize_weights(log_weights(logits(batch).detach()))
+    optimizer.zero_grad()
+    (p_new @ losses).backward(inputs=list(theta.values()))
     optimizer.step()
     for n, b in model.named_buffers():
         b.copy_(buffers[n])
-    return Trace(p, losses.detach(), v, dots, {n: q.grad for n, q in phi.items()})
+    return Trace(p, losses.detach(), dict(zip(theta, v, strict=True)), dots)

@@ -29,8 +29,8 @@ OP = "MTSStep"
 class SelectorBatch:
     """A second, independent batch on which the selector learns (rows 6 to 8).
 
-    inputs as the model takes them, labels [B2] (or [B2, T]); features [B2, F], is_synthetic [B2] and
-    classes [B2] as for `MTSStep.__call__`.
+    inputs as the model takes them, labels [B2] (or [B2, T]); features [B2, F], is_synthetic [B2]
+    and classes [B2] as for `MTSStep.__call__`.
     """
 
     inputs: Any

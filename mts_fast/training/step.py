@@ -19,11 +19,11 @@ from mts_fast._isolation import (
     training_mode,
 )
 from mts_fast.diagnostics import selector_gsnr
-from mts_fast.features import OnlineStandardizer, PenultimateFeatures, online_features
 from mts_fast.hypergradient import Linearization, Loss, Objective, make_engine
 from mts_fast.ops.registry import BACKENDS
 from mts_fast.ops.virtual_update import check_optimizer
 from mts_fast.training.batch import CheckedBatch, SelectorBatch, check_batch, check_pair
+from mts_fast.training.inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.result import StepResult
 
 OP = "MTSStep"
@@ -74,7 +74,7 @@ class MTSStep:
 
     Example:
         >>> import torch, mts_fast
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
         >>> selector = mts_fast.Selector(num_features=4, num_classes=3)
         >>> step = mts_fast.MTSStep(
         ...     model, torch.optim.SGD(model.parameters(), lr=0.1),
@@ -127,7 +127,6 @@ class MTSStep:
         self.class_weight = class_weight
         self.hypergradient_lr = hypergradient_lr
         self.validation_mode = validation_mode
-        self.online_k = online_k
         self.selector_every = selector_every
         self.warmup_steps = warmup_steps
         self.selector_scheduler = selector_scheduler
@@ -138,8 +137,11 @@ class MTSStep:
         self._parameters = ops.trainable_parameters(optimizer)
         self._objective = Objective(model, loss)
         self._engine = make_engine(engine, self._objective, self._parameters)
-        self._penultimate = PenultimateFeatures(model, feature_layer) if online_features else None
-        self._standardizer = OnlineStandardizer(online_momentum)
+        self._features = (
+            OnlineFeatures(self._objective, feature_layer, online_k, online_momentum)
+            if online_features
+            else OfflineFeatures()
+        )
 
     def __call__(
         self,
@@ -258,7 +260,9 @@ class MTSStep:
         direction = virtual.scale(v, self.hypergradient_lr)
         if meta is None or h_meta is None:
             dots = line.dots(direction).to(z.dtype)
-            along = [(g * u).sum() for g, u in zip(gradient, direction, strict=True) if g is not None]
+            along = [
+                (g * u).sum() for g, u in zip(gradient, direction, strict=True) if g is not None
+            ]
             self_check = _relative_gap((p * dots).sum(), torch.stack(along).sum())
             used, h_used = batch, h
         else:
@@ -282,45 +286,6 @@ class MTSStep:
         self.selector_optimizer.step()
         return val_loss, dots, self_check, gsnr
 
-    def _features(
-        self, batch: CheckedBatch, meta: CheckedBatch | None, val_inputs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Selector features [B, F] of the batch, and of the selector's batch where there is one."""
-        if self._penultimate is None:
-            return _offline(batch), None if meta is None else _offline(meta)
-        with (
-            torch.no_grad(),
-            training_mode(self.model, False),
-            preserved_buffers(self.model),
-            preserved_rng(self.model),
-            self._penultimate.capture() as capture,
-        ):
-            self._objective.forward(val_inputs)
-            reference_features = capture.taken()
-            found = []
-            for part in (batch, meta):
-                if part is not None:
-                    self._objective.forward(part.inputs)
-                    found.append(self._online(part, capture.taken(), reference_features, meta))
-        return found[0], found[1] if meta is not None else None
-
-    def _online(
-        self, part: CheckedBatch, features: Tensor, val_features: Tensor, meta: CheckedBatch | None
-    ) -> Tensor:
-        if len(features) != len(part.labels):
-            hint = "name a layer whose input has the batch first, with feature_layer="
-            expected = f"[{len(part.labels)}, D]"
-            fail(ValueError, OP, "penultimate features", expected, tuple(features.shape), hint)
-        nearest, centroid = online_features(features, val_features, k=self.online_k)
-        update = part is meta or meta is None  # one update of running statistics per step
-        columns = [
-            self._standardizer("nearest", nearest, update=update),
-            self._standardizer("centroid", centroid, update=update),
-        ]
-        if part.features is not None:
-            columns.append(part.features)
-        return torch.cat([c.to(columns[0].dtype) for c in columns], dim=1)
-
     def _validation_gradient(
         self, theta: list[Tensor], val_inputs: Any, val_labels: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -333,8 +298,8 @@ class MTSStep:
             stack.enter_context(preserved_buffers(self.model))
             stack.enter_context(replaced_parameters(self._parameters, theta))
             loss = self._objective.losses(val_inputs, val_labels).mean()
-            v = list(torch.autograd.grad(loss, self._parameters, allow_unused=True))
-        return loss.detach(), v
+            v = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return loss.detach(), list(v)
 
     def _logits(self, batch: CheckedBatch, h: Tensor) -> Tensor:
         """The selector's logits z [B]."""
@@ -365,14 +330,14 @@ class MTSStep:
         """Put buffers, generators and running statistics back when something raises inside."""
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         rng = RngState.capture(self._parameters)
-        running = self._standardizer.state_dict()
+        running = self._features.state_dict()
         try:
             yield
         except BaseException:
             for buffer, before in buffers:
                 buffer.data.copy_(before)
             rng.restore()
-            self._standardizer.load_state_dict(running)
+            self._features.load_state_dict(running)
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -384,7 +349,7 @@ class MTSStep:
             "selector": self.selector.state_dict(),
             "selector_optimizer": self.selector_optimizer.state_dict(),
             "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "online": self._standardizer.state_dict(),
+            "online": self._features.state_dict(),
             "steps": self.steps,
         }
 
@@ -396,15 +361,8 @@ class MTSStep:
         self.selector_optimizer.load_state_dict(state["selector_optimizer"])
         if self.selector_scheduler is not None:
             self.selector_scheduler.load_state_dict(state["selector_scheduler"])
-        self._standardizer.load_state_dict(state["online"])
+        self._features.load_state_dict(state["online"])
         self.steps = state["steps"]
-
-
-def _offline(batch: CheckedBatch) -> Tensor:
-    """The caller's features [B, F]; of width 0 where there are none."""
-    if batch.features is not None:
-        return batch.features
-    return torch.zeros(len(batch.labels), 0, device=batch.labels.device)
 
 
 def _relative_gap(a: Tensor, b: Tensor) -> Tensor:
