@@ -17,5 +17,6 @@ PYBIND11_MODULE(_C, m) {
         out["cuda"] = info.cuda;
         return out;
       },
-      "How this binary was built: version, compiler, torch_version, torch_target, cuda ('' = none).");
+      "How this binary was built: version, compiler, torch_version, torch_target, cuda ('' = "
+      "none).");
 }

@@ -1,4 +1,6 @@
 // label_agreement: torch's stable ABI on one side, the plain C++ kernel on the other.
+#include "../cpu/label_agreement.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,8 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
-
-#include "../cpu/label_agreement.h"
 
 namespace mts_fast {
 namespace {
@@ -57,6 +57,8 @@ std::tuple<Tensor, Tensor> label_agreement(const Tensor& similarity, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mts_fast, CPU, m) { m.impl("label_agreement", TORCH_BOX(&label_agreement)); }
+STABLE_TORCH_LIBRARY_IMPL(mts_fast, CPU, m) {
+  m.impl("label_agreement", TORCH_BOX(&label_agreement));
+}
 
 }  // namespace mts_fast

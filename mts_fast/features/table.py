@@ -79,7 +79,7 @@ class FeatureTable(Mapping[str, Tensor]):
             first = next(iter([*self._columns.values(), *checked.values()]), value)
             check_length(OP, f"column {name!r}", value, len(first))
             check_finite(OP, f"column {name!r}", value)
-            checked[name] = value.detach()
+            checked[name] = value.detach().clone()
         for name, value in checked.items():
             self._columns[name] = value
             deviation, mean = torch.std_mean(value, dim=0, correction=0)

@@ -69,7 +69,8 @@ def hypergradient_dots(
         d [B]. Parameters, buffers and random generators are left bitwise as they were.
 
     Raises:
-        ValueError: unknown parameter names, differing shapes, or a loss that is not per sample.
+        ValueError: an empty direction, unknown parameter names, differing shapes, or a loss that is
+            not per sample.
         RuntimeError: an engine that cannot serve the model, with every reason.
 
     Source: row 6.
@@ -83,6 +84,8 @@ def hypergradient_dots(
         torch.Size([5])
     """
     named = dict(model.named_parameters())
+    if not direction:
+        fail(ValueError, "hypergradient_dots", "direction", "non-empty", direction)
     unknown = sorted(set(direction) - set(named))
     if unknown:
         fail(

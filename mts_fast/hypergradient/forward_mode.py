@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,11 +45,13 @@ class ForwardMode(Engine):
         model = self.objective.model
         tangent = {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # fused attention has no forward mode; the plain one computes the same.
+        # fused attention and fused encoder layers have no forward mode; the plain ones compute the
+        # same.
         with (
             torch.no_grad(),
             preserved_rng(model, rng),
             sdpa_kernel(SDPBackend.MATH),
+            _plain_encoder_layers(),
             forward_ad.dual_level(),
         ):
             duals = {
@@ -60,6 +63,17 @@ class ForwardMode(Engine):
             losses = swapped.losses(inputs, labels)
             dots = forward_ad.unpack_dual(losses).tangent
         return torch.zeros_like(losses) if dots is None else dots
+
+
+@contextmanager
+def _plain_encoder_layers() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer and MultiheadAttention off their inference path."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Functional(nn.Module):

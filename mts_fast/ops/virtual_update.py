@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if not known:
         hint = "if it wraps one of these, pass the wrapped optimizer"
         fail(TypeError, OP, "optimizer", names, type(optimizer).__name__, hint)
-    if not any(type(optimizer).step is cls.step for cls in known):
+    # torch wraps `step` of the first class of a family that is instantiated, subclass or not.
+    step = inspect.unwrap(type(optimizer).step)
+    if not any(step is inspect.unwrap(cls.step) for cls in known):
         got = f"{type(optimizer).__name__}, which overrides step()"
         fail(TypeError, OP, "optimizer", names, got, "its update cannot be differentiated here")
     if any(group.get("amsgrad") for group in optimizer.param_groups):

@@ -77,7 +77,7 @@ def selector_gradient(
         [-0.25, 0.25]
     """
     op = "selector_gradient"
-    for name, value in (("dots", dots), ("logits", logits), ("p", p)):
+    for name, value in (("logits", logits), ("dots", dots), ("p", p)):
         check_floating(op, name, value, ndim=1)
         if value.shape != logits.shape:
             fail(ValueError, op, name, f"of shape {tuple(logits.shape)}", tuple(value.shape))

@@ -94,21 +94,25 @@ def _adam(parameter: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
 
 
 def _adam_slope(parameter: Tensor, gradient: Tensor, state: AdamState) -> Tensor:
-    """d/dg of m / (r + eps), m and r = sqrt(v) bias-corrected: m'/(r + eps) - m r'/(r + eps)^2.
+    """d/dg of m / (r + eps), m and r bias-corrected: (m' r - m r' + m' eps) / (r + eps)^2.
 
-    m' = (1 - beta1)/c1 and r' = (1 - beta2) g/(c2 r). Where the second moment is exactly 0 no
-    sample ever had a gradient, kappa multiplies zeros, and it is set to 0: lr/eps would only drown
-    the other entries of a finite-difference direction.
+    m' = (1 - beta1)/c1 and r' = (1 - beta2) g/(c2 r). The g^2 of m' r^2 and m r' r cancel, and what
+    is left holds the old moments m0 and v0 only: (beta2 (1 - beta1) v0 - beta1 (1 - beta2) m0 g) /
+    (c1 c2). Subtracting them in floats would leave noise alone at the first step, of slope
+    eps/(r + eps)^2. Where the second moment is exactly 0 no sample ever had a gradient, kappa
+    multiplies zeros, and it is set to 0: lr/eps would only drown the other entries of a
+    finite-difference direction.
     """
     decay = 0.0 if state.decoupled else state.weight_decay
     g = _effective_gradient(parameter, gradient, decay, state.maximize)
-    mean, correction, root = _adam_moments(g, state)
+    _, (c1, c2), root = _adam_moments(g, state)
     beta1, beta2 = state.betas
-    denominator = root + state.eps
     zero = root == 0
-    root_slope = (1 - beta2) / correction[1] * g / root.masked_fill(zero, 1.0)
-    slope = (1 - beta1) / correction[0] / denominator - mean * root_slope / denominator**2
-    return slope.masked_fill(zero, 0.0)
+    rise = torch.full_like(root, state.eps) * ((1 - beta1) / c1)
+    if state.exp_avg is not None and state.exp_avg_sq is not None:
+        old = beta2 * (1 - beta1) * state.exp_avg_sq - beta1 * (1 - beta2) * state.exp_avg * g
+        rise = rise + old / (c1 * c2) / root.masked_fill(zero, 1.0)
+    return (rise / (root + state.eps) ** 2).masked_fill(zero, 0.0)
 
 
 def _adam_moments(

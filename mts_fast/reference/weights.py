@@ -29,9 +29,12 @@ def normalize_weights(log_w: Tensor, log_total: Tensor | None = None) -> Tensor:
     """
     if log_total is None:
         # softmax takes the largest off first: log S itself would round log w of -1e4 to 1e-3.
-        return log_w.softmax(0).masked_fill(torch.isneginf(log_w).all(), 0.0)
+        vanished = torch.isneginf(log_w).all()
+        return log_w.masked_fill(vanished, 0.0).softmax(0).masked_fill(vanished, 0.0)
     vanished = torch.isneginf(log_total)
-    p = (log_w - log_total.masked_fill(vanished, 0.0)).exp().to(log_w.dtype)
+    # a scalar alone would not lift the difference to float64: torch keeps the vector's dtype.
+    wide = log_w.to(torch.promote_types(log_w.dtype, log_total.dtype))
+    p = (wide - log_total.masked_fill(vanished, 0.0)).exp().to(log_w.dtype)
     return p.masked_fill(vanished, 0.0)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class MTSStep:
             (features [B, F], classes [B], is_synthetic [B]).
         selector_optimizer: of the selector, any torch optimizer.
         engine: how row 6 is computed: "auto", "finite_difference" or "forward_mode".
-        backend: "auto", "reference", "triton" or "cpp", for all ops inside.
+        backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
+            `use_backend` and MTS_FAST_BACKEND around the call.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default.
         class_weight: [C], factor of each class in the weights (row 1).
         hypergradient_lr: replaces the learning rate in kappa only (the paper's pseudo_lr).
@@ -180,7 +182,8 @@ class MTSStep:
         if selector_batch is not None:
             meta = check_batch(selector_batch, num_classes, read=read, prefix="selector_batch.")
         learns = self.steps % self.selector_every == 0
-        with ops.use_backend(self.backend), self._rolled_back_on_error():
+        backend = ops.current_backend() if self.backend == "auto" else self.backend
+        with ops.use_backend(backend), self._rolled_back_on_error():
             result, gradient = self._forward(batch, meta, (val_inputs, val_labels), learns, read)
             for parameter, g in zip(self._parameters, gradient, strict=True):
                 parameter.grad = g
@@ -191,6 +194,32 @@ class MTSStep:
             self.selector_scheduler.step()
         self.steps += 1
         return result
+
+    @torch.no_grad()
+    def weights(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        *,
+        val_inputs: Any,
+        features: Tensor | None = None,
+        is_synthetic: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Raw weights w [B] that the selector now gives to samples; nothing is changed.
+
+        Arguments and errors as for a step. With batch-wise standardised online features
+        (online_momentum=None) the weight of a sample depends on the batch it is scored in.
+        """
+        num_classes = getattr(self.selector, "num_classes", None)
+        given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
+        batch = check_batch(given, num_classes, read=self._reads(labels))
+        kept = self._features.state_dict()
+        with preserved_rng(self.model):
+            h, _ = self._features(batch, None, val_inputs)
+            z = self._logits(batch, h)
+        self._features.load_state_dict(kept)
+        return reference.log_weights(z, self._class_weight(batch)).exp()
 
     def _forward(
         self,
@@ -278,9 +307,7 @@ class MTSStep:
         cotangent = ops.selector_gradient(dots, z.detach(), p)
         gsnr = None
         if self.track_gsnr:
-            gsnr = selector_gsnr(
-                self.selector, (h_used, used.classes, used.is_synthetic), cotangent
-            )
+            gsnr = selector_gsnr(self.selector, self._arguments(used, h_used), cotangent)
         self.selector_optimizer.zero_grad(set_to_none=True)
         z.backward(cotangent)
         self.selector_optimizer.step()
@@ -290,25 +317,27 @@ class MTSStep:
         self, theta: list[Tensor], val_inputs: Any, val_labels: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Row 5: mean validation loss at theta', with the BatchNorm statistics as they are now."""
-        with ExitStack() as stack:
-            if self.validation_mode == "eval":
-                stack.enter_context(training_mode(self.model, False))
-            else:
-                stack.enter_context(training_mode(self.model, True))
-            stack.enter_context(preserved_buffers(self.model))
-            stack.enter_context(replaced_parameters(self._parameters, theta))
+        with (
+            training_mode(self.model, self.validation_mode == "train"),
+            preserved_buffers(self.model),
+            replaced_parameters(self._parameters, theta),
+        ):
             loss = self._objective.losses(val_inputs, val_labels).mean()
             v = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         return loss.detach(), list(v)
 
     def _logits(self, batch: CheckedBatch, h: Tensor) -> Tensor:
-        """The selector's logits z [B]."""
-        dtype = next((p.dtype for p in self.selector.parameters()), h.dtype)
-        z = self.selector(h.to(dtype), batch.classes, batch.is_synthetic)
+        """The selector's logits z [B], in float32 at least: autocast would round p to 3 digits."""
+        z = self.selector(*self._arguments(batch, h))
         expected = (len(batch.labels),)
         if z.shape not in (expected, (*expected, 1)):
             fail(ValueError, OP, "selector's output", f"logits {expected}", tuple(z.shape))
-        return z.reshape(expected)
+        return z.reshape(expected).to(torch.promote_types(z.dtype, torch.float32))
+
+    def _arguments(self, batch: CheckedBatch, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the selector is called with: features in its dtype, classes, is_synthetic."""
+        dtype = next((p.dtype for p in self.selector.parameters()), h.dtype)
+        return h.to(dtype), batch.classes, batch.is_synthetic
 
     def _class_weight(self, batch: CheckedBatch) -> Tensor | None:
         """The class weight of each sample [B]."""
@@ -354,11 +383,16 @@ class MTSStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; afterwards the run goes on bit for bit as the saved one would."""
+        """Take over a state; afterwards the run goes on bit for bit as the saved one would.
+
+        The state is copied: torch's optimizers would go on to write into its tensors.
+        """
+        state = copy.deepcopy(state)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # torch's optimizers would go on in the very tensors that they are given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.selector.load_state_dict(state["selector"])
-        self.selector_optimizer.load_state_dict(state["selector_optimizer"])
+        self.selector_optimizer.load_state_dict(copy.deepcopy(state["selector_optimizer"]))
         if self.selector_scheduler is not None:
             self.selector_scheduler.load_state_dict(state["selector_scheduler"])
         self._features.load_state_dict(state["online"])

@@ -1,0 +1,56 @@
+# Every verb sets up what is missing first. PYTHON picks the interpreter of a new environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# pinned: an open range pulls gigabytes of CUDA packages where a CPU build would do
+TORCH ?= torch==2.13.0 triton==3.9.0
+OUT ?= benchmarks/results/gpu
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: setup demo test lint bench gpu doctor clean
+
+setup: $(VENV)/.ready
+
+# A machine whose python3 already has torch and triton (a GPU machine, perhaps without network)
+# lends them to the environment; elsewhere they are installed, pinned.
+$(VENV)/.ready: $(SOURCES)
+	@set -e; if $(PYTHON) -c 'import torch, triton' 2>/dev/null; then \
+	  echo "setup: using the torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  $(BIN)/python -m pip install -q $$($(BIN)/python scripts/missing.py) || echo "setup: no network: going on with what is there"; \
+	else \
+	  $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install -q --upgrade pip; \
+	  $(BIN)/python -m pip install -q $(TORCH) numpy pybind11 ninja cmake "setuptools>=77" wheel; \
+	fi
+	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' || \
+	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/mts-fast demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/bench.json
+
+# On a machine with a GPU: the whole suite on CUDA, then the benchmarks, results under OUT.
+gpu: setup
+	mkdir -p $(OUT)
+	$(BIN)/mts-fast doctor | tee $(OUT)/doctor.txt
+	$(BIN)/python -m pytest -p no:cacheprovider
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/bench.json
+
+doctor: setup
+	$(BIN)/mts-fast doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mts_fast/*.so mts_fast/_build.json

@@ -1,0 +1,1 @@
+"""`mts-fast demo`: MTS on real data with planted generator failures."""
