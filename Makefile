@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test lint bench gpu doctor clean
+.PHONY: setup demo test lint bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ gpu: setup
 	$(BIN)/mts-fast doctor | tee $(OUT)/doctor.txt
 	$(BIN)/python -m pytest -p no:cacheprovider
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/bench.json
+
+# Copies the numbers of benchmarks/results into README.md.
+tables: setup
+	$(BIN)/python scripts/tables.py
 
 doctor: setup
 	$(BIN)/mts-fast doctor
