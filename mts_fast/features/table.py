@@ -97,10 +97,10 @@ class FeatureTable(Mapping[str, Tensor]):
         """Columns side by side [N, F], each entry with mean 0 and deviation 1 over the pool."""
         parts = []
         for name in self._order(names):
-            mean, deviation = self._moments[name]
+            column, (mean, deviation) = self[name], self._moments[name]
             # a constant entry carries no information, and its rounding noise must not be blown up.
             scale = deviation.clamp(min=VARIANCE_EPSILON**0.5)
-            parts.append((self[name] - mean) / scale)
+            parts.append((column - mean) / scale)
         return torch.cat(parts, dim=1)
 
     def _order(self, names: Sequence[str] | None) -> Sequence[str]:

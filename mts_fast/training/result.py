@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mts_fast.diagnostics import WeightStatistics, weight_statistics
@@ -31,3 +32,9 @@ class StepResult:
     def statistics(self) -> WeightStatistics:
         """Concentration of the classifier's weights (the paper's Figure 2)."""
         return weight_statistics(self.weights, self.normalized_weights)
+
+
+def relative_gap(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| over the larger of |a| and |b| []; 0 where both are 0."""
+    scale = torch.maximum(a.abs(), b.abs())
+    return (a - b).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)

@@ -25,7 +25,7 @@ from mts_fast.ops.registry import BACKENDS
 from mts_fast.ops.virtual_update import check_optimizer
 from mts_fast.training.batch import CheckedBatch, SelectorBatch, check_batch, check_pair
 from mts_fast.training.inputs import OfflineFeatures, OnlineFeatures
-from mts_fast.training.result import StepResult
+from mts_fast.training.result import StepResult, relative_gap
 
 OP = "MTSStep"
 
@@ -292,7 +292,7 @@ class MTSStep:
             along = [
                 (g * u).sum() for g, u in zip(gradient, direction, strict=True) if g is not None
             ]
-            self_check = _relative_gap((p * dots).sum(), torch.stack(along).sum())
+            self_check = relative_gap((p * dots).sum(), torch.stack(along).sum())
             used, h_used = batch, h
         else:
             used, h_used = meta, h_meta
@@ -389,16 +389,10 @@ class MTSStep:
         """
         state = copy.deepcopy(state)
         self.model.load_state_dict(state["model"])
-        # torch's optimizers would go on in the very tensors that they are given.
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.optimizer.load_state_dict(state["optimizer"])
         self.selector.load_state_dict(state["selector"])
-        self.selector_optimizer.load_state_dict(copy.deepcopy(state["selector_optimizer"]))
+        self.selector_optimizer.load_state_dict(state["selector_optimizer"])
         if self.selector_scheduler is not None:
             self.selector_scheduler.load_state_dict(state["selector_scheduler"])
         self._features.load_state_dict(state["online"])
         self.steps = state["steps"]
-
-
-def _relative_gap(a: Tensor, b: Tensor) -> Tensor:
-    scale = torch.maximum(a.abs(), b.abs())
-    return (a - b).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)

@@ -63,9 +63,8 @@ def run_seed(
         "real + validation": scenario.real + scenario.val,
         "oracle: real + good synthetic": pool[(scenario.kind == GOOD) | ~scenario.is_synthetic],
     }
-    models = {
-        arm: record(arm, partial(train_weighted, x, settings, seed)) for arm, x in plain.items()
-    }
+    for arm, images in plain.items():
+        record(arm, partial(train_weighted, images, settings, seed))
     counter = ForgettingCounter(len(pool))
     unselected = record(
         "all, unweighted", lambda p: train_weighted(pool, settings, seed, p, counter=counter)
@@ -84,7 +83,7 @@ def run_seed(
 
     learn("loss-only selector", MTSRun.loss_only(scenario, settings, seed))
     start = time.perf_counter()
-    table = pool_features(scenario, settings, unselected, counter, models["real only"])
+    table = pool_features(scenario, unselected, counter)
     feature_seconds = time.perf_counter() - start
     run = MTSRun.with_features(scenario, table, settings, seed, track_gsnr=True)
     selection = learn("MTS", run)

@@ -21,7 +21,7 @@ from mts_fast.cli.demo.classifiers import (
 )
 from mts_fast.cli.demo.images import LabelledImages
 from mts_fast.cli.demo.scenario import CLASSES, Scenario
-from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter, PenultimateFeatures
+from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
@@ -43,24 +43,17 @@ class Selection:
 
 def pool_features(
     scenario: Scenario,
-    settings: Settings,
     unselected: nn.Module,
     counter: ForgettingCounter,
-    real_only: nn.Module,
 ) -> FeatureTable:
     """The paper's 13 offline columns of the pool.
 
-    `unselected` is a classifier trained on everything alike, watched by `counter`. Embeddings are
-    pixels for digits, and for fashion the hidden layer of `real_only`, trained on real images.
+    `unselected` is a classifier trained on everything alike, watched by `counter`; pixels serve as
+    embeddings.
     """
     images, labels = scenario.pool.images, scenario.pool.labels
-    embeddings = images.flatten(1)
-    if settings.embedding == "hidden":
-        with PenultimateFeatures(real_only).capture() as capture, torch.no_grad():
-            real_only(images)
-            embeddings = capture.taken()
     table = FeatureTable(
-        mts_fast.features.distribution_features(embeddings, labels, scenario.is_synthetic)
+        mts_fast.features.distribution_features(images.flatten(1), labels, scenario.is_synthetic)
     )
     table.update(mts_fast.features.training_dynamics(unselected, images, labels))
     table.update(counter.columns())

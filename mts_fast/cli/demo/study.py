@@ -71,8 +71,7 @@ def _mid_training(scenario: Scenario, data: str, seed: int, console: Console) ->
     with console.status("training to mid-way"):
         counter = ForgettingCounter(len(scenario.pool))
         unselected = train_weighted(scenario.pool, settings, seed, silent, counter=counter)
-        real_only = train_weighted(scenario.real, settings, seed, silent)
-        table = pool_features(scenario, settings, unselected, counter, real_only)
+        table = pool_features(scenario, unselected, counter)
         run = MTSRun.with_features(scenario, table, settings, seed, track_gsnr=True)
         run.train(silent, stop=round(STOP_SHARE * settings.steps))
     return run

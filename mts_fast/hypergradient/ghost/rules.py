@@ -1,0 +1,185 @@
+"""Which functions the ghost engine can replay: functions that are linear in their parameters.
+
+Of such a layer y = f(a; W), the output's tangent under a parameter tangent V is f(a; V): the layer
+replayed with V in place of W. So a rule only has to say where the parameters stand among the
+arguments, and, where there is a cheaper way than autograd, how to get the weight gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (call, output cotangent b) -> gradient of each parameter that stands in the call, by name
+WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How to replay one function; `parameters` gives the position of each parameter by name."""
+
+    function: Callable[..., Tensor]
+    parameters: Mapping[str, int]
+    weight_gradient: WeightGradient | None = None
+    couples_samples: Callable[[LayerCall], str | None] = lambda call: None
+
+
+@dataclass
+class LayerCall:
+    """One call of a layer in a forward: its arguments and which of them are tracked parameters."""
+
+    rule: LayerRule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tracked: dict[str, Tensor] = field(default_factory=dict)  # name -> tracked tensor
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """A parameter of the rule as it was passed."""
+        position = self.rule.parameters[name]
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def run(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
+        """The function with other tensors in place of its parameters."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in replaced.items():
+            position = self.rule.parameters[name]
+            if position < len(args):
+                args[position] = value
+            elif value is not None or name in kwargs:
+                kwargs[name] = value
+        return self.rule.function(*args, **kwargs)
+
+    def replay(self, tangents: Mapping[str, Tensor]) -> Tensor:
+        """f(a; V): the output's tangent; parameters without a tangent stand still (zero)."""
+        replaced: dict[str, Tensor | None] = {}
+        for name in self.rule.parameters:
+            present = self.argument(name)
+            if name in tangents:
+                replaced[name] = tangents[name]
+            elif isinstance(present, Tensor):
+                replaced[name] = None if name == "bias" else torch.zeros_like(present)
+        return self.run(replaced)
+
+    def weight_gradients(self, b: Tensor) -> dict[str, Tensor]:
+        """Gradient of each tracked parameter for the output cotangent b."""
+        if self.rule.weight_gradient is not None:
+            return self.rule.weight_gradient(self, b)
+        with torch.enable_grad():
+            leaves = {n: t.detach().requires_grad_() for n, t in self.tracked.items()}
+            y = self.run(leaves)
+        found = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype))
+        return dict(zip(leaves, found, strict=True))
+
+
+_rules: dict[Callable[..., Any], LayerRule] = {}
+
+
+def register_layer(
+    function: Callable[..., Tensor],
+    parameters: Mapping[str, int],
+    *,
+    weight_gradient: WeightGradient | None = None,
+    couples_samples: Callable[[LayerCall], str | None] | None = None,
+) -> None:
+    """Teach the ghost engine a function that is linear in its parameters.
+
+    Args:
+        function: as the model calls it: a torch function, or your own Python function on tensors
+            that hands itself to `torch.overrides.handle_torch_function` under a mode.
+        parameters: name -> position of each parameter tensor; they may also be passed by name. A
+            parameter named "bias" may be None.
+        weight_gradient: (call, b) -> gradients by name; by autograd where left out.
+        couples_samples: (call) -> why this call mixes samples, or None.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> mts_fast.hypergradient.register_layer(
+        ...     torch.nn.functional.bilinear, {"weight": 2, "bias": 3})
+    """
+    rule = LayerRule(function, parameters, weight_gradient)
+    if couples_samples is not None:
+        rule = LayerRule(function, parameters, weight_gradient, couples_samples)
+    _rules[function] = rule
+
+
+def rule_of(function: Callable[..., Any]) -> LayerRule | None:
+    """The rule of a function, or None."""
+    return _rules.get(function)
+
+
+def _linear_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
+    """dW = b^T a and db = sum b, over all rows."""
+    a = call.args[0].detach()
+    rows = b.reshape(-1, b.shape[-1])
+    found = {}
+    if "weight" in call.tracked:
+        found["weight"] = rows.T @ a.reshape(-1, a.shape[-1]).to(rows.dtype)
+    if "bias" in call.tracked:
+        found["bias"] = rows.sum(0)
+    return found
+
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+
+
+def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
+    """torch's own convolution backward without its input gradient."""
+    function = call.rule.function
+    transposed = function in _TRANSPOSED
+    axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
+    # positions after (input, weight, bias) as torch declares them
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    defaults: tuple[Any, ...] = (1, 0, 0, 1, 1)
+    if not transposed:
+        names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
+    given = dict(zip(names, call.args[3:], strict=False)) | call.kwargs
+    option = {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
+    a, weight = call.args[0].detach(), call.argument("weight")
+    if isinstance(option["padding"], str):
+        return LayerCall(
+            LayerRule(function, call.rule.parameters), call.args, call.kwargs, call.tracked
+        ).weight_gradients(b)
+
+    def per_axis(value: Any) -> list[int]:
+        return [value] * axes if isinstance(value, int) else list(value)
+
+    wanted = [False, "weight" in call.tracked, "bias" in call.tracked]
+    _, dw, db = torch.ops.aten.convolution_backward(
+        b,
+        a.to(b.dtype),
+        weight.detach().to(b.dtype),
+        [b.shape[1]],
+        per_axis(option["stride"]),
+        per_axis(option["padding"]),
+        per_axis(option["dilation"]),
+        transposed,
+        per_axis(option.get("output_padding", 0)),
+        option["groups"],
+        wanted,
+    )
+    found = {"weight": dw, "bias": db}
+    return {n: g for n, g in found.items() if n in call.tracked}
+
+
+def _batch_norm_couples(call: LayerCall) -> str | None:
+    training = call.args[5] if len(call.args) > 5 else call.kwargs.get("training", False)
+    return "BatchNorm in train mode mixes the samples of a batch" if training else None
+
+
+register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
+for _function in (*_CONVOLUTIONS, *_TRANSPOSED):
+    register_layer(_function, {"weight": 1, "bias": 2}, weight_gradient=_convolution_gradient)
+register_layer(F.embedding, {"weight": 1})
+register_layer(F.layer_norm, {"weight": 2, "bias": 3})
+register_layer(F.rms_norm, {"weight": 2})
+register_layer(F.group_norm, {"weight": 2, "bias": 3})
+register_layer(F.instance_norm, {"weight": 3, "bias": 4})
+register_layer(F.batch_norm, {"weight": 3, "bias": 4}, couples_samples=_batch_norm_couples)

@@ -1,0 +1,232 @@
+"""Distribution features in blocks against the reference, on pools that are awkward."""
+
+import pytest
+import torch
+from comparison import assert_bitwise
+
+from mts_fast import reference
+from mts_fast.features import distribution_features
+from mts_fast.reference.distribution_features import neighbor_statistics
+
+
+def pool(n, dimension, classes, *, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dimension, generator=g, dtype=torch.float64).to(dtype)
+    labels = torch.randint(classes, (n,), generator=g)
+    return x, labels, torch.rand(n, generator=g) < 0.5
+
+
+def one_class():
+    return pool(23, 5, 1)
+
+
+def lonely_sample():
+    x, y, s = pool(23, 5, 2)
+    y[:] = 0
+    y[11] = 3  # classes 1 and 2 are empty
+    return x, y, s
+
+
+def no_real_sample():
+    x, y, s = pool(24, 5, 2)
+    s[y == 1] = True
+    return x, y, s
+
+
+def signs():
+    """Entries of 1/2 and -1/2: cosines are exact in any order of summing, and tie by the dozen."""
+    x, y, s = pool(40, 4, 3)
+    return x.sign() / 2, y, s
+
+
+def duplicates():
+    """Every vector three times, under other labels; exact, as rounding would break the ties."""
+    x, y, s = signs()
+    return x[:12].repeat(3, 1), y[:36], s[:36]
+
+
+def zero_vectors():
+    x, y, s = pool(23, 5, 2)
+    x[::4] = 0
+    return x, y, s
+
+
+def one_dimension():
+    """All cosines are 1 or -1."""
+    return pool(23, 1, 2)
+
+
+def many():
+    return pool(131, 16, 7)
+
+
+POOLS = (
+    one_class,
+    lonely_sample,
+    no_real_sample,
+    duplicates,
+    signs,
+    zero_vectors,
+    one_dimension,
+    many,
+)
+# one by one; neither divides any of the pools; everything at once.
+BLOCKS = (1, 7, 50, 1024)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("make", POOLS)
+def test_blocks_equal_reference(make, block, device):
+    x, y, s = (t.to(device) for t in make())
+    found = distribution_features(x, y, s, small_class="pad", block=block)
+    expected = reference.distribution_features(x, y, s)
+    assert list(found) == list(expected)
+    for name, column in expected.items():
+        assert column.isfinite().all(), name
+        # the matrix product may sum in another order for another block; observed 2e-16.
+        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize(("k", "neighbors"), [(1, 1), (3, 5), (5, 22)])  # least, paper's, N - 1
+def test_other_counts_equal_reference(k, neighbors, device):
+    x, y, s = (t.to(device) for t in one_class())
+    options = {"k": k, "neighbors": neighbors}
+    found = distribution_features(x, y, s, block=7, small_class="pad", **options)
+    for name, column in reference.distribution_features(x, y, s, **options).items():
+        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
+    assert found["real_nearest3_cosine"].shape == (23, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype, device):
+    x, y, s = (t.to(device) for t in pool(60, 8, 3, dtype=dtype))
+    assert_bitwise(distribution_features(x, y, s), distribution_features(x.float(), y, s))
+
+
+def test_flags_and_labels_of_other_types(device):
+    x, y, s = (t.to(device) for t in many())
+    expected = distribution_features(x, y, s)
+    assert_bitwise(distribution_features(x, y.to(torch.uint8), s.int()), expected)
+
+
+def test_ties_go_to_the_lowest_index(device):
+    """Four directions, three times: each has exact twins, and exact neighbours at cosine 0."""
+    axes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], device=device)
+    labels = torch.zeros(12, dtype=torch.int64, device=device)
+    found = neighbor_statistics(
+        axes.repeat(3, 1),
+        labels,
+        labels.bool(),
+        torch.arange(12, device=device),
+        k=3,
+        neighbors=5,
+    )
+    # the twins of sample 5 are 1 and 9; then the orthogonal ones, from the front
+    assert found.index[5].tolist() == [1, 9, 0, 2, 4]
+    assert found.index[0].tolist() == [4, 8, 1, 3, 5]
+
+
+def test_hand_computed_pool(device):
+    """Two classes on the axes of a plane, every feature by hand."""
+    x = torch.tensor(
+        [[1.0, 0.0], [0.6, 0.8], [0.0, 2.0], [0.0, 1.0], [0.0, -1.0]],
+        dtype=torch.float64,
+        device=device,
+    )
+    y = torch.tensor([0, 0, 0, 1, 1], device=device)
+    s = torch.tensor([False, False, True, False, True], device=device)
+    found = distribution_features(x, y, s, k=2, neighbors=2, small_class="pad")
+    expected = {
+        # real centroids (0.8, 0.4) and (0, 1); synthetic ones (0, 2) and (0, -1)
+        "real_centroid_cosine": [0.8 / 0.8**0.5, 0.8 / 0.8**0.5, 0.4 / 0.8**0.5, 1.0, -1.0],
+        "synthetic_centroid_cosine": [0.0, 0.8, 1.0, -1.0, 1.0],
+        # joint centroids: along (1.6, 2.8), of length sqrt(10.4), and the origin: cosine 0
+        "class_centroid_cosine": [1.6 / 10.4**0.5, 3.2 / 10.4**0.5, 2.8 / 10.4**0.5, 0.0, 0.0],
+        "class_nearest_cosine": [0.6, 0.8, 0.8, -1.0, -1.0],
+        # one other real sample: repeated; the real sample 3 has no other: 0
+        "real_nearest3_cosine": [[0.6, 0.6], [0.6, 0.6], [0.8, 0.0], [0.0, 0.0], [-1.0, -1.0]],
+        "synthetic_nearest3_cosine": [[0.0, 0.0], [0.8, 0.8], [0.0, 0.0], [-1.0, -1.0], [0.0, 0.0]],
+        # neighbours: 0: (1, 2 by tie), 1: (2, 3), 2: (3, 1), 3: (2, 1), 4: (0, 1 at -0.8)
+        "knn5_label_agreement": [1.0, 0.5, 0.5, 0.0, 0.0],
+        "knn5_weighted_label_agreement": [1.0, 0.5, 0.8 / 1.8, 0.0, 0.0],
+    }
+    for name, values in expected.items():
+        column = torch.tensor(values, dtype=torch.float64, device=device).view(5, -1)
+        # the weighted agreement has 1e-8 in its denominator; observed 1e-8
+        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-7, msg=name)
+    # distances to the class means (8/15, 14/15) and (0, 0), their lower medians, ranks of the gap
+    rank = found["distance_to_median_percentile"].flatten().tolist()
+    mean = x[:3].mean(0)
+    gap = (x[:3] - mean).norm(dim=1)
+    gap = (gap - gap.sort().values[1]).abs()
+    assert rank[:3] == [sorted(gap.tolist()).index(v) / 2 for v in gap.tolist()]
+    assert rank[3:] == [0.0, 1.0]  # a tie, in order of index
+
+
+X, Y, S = pool(24, 4, 2)
+BOTH = torch.arange(24) % 4 < 2
+
+
+def with_nan(rows):
+    x = X.clone()
+    x[rows, 1] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X.long(), Y, S), {}, TypeError, "embeddings must be a floating"),
+        ((X[0], Y, S), {}, ValueError, "embeddings must be 2-dim"),
+        ((X, Y.float(), S), {}, TypeError, "labels must be an integer"),
+        ((X, Y[:-1], S), {}, ValueError, "labels must be of length 24"),
+        ((X, Y - 1, S), {}, ValueError, r"labels must be in \[0, .*number the classes from 0"),
+        ((X, Y, S[:-1]), {}, ValueError, "is_synthetic must be of length 24"),
+        ((X, Y, S.float()), {}, TypeError, "is_synthetic must be a bool or integer"),
+        ((X, Y, S), {"k": 0}, ValueError, "k must be a positive int, got 0"),
+        ((X, Y, S), {"block": True}, TypeError, "block must be a positive int"),
+        ((X, Y, S), {"neighbors": 24}, ValueError, "neighbors must be below the pool size 24"),
+        ((X[:0], Y[:0], S[:0]), {}, ValueError, "neighbors must be below the pool size 0"),
+        ((X, Y, S), {"small_class": "drop"}, ValueError, "small_class must be one of"),
+        ((with_nan([3, 7]), Y, S), {}, ValueError, r"infinity in 2 rows \(3, 7\); drop or repair"),
+        (
+            (with_nan(list(range(6))), Y, S),
+            {},
+            ValueError,
+            r"6 rows \(0, 1, 2, 3, 4, ...\)",
+        ),
+        (
+            (X, torch.arange(24) // 12, torch.arange(24) >= 12),
+            {},
+            ValueError,
+            r"every class has real samples, got none in classes \[1\]; pass small_class='pad'",
+        ),
+        (
+            (X, torch.arange(24) // 12, torch.arange(24) < 12),
+            {},
+            ValueError,
+            r"every class has real samples, got none in classes \[0\]",
+        ),
+        (
+            (X, torch.arange(24) % 2, BOTH),
+            {"k": 6},
+            ValueError,
+            r"k must be below the real samples of every class, got 6 with \[6, 6\]",
+        ),
+    ],
+)
+def test_errors_name_the_argument(arguments, options, error, message):
+    with pytest.raises(error, match=f"distribution_features: .*{message}"):
+        distribution_features(*arguments, **options)
+
+
+def test_largest_k_of_a_class_is_accepted():
+    """k other samples of the source are enough: a class of 6 serves k = 5, and no padding shows."""
+    labels = torch.arange(24) % 2
+    found = distribution_features(X, labels, BOTH, k=5)
+    expected = reference.distribution_features(X, labels, BOTH, k=5)
+    torch.testing.assert_close(
+        found["real_nearest3_cosine"], expected["real_nearest3_cosine"], rtol=0, atol=1e-14
+    )
+    own = found["real_nearest3_cosine"][~BOTH]
+    assert (own.diff(dim=1) < 0).all()

@@ -1,0 +1,240 @@
+"""Which backend runs, that all of them agree, and that one which cannot run says why."""
+
+import logging
+import re
+
+import pytest
+import torch
+from comparison import assert_bitwise
+
+from mts_fast import reference, use_backend
+from mts_fast._extension import ExtensionStatus, extension
+from mts_fast.ops import current_backend, label_agreement
+from mts_fast.ops import registry as registry_module
+
+op_module = __import__("mts_fast.ops.label_agreement", fromlist=["extension"])
+needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
+
+
+def pool(n=40, k=5, *, dtype=torch.float32, classes=3):
+    g = torch.Generator().manual_seed(0)
+    similarity = torch.rand(n, k, generator=g, dtype=dtype)
+    neighbors = torch.randint(n, (n, k), generator=g)
+    return similarity, neighbors, torch.randint(classes, (n,), generator=g)
+
+
+def test_blocks_nest(monkeypatch):
+    monkeypatch.delenv("MTS_FAST_BACKEND", raising=False)
+    assert current_backend() == "auto"
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert current_backend() == "auto"
+        assert current_backend() == "reference"
+        with pytest.raises(ZeroDivisionError), use_backend("auto"):
+            raise ZeroDivisionError
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("MTS_FAST_BACKEND", "reference")
+    assert current_backend() == "reference"
+    with use_backend("auto"):  # the block is nearer
+        assert current_backend() == "auto"
+    monkeypatch.setenv("MTS_FAST_BACKEND", "cuda")
+    message = "environment variable MTS_FAST_BACKEND must be one of 'auto', 'reference', 'triton'"
+    with pytest.raises(ValueError, match=message):
+        label_agreement(*pool())
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None, "Reference"])  # no such; empty; case counts
+def test_unknown_backend(name):
+    with (
+        pytest.raises(ValueError, match="use_backend: name must be one of 'auto'"),
+        use_backend(name),
+    ):
+        pass
+
+
+def test_triton_says_why_it_cannot_run():
+    if any("triton" in found for found in registry_module.registered().values()):
+        pytest.skip("this version has Triton kernels")
+    message = "backend 'triton' cannot run: this version has no Triton kernels yet; use 'auto'"
+    with pytest.raises(RuntimeError, match=message), use_backend("triton"):
+        pass
+
+
+def test_register_refuses_unknown_backends():
+    with pytest.raises(ValueError, match="register: backend must be one of 'triton', 'cpp'"):
+        registry_module.register("label_agreement", "fortran", lambda: None)
+
+
+# K of one; the paper's 5; sizes that no vector width divides; one sample alone in its pool.
+SIZES = ((40, 1), (40, 5), (257, 7), (1, 3))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_cpp_equals_reference(n, k, dtype):
+    given = pool(n, k, dtype=dtype)
+    with use_backend("cpp"):
+        plain, weighted = label_agreement(*given)
+    truth = reference.label_agreement(given[0].double(), *given[1:])
+    # shares of K are exact but for the division; the sums of K <= 7 terms: observed 6e-8 of 1
+    assert plain.dtype == weighted.dtype == dtype
+    torch.testing.assert_close(plain.double(), truth[0], rtol=0, atol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(weighted.double(), truth[1], rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def views(similarity, neighbors, labels):
+    """The same values, transposed, strided and offset in their storage."""
+    return (
+        similarity.T.contiguous().T,
+        torch.stack([neighbors, -neighbors], dim=2)[..., 0],
+        torch.cat([labels[:3], labels])[3:],
+    )
+
+
+@needs_cpp
+def test_cpp_takes_views():
+    given = pool()
+    strided = views(*given)
+    assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
+    with use_backend("cpp"):
+        assert_bitwise(label_agreement(*strided), label_agreement(*given))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])  # besides int64
+def test_cpp_takes_other_integers(dtype):
+    similarity, neighbors, labels = pool()
+    with use_backend("cpp"):
+        found = label_agreement(similarity, neighbors.to(dtype), labels.to(dtype))
+        assert_bitwise(found, label_agreement(similarity, neighbors, labels))
+
+
+@needs_cpp
+@pytest.mark.parametrize("epsilon", [1e-8, 0.5])  # the default; one that shows
+def test_epsilon_and_vanishing_similarities(epsilon):
+    similarity, neighbors, labels = pool(dtype=torch.float64)
+    similarity[3] = 0  # 0 / epsilon
+    similarity[4] = -similarity[4]
+    for backend in ("reference", "cpp"):
+        with use_backend(backend):
+            plain, weighted = label_agreement(similarity, neighbors, labels, epsilon=epsilon)
+        same = labels[neighbors] == labels[:, None]
+        assert torch.equal(plain, same.double().mean(1))
+        for i in range(len(labels)):
+            terms = [s for s, hit in zip(similarity[i].tolist(), same[i], strict=True) if hit]
+            expected = sum(terms) / (sum(similarity[i].tolist()) + epsilon)
+            assert weighted[i].item() == pytest.approx(expected, rel=1e-13)
+        assert weighted[3] == 0
+
+
+@needs_cpp
+# float32 and float64 kernels; a pool of one row
+@pytest.mark.parametrize("given", [pool(), pool(dtype=torch.float64), pool(1, 3), views(*pool())])
+def test_opcheck(given):
+    """torch's own checks of schema, fake kernel and dispatch."""
+    extension()
+    torch.library.opcheck(torch.ops.mts_fast.label_agreement, (*given, 1e-8))
+
+
+def test_gradient_goes_through_the_reference():
+    """The C++ kernel has no backward, so that `auto` leaves such tensors to the reference."""
+    similarity, neighbors, labels = pool(dtype=torch.float64)
+    similarity.requires_grad_()
+    found = torch.autograd.grad(label_agreement(similarity, neighbors, labels)[1].sum(), similarity)
+    truth = reference.label_agreement(similarity, neighbors, labels)[1].sum()
+    assert_bitwise(found, torch.autograd.grad(truth, similarity))
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.half(), "its kernel takes float32 or float64, not torch.float16"),
+        (lambda s: s.requires_grad_(), "its kernel has no backward"),
+        (
+            lambda s: s.bfloat16().requires_grad_(),
+            "its kernel takes float32 or float64, not torch.bfloat16; its kernel has no backward",
+        ),
+    ],
+)
+def test_cpp_gives_all_the_reasons_of_tensors_that_it_cannot_serve(change, reason):
+    similarity, neighbors, labels = pool()
+    similarity = change(similarity)
+    message = f"label_agreement: backend 'cpp' cannot run: {reason}; use backend 'auto' or 'refer"
+    with use_backend("cpp"), pytest.raises(RuntimeError, match=message):
+        label_agreement(similarity, neighbors, labels)
+    found = label_agreement(similarity, neighbors, labels)  # auto
+    assert_bitwise(found, reference.label_agreement(similarity, neighbors, labels))
+
+
+REASON = "the C++ extension is not built: no compiler was found"
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As on a machine without a compiler."""
+    absent = lambda: ExtensionStatus(False, REASON)  # noqa: E731
+    monkeypatch.setattr(op_module, "extension", absent)
+    monkeypatch.setattr(registry_module, "extension", absent)
+    monkeypatch.setattr(registry_module, "_announced", set())
+
+
+def test_auto_falls_back_to_the_reference_and_says_so_once(no_extension, caplog):
+    given = pool()
+    with caplog.at_level(logging.INFO, "mts_fast"):
+        for _ in range(3):
+            assert_bitwise(label_agreement(*given), reference.label_agreement(*given))
+    assert [r.getMessage() for r in caplog.records] == [
+        "label_agreement runs on backend 'reference'"
+    ]
+
+
+def test_explicit_cpp_raises_with_the_reason(no_extension, monkeypatch):
+    with (
+        pytest.raises(RuntimeError, match=f"backend 'cpp' cannot run: {re.escape(REASON)}; use"),
+        use_backend("cpp"),
+    ):
+        pass
+    monkeypatch.setenv("MTS_FAST_BACKEND", "cpp")
+    with pytest.raises(
+        RuntimeError, match=f"label_agreement: backend 'cpp' .*: {re.escape(REASON)}"
+    ):
+        label_agreement(*pool())
+
+
+def test_op_without_a_kernel_runs_the_reference_under_any_backend(monkeypatch):
+    """cross-entropy has no C++ kernel: `cpp` is a choice for the ops that have one."""
+    monkeypatch.setenv("MTS_FAST_BACKEND", "cpp")
+    logits, labels, p = torch.randn(4, 3), torch.arange(4) % 3, torch.full((4,), 0.25)
+    from mts_fast.ops import weighted_cross_entropy
+
+    found = weighted_cross_entropy(logits, labels, p)
+    assert_bitwise(found, reference.weighted_cross_entropy(logits, labels, p))
+
+
+S, N, L = pool(6, 2)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((S.long(), N, L), TypeError, "similarity must be a floating"),
+        ((S[:, 0], N, L), ValueError, "similarity must be 2-dim"),
+        ((S[:, :0], N[:, :0], L), ValueError, r"similarity must be \[N, K\] with K >= 1"),
+        ((S, N.float(), L), TypeError, "neighbors must be an integer"),
+        ((S, N[:, :1], L), ValueError, r"neighbors must be of similarity's shape \(6, 2\)"),
+        ((S, N + 6, L), ValueError, r"neighbors must be in \[0, 6\)"),
+        ((S, N - 6, L), ValueError, r"neighbors must be in \[0, 6\)"),
+        ((S, N, L.float()), TypeError, "labels must be an integer"),
+        ((S, N, L[:5]), ValueError, "labels must be of length 6"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message, backend):
+    with use_backend(backend), pytest.raises(error, match=f"label_agreement: {message}"):
+        label_agreement(*arguments)

@@ -1,0 +1,83 @@
+"""A small training run around MTSStep: model, selector, both optimizers, and batches by seed."""
+
+import copy
+
+import torch
+from models import CLASSES, batchnorm_cnn, mlp, norm_and_dropout
+
+import mts_fast
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+# name -> how it is made, the shape of one input
+MODELS = {
+    "mlp": (mlp, (4,)),
+    "dense": (norm_and_dropout, (4,)),
+    "batchnorm": (batchnorm_cnn, (2, 6, 6)),
+    "convolutional": (
+        lambda: torch.nn.Sequential(torch.nn.Dropout2d(0.3), *batchnorm_cnn()),
+        (2, 6, 6),
+    ),
+}
+OFFLINE = 2
+
+
+class World:
+    """Everything that one MTSStep works on; two worlds of the same arguments are equal."""
+
+    def __init__(
+        self,
+        device,
+        *,
+        model="mlp",
+        optimizer="momentum",
+        dtype=torch.float32,
+        schedule=None,
+        **options,
+    ):
+        torch.manual_seed(5)
+        self.device, self.dtype = device, dtype
+        make, self.shape = MODELS[model]
+        self.model = make().to(device, dtype).train()
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        online = options.get("online_k", 3) + 1 if options.get("online_features", True) else 0
+        self.selector = mts_fast.Selector(online + OFFLINE, CLASSES, hidden=(8,)).to(device, dtype)
+        self.selector_optimizer = torch.optim.AdamW(self.selector.parameters(), lr=0.05)
+        if schedule is not None:
+            options["selector_scheduler"] = schedule(self.selector_optimizer)
+        self.step = mts_fast.MTSStep(
+            self.model, self.optimizer, self.selector, self.selector_optimizer, **options
+        )
+
+    def draw(self, seed, size=12):
+        """Inputs, labels, offline features and real/synthetic flags."""
+        g = torch.Generator().manual_seed(seed)
+        return (
+            torch.randn(size, *self.shape, generator=g, dtype=self.dtype).to(self.device),
+            torch.randint(CLASSES, (size,), generator=g).to(self.device),
+            torch.randn(size, OFFLINE, generator=g, dtype=self.dtype).to(self.device),
+            torch.randint(2, (size,), generator=g).bool().to(self.device),
+        )
+
+    def arguments(self, seed, *, two_batches=False):
+        """What the step is called with; no seed gives two equal batches."""
+        inputs, labels, features, is_synthetic = self.draw(seed)
+        val_inputs, val_labels, *_ = self.draw(seed + 1000, 9)
+        given = {
+            "inputs": inputs,
+            "labels": labels,
+            "features": features,
+            "is_synthetic": is_synthetic,
+            "val_inputs": val_inputs,
+            "val_labels": val_labels,
+        }
+        if two_batches:
+            given["selector_batch"] = mts_fast.SelectorBatch(*self.draw(seed + 2000, 10))
+        return given
+
+    def copy_of_plain_parts(self):
+        """The classifier and its optimizer, for a run without selection beside this one."""
+        return copy.deepcopy((self.model, self.optimizer))

@@ -1,0 +1,226 @@
+"""Weight statistics and GSNR against numpy, against explicit loops, and against known truths."""
+
+import numpy as np
+import pytest
+import torch
+from comparison import relative
+from models import CLASSES
+from step_worlds import World
+
+import mts_fast
+from mts_fast.diagnostics import GSNRMeter, selector_gsnr, weight_statistics
+
+
+# float64 for the formulas; float32 as it is used, the sums of 50 terms rounding to 1e-6.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1, 50])  # one sample has no variance
+def test_weight_statistics_equal_numpy(size, dtype, device):
+    w = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
+    p = w / w.sum()
+    found = weight_statistics(w.requires_grad_(), p).read()
+    wn, pn = w.detach().cpu().numpy().astype(float), p.detach().cpu().numpy().astype(float)
+    expected = {
+        "mean_weight": wn.mean(),
+        "max_p": pn.max(),
+        "var_p": pn.var(),
+        "effective_batch_size": 1 / (pn**2).sum(),
+    }
+    assert list(found) == list(expected)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6  # observed 4e-16 and 2e-7
+    assert found == pytest.approx(expected, rel=tolerance, abs=1e-16)
+
+
+@pytest.mark.parametrize("counting", [1, 4, 20])  # all weight on one; on a fifth; on everyone
+def test_effective_batch_size_counts_the_samples_that_count(counting):
+    w = torch.zeros(20)
+    w[:counting] = 0.5
+    found = weight_statistics(w, w / w.sum()).read()
+    assert found["effective_batch_size"] == pytest.approx(counting, rel=1e-6)
+    assert found["max_p"] == pytest.approx(1 / counting, rel=1e-6)
+    assert found["mean_weight"] == pytest.approx(counting / 40, rel=1e-6)
+
+
+W = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((W.long(), W), TypeError, "weights must be a floating"),
+        ((W[:0], W[:0]), ValueError, "weights must be non-empty"),
+        ((W[None], W), ValueError, "weights must be 1-dim"),
+        ((W, W[:2]), ValueError, "p must be of length 3"),
+        ((W, [1.0]), TypeError, "p must be a tensor"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=f"weight_statistics: {message}"):
+        weight_statistics(*arguments)
+
+
+def numpy_gsnr(observations, pooled=1):
+    """pooled * (mean^2 - var/n) / var, averaged over the parameters that vary; [n, P]."""
+    n = len(observations)
+    mean, variance = observations.mean(0), observations.var(0, ddof=1)
+    varies = variance > 0
+    ratio = pooled * (mean**2 - variance / n)[varies] / variance[varies]
+    return ratio.mean()
+
+
+def draws(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(3, 2, generator=g, dtype=torch.float64) + 1, torch.randn(4, generator=g) * 3]
+        for _ in range(n)
+    ]
+
+
+@pytest.mark.parametrize("pooled", [1, 8])  # of one observation; of a mean of them
+@pytest.mark.parametrize("n", [2, 30])  # least; many
+def test_meter_equals_numpy_on_the_stack(n, pooled, device):
+    meter = GSNRMeter()
+    stack = []
+    for gradient in draws(n):
+        gradient = [g.to(device) for g in gradient]
+        gradient[1][2] = 7.0  # a parameter that never varies is left out
+        meter.update(gradient)
+        stack.append(np.concatenate([g.double().cpu().numpy().ravel() for g in gradient]))
+    assert meter.count == n
+    # observed 3e-16
+    expected = numpy_gsnr(np.stack(stack), pooled)
+    assert meter.value(pooled=pooled).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_meter_is_exact_on_a_large_offset():
+    """Sums of squares would lose everything: a mean of 1e8 beside a deviation of 1."""
+    values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64) + 1e8
+    meter = GSNRMeter()
+    for value in values:
+        meter.update([value])
+    variance = 7 / 3  # of 1, 2, 4
+    expected = (values.mean().item() ** 2 - variance / 3) / variance
+    assert meter.value().item() == pytest.approx(expected, rel=1e-7)  # observed 2e-9
+
+
+def test_meter_needs_two_observations_of_one_shape():
+    meter = GSNRMeter()
+    assert meter.value().isnan()
+    meter.update([torch.ones(2)])
+    assert meter.value().isnan()
+    for bad in ([torch.ones(3)], [torch.ones(2), torch.ones(1)], []):
+        with pytest.raises(ValueError, match=r"gradient must be of shapes \[\(2,\)\]"):
+            meter.update(bad)
+    assert meter.count == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "n", "spread"),
+    # few draws; many without any signal, where squared noise would pass for one; many with one.
+    # `spread` is the deviation of one estimate, simulated.
+    [(0.5, 8, 0.84), (0.0, 400, 0.0036), (0.5, 100, 0.112)],
+)
+def test_meter_takes_the_noise_out_of_the_squared_mean(mean, n, spread):
+    """4000 parameters of variance 1, so that the truth is mean^2.
+
+    E[m^2/s^2 - 1/n] = (mean^2 + 1/n)(n - 1)/(n - 3) - 1/n for normal draws: the factor is that of
+    1/s^2. The naive ratio is 1/n larger.
+    """
+    repeats = 4000
+    g = torch.Generator().manual_seed(0)
+    meter = GSNRMeter()
+    for _ in range(n):
+        meter.update([torch.randn(repeats, generator=g, dtype=torch.float64) + mean])
+    expected = (mean**2 + 1 / n) * (n - 1) / (n - 3) - 1 / n
+    tolerance = 4 * spread / repeats**0.5
+    assert tolerance < 1 / n  # the naive ratio would not pass
+    assert abs(meter.value().item() - expected) < tolerance
+    if n >= 100:
+        assert abs(meter.value().item() - mean**2) < tolerance + 3 * mean**2 / n
+
+
+def selector_batch(device):
+    torch.manual_seed(3)
+    selector = mts_fast.Selector(4, CLASSES, hidden=(6,)).to(device, torch.float64)
+    g = torch.Generator().manual_seed(4)
+    h = torch.randn(9, 4, generator=g, dtype=torch.float64).to(device)
+    classes = torch.randint(CLASSES - 1, (9,), generator=g).to(device)  # the last one is absent
+    cotangent = torch.randn(9, generator=g, dtype=torch.float64).to(device) / 9
+    return selector, (h, classes, torch.arange(9, device=device) % 2 == 0), cotangent
+
+
+def contributions(selector, inputs, cotangent):
+    """c_i = cotangent_i dz_i/dphi, a backward for each sample; [B, P]."""
+    rows = []
+    for i in range(len(cotangent)):
+        z = selector(*(x[i : i + 1] for x in inputs))
+        grads = torch.autograd.grad(cotangent[i] * z.sum(), list(selector.parameters()))
+        rows.append(torch.cat([g.flatten() for g in grads]).cpu().numpy())
+    return np.stack(rows).astype(float)
+
+
+def test_selector_gsnr_equals_a_loop(device):
+    selector, inputs, cotangent = selector_batch(device)
+    rows = contributions(selector, inputs, cotangent)
+    # the rows of the absent class never vary; they must not count as zeros
+    assert (rows.var(0) == 0).sum() >= 4
+    found = selector_gsnr(selector, inputs, cotangent).item()
+    # the gradient is 9 times the mean contribution: observed 4e-16
+    assert found == pytest.approx(numpy_gsnr(rows, pooled=9), rel=1e-12)
+    meter = GSNRMeter()
+    for row in rows:
+        meter.update([torch.from_numpy(row)])
+    assert meter.value(pooled=9).item() == pytest.approx(found, rel=1e-12)
+
+
+def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
+    """A selector of one's own that returns [B, 1], with a part that does not learn."""
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(4, 5)
+            self.last = torch.nn.Linear(5, 1)
+            self.first.requires_grad_(False)
+
+        def forward(self, h, classes, is_synthetic):
+            return self.last(self.first(h).tanh())
+
+    _, inputs, cotangent = selector_batch(device)
+    own = Own().to(device, torch.float64)
+    hidden = own.first(inputs[0]).tanh()
+    rows = torch.cat([hidden * cotangent[:, None], cotangent[:, None]], dim=1)
+    expected = numpy_gsnr(rows.cpu().numpy(), pooled=9)
+    assert selector_gsnr(own, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+def test_step_tracks_the_gsnr_of_its_selector_gradient(two_batches, device):
+    world = World(
+        device, dtype=torch.float64, engine="forward_mode", online_features=False, track_gsnr=True
+    )
+    given = world.arguments(0, two_batches=two_batches)
+    used = vars(given["selector_batch"]) if two_batches else given
+    inputs = tuple(used[k] for k in ("features", "labels", "is_synthetic"))
+    z = world.selector(*inputs)
+    before = [p.detach().clone() for p in world.selector.parameters()]
+    result = world.step(**given)
+    p = mts_fast.normalize_weights(z.detach())
+    cotangent = mts_fast.selector_gradient(result.dots, z.detach(), p)
+    gradient = [q.grad.clone() for q in world.selector.parameters()]
+    for q, old in zip(world.selector.parameters(), before, strict=True):
+        q.data.copy_(old)
+    rows = contributions(world.selector, inputs, cotangent)
+    # the contributions are those of the gradient that the step took; observed 2e-16
+    total = torch.from_numpy(rows.sum(0)).to(device)
+    assert relative(total, torch.cat([g.flatten() for g in gradient])) < 1e-12
+    expected = numpy_gsnr(rows, pooled=len(rows))
+    assert result.gsnr.item() == pytest.approx(expected, rel=1e-9)  # observed 1e-13
+    assert not World(device).step.track_gsnr
+
+
+def test_step_without_tracking_has_none(device):
+    world = World(device, selector_every=2, track_gsnr=True)
+    assert world.step(**world.arguments(0)).gsnr is not None
+    assert world.step(**world.arguments(1)).gsnr is None
+    plain = World(device)
+    assert plain.step(**plain.arguments(0)).gsnr is None

@@ -1,0 +1,109 @@
+"""The house rules that a machine can check: imports point one way, lightly, in short files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mts_fast
+
+PACKAGE = Path(mts_fast.__file__).parent
+LONGEST = 400
+# a module may import from its own row and from those below it.
+ROWS = (
+    ("cli",),
+    ("training",),
+    ("features",),
+    ("hypergradient", "diagnostics"),
+    ("ops",),
+    ("reference", "kernels"),
+    ("_extension", "_check", "_isolation"),
+)
+HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+EXTRAS = ("matplotlib", "sklearn", "safetensors", "rich", "triton", "pybind11")
+
+
+def part_of(path):
+    """The package or module directly under mts_fast that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(source):
+    """Parts of mts_fast that some source imports, also inside functions; "" is mts_fast itself."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from mts_fast import ops` names a part, `from mts_fast import MTSStep` the whole
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            root, *rest = name.split(".")
+            if root == "mts_fast":
+                known = rest and (
+                    (PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").exists()
+                )
+                # the compiled module belongs to the one that loads it
+                yield "_extension" if rest == ["_C"] else rest[0] if known else ""
+
+
+def wrong_imports(part, source):
+    """Imports that point upwards; the whole of mts_fast is for the command line alone."""
+    return [
+        found or "mts_fast"
+        for found in imported_parts(source)
+        if (part != "cli" if not found else HEIGHT[found] > HEIGHT[part])
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    assert part_of(path) in HEIGHT, "a new part of mts_fast needs its place in ROWS"
+    assert wrong_imports(part_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "wrong"),
+    [
+        ("ops", "from mts_fast import training", ["training"]),
+        ("ops", "def f():\n    from mts_fast.features.table import FeatureTable", ["features"]),
+        ("reference", "import mts_fast.ops.registry as r", ["ops"]),
+        ("training", "from mts_fast import MTSStep", ["mts_fast"]),
+        ("training", "import mts_fast", ["mts_fast"]),
+        ("_check", "from mts_fast.reference import kappa", ["reference"]),
+        ("training", "from mts_fast import ops, reference\nimport torch", []),
+        ("cli", "import mts_fast\nfrom mts_fast.training import MTSStep", []),
+        ("ops", "from mts_fast.ops.registry import resolve", []),
+    ],
+)
+def test_the_walk_sees_every_form_of_import(part, source, wrong):
+    assert wrong_imports(part, source) == wrong
+
+
+def test_import_brings_torch_and_nothing_else():
+    """In a fresh process: whatever torch itself brings is not ours."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import mts_fast; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:mts_fast", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    brought = done.stdout.split()
+    assert "mts_fast" in brought
+    assert set(brought).isdisjoint(EXTRAS)
+    third_party = set(brought) - set(sys.stdlib_module_names) - {"mts_fast", "torch"}
+    assert third_party == set()
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST

@@ -1,0 +1,249 @@
+"""A call of MTSStep leaves the trace of one plain weighted step; one that raises leaves none."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import assert_bitwise, generators, set_generators, snapshot
+from step_worlds import World
+
+import mts_fast
+from mts_fast.hypergradient import ENGINES, Objective
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Bitwise claims need kernels that sum in one order."""
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        yield
+
+
+def build(device, engine, *, model="dense", **options):
+    """A world of models that BatchNorm couples; engines that refuse those are skipped."""
+    world = World(device, model=model, **options)
+    why = ENGINES[engine](Objective(world.model), list(world.model.parameters())).reasons()
+    if why:
+        pytest.skip("; ".join(why))
+    return World(device, model=model, engine=engine, **options)
+
+
+def plain_step(model, optimizer, x, y, p):
+    """What a training loop with fixed weights does."""
+    optimizer.zero_grad()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    (p * losses).sum().backward()
+    optimizer.step()
+    return losses.detach()
+
+
+def assert_equals_plain_run(world, *, steps=3, two_batches=False):
+    """Take steps, and the same ones plainly with the weights that came out, bit for bit."""
+    plain = world.copy_of_plain_parts()
+    state = generators(world.device)
+    for seed in range(steps):
+        given = world.arguments(seed, two_batches=two_batches)
+        set_generators(state)
+        result = world.step(**given)
+        found = trace(world.model, world.optimizer, world.device)
+        # the caller's tensors are as they were drawn
+        untouched = world.arguments(seed, two_batches=two_batches)
+        assert_bitwise(
+            [vars(v) if name == "selector_batch" else v for name, v in given.items()],
+            [vars(v) if name == "selector_batch" else v for name, v in untouched.items()],
+        )
+        set_generators(state)
+        p = result.normalized_weights
+        assert 0 < p.min() < p.max() < 1
+        losses = plain_step(*plain, given["inputs"], given["labels"], p)
+        expected = trace(*plain, world.device)
+        assert_bitwise(found, expected)
+        assert_bitwise(result.losses, losses)
+        state = expected["generators"]
+
+
+def trace(model, optimizer, device):
+    return snapshot(module=model, optimizer=optimizer, device=device, gradients=True)
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize("validation_mode", ["eval", "train"])
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adamw"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("model", ["dense", "convolutional"])  # both with BatchNorm and dropout
+def test_trace_is_that_of_a_plain_step(
+    model, engine, optimizer, validation_mode, two_batches, device
+):
+    world = build(device, engine, model=model, optimizer=optimizer, validation_mode=validation_mode)
+    assert_equals_plain_run(world, two_batches=two_batches)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selector_every": 2},
+        {"online_features": False},
+        {"online_momentum": 0.9},
+        {"track_gsnr": True},
+    ],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_trace_with_options(engine, options, device):
+    """Each option takes another path through the step: fewer, or further forwards."""
+    world = build(device, engine, **options)
+    assert_equals_plain_run(world)
+
+
+@pytest.mark.parametrize("validation_mode", ["eval", "train"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_modules_keep_their_own_modes(engine, validation_mode, device):
+    """A BatchNorm that was frozen in eval mode, inside a model in train mode, stays frozen."""
+    world = build(device, engine, validation_mode=validation_mode)
+    frozen = world.model[1].eval()
+    before = copy.deepcopy(frozen.state_dict())
+    assert_equals_plain_run(world)
+    assert not frozen.training and world.model.training and world.model[3].training
+    assert torch.equal(frozen.running_mean, before["running_mean"])
+    assert torch.equal(frozen.num_batches_tracked, before["num_batches_tracked"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_model_in_eval_mode(engine, device):
+    """Fine-tuning without dropout and with fixed statistics: nothing but parameters moves."""
+    world = build(device, engine)
+    world.model.eval()
+    before = snapshot(device=device), {n: b.clone() for n, b in world.model.named_buffers()}
+    assert_equals_plain_run(world)
+    assert_bitwise((snapshot(device=device), dict(world.model.named_buffers())), before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_change_nothing(engine, device):
+    """Scoring samples is no step: it takes no part of one, running statistics included."""
+    world = build(device, engine, online_momentum=0.5)
+    world.step(**world.arguments(0))
+    before = everything(world)
+    given = world.arguments(1)
+    del given["val_labels"]
+    assert world.step.weights(**given).shape == (12,)
+    assert_bitwise(everything(world), before)
+
+
+def everything(world):
+    """All that a failed call must leave as it was."""
+    return copy.deepcopy(
+        (
+            snapshot(
+                module=world.model, optimizer=world.optimizer, device=world.device, gradients=True
+            ),
+            snapshot(module=world.selector, optimizer=world.selector_optimizer, gradients=True),
+            world.step.state_dict()["online"],
+            world.step.steps,
+        )
+    )
+
+
+def nan(tensor):
+    broken = tensor.clone()
+    broken[3] = torch.nan
+    return broken
+
+
+# what a data loader gets wrong, one argument at a time
+BAD_ARGUMENTS = {
+    "nan_inputs": ("inputs", nan, "the loss of every training sample must be finite"),
+    "nan_features": ("features", nan, r"features must be finite, got NaN .* 1 rows \(3\)"),
+    "nan_val_inputs": ("val_inputs", nan, "the validation loss must be finite"),
+    "labels_out_of_range": ("labels", lambda y: y + 1, r"classes must be in \[0, 3\)"),
+    "val_labels_out_of_range": ("val_labels", lambda y: y + 1, r"labels must be in \[0, 3\)"),
+    "empty_batch": ("labels", lambda y: y[:0], "labels must be non-empty"),
+    "empty_validation": ("val_labels", lambda y: y[:0], "val_labels must be non-empty"),
+    "short_labels": ("labels", lambda y: y[:-1], "inputs must be of length 11, as labels"),
+    "short_val_labels": ("val_labels", lambda y: y[:-1], "val_inputs must be of length 8"),
+    "short_features": ("features", lambda h: h[:-1], "features must be of length 12"),
+    "narrow_features": ("features", lambda h: h[:, 1:], r"features must be \[B, 6\]"),
+    "inputs_of_another_width": ("inputs", lambda x: x[:, 1:], "mat1 and mat2"),
+}
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bad_arguments_change_nothing(engine, case, two_batches, device):
+    argument, breaks, message = BAD_ARGUMENTS[case]
+    world = build(device, engine, online_momentum=0.9, check="always")
+    world.step(**world.arguments(0))
+    given = world.arguments(1, two_batches=two_batches)
+    given[argument] = breaks(given[argument])
+    before = everything(world)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        world.step(**given)
+    assert_bitwise(everything(world), before)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x, y, h: (nan(x), y, h), "hypergradient dot of every sample must be finite"),
+        (lambda x, y, h: (x, y, nan(h)), "selector_batch.features must be finite"),
+        (lambda x, y, h: (x, y + 1, h), "selector_batch.classes must be in"),
+        (lambda x, y, h: (x[:-1], y, h), "selector_batch.inputs must be of length 12"),
+    ],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bad_selector_batch_changes_nothing(engine, broken, message, device):
+    world = build(device, engine, online_momentum=0.9, check="always")
+    world.step(**world.arguments(0))
+    before = everything(world)
+    batch = mts_fast.SelectorBatch(*broken(*world.draw(2000)[:3]))
+    with pytest.raises(ValueError, match=message):
+        world.step(**world.arguments(1), selector_batch=batch)
+    assert_bitwise(everything(world), before)
+
+
+# a mean over the batch, and a loss per class: what is passed by mistake
+WRONG_LOSSES = {
+    "mean": F.cross_entropy,
+    "per_class": lambda output, _: -output.log_softmax(1),
+}
+
+
+@pytest.mark.parametrize("loss", WRONG_LOSSES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loss_of_a_wrong_shape_changes_nothing(engine, loss, device):
+    world = build(device, engine, loss=WRONG_LOSSES[loss])
+    before = everything(world)
+    with pytest.raises(ValueError, match=r"loss\(output, labels\) must be a tensor of shape"):
+        world.step(**world.arguments(1))
+    assert_bitwise(everything(world), before)
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
+    """Out of memory in the n-th forward of the step, after the BatchNorms in it have moved."""
+    world = build(device, engine, online_momentum=0.9)
+    given = world.arguments(1, two_batches=two_batches)
+    world.step(**world.arguments(0))
+    left = []
+
+    def fail_when_due(*_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+
+    world.model[-1].register_forward_hook(fail_when_due)
+    before = everything(world)
+    failures = 0
+    for n in range(1, 20):
+        left[:] = [n]
+        try:
+            world.step(**given)
+        except MemoryError:
+            failures += 1
+            assert_bitwise(everything(world), before)
+        else:
+            break
+    # features of two or three batches, rows 3 and 5, and at least one for the dots
+    assert failures >= (6 if two_batches else 5)
+    assert world.step.steps == 2

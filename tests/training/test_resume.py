@@ -1,0 +1,80 @@
+"""A run that was saved and resumed goes on bit for bit as the one that never stopped."""
+
+import io
+
+import pytest
+import torch
+from comparison import assert_bitwise, generators, set_generators, snapshot
+from step_worlds import World
+
+from mts_fast.training import warmup_cosine
+
+# BatchNorm buffers, dropout masks, optimizer moments, running statistics, a schedule and a rhythm:
+# all that a state can forget.
+OPTIONS = {
+    "model": "dense",
+    "online_momentum": 0.9,
+    "selector_every": 2,
+    "warmup_steps": 4,
+    "schedule": lambda optimizer: warmup_cosine(optimizer, 2, 10),
+}
+
+
+def run(world, calls):
+    return [world.step(**world.arguments(seed)) for seed in calls]
+
+
+def everything(world):
+    return (
+        snapshot(module=world.model, optimizer=world.optimizer, device=world.device),
+        snapshot(module=world.selector, optimizer=world.selector_optimizer),
+        world.step.state_dict(),
+    )
+
+
+def through_a_file(state):
+    """As a user saves it; read back with torch's safe unpickler."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Bitwise claims need kernels that sum in one order."""
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        yield
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])  # one buffer a tensor; two and a count
+@pytest.mark.parametrize("way", [through_a_file, lambda state: state], ids=["file", "memory"])
+def test_resumed_run_is_bit_identical(way, optimizer, device):
+    whole = World(device, optimizer=optimizer, **OPTIONS)
+    torch.manual_seed(1)
+    run(whole, range(3))
+    state, rng = way(whole.step.state_dict()), generators(device)
+    resumed = World(device, optimizer=optimizer, **OPTIONS)
+    # a fresh object is not the saved one already
+    assert not torch.equal(resumed.model[0].weight, whole.model[0].weight)
+    resumed.step.load_state_dict(state)
+    set_generators(rng)
+    expected = run(whole, range(3, 6))
+    set_generators(rng)
+    found = run(resumed, range(3, 6))
+    assert_bitwise([vars(r) for r in found], [vars(r) for r in expected])
+    assert_bitwise(everything(resumed), everything(whole))
+    assert resumed.step.steps == 6
+
+
+def test_loading_does_not_tie_two_runs_together(device):
+    """torch's optimizers take over the tensors of a state; two runs would share their momentum."""
+    first = World(device, optimizer="nesterov")
+    run(first, range(2))
+    second = World(device, optimizer="nesterov")
+    second.step.load_state_dict(first.step.state_dict())
+    before = everything(first)[:2]
+    run(second, range(2, 4))
+    after = everything(first)[:2]
+    # the second run drew no random numbers and must have touched nothing of the first
+    assert_bitwise(after, before)

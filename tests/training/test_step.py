@@ -1,0 +1,354 @@
+"""MTSStep takes the reference's steps, and each of its options does what it says."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import assert_bitwise, relative, snapshot
+from models import CLASSES
+from step_worlds import World
+
+import mts_fast
+from mts_fast import reference
+from mts_fast.hypergradient import ENGINES
+from mts_fast.ops.virtual_update import optimizer_states
+from mts_fast.training import warmup_cosine
+
+# the options of this file are the same whatever the engine; this one is exact to rounding.
+EXACT_ENGINE = "forward_mode"
+
+
+def reference_step(world, given, **options):
+    """The same step by reference.mts_step."""
+    states = optimizer_states(world.optimizer)
+    meta = given.get("selector_batch")
+    if meta is not None:
+        meta = reference.Batch(meta.inputs, meta.labels, meta.is_synthetic, meta.features)
+    return reference.mts_step(
+        world.model,
+        world.optimizer,
+        {n: states[p] for n, p in world.model.named_parameters()},
+        world.selector,
+        world.selector_optimizer,
+        reference.Batch(*(given[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
+        (given["val_inputs"], given["val_labels"]),
+        selector_batch=meta,
+        **options,
+    )
+
+
+# float64, over 20 steps, relative to the largest entry of each tensor. Observed at most 4e-10 for
+# finite differences and 5e-15.
+DRIFT = {"finite_difference": 1e-8}
+DRIFT_EXACT = 1e-12
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])  # a scalar kappa; a diagonal one
+@pytest.mark.parametrize("model", ["mlp", "batchnorm"])  # independent samples; coupled ones
+@pytest.mark.parametrize("engine", ENGINES)
+def test_twenty_steps_equal_the_reference(engine, model, optimizer, two_batches, device):
+    options = {"model": model, "optimizer": optimizer, "dtype": torch.float64}
+    expected = World(device, online_features=False, **options)
+    try:
+        found = World(device, online_features=False, engine=engine, **options)
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
+    tolerance = DRIFT.get(engine, DRIFT_EXACT)
+    for seed in range(20):
+        given = found.arguments(seed, two_batches=two_batches)
+        result = found.step(**given)
+        trace = reference_step(expected, given)
+        assert relative(result.dots, trace.dots) < tolerance
+        assert relative(result.losses, trace.losses) < tolerance
+    for ours, theirs in ((found.model, expected.model), (found.selector, expected.selector)):
+        for name, truth in theirs.state_dict().items():
+            assert relative(ours.state_dict()[name], truth) < tolerance, name
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_validation_mode_with_batchnorm(mode, device):
+    """Row 5 in either mode: BatchNorm on its running statistics, or on the validation batch's."""
+    world = World(
+        device,
+        model="batchnorm",
+        dtype=torch.float64,
+        engine=EXACT_ENGINE,
+        online_features=False,
+        validation_mode=mode,
+    )
+    given = world.arguments(0)
+    (plain, optimizer), (ahead, ahead_optimizer) = (world.copy_of_plain_parts() for _ in range(2))
+    with torch.no_grad():
+        z = world.selector(given["features"], given["labels"], given["is_synthetic"])
+        p = mts_fast.normalize_weights(z)
+    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    virtual_loss = F.cross_entropy(ahead(given["inputs"]), given["labels"], reduction="none")
+    (p * virtual_loss).sum().backward()
+    g = [q.grad for q in ahead.parameters()]
+    ahead_optimizer.step()
+    output = ahead.train(mode == "train")(given["val_inputs"])
+    val_loss = F.cross_entropy(output, given["val_labels"])
+    v = torch.autograd.grad(val_loss, list(ahead.parameters()))
+    direction = mts_fast.virtual_update(optimizer, g).scale(v)
+    dots = reference.hypergradient_dots(losses, list(plain.parameters()), direction)
+    result = world.step(**given)
+    # observed 2e-16 and 4e-16
+    assert relative(result.val_loss, val_loss) < 1e-13
+    assert relative(result.dots, dots) < 1e-12
+
+
+def test_hypergradient_lr_equals_the_reference(device):
+    found = World(
+        device,
+        dtype=torch.float64,
+        online_features=False,
+        engine=EXACT_ENGINE,
+        hypergradient_lr=3.0,
+    )
+    expected = World(device, dtype=torch.float64, online_features=False)
+    for seed in range(3):
+        given = found.arguments(seed)
+        result = found.step(**given)
+        trace = reference_step(expected, given, hypergradient_lr=3.0)
+        assert relative(result.dots, trace.dots) < 1e-12  # observed 1e-15
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_self_check_is_small(engine, device):
+    world = World(device, dtype=torch.float64, engine=engine)
+    for seed in range(3):
+        # observed 2e-10 for finite differences, 5e-16
+        assert world.step(**world.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
+    assert world.step(**world.arguments(4, two_batches=True)).self_check is None
+
+
+def test_selector_every_third_step(device):
+    world = World(device, engine=EXACT_ENGINE, online_features=False, selector_every=3)
+    for call in range(7):
+        before = snapshot(module=world.selector, optimizer=world.selector_optimizer)
+        given = world.arguments(call)
+        result = world.step(**given)
+        after = snapshot(module=world.selector, optimizer=world.selector_optimizer)
+        learned = call % 3 == 0
+        assert (result.val_loss, result.dots, result.self_check).count(None) == (
+            0 if learned else 3
+        )
+        if learned:
+            assert any(not torch.equal(v, before["state"][n]) for n, v in after["state"].items())
+        else:
+            assert_bitwise(after, before)
+        with torch.no_grad():
+            z = world.selector(given["features"], given["labels"], given["is_synthetic"])
+        assert_bitwise(result.normalized_weights, mts_fast.normalize_weights(z))
+
+
+@pytest.mark.parametrize("class_weight", [None, [1.0, 0.5, 2.0]])  # uniform; by class
+def test_warmup_trains_the_selector_alone(class_weight, device):
+    c = None if class_weight is None else torch.tensor(class_weight, device=device)
+    options = {"engine": EXACT_ENGINE, "class_weight": c}
+    warm, cold = World(device, warmup_steps=2, **options), World(device, **options)
+    initial = snapshot(module=warm.selector)["state"]
+    for call in range(4):
+        given = warm.arguments(call)
+        result = warm.step(**given)
+        if call == 0:
+            # the selector's own step is as without warm-up
+            other = cold.step(**given)
+            assert_bitwise(result.dots, other.dots)
+            assert_bitwise(snapshot(module=warm.selector), snapshot(module=cold.selector))
+            assert not torch.equal(warm.selector.mlp[0].weight, initial["mlp.0.weight"])
+            assert not torch.equal(result.normalized_weights, other.normalized_weights)
+        weights = torch.ones(12, device=device) if c is None else c[given["labels"]]
+        if call >= 2:
+            weights = result.logits.sigmoid() * weights
+        torch.testing.assert_close(
+            result.normalized_weights, weights / weights.sum(), rtol=1e-6, atol=0
+        )
+        torch.testing.assert_close(
+            result.loss, (result.normalized_weights * result.losses).sum(), rtol=1e-6, atol=0
+        )
+
+
+def test_class_weight_multiplies_the_weights(device):
+    c = torch.tensor([1.0, 0.0, 2.5], device=device)
+    world = World(device, engine=EXACT_ENGINE, class_weight=c)
+    given = world.arguments(0)
+    result = world.step(**given)
+    w = result.logits.sigmoid() * c[given["labels"]]
+    torch.testing.assert_close(result.weights, w, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.normalized_weights, w / w.sum(), rtol=1e-6, atol=0)
+    assert (result.normalized_weights[given["labels"] == 1] == 0).all()
+    again = world.step.weights(**{k: v for k, v in given.items() if k != "val_labels"})
+    assert (again[given["labels"] == 1] == 0).all() and (again[given["labels"] != 1] > 0).all()
+
+
+def test_vanished_weights_leave_only_momentum_and_decay(device):
+    """All class weights zero: p is zero, the classifier's gradient too, the selector's as well."""
+    world = World(device, engine=EXACT_ENGINE)
+    world.step(**world.arguments(0))
+    world.step.class_weight = torch.zeros(CLASSES, device=device)
+    plain, optimizer = world.copy_of_plain_parts()
+    for group in world.selector_optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    result = world.step(**world.arguments(1))
+    assert result.normalized_weights.tolist() == [0.0] * 12 == result.weights.tolist()
+    assert result.loss == 0 and result.self_check == 0
+    for p in plain.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_bitwise(world.model.state_dict(), plain.state_dict())
+    assert all(p.grad.abs().max() == 0 for p in world.selector.parameters())
+    assert all(torch.isfinite(p).all() for p in world.selector.parameters())
+
+
+def test_max_grad_norm_clips_the_real_step_only(device):
+    free = World(device, engine=EXACT_ENGINE)
+    clipped = World(device, engine=EXACT_ENGINE, max_grad_norm=0.01)
+    plain, optimizer = clipped.copy_of_plain_parts()
+    given = clipped.arguments(0)
+    expected, result = free.step(**given), clipped.step(**given)
+    for name in ("dots", "val_loss", "normalized_weights"):
+        assert_bitwise(getattr(result, name), getattr(expected, name))
+    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    (result.normalized_weights * losses).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    assert norm > 0.02
+    optimizer.step()
+    assert_bitwise(clipped.model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # of the batch, the last batch's, running
+def test_online_features_that_the_selector_sees(momentum, device):
+    world = World(
+        device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=momentum, online_k=2
+    )
+    seen = []
+    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    running = {}
+    for seed in range(3):
+        given = world.arguments(seed)
+        with torch.no_grad():
+            penultimate, val = (world.model[:-1](given[k]) for k in ("inputs", "val_inputs"))
+        columns = []
+        for name, column in zip(
+            ("nearest", "centroid"), reference.online_features(penultimate, val, k=2), strict=True
+        ):
+            batch = torch.stack([column.mean(), column.var(correction=0)])
+            if momentum is not None and name in running:
+                running[name] = momentum * running[name] + (1 - momentum) * batch
+            else:
+                running[name] = batch
+            mean, variance = running[name]
+            columns.append((column - mean) / (variance + 1e-8).sqrt())
+        seen.clear()
+        world.step(**given)
+        expected = torch.cat([*columns, given["features"]], dim=1)
+        # once for row 1 and once for row 9; observed 0
+        assert len(seen) == 2
+        assert all(relative(h, expected) < 1e-12 for h in seen)
+
+
+def test_feature_layer_names_where_features_are_taken(device):
+    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
+    seen = []
+    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    given = world.arguments(0)
+    world.step(**given)
+    nearest, centroid = reference.online_features(given["inputs"], given["val_inputs"])
+    columns = [reference.standardize(nearest), reference.standardize(centroid), given["features"]]
+    assert relative(seen[0], torch.cat(columns, dim=1)) < 1e-12  # observed 0
+
+
+@pytest.mark.parametrize("warmup", [0, 4])  # the cosine alone; after a linear rise
+def test_selector_scheduler_steps_in_every_call(warmup, device):
+    world = World(
+        device,
+        engine=EXACT_ENGINE,
+        schedule=lambda o: warmup_cosine(o, warmup, 10),
+        selector_every=2,
+    )
+    for t in range(10):
+        share = (t - warmup) / (10 - warmup)
+        factor = (t + 1) / (warmup + 1) if t < warmup else (1 + math.cos(math.pi * share)) / 2
+        found = world.selector_optimizer.param_groups[0]["lr"]
+        assert found == pytest.approx(0.05 * factor, rel=1e-12)
+        world.step(**world.arguments(t))
+    assert world.selector_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_are_those_of_the_weights(device):
+    world = World(device, engine=EXACT_ENGINE)
+    result = world.step(**world.arguments(0))
+    read = result.statistics.read()
+    p, w = result.normalized_weights.double(), result.weights.double()
+    assert read["mean_weight"] == pytest.approx(w.mean().item(), rel=1e-6)
+    assert read["effective_batch_size"] == pytest.approx(1 / p.square().sum().item(), rel=1e-6)
+    assert not any(isinstance(v, torch.Tensor) and v.requires_grad for v in vars(result).values())
+
+
+def test_backend_of_the_surroundings_is_kept(device):
+    """`auto` must not undo a choice that was made around the call."""
+    seen = []
+
+    def loss(output, labels):
+        seen.append(mts_fast.ops.current_backend())
+        return F.cross_entropy(output, labels, reduction="none")
+
+    world = World(device, engine=EXACT_ENGINE, loss=loss)
+    with mts_fast.use_backend("reference"):
+        world.step(**world.arguments(0))
+    assert set(seen) == {"reference"}
+    seen.clear()
+    explicit = World(device, engine=EXACT_ENGINE, loss=loss, backend="reference")
+    explicit.step(**explicit.arguments(0))
+    assert set(seen) == {"reference"} and mts_fast.ops.current_backend() == "auto"
+
+
+def test_weights_stay_float32_under_autocast(device):
+    """bf16 logits would round p to three digits, and their sum away from 1."""
+    world = World(device, engine=EXACT_ENGINE)
+    with torch.autocast(device.type, torch.bfloat16):
+        result = world.step(**world.arguments(0))
+    assert result.normalized_weights.dtype == torch.float32
+    assert abs(result.normalized_weights.sum().item() - 1) < 1e-6
+    found = [p.grad for p in world.model.parameters()]
+    other = World(device, engine=EXACT_ENGINE)
+    other.step(**other.arguments(0))
+    for g, full in zip(found, (p.grad for p in other.model.parameters()), strict=True):
+        assert relative(g, full) < 0.05  # bf16 activations; observed 0.004
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "magic"}, ValueError, "engine must be one of 'auto', 'finite_diff"),
+        ({"backend": "magic"}, ValueError, "backend must be one of 'auto', 'reference'"),
+        ({"validation_mode": "both"}, ValueError, "validation_mode must be one of 'eval', 'train'"),
+        ({"check": "maybe"}, ValueError, "check must be one of 'auto', 'always', 'never'"),
+        ({"selector_every": 0}, ValueError, "selector_every must be a positive int, got 0"),
+        ({"selector_every": 1.5}, TypeError, "selector_every must be a positive int, got float"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be 0 or more, got -1"),
+        ({"hypergradient_lr": 0.0}, ValueError, "hypergradient_lr must be None or positive"),
+        ({"feature_layer": "fc"}, ValueError, r"feature_layer must be a module path \(0, 1, 2"),
+        ({"online_momentum": 1.0}, ValueError, r"online_momentum must be None or in \[0, 1\)"),
+    ],
+)
+def test_refused_options(options, error, message):
+    with pytest.raises(error, match=f"MTSStep: {message}"):
+        World(torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "message"),
+    [
+        (10, 10, "warmup_steps must be in"),
+        (-1, 10, "warmup_steps must"),
+        (0, 0, "total_steps must"),
+    ],
+)
+def test_refused_schedules(warmup, total, message):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=f"warmup_cosine: {message}"):
+        warmup_cosine(optimizer, warmup, total)
