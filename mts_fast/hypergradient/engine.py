@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mts_fast._check import fail
 from mts_fast._isolation import RngState
 from mts_fast.hypergradient.objective import Objective
 
@@ -26,19 +27,27 @@ class Linearization:
         self._inputs = inputs
         self._labels = labels
         self._rng = RngState.capture(engine.parameters)
-        self._graph = engine.objective.losses(inputs, labels)  # [B]
-        self.losses = self._graph.detach()
+        graph = engine.objective.losses(inputs, labels)  # [B]
+        self.losses = graph.detach()
+        self._graph: Tensor | None = graph
 
     def gradient(self, p: Tensor, *, last: bool = False) -> list[Tensor | None]:
         """sum_i p_i grad l_i per parameter, None where a loss does not depend on it.
 
         `last` releases the graph.
         """
+        graph = self._graph
+        if graph is None:
+            fail(
+                RuntimeError, "Linearization", "gradient", "asked for before the last one", "again"
+            )
+        if last:
+            self._graph = None
         return list(
             torch.autograd.grad(
-                self._graph,
+                graph,
                 self._engine.parameters,
-                p.to(self._graph.dtype),
+                p.to(graph.dtype),
                 retain_graph=not last,
                 allow_unused=True,
             )

@@ -25,6 +25,8 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
+# selectors whose weights are averaged
+AVERAGED = 10
 # points kept of each curve
 CURVE_POINTS = 120
 
@@ -34,10 +36,11 @@ BatchFeatures = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass
 class Selection:
-    """A trained classifier, the weight of every pool sample [N], and curves over training."""
+    """A trained classifier, the weights of all pool samples, and curves over training."""
 
     model: nn.Module
-    weights: Tensor
+    weights: Tensor  # [N], averaged over the second half of training
+    last_weights: Tensor  # [N], of the selector at the end
     curves: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -153,7 +156,10 @@ class MTSRun:
         """Train to the end, or for `stop` steps, and weigh the whole pool."""
         steps = batches(len(self.scenario.pool), self.settings, self.generator)
         every = max(1, self.settings.steps // CURVE_POINTS)
-        history = []
+        # single selectors are noisy: the weights are averaged over the second half of training
+        half = self.settings.steps // 2
+        apart = max(1, half // AVERAGED)
+        history, weights = [], []
         for count, indices in enumerate(islice(steps, stop)):
             sampled = count % every == 0
             self.step.track_gsnr = sampled and self.track_gsnr
@@ -161,8 +167,12 @@ class MTSRun:
             self.schedule.step()
             if sampled:
                 history.append(result)
+            if count >= half and (count - half) % apart == 0:
+                weights.append(self.pool_weights())
             progress(1)
-        return Selection(self.step.model.eval(), self.pool_weights(), _curves(history, every))
+        weights.append(self.pool_weights())
+        average = torch.stack(weights).mean(0)
+        return Selection(self.step.model.eval(), average, weights[-1], _curves(history, every))
 
     def pool_weights(self) -> Tensor:
         """Weights [N] of the whole pool under the selector as it is now."""

@@ -1,4 +1,4 @@
-"""The ghost engine: per-sample dots and weighted gradients from layer inputs and output gradients."""
+"""The ghost engine: dots and weighted gradients from layer inputs and output gradients."""
 
 from mts_fast.hypergradient.ghost.capture import Unsupported
 from mts_fast.hypergradient.ghost.engine import Ghost

@@ -24,7 +24,7 @@ from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 # linear maps of one tensor that only move its entries
 VIEWS = {
     "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze",
-    "chunk", "split", "unbind", "select", "narrow", "__getitem__", "contiguous", "view_as", "mT", "T",
+    "chunk", "split", "unbind", "select", "narrow", "__getitem__", "contiguous", "view_as",
 }  # fmt: skip
 ELEMENTWISE = {
     "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__",
@@ -47,7 +47,7 @@ class Recorded:
     """One recorded use: a layer call, or (call None) a copy per sample of a tracked tensor."""
 
     call: LayerCall | None
-    output: GradientEdge
+    output: GradientEdge | None
     shape: torch.Size
     tracked: dict[str, Tensor]
     input_version: tuple[Tensor, int] | None = None

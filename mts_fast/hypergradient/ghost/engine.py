@@ -114,8 +114,8 @@ class GhostLinearization(Linearization):
         self._p = p
         self._b = list(found[len(leaves) :])
         for recorded in self._recorded:
-            recorded.output = None  # type: ignore[assignment]  # the graph goes with its edges
-        gradients = list(found[: len(leaves)])
+            recorded.output = None  # the graph goes with its edges
+        gradients: list[Tensor | None] = list(found[: len(leaves)])
         if weights:
             self._add_copied(gradients)
         return gradients
@@ -238,7 +238,7 @@ class GhostLinearization(Linearization):
         found = torch.autograd.grad(
             self._graph, [*parameters, *edges], ones, retain_graph=True, allow_unused=True
         )
-        truth = list(found[: len(parameters)])
+        truth: list[Tensor | None] = list(found[: len(parameters)])
         self._b = list(found[len(parameters) :])
         self._add_copied(truth)
         kept = self._weight_gradients(self._b)
@@ -255,7 +255,7 @@ class GhostLinearization(Linearization):
             lowest = min((b.dtype for b in found[len(parameters) :] if b is not None), key=_bits)
             if gap > PROBE_TOLERANCE * torch.finfo(lowest).eps ** 0.5:
                 reasons.append(
-                    f"{path}: the gradient of its recorded uses differs by {gap:.1e} from autograd's"
+                    f"{path}: its recorded uses give a gradient that is off by {gap:.1e}"
                 )
         if reasons:
             raise Unsupported(reasons)

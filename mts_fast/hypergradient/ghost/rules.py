@@ -23,7 +23,7 @@ WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
 class LayerRule:
     """How to replay one function; `parameters` gives the position of each parameter by name."""
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     parameters: Mapping[str, int]
     weight_gradient: WeightGradient | None = None
     couples_samples: Callable[[LayerCall], str | None] = lambda call: None
@@ -82,7 +82,7 @@ _rules: dict[Callable[..., Any], LayerRule] = {}
 
 
 def register_layer(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     parameters: Mapping[str, int],
     *,
     weight_gradient: WeightGradient | None = None,
@@ -99,8 +99,9 @@ def register_layer(
         couples_samples: (call) -> why this call mixes samples, or None.
 
     Example:
-        >>> import torch, mts_fast
-        >>> mts_fast.hypergradient.register_layer(
+        >>> import torch
+        >>> from mts_fast.hypergradient.ghost import register_layer
+        >>> register_layer(
         ...     torch.nn.functional.bilinear, {"weight": 2, "bias": 3})
     """
     rule = LayerRule(function, parameters, weight_gradient)
@@ -136,12 +137,11 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     transposed = function in _TRANSPOSED
     axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
     # positions after (input, weight, bias) as torch declares them
-    names = ("stride", "padding", "output_padding", "groups", "dilation")
-    defaults: tuple[Any, ...] = (1, 0, 0, 1, 1)
-    if not transposed:
-        names, defaults = ("stride", "padding", "dilation", "groups"), (1, 0, 1, 1)
-    given = dict(zip(names, call.args[3:], strict=False)) | call.kwargs
-    option = {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
+    order = "stride padding dilation groups"
+    if transposed:
+        order = "stride padding output_padding groups dilation"
+    given = dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
+    option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | given
     a, weight = call.args[0].detach(), call.argument("weight")
     if isinstance(option["padding"], str):
         return LayerCall(
@@ -161,7 +161,7 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
         per_axis(option["padding"]),
         per_axis(option["dilation"]),
         transposed,
-        per_axis(option.get("output_padding", 0)),
+        per_axis(option["output_padding"]),
         option["groups"],
         wanted,
     )
@@ -175,7 +175,8 @@ def _batch_norm_couples(call: LayerCall) -> str | None:
 
 
 register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
-for _function in (*_CONVOLUTIONS, *_TRANSPOSED):
+_convolutions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
+for _function in _convolutions:
     register_layer(_function, {"weight": 1, "bias": 2}, weight_gradient=_convolution_gradient)
 register_layer(F.embedding, {"weight": 1})
 register_layer(F.layer_norm, {"weight": 2, "bias": 3})

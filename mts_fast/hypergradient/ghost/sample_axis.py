@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SampleAxis:
-    """The samples lie on one axis of n = B r entries: sample i owns a block of r (entries i r to
-    i r + r - 1), or, where `interleaved`, every B-th entry (i, i + B, ...), as in torch's attention.
+    """The samples lie on one axis of n = B r entries.
+
+    Sample i owns r entries side by side (i r and on), or, where `interleaved`, every B-th entry
+    (i, i + B, ...), as in torch's attention.
     """
 
     axis: int = 0
@@ -22,9 +23,9 @@ class SampleAxis:
         """per_sample [B] as a tensor that broadcasts against `like`."""
         length = like.shape[self.axis]
         times = length // len(per_sample)
-        spread = (
-            per_sample.repeat(times) if self.interleaved else per_sample.repeat_interleave(times)
-        )
+        spread = per_sample.repeat_interleave(times)
+        if self.interleaved:
+            spread = per_sample.repeat(times)
         shape = [1] * like.ndim
         shape[self.axis] = length
         return spread.to(like.dtype).view(shape)
