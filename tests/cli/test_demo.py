@@ -1,0 +1,85 @@
+"""The demo: its scenario, its arms, its command line."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mts_fast.cli.demo.arms import ARMS, run_seed, selection_auc
+from mts_fast.cli.demo.classifiers import SETTINGS, accuracy, train_weighted
+from mts_fast.cli.demo.images import load_fashion
+from mts_fast.cli.demo.run import summarize
+from mts_fast.cli.demo.scenario import GOOD, KINDS, REAL, make_scenario
+from mts_fast.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    return make_scenario("digits", 3)
+
+
+def test_scenario_repeats_and_differs_by_seed(scenario):
+    again, other = make_scenario("digits", 3), make_scenario("digits", 4)
+    assert torch.equal(scenario.pool.images, again.pool.images)
+    assert torch.equal(scenario.pool.labels, again.pool.labels)
+    assert not torch.equal(scenario.pool.images, other.pool.images)
+
+
+def test_scenario_holds_what_it_says(scenario):
+    counts = {k: int((scenario.kind == i).sum()) for i, k in enumerate(KINDS)}
+    assert counts == {k: round(share * 4000) for k, share in KINDS.items()}
+    assert int((scenario.kind == REAL).sum()) == len(scenario.val) == 100
+    assert scenario.val.labels.bincount().tolist() == [10] * 10
+    assert len(scenario.test) == 1797 - 200
+    # no test or validation image is among the real training images
+    real = {tuple(x.flatten().tolist()) for x in scenario.real.images}
+    clean = [*scenario.val.images, *scenario.test.images]
+    assert sum(tuple(x.flatten().tolist()) in real for x in clean) == 0
+
+
+def test_planted_failures_hurt_and_good_samples_help(scenario):
+    settings = replace(SETTINGS["digits"], steps=150)
+
+    def train(images):
+        return accuracy(train_weighted(images, settings, 0, lambda _: None), scenario.test)
+
+    good = train(scenario.pool[(scenario.kind == GOOD) | (scenario.kind == REAL)])
+    assert good > train(scenario.pool) + 0.1
+
+
+def test_auc_of_the_truth_is_one(scenario):
+    truth = (scenario.kind == GOOD).float()
+    assert selection_auc(scenario, truth) == 1.0
+    assert selection_auc(scenario, 1 - truth) == 0.0
+
+
+def test_every_arm_is_reported():
+    result = run_seed("digits", 0, None, replace(SETTINGS["digits"], steps=5), lambda *_: None)
+    rows = summarize([result, result])
+    assert tuple(rows) == ARMS
+    assert rows["MTS"]["accuracy"] == pytest.approx(100 * result.accuracy["MTS"])
+    assert rows["MTS"]["accuracy_spread"] == 0
+    assert len(result.weights) == 4100 and len(result.curves["gsnr"]) == 5
+
+
+def test_missing_fashion_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="root must be a folder with Fashion-MNIST"):
+        load_fashion(str(tmp_path))
+
+
+def test_doctor_names_every_backend(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("triton", "cpp", "reference", "label_agreement", "finite_difference"):
+        assert word in printed
+
+
+def test_readme_tables_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
