@@ -1,5 +1,7 @@
 """FeatureTable: what goes in comes out, also from disk, and a failed save loses nothing."""
 
+import os
+
 import pytest
 import safetensors.torch
 import torch
@@ -119,8 +121,9 @@ def test_replaced_columns_have_new_moments():
     assert table.standardized().flatten().tolist() == [-1.0, -1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("at", ["writing", "moving"])  # the two moments at which it can break
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_failed_save_keeps_the_old_file(error, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(error, at, tmp_path, monkeypatch):
     path = tmp_path / "t.safetensors"
     old = FeatureTable(columns())
     old.save(path)
@@ -131,7 +134,13 @@ def test_failed_save_keeps_the_old_file(error, tmp_path, monkeypatch):
             out.write(b"half")
         raise error
 
-    monkeypatch.setattr(safetensors.torch, "save_file", half_written)
+    def failing(source, target):
+        raise error
+
+    if at == "writing":
+        monkeypatch.setattr(safetensors.torch, "save_file", half_written)
+    else:
+        monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(type(error)):
         FeatureTable({"x": torch.ones(3)}).save(path)
     assert path.read_bytes() == before

@@ -250,6 +250,36 @@ def test_online_features_that_the_selector_sees(momentum, device):
         assert all(relative(h, expected) < 1e-12 for h in seen)
 
 
+def test_running_statistics_move_with_the_selectors_batch(device):
+    """Once a step, with the batch that the selector learns from, whichever else it scores."""
+    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
+    running = None
+    for seed in range(3):
+        given = world.arguments(seed, two_batches=True)
+        inputs = given["selector_batch"].inputs, given["val_inputs"]
+        with torch.no_grad():
+            nearest, _ = reference.online_features(*(world.model[:-1](x) for x in inputs))
+        batch = torch.stack([nearest.mean(), nearest.var(correction=0)])
+        running = batch if running is None else 0.5 * running + 0.5 * batch
+        world.step(**given)
+        found = world.step.state_dict()["online"]["running"]["nearest"]
+        assert relative(found, running) < 1e-12  # observed 0
+
+
+def test_selector_batch_meets_the_masks_of_the_training_forward(device):
+    """The training batch given as the selector's, too, makes the same step, dropout and all."""
+    one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
+    given = one.arguments(0)
+    names = ("inputs", "labels", "features", "is_synthetic")
+    same = mts_fast.SelectorBatch(*(given[name] for name in names))
+    torch.manual_seed(1)
+    expected = one.step(**given)
+    torch.manual_seed(1)
+    found = two.step(**given, selector_batch=same)
+    assert_bitwise(found.dots, expected.dots)
+    assert_bitwise(two.selector.state_dict(), one.selector.state_dict())
+
+
 def test_feature_layer_names_where_features_are_taken(device):
     world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
     seen = []
