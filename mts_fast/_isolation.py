@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RngState:
     """The generators that a forward pass may draw from: the CPU's and those of the CUDA devices."""
 
@@ -26,6 +26,12 @@ class RngState:
         """Read the default generators of the CPU and of every CUDA device among `tensors`."""
         devices = {t.device for t in tensors if t.is_cuda}
         return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
+
+    def equals(self, other: RngState) -> bool:
+        """Whether no generator moved in between."""
+        return torch.equal(self.cpu, other.cpu) and all(
+            torch.equal(state, other.cuda[device]) for device, state in self.cuda.items()
+        )
 
     def restore(self) -> None:
         """Set the generators back."""
@@ -55,6 +61,20 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, before in saved:
             buffer.data.copy_(before)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put buffers and generators back when something raises inside."""
+    rng = RngState.capture(model.parameters())
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        for buffer, before in saved:
+            buffer.data.copy_(before)
+        rng.restore()
+        raise
 
 
 @contextmanager

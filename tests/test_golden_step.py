@@ -6,6 +6,7 @@ from golden_data import STEPS, load_step
 
 import mts_fast
 from mts_fast import reference
+from mts_fast.hypergradient import Objective
 from mts_fast.ops.virtual_update import optimizer_states
 
 # float64, relative to the largest entry of each array. Observed: 1e-10 for finite differences,
@@ -34,9 +35,14 @@ def gradients(module):
 def run(golden, engine, *, recorded_features=False):
     """Take the golden step with MTSStep, on its own online features or on the recorded ones."""
     a, config = golden.arrays, golden.config
+    golden.model.train()
+    parameters = list(golden.model.parameters())
+    why = mts_fast.hypergradient.ENGINES[engine](Objective(golden.model), parameters).reasons()
+    if why:
+        pytest.skip("; ".join(why))
     features = a["selector_features"][:, :17] if recorded_features else a["train/offline_features"]
     step = mts_fast.MTSStep(
-        golden.model.train(),
+        golden.model,
         golden.optimizer,
         golden.selector,
         golden.selector_optimizer,
@@ -157,7 +163,7 @@ def test_float32_step_is_as_good_as_torch(name, engine, device):
     # finite differences round at u * loss / h = 1.2e-7 * 2 / 1e-2 in a direction of length 1
     # (observed 1e-4 to 3e-4); where a ReLU kink lies within h the error is of order h (5e-3).
     kinked = truth.config["kind"] == "cnn_bn"
-    floor = {"finite_difference": 1e-2 if kinked else 1e-3, "forward_mode": 1e-6}[engine]
+    floor = {"finite_difference": 1e-2 if kinked else 1e-3}.get(engine, 1e-6)
     assert relative(result.dots, dots) <= 2 * relative(trace.dots, dots) + floor
     for parameter, exact in truth.group("selector_grad_exact").items():
         own = relative(gradients(torchs.selector)[parameter], exact)

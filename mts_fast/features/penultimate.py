@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mts_fast._check import fail
@@ -21,38 +22,34 @@ class PenultimateFeatures:
 
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         self.path, self.layer = _find(model, layer)
-        self.value: Tensor | None = None
+        self._values: list[Tensor] = []
 
     @contextmanager
     def capture(self) -> Iterator[PenultimateFeatures]:
-        """Inside, every forward leaves its features [B, D] (detached) in `value`."""
+        """Inside, every forward adds its features [B, D] (detached)."""
         handle = self.layer.register_forward_pre_hook(self._keep)
         try:
             yield self
         finally:
             handle.remove()
-            self.value = None
+            self._values = []
 
-    def taken(self) -> Tensor:
-        """The features of the last forward."""
-        if self.value is None:
+    def taken(self, last: int | None = None) -> Tensor:
+        """The features of all forwards, one after the other, or of the `last` samples."""
+        if not self._values:
             hint = "name a layer that is called, with feature_layer="
-            fail(
-                RuntimeError,
-                "MTSStep",
-                f"layer {self.path!r}",
-                "called in the forward",
-                "no call",
-                hint,
-            )
-        return self.value
+            name = f"layer {self.path!r}"
+            fail(RuntimeError, "MTSStep", name, "called in the forward", "no call", hint)
+        values = torch.cat(self._values) if len(self._values) > 1 else self._values[0]
+        return values if last is None else values[-last:]
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
         if isinstance(module, nn.modules.conv._ConvNd):
-            self.value = x.flatten(2).mean(2)
-        else:
-            self.value = x if x.ndim == 2 else x.flatten(1, -2).mean(1)
+            x = x.flatten(2).mean(2)
+        elif x.ndim != 2:
+            x = x.flatten(1, -2).mean(1)
+        self._values.append(x)
 
 
 def _find(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:

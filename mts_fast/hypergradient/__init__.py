@@ -7,41 +7,62 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mts_fast._check import check_choice, fail
+from mts_fast._check import check_choice, check_positive_int, fail
+from mts_fast.hypergradient.auto import Auto
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.objective import Loss, Objective
+from mts_fast.hypergradient.ghost import Ghost, LayerCall, register_layer
+from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
+from mts_fast.hypergradient.streamed import Streamed
 
-ENGINES: dict[str, type[Engine]] = {e.name: e for e in (FiniteDifference, ForwardMode)}
+ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Ghost, FiniteDifference, ForwardMode)}
+MEMORY = ("fast", "low")
 
 __all__ = [
     "ENGINES",
     "Engine",
+    "LabelledBatch",
+    "LayerCall",
     "Linearization",
     "Loss",
     "Objective",
     "hypergradient_dots",
     "make_engine",
+    "register_layer",
 ]
 
 
-def make_engine(name: str, objective: Objective, parameters: Sequence[Tensor]) -> Engine:
-    """The engine of that name ("auto": finite_difference), or the reasons why it cannot serve."""
+def make_engine(
+    name: str,
+    objective: Objective,
+    parameters: Sequence[Tensor],
+    *,
+    memory: str = "fast",
+    micro_batch: int | None = None,
+) -> Engine:
+    """The engine of that name, or the reasons why it cannot serve the model.
+
+    `memory` is about the ghost engine alone; with `micro_batch` the engine is given that many
+    samples at a time.
+    """
     check_choice("MTSStep", "engine", name, ("auto", *ENGINES))
-    engine = ENGINES["finite_difference" if name == "auto" else name](objective, parameters)
+    check_choice("MTSStep", "memory", memory, MEMORY)
+    if micro_batch is not None:
+        check_positive_int("MTSStep", "micro_batch", micro_batch)
+    engine: Engine
+    if name == "auto":
+        engine = Auto(objective, parameters, memory=memory)
+    elif name == Ghost.name:
+        engine = Ghost(objective, parameters, memory=memory)
+    else:
+        engine = ENGINES[name](objective, parameters)
     why = engine.reasons()
     if why:
-        hint = "use engine='finite_difference', which serves every model"
-        fail(
-            RuntimeError,
-            "MTSStep",
-            "engine",
-            "able to serve the model",
-            repr(name),
-            "; ".join([*why, hint]),
-        )
-    return engine
+        expected = "able to serve the model"
+        hint = "engine='auto' takes one that serves the model"
+        fail(RuntimeError, "MTSStep", "engine", expected, repr(name), "; ".join([*why, hint]))
+    return engine if micro_batch is None else Streamed(engine, micro_batch)
 
 
 def hypergradient_dots(
@@ -62,7 +83,7 @@ def hypergradient_dots(
         inputs: a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`).
         labels: [B] or [B, T], what the loss takes.
         direction: a tensor of each named parameter's shape; parameters left out count as 0.
-        engine: "auto", "finite_difference" or "forward_mode".
+        engine: "auto", "ghost", "finite_difference" or "forward_mode".
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.
 
     Returns:
@@ -103,4 +124,4 @@ def hypergradient_dots(
             )
     parameters = [named[name] for name in direction]
     chosen = make_engine(engine, Objective(model, loss), parameters)
-    return chosen.dots(inputs, labels, list(direction.values()))
+    return chosen.dots(LabelledBatch(inputs, labels), list(direction.values()))

@@ -4,58 +4,81 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast._isolation import RngState
-from mts_fast.hypergradient.objective import Objective
+from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
-class Linearization:
-    """One train-mode forward of a batch, kept with its graph.
+class Linearization(ABC):
+    """One train-mode forward of a batch; J [B, P] is the Jacobian of its losses.
 
-    losses [B] (detached); `gradient(p)` is J^T p, as often as wanted; `dots(v)` is J v. J [B, P] is
-    the Jacobian of the losses by the parameters. Row 3 is one `gradient`, row 9 another one on the
-    same graph, since the parameters do not move in between.
+    `gradient(p)` is J^T p and `dots(v)` is J v, each with the dropout masks of this forward. Row 3
+    is one `gradient`, row 9 another one: the parameters do not move in between.
     """
 
-    def __init__(self, engine: Engine, inputs: Any, labels: Tensor) -> None:
-        self._engine = engine
-        self._inputs = inputs
-        self._labels = labels
+    def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
+        self.engine = engine
+        self.batch = batch
+        self._gradients_left = gradients
+
+    @property
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """[B], detached."""
+
+    @abstractmethod
+    def gradient(self, p: Tensor) -> list[Tensor | None]:
+        """sum_i p_i grad l_i per parameter, None where a loss does not depend on it."""
+
+    @abstractmethod
+    def dots(self, direction: Sequence[Tensor]) -> Tensor:
+        """d_i = <direction, grad l_i> [B]."""
+
+    def _count_gradient(self) -> None:
+        if self._gradients_left == 0:
+            fail(RuntimeError, "Linearization", "gradient", "among those announced", "one more")
+        self._gradients_left -= 1
+
+
+class RetainedGraph(Linearization):
+    """Keeps the graph of the forward until the last gradient; dots are the engine's."""
+
+    def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
+        super().__init__(engine, batch, gradients)
         self._rng = RngState.capture(engine.parameters)
-        graph = engine.objective.losses(inputs, labels)  # [B]
-        self.losses = graph.detach()
-        self._graph: Tensor | None = graph
+        self._graph: Tensor | None = None
+        self._losses: Tensor | None = None
+        if gradients:
+            self._graph = engine.objective.losses(batch)
+            self._losses = self._graph.detach()
 
-    def gradient(self, p: Tensor, *, last: bool = False) -> list[Tensor | None]:
-        """sum_i p_i grad l_i per parameter, None where a loss does not depend on it.
+    @property
+    def losses(self) -> Tensor:
+        if self._losses is None:
+            with torch.no_grad():
+                self._losses = self.engine.objective.losses(self.batch)
+        return self._losses
 
-        `last` releases the graph.
-        """
-        graph = self._graph
-        if graph is None:
-            fail(
-                RuntimeError, "Linearization", "gradient", "asked for before the last one", "again"
-            )
-        if last:
-            self._graph = None
-        return list(
-            torch.autograd.grad(
-                graph,
-                self._engine.parameters,
-                p.to(graph.dtype),
-                retain_graph=not last,
-                allow_unused=True,
-            )
+    def gradient(self, p: Tensor) -> list[Tensor | None]:
+        self._count_gradient()
+        assert self._graph is not None
+        found = torch.autograd.grad(
+            self._graph,
+            self.engine.parameters,
+            p.to(self._graph.dtype),
+            retain_graph=self._gradients_left > 0,
+            allow_unused=True,
         )
+        if not self._gradients_left:
+            self._graph = None
+        return list(found)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        """d_i = <direction, grad l_i> [B], with the dropout masks of this forward."""
-        return self._engine.dots(self._inputs, self._labels, direction, rng=self._rng)
+        return self.engine.dots_from_scratch(self.batch, direction, self._rng)
 
 
 class Engine(ABC):
@@ -69,23 +92,29 @@ class Engine(ABC):
 
     @abstractmethod
     def reasons(self) -> list[str]:
-        """Why this engine cannot serve the model; empty where it can."""
+        """Why this engine cannot serve the model in its present modes; empty where it can.
 
-    @abstractmethod
-    def dots(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        direction: Sequence[Tensor],
-        *,
-        rng: RngState | None = None,
-    ) -> Tensor:
-        """d_i = <direction, grad l_i> [B] in the model's present mode.
-
-        Buffers and generators are left as they are; masks are drawn from `rng`, or from the
-        generators' present state.
+        What shows only in a forward is raised by `linearize`.
         """
 
-    def linearize(self, inputs: Any, labels: Tensor) -> Linearization:
-        """Run the batch forward once; moves buffers and generators as any forward does."""
-        return Linearization(self, inputs, labels)
+    @abstractmethod
+    def dots_from_scratch(
+        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
+    ) -> Tensor:
+        """d_i [B] in the model's present mode, with masks drawn from `rng`; leaves no trace."""
+
+    def linearize(
+        self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
+    ) -> Linearization:
+        """Run the batch forward once; moves buffers and generators as any forward does.
+
+        `gradients` and `dots` announce what will be asked for, so that nothing else is kept. With
+        0 gradients the forward may be left out until the losses are read.
+        """
+        return RetainedGraph(self, batch, gradients)
+
+    def dots(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
+        """d_i = <direction, grad l_i> [B]; buffers and generators are left as they are."""
+        model = self.objective.model
+        with preserved_rng(model), preserved_buffers(model):
+            return self.linearize(batch, gradients=0).dots(direction)

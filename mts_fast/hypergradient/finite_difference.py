@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from mts_fast._isolation import (
     replaced_parameters,
 )
 from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.objective import LabelledBatch
 
 # the error of a central difference with step h is a h^2 + b u / h (u the unit roundoff), least
 # near h = cbrt(u) times the scale of the problem; 2 cbrt(u) is 1.0e-2 in float32, the step of the
@@ -30,30 +30,19 @@ class FiniteDifference(Engine):
     def reasons(self) -> list[str]:
         return []
 
-    def dots(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        direction: Sequence[Tensor],
-        *,
-        rng: RngState | None = None,
+    def dots_from_scratch(
+        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
-        return self._difference(inputs, labels, direction, self._step(), rng)
+        return self._difference(batch, direction, rng, self._step())
 
-    def error_estimate(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        direction: Sequence[Tensor],
-        *,
-        rng: RngState | None = None,
-    ) -> Tensor:
+    def error_estimate(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """Estimated error [B] of `dots`: its truncation error is a third of what doubling h adds.
 
         A ReLU kink between the two steps shows as a large value. Costs four forwards.
         """
-        fine = self._difference(inputs, labels, direction, self._step(), rng)
-        coarse = self._difference(inputs, labels, direction, 2 * self._step(), rng)
+        rng = RngState.capture(self.parameters)
+        fine = self._difference(batch, direction, rng, self._step())
+        coarse = self._difference(batch, direction, rng, 2 * self._step())
         return (coarse - fine).abs() / 3
 
     def _step(self) -> float:
@@ -61,12 +50,7 @@ class FiniteDifference(Engine):
         return STEP_OVER_CUBE_ROOT * torch.finfo(widest).eps ** (1 / 3)
 
     def _difference(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        direction: Sequence[Tensor],
-        h: float,
-        rng: RngState | None,
+        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState, h: float
     ) -> Tensor:
         # the norm stays a tensor: no host synchronisation. A zero direction gives dots of zero.
         norm = torch.stack(torch._foreach_norm(list(direction))).norm()
@@ -84,5 +68,5 @@ class FiniteDifference(Engine):
                 preserved_buffers(model),
                 replaced_parameters(self.parameters, moved),
             ):
-                at.append(self.objective.losses(inputs, labels))
+                at.append(self.objective.losses(batch))
         return (at[0] - at[1]) / (2 * epsilon)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast._isolation import RngState, preserved_rng
 from mts_fast.hypergradient.engine import Engine
-from mts_fast.hypergradient.objective import Objective
+from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
 class ForwardMode(Engine):
@@ -34,13 +34,8 @@ class ForwardMode(Engine):
             found.append("the optimizer holds parameters that are not the model's")
         return found
 
-    def dots(
-        self,
-        inputs: Any,
-        labels: Tensor,
-        direction: Sequence[Tensor],
-        *,
-        rng: RngState | None = None,
+    def dots_from_scratch(
+        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
         model = self.objective.model
         tangent = {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
@@ -60,7 +55,7 @@ class ForwardMode(Engine):
                 if id(p) in tangent
             }
             swapped = Objective(_Functional(model, {**duals, **buffers}), self.objective.loss)
-            losses = swapped.losses(inputs, labels)
+            losses = swapped.losses(batch)
             dots = forward_ad.unpack_dual(losses).tangent
         return torch.zeros_like(losses) if dots is None else dots
 

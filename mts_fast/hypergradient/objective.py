@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +15,43 @@ from mts_fast._check import describe, fail
 Loss = Callable[[Any, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Inputs and labels of B samples, first axis B everywhere.
+
+    inputs: one tensor, a tuple or list (`model(*inputs)`), or a mapping (`model(**inputs)`).
+    """
+
+    inputs: Any
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def split(self, size: int | None) -> list[LabelledBatch]:
+        """Views of at most `size` samples each, in order; the whole batch for None."""
+        if size is None or size >= len(self):
+            return [self]
+        return [
+            LabelledBatch(_rows(self.inputs, slice(i, i + size)), self.labels[i : i + size])
+            for i in range(0, len(self), size)
+        ]
+
+
+def _rows(inputs: Any, rows: slice) -> Any:
+    """Some samples of all tensors in a nest of inputs; tensors without axes are shared."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows] if inputs.ndim else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _rows(value, rows) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return [_rows(value, rows) for value in inputs]
+    return inputs
+
+
 class Objective:
     """Per-sample losses of a model.
 
-    Inputs may be one tensor, a tuple or list (`model(*inputs)`), or a dict (`model(**inputs)`).
     Without `loss` the output must be logits [B, C] or [B, T, C], or carry them as `.logits` or
     `["logits"]`, and the loss is the cross-entropy.
     """
@@ -34,9 +68,9 @@ class Objective:
             return self.model(*inputs)
         return self.model(inputs)
 
-    def losses(self, inputs: Any, labels: Tensor) -> Tensor:
+    def losses(self, batch: LabelledBatch) -> Tensor:
         """Per-sample losses [B]."""
-        return self.losses_of(self.forward(inputs), labels)
+        return self.losses_of(self.forward(batch.inputs), batch.labels)
 
     def losses_of(self, output: Any, labels: Tensor) -> Tensor:
         """Per-sample losses [B] of an output that is already there."""

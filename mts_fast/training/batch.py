@@ -21,6 +21,7 @@ from mts_fast._check import (
     describe,
     fail,
 )
+from mts_fast.hypergradient import LabelledBatch
 
 OP = "MTSStep"
 
@@ -41,11 +42,9 @@ class SelectorBatch:
 
 
 @dataclass(frozen=True)
-class CheckedBatch:
+class CheckedBatch(LabelledBatch):
     """A batch after validation: everything there, on the labels' device."""
 
-    inputs: Any
-    labels: Tensor
     features: Tensor | None  # [B, F]
     is_synthetic: Tensor  # bool [B]
     classes: Tensor  # int64 [B]

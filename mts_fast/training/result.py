@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,11 @@ class StepResult:
         return weight_statistics(self.weights, self.normalized_weights)
 
 
-def relative_gap(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b| over the larger of |a| and |b| []; 0 where both are 0."""
-    scale = torch.maximum(a.abs(), b.abs())
-    return (a - b).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+def invariant_gap(
+    p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+) -> Tensor:
+    """Relative gap [] of sum_i p_i d_i = <direction, gradient>; 0 where both sides are 0."""
+    along = [(g * u).sum() for g, u in zip(gradient, direction, strict=True) if g is not None]
+    found, expected = (p * dots).sum(), torch.stack(along).sum()
+    scale = torch.maximum(found.abs(), expected.abs())
+    return (found - expected).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)

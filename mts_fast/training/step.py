@@ -10,22 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mts_fast import ops, reference
+from mts_fast import ops
 from mts_fast._check import check_choice, check_finite, check_positive_int, fail
-from mts_fast._isolation import (
-    RngState,
-    preserved_buffers,
-    preserved_rng,
-    replaced_parameters,
-    training_mode,
-)
+from mts_fast._isolation import RngState, preserved_buffers, preserved_rng, restored_on_error
 from mts_fast.diagnostics import selector_gsnr
-from mts_fast.hypergradient import Linearization, Loss, Objective, make_engine
+from mts_fast.hypergradient import LabelledBatch, Linearization, Loss, Objective, make_engine
 from mts_fast.ops.registry import BACKENDS
 from mts_fast.ops.virtual_update import check_optimizer
 from mts_fast.training.batch import CheckedBatch, SelectorBatch, check_batch, check_pair
 from mts_fast.training.inputs import OfflineFeatures, OnlineFeatures
-from mts_fast.training.result import StepResult, relative_gap
+from mts_fast.training.result import StepResult, invariant_gap
+from mts_fast.training.scoring import Lesson, Scorer
+from mts_fast.training.validation import validation_gradient
 
 OP = "MTSStep"
 
@@ -45,7 +41,14 @@ class MTSStep:
         selector: `Selector`, or any module that returns a logit per sample [B] or [B, 1] from
             (features [B, F], classes [B], is_synthetic [B]).
         selector_optimizer: of the selector, any torch optimizer.
-        engine: how row 6 is computed: "auto", "finite_difference" or "forward_mode".
+        engine: of row 6: "auto", "ghost", "finite_difference" or "forward_mode"; `explain_engine`.
+        schedule: "exact" weights the classifier's step by the selector as updated in this call (row
+            9), "reuse" as it was before (row 2), which saves a backward.
+        memory: of the ghost engine: "fast", or "low", which makes output gradients once more
+            instead of keeping them.
+        micro_batch: run that many samples at a time; peak memory follows it. The result is that of
+            the whole batch where samples are independent; BatchNorm in train mode sees each
+            micro-batch, as under data parallelism.
         backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
             `use_backend` and MTS_FAST_BACKEND around the call.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default.
@@ -69,8 +72,9 @@ class MTSStep:
             also on a GPU, which waits for it; "never".
 
     Notes:
-        A call leaves optimizer state, BatchNorm buffers and random generators bitwise as one plain
-        weighted step would. When it raises, none of them has changed.
+        A call leaves BatchNorm buffers and random generators bitwise as one plain weighted step
+        would, and the classifier and its optimizer, too; with the ghost engine their gradient is
+        that step's to rounding. When a call raises, nothing has changed.
 
     Source: DESIGN rows 1 to 9; Du, Zhao, Li, arXiv 2606.00571.
 
@@ -95,6 +99,9 @@ class MTSStep:
         selector_optimizer: torch.optim.Optimizer,
         *,
         engine: str = "auto",
+        schedule: str = "exact",
+        memory: str = "fast",
+        micro_batch: int | None = None,
         backend: str = "auto",
         loss: Loss | None = None,
         class_weight: Tensor | None = None,
@@ -111,6 +118,7 @@ class MTSStep:
         track_gsnr: bool = False,
         check: str = "auto",
     ) -> None:
+        check_choice(OP, "schedule", schedule, ("exact", "reuse"))
         check_choice(OP, "backend", backend, BACKENDS)
         check_choice(OP, "validation_mode", validation_mode, ("eval", "train"))
         check_choice(OP, "check", check, ("auto", "always", "never"))
@@ -125,6 +133,7 @@ class MTSStep:
         self.optimizer = optimizer
         self.selector = selector
         self.selector_optimizer = selector_optimizer
+        self.schedule = schedule
         self.backend = backend
         self.class_weight = class_weight
         self.hypergradient_lr = hypergradient_lr
@@ -138,12 +147,15 @@ class MTSStep:
         self.steps = 0
         self._parameters = ops.trainable_parameters(optimizer)
         self._objective = Objective(model, loss)
-        self._engine = make_engine(engine, self._objective, self._parameters)
-        self._features = (
-            OnlineFeatures(self._objective, feature_layer, online_k, online_momentum)
-            if online_features
-            else OfflineFeatures()
+        self._micro_batch = micro_batch
+        self._engine = make_engine(
+            engine, self._objective, self._parameters, memory=memory, micro_batch=micro_batch
         )
+        self._features: OnlineFeatures | OfflineFeatures = OfflineFeatures()
+        if online_features:
+            self._features = OnlineFeatures(
+                self._objective, feature_layer, online_k, online_momentum, micro_batch
+            )
 
     def __call__(
         self,
@@ -171,22 +183,21 @@ class MTSStep:
         Raises:
             TypeError, ValueError: bad arguments, labels out of range, NaN features or losses, a
                 loss that is not per sample or depends on no parameter.
-            RuntimeError: an explicit backend that cannot run.
+            RuntimeError: an explicit backend or engine that cannot serve, with every reason.
         """
         read = self._reads(labels)
         num_classes = getattr(self.selector, "num_classes", None)
         first = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         batch = check_batch(first, num_classes, read=read)
-        check_pair(val_inputs, val_labels, "val_")
+        validation = LabelledBatch(val_inputs, check_pair(val_inputs, val_labels, "val_"))
         meta = None
         if selector_batch is not None:
             meta = check_batch(selector_batch, num_classes, read=read, prefix="selector_batch.")
         learns = self.steps % self.selector_every == 0
         backend = ops.current_backend() if self.backend == "auto" else self.backend
         with ops.use_backend(backend), self._rolled_back_on_error():
-            result, gradient = self._forward(batch, meta, (val_inputs, val_labels), learns, read)
-            for parameter, g in zip(self._parameters, gradient, strict=True):
-                parameter.grad = g
+            result, gradient = self._rows(batch, meta, validation, learns, read)
+            self._set_gradients(gradient)
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self.optimizer.step()
@@ -214,49 +225,64 @@ class MTSStep:
         num_classes = getattr(self.selector, "num_classes", None)
         given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         batch = check_batch(given, num_classes, read=self._reads(labels))
-        kept = self._features.state_dict()
+        scorer = Scorer(self.selector, self.class_weight)
         with preserved_rng(self.model):
-            h, _ = self._features(batch, None, val_inputs)
-            z = self._logits(batch, h)
-        self._features.load_state_dict(kept)
-        return reference.log_weights(z, self._class_weight(batch)).exp()
+            self._features.look_at(val_inputs)
+            return scorer.weights(batch, scorer.logits(batch, self._features.alone(batch)))
 
-    def _forward(
+    def _rows(
         self,
         batch: CheckedBatch,
         meta: CheckedBatch | None,
-        validation: tuple[Any, Tensor],
+        validation: LabelledBatch,
         learns: bool,
         read: bool,
     ) -> tuple[StepResult, list[Tensor | None]]:
         """Rows 1 to 9 but for the real step: its gradient, and what to report."""
-        h, h_meta = self._features(batch, meta, validation[0])
+        warm = self.steps < self.warmup_steps
+        reuses = learns and self.schedule == "reuse" and not warm
+        own = learns and meta is None  # the selector learns on this batch
+        scorer = Scorer(self.selector, self.class_weight)
         start = RngState.capture(self._parameters)
-        # row 3, the only forward that leaves a trace in buffers and generators
-        line = self._engine.linearize(batch.inputs, batch.labels)
-        if read:
-            hint = "the inputs or the model are broken"
-            check_finite(OP, "the loss of every training sample", line.losses, hint)
+        self._features.look_at(validation.inputs, meta if learns else None)
+        # the only forward that leaves a trace in buffers and generators
+        h, line = self._features.with_forward(
+            batch,
+            lambda: self._engine.linearize(
+                batch, gradients=2 if learns and not reuses else 1, dots=own
+            ),
+            update=own,
+        )
+        # rows 1, 2
+        with preserved_rng(self.model), torch.set_grad_enabled(own):
+            z = scorer.logits(batch, h)
+        p = scorer.normalized(batch, z)
         val_loss = dots = self_check = gsnr = None
-        with preserved_rng(self.model):
-            if learns:
-                val_loss, dots, self_check, gsnr = self._selector_step(
-                    batch, meta, validation, h, h_meta, line, start, read
-                )
-            # row 9: weights again, with the new phi
-            with torch.no_grad():
-                z = self._logits(batch, h)
-        log_w = reference.log_weights(z, self._class_weight(batch))
-        if self.steps < self.warmup_steps:
-            p = self._unweighted(batch, line.losses)
-        else:
-            p = ops.normalize_weights(z, class_weight=self._class_weight(batch))
-        gradient = line.gradient(p, last=True)
+        if learns:
+            gradient = self._gradient(line, p, read)  # row 3
+            with preserved_rng(self.model):
+                direction, val_loss = self._look_ahead(gradient, validation, read)
+                if meta is None:
+                    dots = line.dots(direction).to(z.dtype)
+                    self_check = invariant_gap(p, dots, gradient, direction)
+                    gsnr = self._teach(Lesson(batch, h, z, p, dots), read)
+                else:
+                    lesson = self._lesson(meta, direction, start)
+                    dots, gsnr = lesson.dots, self._teach(lesson, read)
+                if not reuses:  # row 9: weights again, with the new phi
+                    with torch.no_grad():
+                        z = scorer.logits(batch, h)
+                    p = scorer.normalized(batch, z)
+        if warm:
+            p = scorer.unweighted(batch, z)
+        if not reuses:
+            gradient = self._gradient(line, p, read)
+        z = z.detach()
         result = StepResult(
             losses=line.losses,
             loss=(p * line.losses).sum(),
             logits=z,
-            weights=log_w.exp(),
+            weights=scorer.weights(batch, z),
             normalized_weights=p,
             val_loss=val_loss,
             dots=dots,
@@ -265,90 +291,64 @@ class MTSStep:
         )
         return result, gradient
 
-    def _selector_step(
-        self,
-        batch: CheckedBatch,
-        meta: CheckedBatch | None,
-        validation: tuple[Any, Tensor],
-        h: Tensor,
-        h_meta: Tensor | None,
-        line: Linearization,
-        start: RngState,
-        read: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Rows 1 to 8; returns val_loss, dots, self_check and the GSNR."""
-        # rows 1, 2
-        z = self._logits(batch, h)
-        p = ops.normalize_weights(z.detach(), class_weight=self._class_weight(batch))
-        # rows 3, 4
+    def _gradient(self, line: Linearization, p: Tensor, read: bool) -> list[Tensor | None]:
+        """sum_i p_i grad l_i, the losses looked at."""
         gradient = line.gradient(p)
+        if read:
+            hint = "the inputs or the model are broken"
+            check_finite(OP, "the loss of every training sample", line.losses, hint)
+        return gradient
+
+    def _look_ahead(
+        self, gradient: list[Tensor | None], validation: LabelledBatch, read: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """Rows 4 and 5: (kappa v, validation loss at theta')."""
         virtual = ops.virtual_update(self.optimizer, gradient)
-        # row 5
-        val_loss, v = self._validation_gradient(virtual.parameters, *validation)
-        # row 6, on the selector's batch
-        direction = virtual.scale(v, self.hypergradient_lr)
-        if meta is None or h_meta is None:
-            dots = line.dots(direction).to(z.dtype)
-            along = [
-                (g * u).sum() for g, u in zip(gradient, direction, strict=True) if g is not None
-            ]
-            self_check = relative_gap((p * dots).sum(), torch.stack(along).sum())
-            used, h_used = batch, h
-        else:
-            used, h_used = meta, h_meta
-            dots = self._engine.dots(meta.inputs, meta.labels, direction, rng=start).to(z.dtype)
-            self_check = None  # the invariant holds within one batch
-            z = self._logits(meta, h_meta)
-            p = ops.normalize_weights(z.detach(), class_weight=self._class_weight(meta))
+        val_loss, v = validation_gradient(
+            self._objective,
+            self._parameters,
+            virtual.parameters,
+            validation,
+            train_mode=self.validation_mode == "train",
+            micro_batch=self._micro_batch,
+        )
         if read:
             check_finite(OP, "the validation loss", val_loss, "the validation batch is broken")
-            check_finite(OP, "the hypergradient dot of every sample", dots)
-        # rows 7, 8
-        cotangent = ops.selector_gradient(dots, z.detach(), p)
+        return virtual.scale(v, self.hypergradient_lr), val_loss
+
+    def _lesson(self, meta: CheckedBatch, direction: list[Tensor], start: RngState) -> Lesson:
+        """Rows 1, 2 and 6 on the selector's own batch, with the masks of the training forward."""
+        with preserved_rng(self.model, start), preserved_buffers(self.model):
+            h, line = self._features.with_forward(
+                meta, lambda: self._engine.linearize(meta, gradients=0), update=True
+            )
+        scorer = Scorer(self.selector, self.class_weight)
+        z = scorer.logits(meta, h)
+        return Lesson(meta, h, z, scorer.normalized(meta, z), line.dots(direction).to(z.dtype))
+
+    def _teach(self, lesson: Lesson, read: bool) -> Tensor | None:
+        """Rows 7 and 8; returns the GSNR where it is tracked."""
+        if read:
+            check_finite(OP, "the hypergradient dot of every sample", lesson.dots)
+        cotangent = ops.selector_gradient(lesson.dots, lesson.logits.detach(), lesson.p)
         gsnr = None
         if self.track_gsnr:
-            gsnr = selector_gsnr(self.selector, self._arguments(used, h_used), cotangent)
+            scorer = Scorer(self.selector, self.class_weight)
+            arguments = scorer.arguments(lesson.batch, lesson.features)
+            gsnr = selector_gsnr(self.selector, arguments, cotangent)
         self.selector_optimizer.zero_grad(set_to_none=True)
-        z.backward(cotangent)
+        lesson.logits.backward(cotangent)
         self.selector_optimizer.step()
-        return val_loss, dots, self_check, gsnr
+        return gsnr
 
-    def _validation_gradient(
-        self, theta: list[Tensor], val_inputs: Any, val_labels: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Row 5: mean validation loss at theta', with the BatchNorm statistics as they are now."""
-        with (
-            training_mode(self.model, self.validation_mode == "train"),
-            preserved_buffers(self.model),
-            replaced_parameters(self._parameters, theta),
-        ):
-            loss = self._objective.losses(val_inputs, val_labels).mean()
-            v = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        return loss.detach(), list(v)
-
-    def _logits(self, batch: CheckedBatch, h: Tensor) -> Tensor:
-        """The selector's logits z [B], in float32 at least: autocast would round p to 3 digits."""
-        z = self.selector(*self._arguments(batch, h))
-        expected = (len(batch.labels),)
-        if z.shape not in (expected, (*expected, 1)):
-            fail(ValueError, OP, "selector's output", f"logits {expected}", tuple(z.shape))
-        return z.reshape(expected).to(torch.promote_types(z.dtype, torch.float32))
-
-    def _arguments(self, batch: CheckedBatch, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the selector is called with: features in its dtype, classes, is_synthetic."""
-        dtype = next((p.dtype for p in self.selector.parameters()), h.dtype)
-        return h.to(dtype), batch.classes, batch.is_synthetic
-
-    def _class_weight(self, batch: CheckedBatch) -> Tensor | None:
-        """The class weight of each sample [B]."""
-        if self.class_weight is None:
-            return None
-        return self.class_weight.to(batch.classes.device)[batch.classes]
-
-    def _unweighted(self, batch: CheckedBatch, like: Tensor) -> Tensor:
-        """p [B] of a selector that trusts every sample alike."""
-        zeros = torch.zeros_like(like)
-        return ops.normalize_weights(zeros, class_weight=self._class_weight(batch))
+    def _set_gradients(self, gradient: list[Tensor | None]) -> None:
+        taken: set[int] = set()
+        for parameter, g in zip(self._parameters, gradient, strict=True):
+            if g is not None and g.data_ptr() in taken:
+                g = g.clone()  # autograd hands one tensor out twice, and clipping scales in place
+            parameter.grad = g
+            if g is not None:
+                taken.add(g.data_ptr())
 
     def _reads(self, labels: Tensor) -> bool:
         on_gpu = isinstance(labels, Tensor) and labels.is_cuda
@@ -357,15 +357,11 @@ class MTSStep:
     @contextmanager
     def _rolled_back_on_error(self) -> Iterator[None]:
         """Put buffers, generators and running statistics back when something raises inside."""
-        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        rng = RngState.capture(self._parameters)
         running = self._features.state_dict()
         try:
-            yield
+            with restored_on_error(self.model):
+                yield
         except BaseException:
-            for buffer, before in buffers:
-                buffer.data.copy_(before)
-            rng.restore()
             self._features.load_state_dict(running)
             raise
 

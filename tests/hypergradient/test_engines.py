@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mts_fast
 from mts_fast import reference
-from mts_fast.hypergradient import ENGINES, Objective, make_engine
+from mts_fast.hypergradient import ENGINES, LabelledBatch, Objective, make_engine
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 
@@ -44,7 +44,7 @@ def random_direction(parameters, seed=2):
 def true_dots(case, parameters, direction):
     """The reference's d_i; attention without fused kernels, which have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
-        losses = Objective(case.model).losses(case.inputs, case.labels)
+        losses = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
         return reference.hypergradient_dots(losses, parameters, direction)
 
 
@@ -109,16 +109,16 @@ def test_linearization_in_the_order_of_parameter_groups(engine, device):
     direction = random_direction(parameters)
     built = engine_for(engine, case, parameters)
     start = snapshot(module=case.model, device=device)
-    line = built.linearize(case.inputs, case.labels)
+    line = built.linearize(LabelledBatch(case.inputs, case.labels))
     after = snapshot(module=case.model, device=device)
     p = torch.linspace(0, 1, len(case.labels), dtype=torch.float64, device=device)
-    gradients = [line.gradient(p), line.gradient(p, last=True)]
+    gradients = [line.gradient(p), line.gradient(p)]
     found = line.dots(direction)
     assert_bitwise(snapshot(module=case.model, device=device), after)
 
     case.model.load_state_dict(start["state"])
     set_generators(start["generators"])
-    losses = Objective(case.model).losses(case.inputs, case.labels)
+    losses = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     assert torch.equal(line.losses, losses.detach())
     expected = torch.autograd.grad((p * losses).sum(), parameters, retain_graph=True)
     assert_bitwise(gradients, [list(expected)] * 2)
@@ -141,7 +141,7 @@ def selector_gradients_two_ways(optimizer, case, validation, z, direction_of):
     parameters = trainable_parameters(optimizer)
     states = list(optimizer_states(optimizer).values())
     names = list(case.named())
-    losses = Objective(case.model).losses(case.inputs, case.labels)
+    losses = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     p = mts_fast.normalize_weights(z)
     g = torch.autograd.grad((p * losses).sum(), parameters, create_graph=True)
     theta = [
@@ -165,14 +165,14 @@ def test_hypergradient_equals_double_backward(optimizer, engine, device):
     live = OPTIMIZERS[optimizer](case.model.parameters())
     for _ in range(3):  # a history for the optimizer's state
         live.zero_grad()
-        Objective(case.model).losses(case.inputs, case.labels).mean().backward()
+        Objective(case.model).losses(LabelledBatch(case.inputs, case.labels)).mean().backward()
         live.step()
     z = torch.linspace(-1, 2, 6, dtype=torch.float64, device=device, requires_grad=True)
     validation = other.inputs.flip(0) + 0.3, other.labels
 
     def dots(direction):
         built = engine_for(engine, case, trainable_parameters(live))
-        return built.dots(case.inputs, case.labels, direction)
+        return built.dots(LabelledBatch(case.inputs, case.labels), direction)
 
     found, truth = selector_gradients_two_ways(live, case, validation, z, dots)
     # observed 9e-11 with finite differences and 2e-16.
@@ -201,8 +201,8 @@ def test_error_estimate_is_of_the_size_of_the_error(dtype, device):
     direction = random_direction(parameters)
     engine = FiniteDifference(Objective(case.model), parameters)
     expected = true_dots(case, parameters, direction)
-    error = (engine.dots(case.inputs, case.labels, direction) - expected).abs()
-    estimate = engine.error_estimate(case.inputs, case.labels, direction)
+    error = (engine.dots(LabelledBatch(case.inputs, case.labels), direction) - expected).abs()
+    estimate = engine.error_estimate(LabelledBatch(case.inputs, case.labels), direction)
     # a single entry may be lucky, the norms may not; observed 0.5 and 0.4.
     assert 0.1 < (estimate.norm() / error.norm()).item() < 10
 
@@ -223,13 +223,15 @@ def test_autocast_does_not_run_on_stale_weights(engine, device):
     """Autocast keeps bf16 copies of the weights: an engine that moves them must not meet those."""
     case = make_case("mlp", device, torch.float32)
     named = case.named()
-    losses = Objective(case.model).losses(case.inputs, case.labels)
+    losses = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     direction = torch.autograd.grad(losses[:3].sum(), list(named.values()))
     expected = true_dots(case, list(named.values()), direction)
     with torch.autocast(device.type, torch.bfloat16):
-        line = engine_for(engine, case, list(named.values())).linearize(case.inputs, case.labels)
+        line = engine_for(engine, case, list(named.values())).linearize(
+            LabelledBatch(case.inputs, case.labels)
+        )
         found = line.dots(list(direction))
-        again = Objective(case.model).losses(case.inputs, case.labels)
+        again = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     # two losses of a forward in 8 bits, half a percent apart: observed 0.08 for finite
     # differences and 0.002 for the exact engine; stale weights give 1.
     assert (found - expected).norm() / expected.norm() < (0.4 if engine in TOLERANCE else 0.05)
@@ -282,7 +284,7 @@ def test_errors_name_the_argument(device):
         mts_fast.hypergradient_dots(*arguments, {"w": torch.ones(1)})
     with pytest.raises(ValueError, match=r"direction\['0.bias'\] must be of shape \(8,\)"):
         mts_fast.hypergradient_dots(*arguments, {"0.bias": torch.ones(7)})
-    with pytest.raises(ValueError, match="engine must be one of 'auto', 'finite_difference'"):
+    with pytest.raises(ValueError, match="engine must be one of 'auto', 'ghost'"):
         mts_fast.hypergradient_dots(*arguments, case.named(), engine="magic")
     with pytest.raises(ValueError, match=r"loss\(output, labels\) must be a tensor of shape \(6,"):
         mts_fast.hypergradient_dots(

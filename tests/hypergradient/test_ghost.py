@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference
 from mts_fast.hypergradient.ghost import Ghost, Unsupported
-from mts_fast.hypergradient.objective import Objective
+from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 BATCH = 6
 TOLERANCE = 1e-9  # float64; observed 1e-15
@@ -46,6 +46,11 @@ class Tied(nn.Module):
     def forward(self, x):
         hidden = self.mix(self.mix(self.embed(x)).tanh())
         return nn.functional.linear(hidden.mean(1), self.embed.weight)
+
+
+def noise():
+    """Inputs for models of 12 features, all of class 0."""
+    return LabelledBatch(torch.randn(BATCH, 12, dtype=torch.float64), torch.zeros(BATCH).long())
 
 
 def mlp():
@@ -90,8 +95,10 @@ def test_dots_equal_double_backward(case):
     direction = [torch.randn_like(p) for p in parameters]
     # fused attention has no second derivative
     with sdpa_kernel(SDPBackend.MATH):
-        truth = reference.hypergradient_dots(objective.losses(x, y), parameters, direction)
-    line = Ghost(objective, parameters).linearize(x, y)
+        truth = reference.hypergradient_dots(
+            objective.losses(LabelledBatch(x, y)), parameters, direction
+        )
+    line = Ghost(objective, parameters).linearize(LabelledBatch(x, y))
     torch.testing.assert_close(line.dots(direction), truth, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -99,9 +106,9 @@ def test_dots_equal_double_backward(case):
 def test_gradients_equal_autograd_for_both_weights(case):
     """The first by a backward, the second by book-keeping alone."""
     objective, parameters, x, y = make(case)
-    line = Ghost(objective, parameters).linearize(x, y)
+    line = Ghost(objective, parameters).linearize(LabelledBatch(x, y))
     for p in torch.rand(2, BATCH, dtype=torch.float64):
-        truth = torch.autograd.grad(objective.losses(x, y), parameters, p)
+        truth = torch.autograd.grad(objective.losses(LabelledBatch(x, y)), parameters, p)
         for found, expected in zip(line.gradient(p), truth, strict=True):
             torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -128,7 +135,7 @@ def test_refusals_name_the_parameter(model, reason):
     model = model.double()
     engine = Ghost(Objective(model), list(model.parameters()))
     with pytest.raises(Unsupported, match=reason):
-        engine.linearize(torch.randn(BATCH, 12, dtype=torch.float64), torch.zeros(BATCH).long())
+        engine.linearize(noise())
 
 
 def test_loss_that_mixes_samples_is_refused():
@@ -140,4 +147,4 @@ def test_loss_that_mixes_samples_is_refused():
 
     engine = Ghost(Objective(model, mixing), list(model.parameters()))
     with pytest.raises(Unsupported, match="samples are mixed"):
-        engine.linearize(torch.randn(BATCH, 12, dtype=torch.float64), torch.zeros(BATCH).long())
+        engine.linearize(noise())

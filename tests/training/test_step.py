@@ -353,7 +353,7 @@ def test_weights_stay_float32_under_autocast(device):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"engine": "magic"}, ValueError, "engine must be one of 'auto', 'finite_diff"),
+        ({"engine": "magic"}, ValueError, "engine must be one of 'auto', 'ghost'"),
         ({"backend": "magic"}, ValueError, "backend must be one of 'auto', 'reference'"),
         ({"validation_mode": "both"}, ValueError, "validation_mode must be one of 'eval', 'train'"),
         ({"check": "maybe"}, ValueError, "check must be one of 'auto', 'always', 'never'"),

@@ -8,7 +8,7 @@ gradient is then the per-sample gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,57 +20,89 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
+from mts_fast.hypergradient.ghost.source import Source
 
-# linear maps of one tensor that only move its entries
+# linear maps of one tensor that move or cast its entries
 VIEWS = {
     "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze",
     "chunk", "split", "unbind", "select", "narrow", "__getitem__", "contiguous", "view_as",
+    "to", "float", "double", "bfloat16", "half", "type_as",
 }  # fmt: skip
 ELEMENTWISE = {
     "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__",
     "div", "__truediv__", "true_divide", "addcmul",
 }  # fmt: skip
 # ways to spread a parameter with a leading axis of 1 over the batch
-SPREAD = {"expand", "expand_as", "repeat", "cat", "concat"}
+SPREAD = {"expand", "expand_as", "repeat"}
 
 
 class Unsupported(RuntimeError):
     """The ghost engine cannot serve this forward; `reasons` say why."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__("; ".join(reasons))
-        self.reasons = list(reasons)
+        self.reasons = sorted(set(reasons))
+        hint = "engine='auto' takes one that serves the model"
+        super().__init__(
+            f"MTSStep: engine must be able to serve the model, got 'ghost'; "
+            f"{'; '.join([*self.reasons, hint])}"
+        )
 
 
 @dataclass
 class Recorded:
-    """One recorded use: a layer call, or (call None) a copy per sample of a tracked tensor."""
+    """One recorded use: a layer call, or (call None) a copy per sample of a parameter's image."""
 
     call: LayerCall | None
-    output: GradientEdge | None
+    sources: dict[str, Source]  # argument name -> its origin; "value" for a copy
+    output: GradientEdge | None  # None once the graph is released
     shape: torch.Size
-    tracked: dict[str, Tensor]
-    input_version: tuple[Tensor, int] | None = None
+    path: str  # of a parameter in use
+    value: Tensor | None = None  # what was copied
+    _input: tuple[Tensor, int] | None = None  # layer input and its version when it was used
 
+    @property
+    def edge(self) -> GradientEdge:
+        """Where b arrives in the graph."""
+        assert self.output is not None
+        return self.output
 
-@dataclass
-class View:
-    """A tensor derived from a tracked one by a linear map."""
+    def is_first(self) -> bool:
+        """Whether no gradient goes on from here."""
+        return self._input is None or not self._input[0].requires_grad
 
-    source: Tensor
-    apply: Callable[[Tensor], Tensor]
+    def input_was_changed(self) -> bool:
+        """Whether something wrote into the layer's input after the call."""
+        return self._input is not None and self._input[0]._version != self._input[1]
+
+    def output_tangent(self, tangents: Mapping[int, Tensor]) -> Tensor:
+        """The output's tangent for parameter tangents, given by id of the parameter."""
+        own = {n: s.image(tangents[id(s.parameter)]) for n, s in self.sources.items()}
+        return own["value"] if self.call is None else self.call.replay(own)
+
+    def parameter_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, gradient) pairs for the output cotangent b."""
+        call = self.call
+        found = call.weight_gradients(b) if call is not None else {"value": self._summed(b)}
+        return [(s.parameter, s.pullback(found[n])) for n, s in self.sources.items()]
+
+    def _summed(self, b: Tensor) -> Tensor:
+        """The gradient of all copies, in the shape of what was copied."""
+        assert self.value is not None
+        if b.ndim == self.value.ndim:
+            return b.sum(0, keepdim=True)
+        return b.sum(list(range(b.ndim - self.value.ndim)))
 
 
 class Capture(TorchFunctionMode):
     """Active during one forward of `batch_size` samples."""
 
-    def __init__(self, names: dict[int, str], batch_size: int) -> None:
+    def __init__(self, names: Mapping[Tensor, str], batch_size: int) -> None:
         super().__init__()
-        self.names = names  # id of a parameter -> its dotted path
+        self.names = names  # parameter -> its dotted path
         self.batch_size = batch_size
         self.recorded: list[Recorded] = []
-        self.views: dict[int, View] = {}
         self.reasons: list[str] = []
+        self._sources = {id(parameter): Source(parameter) for parameter in names}
         self._alive: list[Any] = []  # ids stay unique only while their tensors live
 
     def __torch_function__(
@@ -83,12 +115,12 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        used = [t for t in _tensors((args, kwargs)) if self._is_tracked(t)]
-        if not used:
-            return func(*args, **kwargs)
+        used = [t for t in _tensors((args, kwargs)) if id(t) in self._sources]
         rule = rule_of(func)
         if rule is not None:
             return self._layer(LayerCall(rule, args, kwargs), used)
+        if not used:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in VIEWS and len(used) == 1 and args and args[0] is used[0]:
             return self._view(func, args, kwargs)
@@ -106,40 +138,40 @@ class Capture(TorchFunctionMode):
             self.reasons.append(f"{paths} is used by {name}, which the engine cannot replay")
         return result
 
-    def _is_tracked(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.names or id(tensor) in self.views
-
     def _path(self, tensor: Tensor) -> str:
-        while id(tensor) in self.views:
-            tensor = self.views[id(tensor)].source
-        return self.names[id(tensor)]
+        return self.names[self._sources[id(tensor)].parameter]
 
     def _layer(self, call: LayerCall, used: list[Tensor]) -> Tensor:
-        for name in call.rule.parameters:
-            value = call.argument(name)
-            if isinstance(value, Tensor) and self._is_tracked(value):
-                call.tracked[name] = value
-        path = self._path(used[0])
-        if len({id(t) for t in call.tracked.values()}) < len({id(t) for t in used}):
-            self.reasons.append(f"{path} is an input of {call.rule.function.__name__}")
+        function = call.rule.function
+        path = self._path(used[0]) if used else f"a {function.__name__} without parameters"
         why = call.rule.couples_samples(call)
         if why is not None:
             self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
-        y = call.rule.function(*call.args, **call.kwargs)
+        y = function(*call.args, **call.kwargs)
+        if not used:
+            return y
+        for name in call.rule.parameters:
+            source = self._sources.get(id(call.argument(name)))
+            if source is not None:
+                call.sources[name] = source
+        own = {id(call.argument(name)) for name in call.sources}
+        if any(id(t) not in own for t in used):
+            self.reasons.append(f"{path} is an input of {function.__name__}")
         if not y.requires_grad:
             self.reasons.append(f"{path} is used under torch.no_grad or reentrant checkpointing")
             return y
         if y._is_view():
             # an in-place activation on a view would cut this node out of the graph.
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        a = call.args[0]
+        a = call.input
+        edge = get_gradient_edge(y)
         self.recorded.append(
-            Recorded(call, get_gradient_edge(y), y.shape, call.tracked, (a, a._version))
+            Recorded(call, call.sources, edge, y.shape, path, _input=(a, a._version))
         )
         return y
 
     def _view(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source, rest = args[0], args[1:]
+        source, rest = self._sources[id(args[0])], args[1:]
         results = func(*args, **kwargs)
         several = isinstance(results, tuple | list)
         for i, result in enumerate(results if several else [results]):
@@ -148,14 +180,15 @@ class Capture(TorchFunctionMode):
                 found = func(t, *rest, **kwargs)
                 return found[i] if several else found
 
-            self.views[id(result)] = View(source, apply)
-            self._alive.append(result)
+            if result is not args[0]:
+                self._sources[id(result)] = source.then(apply)
+                self._alive.append(result)
         return results
 
     def _spread(self, name: str, args: tuple[Any, ...], used: list[Tensor]) -> list[Any] | None:
         """Arguments with the tracked tensors replaced by one copy per sample, or None."""
         shape_of: dict[int, list[int]] = {}
-        others = [t for t in _tensors(args) if not self._is_tracked(t)]
+        others = [t for t in _tensors(args) if id(t) not in self._sources]
         for t in used:
             if name in ELEMENTWISE:
                 x = max(others, key=lambda o: o.ndim, default=None)
@@ -167,7 +200,7 @@ class Capture(TorchFunctionMode):
                     shape = [self.batch_size, *t.shape[1:]]
                 else:
                     return None
-            elif name in SPREAD and t.ndim > 1 and t.shape[0] == 1:
+            elif t.ndim > 1 and t.shape[0] == 1 and self._spreads_over_batch(name, args):
                 shape = [self.batch_size, *t.shape[1:]]
             else:
                 return None
@@ -181,20 +214,28 @@ class Capture(TorchFunctionMode):
             return value
 
         swapped = [swap(a) for a in args]
-        if name == "repeat" and swapped[1] == self.batch_size:
-            swapped[1] = 1  # the copies already are one per sample
+        if name == "repeat":  # the copies already are one per sample
+            times = swapped[1:] if isinstance(swapped[1], int) else list(swapped[1])
+            swapped[1:] = [1, *times[1:]]
         return swapped
 
-    def _copy_per_sample(self, tracked: Tensor, shape: list[int]) -> Tensor:
-        source = tracked.detach()
-        if source.ndim == len(shape):
-            copies = source.expand(shape)
-        else:
-            ones = [1] * (len(shape) - source.ndim)
-            copies = source.reshape([*ones, *source.shape]).expand(shape)
-        copies = copies.clone().requires_grad_()
+    def _spreads_over_batch(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether a call makes one copy per sample along the first axis."""
+        if name not in SPREAD or len(args) < 2:
+            return False
+        first = args[1]
+        if isinstance(first, Tensor):
+            first = first.shape
+        return (first if isinstance(first, int) else first[0]) == self.batch_size
+
+    def _copy_per_sample(self, used: Tensor, shape: list[int]) -> Tensor:
+        value = used.detach()
+        ones = [1] * (len(shape) - value.ndim)
+        copies = value.reshape([*ones, *value.shape]).expand(shape).clone().requires_grad_()
+        sources = {"value": self._sources[id(used)]}
+        edge = get_gradient_edge(copies)
         self.recorded.append(
-            Recorded(None, get_gradient_edge(copies), copies.shape, {"value": tracked})
+            Recorded(None, sources, edge, copies.shape, self._path(used), value=value)
         )
         self._alive.append(copies)
         return copies

@@ -7,7 +7,7 @@ arguments, and, where there is a cheaper way than autograd, how to get the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,28 +15,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast.hypergradient.ghost.source import Source
+
 # (call, output cotangent b) -> gradient of each parameter that stands in the call, by name
 WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How to replay one function; `parameters` gives the position of each parameter by name."""
+    """How to replay one function; positions are those of its arguments."""
 
     function: Callable[..., Any]
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int]  # name -> position
+    input: int = 0
+    nullable: Collection[str] = ("bias",)  # parameters that may be None
     weight_gradient: WeightGradient | None = None
     couples_samples: Callable[[LayerCall], str | None] = lambda call: None
 
 
 @dataclass
 class LayerCall:
-    """One call of a layer in a forward: its arguments and which of them are tracked parameters."""
+    """One call of a layer in a forward: its arguments and which of them stem from parameters."""
 
     rule: LayerRule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    tracked: dict[str, Tensor] = field(default_factory=dict)  # name -> tracked tensor
+    sources: dict[str, Source] = field(default_factory=dict)  # argument name -> its origin
+
+    @property
+    def input(self) -> Tensor:
+        """The layer's input."""
+        position = self.rule.input
+        return self.args[position] if position < len(self.args) else self.kwargs["input"]
 
     def argument(self, name: str, default: Any = None) -> Any:
         """A parameter of the rule as it was passed."""
@@ -64,15 +74,16 @@ class LayerCall:
             if name in tangents:
                 replaced[name] = tangents[name]
             elif isinstance(present, Tensor):
-                replaced[name] = None if name == "bias" else torch.zeros_like(present)
+                absent = name in self.rule.nullable
+                replaced[name] = None if absent else torch.zeros_like(present)
         return self.run(replaced)
 
     def weight_gradients(self, b: Tensor) -> dict[str, Tensor]:
-        """Gradient of each tracked parameter for the output cotangent b."""
+        """Gradient of each argument that stems from a parameter, for the output cotangent b."""
         if self.rule.weight_gradient is not None:
             return self.rule.weight_gradient(self, b)
         with torch.enable_grad():
-            leaves = {n: t.detach().requires_grad_() for n, t in self.tracked.items()}
+            leaves = {n: self.argument(n).detach().requires_grad_() for n in self.sources}
             y = self.run(leaves)
         found = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype))
         return dict(zip(leaves, found, strict=True))
@@ -85,6 +96,8 @@ def register_layer(
     function: Callable[..., Any],
     parameters: Mapping[str, int],
     *,
+    input: int = 0,
+    nullable: Collection[str] = ("bias",),
     weight_gradient: WeightGradient | None = None,
     couples_samples: Callable[[LayerCall], str | None] | None = None,
 ) -> None:
@@ -93,21 +106,26 @@ def register_layer(
     Args:
         function: as the model calls it: a torch function, or your own Python function on tensors
             that hands itself to `torch.overrides.handle_torch_function` under a mode.
-        parameters: name -> position of each parameter tensor; they may also be passed by name. A
-            parameter named "bias" may be None.
+        parameters: name -> position of each parameter tensor; they may also be passed by name.
+        input: position of the layer's input, which may also be passed as `input=`.
+        nullable: parameters in whose place the function takes None for zero.
         weight_gradient: (call, b) -> gradients by name; by autograd where left out.
         couples_samples: (call) -> why this call mixes samples, or None.
 
     Example:
         >>> import torch
-        >>> from mts_fast.hypergradient.ghost import register_layer
+        >>> from mts_fast.hypergradient import register_layer
         >>> register_layer(
-        ...     torch.nn.functional.bilinear, {"weight": 2, "bias": 3})
+        ...     torch.nn.functional.embedding_bag, {"weight": 1}, nullable=())
     """
-    rule = LayerRule(function, parameters, weight_gradient)
-    if couples_samples is not None:
-        rule = LayerRule(function, parameters, weight_gradient, couples_samples)
-    _rules[function] = rule
+    _rules[function] = LayerRule(
+        function,
+        parameters,
+        input,
+        nullable,
+        weight_gradient,
+        couples_samples or (lambda call: None),
+    )
 
 
 def rule_of(function: Callable[..., Any]) -> LayerRule | None:
@@ -117,12 +135,12 @@ def rule_of(function: Callable[..., Any]) -> LayerRule | None:
 
 def _linear_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     """dW = b^T a and db = sum b, over all rows."""
-    a = call.args[0].detach()
+    a = call.input.detach()
     rows = b.reshape(-1, b.shape[-1])
     found = {}
-    if "weight" in call.tracked:
+    if "weight" in call.sources:
         found["weight"] = rows.T @ a.reshape(-1, a.shape[-1]).to(rows.dtype)
-    if "bias" in call.tracked:
+    if "bias" in call.sources:
         found["bias"] = rows.sum(0)
     return found
 
@@ -142,16 +160,16 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
         order = "stride padding output_padding groups dilation"
     given = dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
     option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | given
-    a, weight = call.args[0].detach(), call.argument("weight")
+    a, weight = call.input.detach(), call.argument("weight")
     if isinstance(option["padding"], str):
         return LayerCall(
-            LayerRule(function, call.rule.parameters), call.args, call.kwargs, call.tracked
+            LayerRule(function, call.rule.parameters), call.args, call.kwargs, call.sources
         ).weight_gradients(b)
 
     def per_axis(value: Any) -> list[int]:
         return [value] * axes if isinstance(value, int) else list(value)
 
-    wanted = [False, "weight" in call.tracked, "bias" in call.tracked]
+    wanted = [False, "weight" in call.sources, "bias" in call.sources]
     _, dw, db = torch.ops.aten.convolution_backward(
         b,
         a.to(b.dtype),
@@ -166,7 +184,7 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
         wanted,
     )
     found = {"weight": dw, "bias": db}
-    return {n: g for n, g in found.items() if n in call.tracked}
+    return {n: g for n, g in found.items() if n in call.sources}
 
 
 def _batch_norm_couples(call: LayerCall) -> str | None:
@@ -178,6 +196,10 @@ register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradi
 _convolutions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
 for _function in _convolutions:
     register_layer(_function, {"weight": 1, "bias": 2}, weight_gradient=_convolution_gradient)
+for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+    register_layer(_function, {"weight": 1})
+register_layer(torch.einsum, {"weight": 2}, input=1)
+register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
 register_layer(F.embedding, {"weight": 1})
 register_layer(F.layer_norm, {"weight": 2, "bias": 3})
 register_layer(F.rms_norm, {"weight": 2})

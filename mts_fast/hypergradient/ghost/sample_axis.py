@@ -1,11 +1,21 @@
-"""Where the samples lie in a layer's output: found once by a backward from single samples."""
+"""Where the samples lie in a layer's output, found by signing the samples' cotangents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+# b of a signed batch may differ from the signed b by so many roundings, and by no more than that
+# share in all: where samples are independent the factors, powers of two, commute with rounding.
+ROUNDINGS = 1000
+LARGEST_GAP = 0.05
+
+
+def rounding_share(dtype: torch.dtype) -> float:
+    """Relative gap that rounding may explain."""
+    return min(LARGEST_GAP, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,10 @@ class SampleAxis:
     axis: int = 0
     interleaved: bool = False
 
+    def fits(self, shape: torch.Size, batch_size: int) -> bool:
+        """Whether a tensor of that shape can have its samples there."""
+        return self.axis < len(shape) and shape[self.axis] % batch_size == 0
+
     def expand(self, per_sample: Tensor, like: Tensor) -> Tensor:
         """per_sample [B] as a tensor that broadcasts against `like`."""
         length = like.shape[self.axis]
@@ -30,36 +44,33 @@ class SampleAxis:
         shape[self.axis] = length
         return spread.to(like.dtype).view(shape)
 
-    def rows(self, values: Tensor, batch_size: int) -> Tensor:
-        """Entries of each sample side by side, [B, ...]; a view where strides allow it."""
+    def samples(self, values: Tensor, batch_size: int) -> Tensor:
+        """[B, r, ...]: the samples first; a view."""
         moved = values.movedim(self.axis, 0)
         if self.interleaved:
-            return moved.unflatten(0, (-1, batch_size)).transpose(0, 1).reshape(batch_size, -1)
-        return moved.reshape(batch_size, -1)
+            return moved.unflatten(0, (-1, batch_size)).transpose(0, 1)
+        return moved.unflatten(0, (batch_size, -1))
+
+    def dot(self, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+        """<x, y> per sample [B], accumulated in float32 or wider; x broadcasts to y."""
+        if x.dtype in (torch.bfloat16, torch.float16) or x.dtype != y.dtype:
+            x, y = x.float(), y.float()
+        rows = (self.samples(t, batch_size).reshape(batch_size, -1) for t in (x.expand_as(y), y))
+        return torch.linalg.vecdot(*rows)
 
 
-def find_axis(cotangents: Sequence[Tensor], samples: Sequence[int], size: int) -> SampleAxis | None:
-    """The layout in which each cotangent is 0 outside its own sample; None where there is none.
+def find_axis(b: Tensor, signed_b: Tensor, signs: Tensor) -> SampleAxis | None:
+    """The layout in which signed_b is b with each sample's entries times its sign.
 
-    cotangents[k] is the output's gradient of sample samples[k]'s loss alone, size the batch.
+    b is the output's gradient of sum_i l_i, signed_b that of sum_i signs_i l_i. None where there is
+    no such layout: samples are mixed.
     """
+    allowed = rounding_share(b.dtype)
     for interleaved in (False, True):
-        for axis, length in enumerate(cotangents[0].shape):
+        for axis in range(b.ndim):
             layout = SampleAxis(axis, interleaved)
-            if (
-                length
-                and length % size == 0
-                and all(
-                    _only_in(layout.rows(b, size), k)
-                    for b, k in zip(cotangents, samples, strict=True)
-                )
-            ):
-                return layout
+            if layout.fits(b.shape, len(signs)):
+                gap = (signed_b - b * layout.expand(signs, b)).norm()
+                if gap <= allowed * signed_b.norm():
+                    return layout
     return None
-
-
-def _only_in(rows: Tensor, k: int) -> bool:
-    """Whether all rows but the k-th are zero."""
-    active = rows.detach().ne(0).any(1)
-    active[k] = False
-    return not bool(active.any())

@@ -1,0 +1,105 @@
+"""A batch in micro-batches: the same numbers, memory for one micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast.hypergradient.engine import Engine, Linearization
+from mts_fast.hypergradient.objective import LabelledBatch
+
+
+class Streamed(Engine):
+    """Any engine, `micro_batch` samples at a time.
+
+    Nothing is kept between passes but B-vectors and one gradient: each gradient and the dots run
+    every micro-batch forward again, with its own dropout masks. Buffers and generators move in the
+    first pass alone, once per micro-batch.
+    """
+
+    def __init__(self, inner: Engine, micro_batch: int) -> None:
+        super().__init__(inner.objective, inner.parameters)
+        self.name = inner.name
+        self.inner = inner
+        self.micro_batch = micro_batch
+
+    def reasons(self) -> list[str]:
+        return self.inner.reasons()
+
+    def linearize(
+        self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
+    ) -> Linearization:
+        if len(batch) <= self.micro_batch:
+            return self.inner.linearize(batch, gradients=gradients, dots=dots)
+        return StreamedLinearization(self, batch, gradients)
+
+    def dots_from_scratch(
+        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
+    ) -> Tensor:
+        raise AssertionError("the linearization asks the inner engine")
+
+
+class StreamedLinearization(Linearization):
+    """Passes over the micro-batches, as they are asked for."""
+
+    engine: Streamed
+
+    def __init__(self, engine: Streamed, batch: LabelledBatch, gradients: int) -> None:
+        super().__init__(engine, batch, gradients)
+        self._chunks = batch.split(engine.micro_batch)
+        self._starts: list[RngState] = []  # generators before each micro-batch of the first pass
+        self._losses: list[Tensor] = []
+
+    @property
+    def losses(self) -> Tensor:
+        if not self._losses:
+            objective = self.engine.objective
+            with torch.no_grad():
+                self._losses = self._over_chunks(lambda k, chunk: objective.losses(chunk))
+        return torch.cat(self._losses)
+
+    def gradient(self, p: Tensor) -> list[Tensor | None]:
+        self._count_gradient()
+        parts = p.split(self.engine.micro_batch)
+        total: list[Tensor | None] = [None] * len(self.engine.parameters)
+
+        def add(k: int, chunk: LabelledBatch) -> Tensor:
+            line = self.engine.inner.linearize(chunk, gradients=1, dots=False)
+            for i, g in enumerate(line.gradient(parts[k])):
+                old = total[i]
+                total[i] = g if old is None else old if g is None else old + g
+            return line.losses
+
+        self._losses = self._over_chunks(add)
+        return total
+
+    def dots(self, direction: Sequence[Tensor]) -> Tensor:
+        if not self._starts:
+            _ = self.losses  # the first pass, which says where each micro-batch's masks begin
+        inner = self.engine.inner
+        return torch.cat(
+            self._over_chunks(lambda k, chunk: inner.linearize(chunk, gradients=0).dots(direction))
+        )
+
+    def _over_chunks(self, run: Callable[[int, LabelledBatch], Tensor]) -> list[Tensor]:
+        first = not self._starts
+        results = []
+        for k, chunk in enumerate(self._chunks):
+            with self._leaving_trace() if first else self._replayed(k):
+                results.append(run(k, chunk))
+        return results
+
+    @contextmanager
+    def _leaving_trace(self) -> Iterator[None]:
+        self._starts.append(RngState.capture(self.engine.parameters))
+        yield
+
+    @contextmanager
+    def _replayed(self, k: int) -> Iterator[None]:
+        model = self.engine.objective.model
+        with preserved_rng(model, self._starts[k]), preserved_buffers(model):
+            yield
