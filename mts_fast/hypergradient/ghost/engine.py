@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mts_fast._isolation import RngState
+from mts_fast._isolation import RngState, restored_on_error
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.ghost.capture import Capture, Unsupported
-from mts_fast.hypergradient.ghost.linearization import FastLinearization, LeanLinearization
+from mts_fast.hypergradient.ghost.linearization import (
+    FastLinearization,
+    GhostLinearization,
+    LeanLinearization,
+)
 from mts_fast.hypergradient.ghost.probe import Layout, Probe, layout_of, probe
-from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
@@ -51,10 +54,24 @@ class Ghost(Engine):
         if not dots and (gradients == 1 or self.memory == "low"):
             return RetainedGraph(self, batch, gradients)
         reasons = self.reasons()
+        # a probe leaves no trace, but whoever listens to the model's forwards hears it: it comes
+        # before the forward that counts, which is the last one
+        if not reasons and not all(found.final for found in self._probes.values()):
+            self._probe(batch)
+        try:
+            with restored_on_error(self.objective.model):
+                return self._captured(batch, gradients, reasons)
+        except _UnknownLayout:
+            self._probe(batch)
+        return self._captured(batch, gradients, reasons)
+
+    def _captured(
+        self, batch: LabelledBatch, gradients: int, reasons: list[str]
+    ) -> GhostLinearization:
         with Capture(self.names, len(batch)) as capture:
             graph = self.objective.losses(batch)
         recorded = capture.recorded
-        reasons += capture.reasons
+        reasons = [*reasons, *capture.reasons]
         reasons += [
             f"{use.path}: its layer's input was changed in place after use"
             for use in recorded
@@ -62,27 +79,28 @@ class Ghost(Engine):
         ]
         if reasons:
             raise Unsupported(reasons)
-        axes = self._axes(layout_of(recorded), batch)
-        for use, axis in zip(recorded, axes, strict=True):
+        layout = layout_of(recorded)
+        if layout not in self._probes:
+            raise _UnknownLayout(["the model calls other layers for other samples"])
+        uses = list(zip(recorded, self._probes[layout].axes, strict=True))
+        for use, axis in uses:
             if not axis.fits(use.shape, len(batch)):
                 raise Unsupported([f"{use.path}: its layer's output does not hold B samples"])
         kind = LeanLinearization if self.memory == "low" else FastLinearization
-        return kind(self, batch, gradients, graph, list(zip(recorded, axes, strict=True)))
+        return kind(self, batch, gradients, graph, uses)
+
+    def _probe(self, batch: LabelledBatch) -> None:
+        found = probe(self.objective, self.names, batch)
+        self._probes[found.layout] = found
 
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
         raise AssertionError("dots need what a forward recorded")
 
-    def _axes(self, layout: Layout, batch: LabelledBatch) -> list[SampleAxis]:
-        """The sample axis of every call; an unknown layout of calls is probed."""
-        found = self._probes.get(layout)
-        if found is None or not found.final:
-            found = probe(self.objective, self.names, batch)
-            if found.layout != layout:
-                raise Unsupported(["the model calls other layers for other samples"])
-            self._probes[layout] = found
-        return found.axes
+
+class _UnknownLayout(Unsupported):
+    """A sequence of layer calls that has not been probed."""
 
 
 def coupling(model: nn.Module) -> list[str]:

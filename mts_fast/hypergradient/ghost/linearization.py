@@ -42,7 +42,9 @@ class GhostLinearization(Linearization):
     def _dots(self, use: Recorded, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
         """This call's part of b's cotangent times d [B]."""
         tangent = use.output_tangent(tangents)
-        return axis.dot(tangent, b, len(self._losses)).to(self._losses.dtype)
+        replayed = use.call is not None  # else it is v itself
+        dots = axis.dot(tangent, b, len(self._losses), overwrite=replayed)
+        return dots.to(self._losses.dtype)
 
     def _tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
         return {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}

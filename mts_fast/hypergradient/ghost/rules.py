@@ -105,7 +105,8 @@ def register_layer(
 
     Args:
         function: as the model calls it: a torch function, or your own Python function on tensors
-            that hands itself to `torch.overrides.handle_torch_function` under a mode.
+            that hands itself to `torch.overrides.handle_torch_function` under a mode. It returns a
+            tensor of its own, not a view of a parameter.
         parameters: name -> position of each parameter tensor; they may also be passed by name.
         input: position of the layer's input, which may also be passed as `input=`.
         nullable: parameters in whose place the function takes None for zero.

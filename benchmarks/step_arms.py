@@ -1,0 +1,270 @@
+"""One training step of a task in many ways: plain, published, by double backward, and ours.
+
+Every arm owns a copy of the classifier, a selector and their optimizers. `step()` takes one step;
+`selector_gradient` holds what the selector's optimizer was given.
+"""
+
+import copy
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from step_models import CLASSES
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mts_fast
+from mts_fast import reference
+
+LR = 0.05
+ONLINE = 4
+# the published code's perturbation along v / ||v||
+FD_STEP = 1e-2
+
+
+def per_sample(output, labels):
+    """Cross-entropy [B]; of a sequence, the mean over its positions."""
+    if output.ndim == 3:
+        return F.cross_entropy(output.transpose(1, 2), labels, reduction="none").mean(1)
+    return F.cross_entropy(output, labels, reduction="none")
+
+
+class Arm:
+    """Classifier, selector and optimizers; equal at the start in all arms of a task."""
+
+    def __init__(self, task):
+        self.task = task
+        self.model = copy.deepcopy(task.model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR)
+        torch.manual_seed(1)
+        width = ONLINE + task.features.shape[1]
+        device = task.features.device
+        self.selector = mts_fast.Selector(width, CLASSES).to(device)
+        self.selector_optimizer = torch.optim.AdamW(self.selector.parameters(), lr=1e-4)
+        labels = task.train.labels
+        self.classes = torch.zeros(len(labels), dtype=torch.int64, device=device)
+        if labels.ndim == 1:
+            self.classes = labels
+        self.flags = torch.arange(len(labels), device=device) % 2 == 0
+
+    @property
+    def selector_gradient(self):
+        return torch.cat([p.grad.flatten() for p in self.selector.parameters()])
+
+
+class Plain(Arm):
+    """Training without selection."""
+
+    def step(self):
+        batch = self.task.train
+        loss = per_sample(self.model(batch.inputs), batch.labels).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class SelectionArm(Arm):
+    """What the published code and the double-backward ones have in common."""
+
+    def penultimate(self, model, inputs):
+        seen = []
+        handle = model.get_submodule(self.head).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        model(inputs)
+        handle.remove()
+        return seen[0] if seen[0].ndim == 2 else seen[0].mean(1)
+
+    @property
+    def head(self):
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)][-1]
+
+    def selector_features(self, batch):
+        """Online features from passes in eval mode, then the offline ones."""
+        self.model.eval()
+        with torch.no_grad():
+            val = self.penultimate(self.model, self.task.validation.inputs)
+            own = self.penultimate(self.model, batch.inputs)
+        self.model.train()
+        online = [reference.standardize(x) for x in reference.online_features(own, val)]
+        return torch.cat([*online, self.task.features], 1)
+
+    def weights(self, h):
+        z = self.selector(h, self.classes, self.flags)
+        return F.logsigmoid(z).softmax(0)
+
+    def train_classifier(self, h):
+        """Row 9: a forward and a backward of its own."""
+        with torch.no_grad():
+            p = self.weights(h)
+        batch = self.task.train
+        loss = (p * per_sample(self.model(batch.inputs), batch.labels)).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def train_selector(self, gradients):
+        for parameter, g in zip(self.selector.parameters(), gradients, strict=True):
+            parameter.grad = g
+        self.selector_optimizer.step()
+
+
+class Published(SelectionArm):
+    """Eval-mode features, a copied network for the virtual step, graph-building differences."""
+
+    two_batches = False
+
+    def step(self):
+        task, batch = self.task, self.task.train
+        h = self.selector_features(batch)
+        with torch.no_grad():
+            p = self.weights(h)
+        virtual = copy.deepcopy(self.model)
+        virtual_optimizer = torch.optim.SGD(virtual.parameters(), lr=LR)
+        loss = (p * per_sample(virtual(batch.inputs), batch.labels)).sum()
+        virtual_optimizer.zero_grad()
+        loss.backward()
+        virtual_optimizer.step()
+        virtual.eval()
+        virtual_optimizer.zero_grad()
+        per_sample(virtual(task.validation.inputs), task.validation.labels).mean().backward()
+        v = [q.grad for q in virtual.parameters()]
+        del virtual, loss
+        meta, h_meta = batch, h
+        if self.two_batches:
+            meta, h_meta = task.meta, self.selector_features(task.meta)
+        self.train_selector(self.differences(meta, h_meta, v))
+        self.train_classifier(h)
+
+    def differences(self, batch, h, v):
+        """d(-<kappa v, sum p_i grad l_i>)/dphi from losses at theta + e v and theta - e v."""
+        moved = copy.deepcopy(self.model)
+        epsilon = FD_STEP / torch.stack([g.norm() for g in v]).norm()
+        p = self.weights(h)
+        parts = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for q, own, g in zip(moved.parameters(), self.model.parameters(), v, strict=True):
+                    q.copy_(own + sign * epsilon * g)
+            loss = (p * per_sample(moved(batch.inputs), batch.labels)).sum()
+            parts.append(
+                torch.autograd.grad(loss, list(self.selector.parameters()), retain_graph=sign == 1)
+            )
+        return [-LR * (a - b) / (2 * epsilon) for a, b in zip(*parts, strict=True)]
+
+
+class PublishedTwoBatches(Published):
+    """The published scripts' form: the selector learns on an independent batch."""
+
+    two_batches = True
+
+
+class DoubleBackward(SelectionArm):
+    """torch.func: the virtual step with its graph, differentiated through."""
+
+    def step(self):
+        task = self.task
+        h = self.selector_features(task.train)
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH):
+            self.train_selector(
+                torch.autograd.grad(self.look_ahead(h), list(self.selector.parameters()))
+            )
+        self.train_classifier(h)
+
+    def look_ahead(self, h):
+        """Validation loss at theta', with its graph down to phi."""
+        train, validation = self.task.train, self.task.validation
+        theta = dict(self.model.named_parameters())
+        buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        output = functional_call(self.model, (theta, buffers), (train.inputs,))
+        loss = (self.weights(h) * per_sample(output, train.labels)).sum()
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        ahead = {n: q - LR * dq for (n, q), dq in zip(theta.items(), g, strict=True)}
+        self.model.eval()
+        output = functional_call(self.model, (ahead, buffers), (validation.inputs,))
+        self.model.train()
+        return per_sample(output, validation.labels).mean()
+
+
+class Higher(DoubleBackward):
+    """The package higher."""
+
+    def look_ahead(self, h):
+        import higher
+
+        train, validation = self.task.train, self.task.validation
+        with higher.innerloop_ctx(self.model, self.optimizer, copy_initial_weights=False) as (
+            virtual,
+            optimizer,
+        ):
+            output = virtual(train.inputs)
+            optimizer.step((self.weights(h) * per_sample(output, train.labels)).sum())
+            virtual.eval()
+            return per_sample(virtual(validation.inputs), validation.labels).mean()
+
+
+class TorchOpt(DoubleBackward):
+    """The package torchopt."""
+
+    def look_ahead(self, h):
+        import torchopt
+
+        train, validation = self.task.train, self.task.validation
+        before = torchopt.extract_state_dict(self.model, by="reference")
+        optimizer = torchopt.MetaSGD(self.model, lr=LR)
+        output = self.model(train.inputs)
+        optimizer.step((self.weights(h) * per_sample(output, train.labels)).sum())
+        self.model.eval()
+        loss = per_sample(self.model(validation.inputs), validation.labels).mean()
+        self.model.train()
+        torchopt.recover_state_dict(self.model, before)
+        return loss
+
+
+class Ours(Arm):
+    """MTSStep with the options given."""
+
+    def __init__(self, task, **options):
+        super().__init__(task)
+        self.call = mts_fast.MTSStep(
+            self.model, self.optimizer, self.selector, self.selector_optimizer, **options
+        )
+
+    def step(self):
+        task = self.task
+        self.call(
+            task.train.inputs,
+            task.train.labels,
+            val_inputs=task.validation.inputs,
+            val_labels=task.validation.labels,
+            features=task.features,
+            is_synthetic=self.flags,
+            classes=self.classes,
+        )
+
+
+def arms_of(name):
+    """label -> how it is made, for one of the benchmark's models."""
+    arms = {
+        "plain": Plain,
+        "published": Published,
+        "published, two batches": PublishedTwoBatches,
+        "double backward (torch.func)": DoubleBackward,
+    }
+    # the packages keep BatchNorm buffers in their own ways
+    if importlib.util.find_spec("higher") and name != "resnet18_batchnorm":
+        arms["double backward (higher)"] = Higher
+    if importlib.util.find_spec("torchopt") and name != "resnet18_batchnorm":
+        arms["double backward (torchopt)"] = TorchOpt
+    for schedule in ("exact", "reuse"):
+        arms[f"auto, {schedule}"] = lambda t, s=schedule: Ours(t, schedule=s)
+        if name != "resnet18_batchnorm":  # there, auto is finite differences
+            arms[f"auto, {schedule}, low memory"] = lambda t, s=schedule: Ours(
+                t, schedule=s, memory="low"
+            )
+            arms[f"finite differences, {schedule}"] = lambda t, s=schedule: Ours(
+                t, schedule=s, engine="finite_difference"
+            )
+    return arms
