@@ -39,8 +39,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
+# Compares with higher, torchopt and Opacus, too, where they install. BENCH picks one file.
+BENCH ?= benchmarks
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/bench.json
+	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev,bench]' || echo "bench: going on without the packages to compare with"
+	mkdir -p build
+	$(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python scripts/condense.py build/bench.json benchmarks/results
 
 # On a machine with a GPU: the whole suite on CUDA, then the benchmarks, results under OUT.
 gpu: setup
@@ -48,6 +53,7 @@ gpu: setup
 	$(BIN)/mts-fast doctor | tee $(OUT)/doctor.txt
 	$(BIN)/python -m pytest -p no:cacheprovider
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/bench.json
+	$(BIN)/python scripts/condense.py $(OUT)/bench.json $(OUT)
 
 # Copies the numbers of benchmarks/results into README.md.
 tables: setup

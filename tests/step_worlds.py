@@ -4,6 +4,7 @@ import copy
 
 import torch
 from models import CLASSES, batchnorm_cnn, mlp, norm_and_dropout
+from torch import nn
 
 import mts_fast
 
@@ -15,10 +16,11 @@ OPTIMIZERS = {
 # name -> how it is made, the shape of one input
 MODELS = {
     "mlp": (mlp, (4,)),
+    "dropout": (lambda: nn.Sequential(nn.Dropout(0.3), *mlp()), (4,)),
     "dense": (norm_and_dropout, (4,)),
     "batchnorm": (batchnorm_cnn, (2, 6, 6)),
     "convolutional": (
-        lambda: torch.nn.Sequential(torch.nn.Dropout2d(0.3), *batchnorm_cnn()),
+        lambda: nn.Sequential(nn.Dropout2d(0.3), *batchnorm_cnn()),
         (2, 6, 6),
     ),
 }
@@ -36,6 +38,7 @@ class World:
         optimizer="momentum",
         dtype=torch.float32,
         schedule=None,
+        step_schedule="exact",
         **options,
     ):
         torch.manual_seed(5)
@@ -49,7 +52,12 @@ class World:
         if schedule is not None:
             options["selector_scheduler"] = schedule(self.selector_optimizer)
         self.step = mts_fast.MTSStep(
-            self.model, self.optimizer, self.selector, self.selector_optimizer, **options
+            self.model,
+            self.optimizer,
+            self.selector,
+            self.selector_optimizer,
+            schedule=step_schedule,
+            **options,
         )
 
     def draw(self, seed, size=12):

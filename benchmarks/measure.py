@@ -1,0 +1,68 @@
+"""Interleaved timing and peak memory of several ways to do the same."""
+
+import statistics
+import time
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+def interleaved(calls, rounds):
+    """Seconds of every call in every round; all take turns, so that drift meets all alike."""
+    seconds = {label: [] for label in calls}
+    for _ in range(rounds):
+        for label, call in calls.items():
+            _synchronize()
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            seconds[label].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds, base):
+    """Median seconds of each label over those of `base`."""
+    unit = statistics.median(seconds[base])
+    return {label: statistics.median(values) / unit for label, values in seconds.items()}
+
+
+def peak_bytes(call):
+    """Most memory that torch held at once during the call, above what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    live = peak = 0
+    sizes = {}
+    for event in _allocations(profiler):
+        fields = event.extra_fields
+        # what was allocated before the call may be freed in it, and counts for nothing
+        if fields.alloc_size > 0:
+            sizes[fields.ptr] = fields.alloc_size
+            live += fields.alloc_size
+        else:
+            live -= sizes.pop(fields.ptr, 0)
+        peak = max(peak, live)
+    return peak
+
+
+def _allocations(profiler):
+    found = []
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.typed[0] == _EventType.Allocation:
+            found.append(event)
+    return sorted(found, key=lambda event: event.start_time_ns)
+
+
+def _synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,42 @@
+"""Keeps of pytest-benchmark's report what is worth committing, one file per benchmark file.
+
+`python scripts/condense.py REPORT.json FOLDER`: FOLDER/<noun>.json for every bench_<noun>.py in it.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+
+def condense(report: dict) -> dict[str, dict]:
+    """Noun -> machine, and per benchmark its name, median and what it reported itself."""
+    cpu = report["machine_info"]["cpu"]
+    machine = f"{cpu['count']} cores {cpu.get('brand_raw', cpu['arch'])}, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    rows = defaultdict(list)
+    for run in report["benchmarks"]:
+        path, _, name = run["fullname"].partition("::")
+        stats = run["stats"]
+        rows[Path(path).stem.removeprefix("bench_")].append(
+            {
+                "name": name,
+                "group": run["group"],
+                "median_us": round(stats["median"] * 1e6, 1),
+                "rounds": stats["rounds"],
+                **run["extra_info"],
+            }
+        )
+    return {
+        noun: {"command": "make bench", "machine": machine, "rows": found}
+        for noun, found in rows.items()
+    }
+
+
+if __name__ == "__main__":
+    source, folder = map(Path, sys.argv[1:])
+    for noun, record in condense(json.loads(source.read_text())).items():
+        (folder / f"{noun}.json").write_text(json.dumps(record, indent=1) + "\n")

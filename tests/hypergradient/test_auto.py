@@ -1,0 +1,116 @@
+"""The automatic choice: which engine, said once, and nothing of a failed try left behind."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from comparison import assert_bitwise, relative, snapshot
+from models import make_case
+
+from mts_fast.hypergradient import LabelledBatch, Objective, make_engine
+
+TAKES = {
+    "mlp": "ghost",
+    "transformer": "ghost",
+    "tied": "ghost",
+    "dropout_mlp": "ghost",
+    "partly_frozen": "ghost",
+    "batchnorm_cnn": "finite_difference",
+    "lstm": "finite_difference",
+}
+# finite differences in float64; observed 3e-10
+TOLERANCE = 3e-9
+
+
+def built(name, device, **options):
+    case = make_case(name, device)
+    parameters = list(case.named().values())
+    return case, make_engine("auto", Objective(case.model), parameters, **options)
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "mts_fast"]
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_takes_and_says_once(name, device, caplog):
+    case, engine = built(name, device)
+    batch = LabelledBatch(case.inputs, case.labels)
+    with caplog.at_level(logging.INFO, "mts_fast"):
+        for _ in range(3):
+            engine.linearize(batch)
+    assert len(said(caplog)) == 1
+    assert f"engine='auto' takes {TAKES[name]}" in said(caplog)[0]
+
+
+def test_says_why_not_ghost(device, caplog):
+    case, engine = built("batchnorm_cnn", device)
+    with caplog.at_level(logging.INFO, "mts_fast"):
+        engine.linearize(LabelledBatch(case.inputs, case.labels))
+    assert "1: BatchNorm2d in train mode mixes the samples" in said(caplog)[0]
+    assert "4: BatchNorm2d in train mode mixes the samples" in said(caplog)[0]
+
+
+def test_decides_anew_when_modes_change(device, caplog):
+    case, engine = built("batchnorm_cnn", device)
+    batch = LabelledBatch(case.inputs, case.labels)
+    with caplog.at_level(logging.INFO, "mts_fast"):
+        engine.linearize(batch)
+        case.model.eval()
+        engine.linearize(batch)
+        case.model.train()
+        engine.linearize(batch)
+    assert ["takes ghost" in line for line in said(caplog)] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["norm_and_dropout", "lstm"])
+def test_a_refused_try_leaves_one_forwards_trace(name, device):
+    """The forward that ghost refuses moves statistics and draws masks: that is undone."""
+    case, engine = built(name, device)
+    other = copy.deepcopy(case)
+    torch.manual_seed(0)
+    line = engine.linearize(LabelledBatch(case.inputs, case.labels))
+    found = snapshot(module=case.model, device=device)
+    torch.manual_seed(0)
+    losses = Objective(other.model).losses(LabelledBatch(other.inputs, other.labels))
+    assert_bitwise(found, snapshot(module=other.model, device=device))
+    assert torch.equal(line.losses, losses.detach())
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "finite_difference", "forward_mode"])
+@pytest.mark.parametrize("name", ["mlp", "dropout_mlp", "transformer", "dict_inputs"])
+@pytest.mark.parametrize("gradients_first", [True, False])
+def test_micro_batches_add_up(name, engine, gradients_first, device):
+    """Losses, gradients and dots of a streamed batch are those of its parts, masks included."""
+    case = make_case(name, device)
+    parameters = list(case.named().values())
+    objective, batch = Objective(case.model), LabelledBatch(case.inputs, case.labels)
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    weights = torch.rand(2, len(batch), generator=generator, dtype=torch.float64).to(device)
+    streamed = make_engine(engine, objective, parameters, micro_batch=4)
+    torch.manual_seed(0)
+    line = streamed.linearize(batch)
+    if not gradients_first:
+        _ = line.losses
+    found = [line.gradient(weights[0]), line.dots(direction), line.gradient(weights[1])]
+    after = snapshot(device=device)
+
+    torch.manual_seed(0)
+    whole = make_engine("finite_difference", objective, parameters)
+    parts = [whole.linearize(part) for part in batch.split(4)]
+    assert_bitwise(after, snapshot(device=device))
+    assert torch.equal(line.losses, torch.cat([part.losses for part in parts]))
+    for got, p in ((found[0], weights[0]), (found[2], weights[1])):
+        pieces = [part.gradient(q) for part, q in zip(parts, p.split(4), strict=True)]
+        for g, first, second in zip(got, *pieces, strict=True):
+            assert relative(g, first + second) < 1e-12  # observed 3e-16
+    dots = torch.cat([part.dots(direction) for part in parts])
+    assert relative(found[1], dots) < TOLERANCE
+
+
+def test_a_small_batch_is_not_streamed(device):
+    case, engine = built("mlp", device, micro_batch=len(make_case("mlp", device).labels))
+    line = engine.linearize(LabelledBatch(case.inputs, case.labels))
+    assert type(line).__name__ == "FastLinearization"

@@ -1,0 +1,258 @@
+"""schedule, memory and micro_batch: what they change of a step, and what they must not."""
+
+import copy
+
+import pytest
+import torch
+from comparison import assert_bitwise, relative, snapshot
+from step_worlds import World
+
+import mts_fast
+
+# float64 over 5 steps; observed 2e-15 for ghost
+EXACT = 1e-11
+
+
+def run(world, steps=5, **options):
+    results = []
+    for seed in range(steps):
+        results.append(world.step(**world.arguments(seed, **options)))
+    return results
+
+
+def assert_same_run(one, other, first, second):
+    """Two runs took the same steps, up to rounding."""
+    for a, b in zip(first, second, strict=True):
+        for name in ("losses", "normalized_weights", "dots", "val_loss", "logits"):
+            assert relative(getattr(a, name), getattr(b, name)) < EXACT, name
+    for ours, theirs in ((one.model, other.model), (one.selector, other.selector)):
+        for name, value in theirs.state_dict().items():
+            assert relative(ours.state_dict()[name], value) < EXACT, name
+
+
+@pytest.mark.parametrize("two_batches", [False, True])
+@pytest.mark.parametrize("schedule", ["exact", "reuse"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "low"},
+        {"micro_batch": 5},  # 12 samples in 5, 5 and 2; the validation batch in 5 and 4
+        {"micro_batch": 5, "engine": "forward_mode"},
+        {"micro_batch": 1},
+        {"memory": "low", "micro_batch": 6},
+        {"engine": "forward_mode"},
+    ],
+)
+def test_same_numbers_by_another_way(options, schedule, two_batches, device):
+    """Every way of running the passes gives the steps of the fast ghost engine."""
+    shared = {"dtype": torch.float64, "online_momentum": 0.9}
+    one = World(device, **shared, **{"engine": "ghost", **options}, step_schedule=schedule)
+    other = World(device, **shared, engine="ghost", step_schedule=schedule)
+    first, second = run(one, two_batches=two_batches), run(other, two_batches=two_batches)
+    assert_same_run(one, other, first, second)
+
+
+def test_reuse_steps_with_the_weights_of_row_2(device):
+    """The classifier's gradient is the virtual one; the selector learns as in "exact"."""
+    reuse, exact = (World(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact"))
+    plain, optimizer = reuse.copy_of_plain_parts()
+    given = reuse.arguments(0)
+    found, expected = reuse.step(**given), exact.step(**given)
+    assert_bitwise(found.dots, expected.dots)
+    assert_bitwise(reuse.selector.state_dict(), exact.selector.state_dict())
+    # row 2: the selector before it learned
+    before = World(device, dtype=torch.float64).step.weights(
+        **{k: v for k, v in given.items() if k != "val_labels"}
+    )
+    p = before / before.sum()
+    assert relative(found.normalized_weights, p) < EXACT
+    losses = torch.nn.functional.cross_entropy(
+        plain(given["inputs"]), given["labels"], reduction="none"
+    )
+    optimizer.zero_grad()
+    (p * losses).sum().backward()
+    optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert relative(reuse.model.state_dict()[name], value) < EXACT
+    assert relative(expected.normalized_weights, p) > 1e-4  # the exact schedule has others
+
+
+@pytest.mark.parametrize("schedule", ["exact", "reuse"])
+def test_warmup_is_unweighted_in_both_schedules(schedule, device):
+    world = World(device, warmup_steps=2, step_schedule=schedule)
+    results = run(world, 3)
+    assert results[0].normalized_weights.tolist() == pytest.approx([1 / 12] * 12)
+    assert results[2].normalized_weights.max() > 1 / 12 + 1e-6
+
+
+def test_batchnorm_streams_as_data_parallelism_would(device):
+    """Statistics move once per micro-batch and step, in order."""
+    world = World(
+        device, model="batchnorm", dtype=torch.float64, micro_batch=6, online_features=False
+    )
+    model = copy.deepcopy(world.model)
+    given = world.arguments(0)
+    world.step(**given)
+    with torch.no_grad():
+        for part in given["inputs"].split(6):
+            model(part)
+    assert_bitwise(dict(world.model.named_buffers()), dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("model", ["mlp", "dropout"])
+def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
+    """Buffers and generators bitwise; parameters to rounding."""
+    world = World(device, model=model, dtype=torch.float64, engine="ghost", micro_batch=micro_batch)
+    plain, optimizer = world.copy_of_plain_parts()
+    for seed in range(3):
+        given = world.arguments(seed)
+        torch.manual_seed(seed)
+        result = world.step(**given)
+        after = snapshot(device=device)
+        torch.manual_seed(seed)
+        size = micro_batch or len(given["labels"])
+        losses = torch.cat(
+            [
+                torch.nn.functional.cross_entropy(plain(x), y, reduction="none")
+                for x, y in zip(
+                    given["inputs"].split(size), given["labels"].split(size), strict=True
+                )
+            ]
+        )
+        assert_bitwise(snapshot(device=device), after)
+        assert relative(result.losses, losses) < EXACT
+        optimizer.zero_grad()
+        (result.normalized_weights * losses).sum().backward()
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert relative(world.model.state_dict()[name], value) < EXACT
+
+
+def counted(world):
+    """How many samples the model is run on, by mode."""
+    seen = {"train": 0, "eval": 0}
+    world.model.register_forward_pre_hook(
+        lambda model, args: seen.update(
+            {(k := "train" if model.training else "eval"): seen[k] + len(args[0])}
+        )
+    )
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "evaluation"),
+    [
+        # B = 12 and V = 9: one training forward; V for its features and V for row 5
+        ({"engine": "ghost"}, 12, 18),
+        ({"engine": "ghost", "step_schedule": "reuse"}, 12, 18),
+        ({"engine": "finite_difference"}, 36, 18),
+        # dropout: the features need an eval pass of their own
+        ({"engine": "ghost", "model": "dropout"}, 12, 30),
+        ({"model": "batchnorm"}, 36, 30),
+        # streamed: losses and features, row 3, row 6, row 9
+        ({"engine": "ghost", "micro_batch": 4}, 48, 18),
+        ({"engine": "ghost", "micro_batch": 4, "online_features": False}, 36, 9),
+    ],
+)
+def test_nothing_is_computed_twice(options, train, evaluation, device):
+    world = World(device, **options)
+    world.step(**world.arguments(0))  # looks once whether the training forward gives the features
+    seen = counted(world)
+    world.step(**world.arguments(1))
+    assert seen == {"train": train, "eval": evaluation}
+
+
+def test_features_of_a_shared_forward_are_those_of_eval_mode(device):
+    world = World(device, dtype=torch.float64, engine="ghost")
+    other = World(device, dtype=torch.float64, engine="ghost")
+    other.step._features._shared = _Never()
+    assert_same_run(world, other, run(world), run(other))
+
+
+class _Never(dict):
+    """Sharing refused for every mode."""
+
+    def get(self, _):
+        return False
+
+
+def test_sharing_ends_when_dropout_is_switched_on(device):
+    """No mode changes, only a probability: the generators tell."""
+    world, fresh = (World(device, model="dropout", engine="ghost") for _ in range(2))
+    for w in (world, fresh):
+        w.model[0].p = 0.0
+    world.step(**world.arguments(0))
+    fresh.step(**fresh.arguments(0))
+    fresh.step._features._shared = _Never()
+    for w in (world, fresh):
+        w.model[0].p = 0.5
+        torch.manual_seed(0)
+        w.step(**w.arguments(1))
+    assert_bitwise(world.selector.state_dict(), fresh.selector.state_dict())
+
+
+def test_a_gradient_handed_out_twice_is_clipped_once(device):
+    """Two parameters that are only ever added have one gradient; clipping scales in place."""
+
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2))
+
+        def forward(self, x):
+            return x @ (self.a + self.b).T
+
+    model = Sum().to(device)
+    selector = mts_fast.Selector(0, 3).to(device)
+    step = mts_fast.MTSStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        selector,
+        torch.optim.SGD(selector.parameters(), lr=0.1),
+        engine="finite_difference",
+        online_features=False,
+        max_grad_norm=0.1,
+    )
+    x, y = torch.randn(6, 4, device=device), torch.arange(6, device=device) % 3
+    step(x, y, val_inputs=x, val_labels=y)
+    norms = [p.grad.norm().item() for p in model.parameters()]
+    assert norms == pytest.approx([0.1 / 2**0.5] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"step_schedule": "lazy"}, ValueError, "schedule must be one of 'exact', 'reuse'"),
+        ({"memory": "none"}, ValueError, "memory must be one of 'fast', 'low'"),
+        ({"micro_batch": 0}, ValueError, "micro_batch must be a positive int, got 0"),
+        (
+            {"engine": "ghost", "model": "batchnorm"},
+            RuntimeError,
+            "engine must be able to serve the model, got 'ghost'; 1: BatchNorm2d in train mode .*"
+            "; 4: BatchNorm2d in train mode .*; engine='auto' takes one that serves",
+        ),
+    ],
+)
+def test_refused_options(options, error, message):
+    with pytest.raises(error, match=f"MTSStep: {message}"):
+        World(torch.device("cpu"), **options)
+
+
+def test_ghost_that_meets_batchnorm_later_changes_nothing(device):
+    """The model was in eval mode when the step was made, and is not any more."""
+    world = World(device, model="batchnorm", online_features=False)
+    world.model.eval()
+    step = mts_fast.MTSStep(
+        world.model,
+        world.optimizer,
+        mts_fast.Selector(2, 3).to(device),
+        world.selector_optimizer,
+        engine="ghost",
+        online_features=False,
+    )
+    world.model.train()
+    before = snapshot(module=world.model, optimizer=world.optimizer, device=device)
+    with pytest.raises(RuntimeError, match="1: BatchNorm2d in train mode"):
+        step(**world.arguments(0))
+    assert_bitwise(snapshot(module=world.model, optimizer=world.optimizer, device=device), before)
