@@ -6,6 +6,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,45 @@ def study_table(name: str) -> str:
     return f"| selector batch | {sizes} |\n|---|{'---:|' * len(rows)}\n| GSNR | {over} |"
 
 
+def step_table(value: str) -> Callable[[str], str]:
+    """One value of bench_step, arms by models; the arms that a model lacks stay empty."""
+
+    def make(_: str) -> str:
+        models = _runs("step", "bench_step")
+        arms = list(max((run["rows"] for run in models.values()), key=len))
+        lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
+        for arm in arms:
+            found = [run["rows"].get(arm, {}).get(value, "") for run in models.values()]
+            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in found]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    return make
+
+
+def gradient_norm_table(_: str) -> str:
+    """How many times longer other ways take than ours, by model."""
+    models = _runs("gradient_norm", "bench_gradient_norm")
+    ways = list(dict.fromkeys(way for run in models.values() for way in run["ratios"]))
+    lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
+    for way in ways:
+        found = [run["ratios"].get(way) for run in models.values()]
+        cells = ["" if x is None else f"{x:.1f}" for x in found]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _runs(noun: str, benchmark: str) -> dict[str, dict]:
+    """Model -> what one benchmark reported of it."""
+    rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
+    found = {row["name"].partition("[")[2][:-1]: row for row in rows if benchmark in row["name"]}
+    return {name.replace("_", " "): row for name, row in found.items()}
+
+
 TABLES = {
+    "step-time": step_table("time"),
+    "step-memory": step_table("peak_mib"),
+    "gradient-norm": gradient_norm_table,
     "demo-digits": demo_table,
     "demo-fashion": demo_table,
     "study-batch-size-digits": study_table,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Source
 
@@ -65,6 +66,10 @@ class Recorded:
         """Where b arrives in the graph."""
         assert self.output is not None
         return self.output
+
+    def release(self) -> None:
+        """Let go of the call and its input."""
+        self.call = self._input = None
 
     def is_first(self) -> bool:
         """Whether no gradient goes on from here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +62,28 @@ class GhostLinearization(Linearization):
         return gradients
 
 
+@dataclass
+class Kept:
+    """What the backward left of one use: p b and its layer, or every sample's own gradients.
+
+    The latter [B, *argument] by name, times p; then neither input nor output gradient is held.
+    """
+
+    use: Recorded
+    axis: SampleAxis
+    b: Tensor | None = None
+    own: dict[str, Tensor] | None = None
+
+    def scaled_gradients(self, ratio: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
+        if self.own is not None:
+            sums = {n: torch.tensordot(ratio.to(g.dtype), g, 1) for n, g in self.own.items()}
+            return [(s.parameter, s.pullback(sums[n])) for n, s in self.use.sources.items()]
+        if self.b is None:
+            return []
+        return self.use.parameter_gradients(self.b * self.axis.expand(ratio, self.b))
+
+
 class FastLinearization(GhostLinearization):
     """One backward with the cotangent p gives the gradient and, on the way, p_i b_i at each call.
 
@@ -69,7 +92,7 @@ class FastLinearization(GhostLinearization):
     """
 
     _p: Tensor | None = None  # the cotangent of the backward
-    _b: list[Tensor | None]  # p b of each call
+    _kept: list[Kept]
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
@@ -78,8 +101,8 @@ class FastLinearization(GhostLinearization):
             return self._backward(p)
         ratio = self._over_p(p)
         total: dict[Tensor, Tensor] = {}
-        for use, axis, b in self._consumed(keep=self._gradients_left > 0):
-            for parameter, g in use.parameter_gradients(b * axis.expand(ratio, b)):
+        for kept in self._consumed():
+            for parameter, g in kept.scaled_gradients(ratio):
                 g = g.to(parameter.dtype)
                 total[parameter] = total[parameter] + g if parameter in total else g
         return [total.get(p) for p in self.engine.parameters]
@@ -90,42 +113,67 @@ class FastLinearization(GhostLinearization):
         tangents = self._tangents(direction)
         total = torch.zeros_like(self._losses)  # [B], p_i d_i
         with torch.no_grad():
-            for use, axis, b in self._consumed(keep=self._gradients_left > 0):
-                total += self._dots(use, axis, b, tangents)
+            for kept in self._consumed():
+                if kept.own is not None:
+                    for name, g in kept.own.items():
+                        source = kept.use.sources[name]
+                        v = source.image(tangents[id(source.parameter)])
+                        total += (g.flatten(1) @ v.flatten().to(g.dtype)).to(total.dtype)
+                elif kept.b is not None:
+                    total += self._dots(kept.use, kept.axis, kept.b, tangents)
         return self._over_p(total)
 
     def _backward(self, p: Tensor, *, weights: bool = True) -> list[Tensor | None]:
         p = torch.maximum(p, p.max() * SMALLEST_SHARE)
         parameters = self.engine.parameters if weights else []
-        edges: list = [use.edge for use, _ in self._uses]
         graph, self._graph = self._graph, None
         assert graph is not None
-        found = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
-        self._p, self._b = p, list(found[len(parameters) :])
-        for use, _ in self._uses:
-            use.output = None  # an edge holds the graph
+        kept = [Kept(use, axis) for use, axis in self._uses]
+        # without weights to reach, the backward need not come by where nothing is asked for
+        met = [k for k in kept if weights and self._has_few_parameters(k.use)]
+        asked = [k for k in kept if not any(k is m for m in met)]
+        with ExitStack() as hooks:
+            for k in met:
+                hooks.callback(k.use.edge.node.register_prehook(self._keeper(k)).remove)
+            edges: list = [k.use.edge for k in asked]
+            found = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
+        for k, b in zip(asked, found[len(parameters) :], strict=True):
+            k.b = b
+        self._p, self._kept, self._uses = p, kept, []
+        for k in kept:
+            k.use.output = None  # an edge holds the graph
         if not weights:
             return []
-        pairs = [
-            (use, b) for (use, _), b in zip(self._uses, self._b, strict=True) if use.call is None
-        ]
-        return self._with_copies(found[: len(parameters)], pairs)
+        copies = [(k.use, k.b) for k in asked if k.use.call is None]
+        return self._with_copies(found[: len(parameters)], copies)
+
+    def _has_few_parameters(self, use: Recorded) -> bool:
+        return use.call is not None and use.call.rule.sample_gradients is not None
+
+    def _keeper(self, kept: Kept) -> Callable[[tuple[Tensor, ...]], None]:
+        """Turns b into every sample's own gradients as the backward passes, and lets go of a."""
+
+        def keep(b: tuple[Tensor, ...]) -> None:
+            call = kept.use.call
+            assert call is not None and call.rule.sample_gradients is not None
+            own = b[kept.use.edge.output_nr]
+            kept.own = call.rule.sample_gradients(call, own, kept.axis, len(self._losses))
+            kept.use.release()
+
+        return keep
 
     def _over_p(self, values: Tensor) -> Tensor:
         """values / p; where all weights are 0, nothing is known of b, and nothing asked."""
         assert self._p is not None
         return torch.where(self._p > 0, values / self._p, torch.zeros_like(values))
 
-    def _consumed(self, *, keep: bool) -> Iterator[tuple[Recorded, SampleAxis, Tensor]]:
-        """Each call with its b; they are dropped one by one unless they are wanted again."""
-        uses, cotangents = (self._uses, self._b) if keep else (self._uses[::-1], self._b[::-1])
-        if not keep:
-            self._uses, self._b = [], []
-        for i in range(len(uses)):
-            use, axis = uses[i] if keep else uses.pop()
-            b = cotangents[i] if keep else cotangents.pop()
-            if b is not None:
-                yield use, axis, b
+    def _consumed(self) -> Iterator[Kept]:
+        """What was kept; dropped one by one unless a gradient is still to come."""
+        if self._gradients_left:
+            yield from self._kept
+            return
+        while self._kept:
+            yield self._kept.pop()
 
 
 class LeanLinearization(GhostLinearization):

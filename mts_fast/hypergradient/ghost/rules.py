@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.source import Source
 
 # (call, output cotangent b) -> gradient of each parameter that stands in the call, by name
 WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
+# (call, output cotangent b, where its samples lie, B) -> [B, *parameter] by name
+SampleGradients = Callable[["LayerCall", Tensor, SampleAxis, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class LayerRule:
     nullable: Collection[str] = ("bias",)  # parameters that may be None
     weight_gradient: WeightGradient | None = None
     couples_samples: Callable[[LayerCall], str | None] = lambda call: None
+    sample_gradients: SampleGradients | None = None
 
 
 @dataclass
@@ -100,6 +104,7 @@ def register_layer(
     nullable: Collection[str] = ("bias",),
     weight_gradient: WeightGradient | None = None,
     couples_samples: Callable[[LayerCall], str | None] | None = None,
+    sample_gradients: SampleGradients | None = None,
 ) -> None:
     """Teach the ghost engine a function that is linear in its parameters.
 
@@ -112,6 +117,8 @@ def register_layer(
         nullable: parameters in whose place the function takes None for zero.
         weight_gradient: (call, b) -> gradients by name; by autograd where left out.
         couples_samples: (call) -> why this call mixes samples, or None.
+        sample_gradients: (call, b, axis, B) -> every sample's own gradients [B, *parameter] by
+            name, for layers with few parameters; they replace the replay.
 
     Example:
         >>> import torch
@@ -126,6 +133,7 @@ def register_layer(
         nullable,
         weight_gradient,
         couples_samples or (lambda call: None),
+        sample_gradients,
     )
 
 
@@ -188,11 +196,6 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     return {n: g for n, g in found.items() if n in call.sources}
 
 
-def _batch_norm_couples(call: LayerCall) -> str | None:
-    training = call.args[5] if len(call.args) > 5 else call.kwargs.get("training", False)
-    return "BatchNorm in train mode mixes the samples of a batch" if training else None
-
-
 register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
 _convolutions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
 for _function in _convolutions:
@@ -202,8 +205,3 @@ for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
 register_layer(torch.einsum, {"weight": 2}, input=1)
 register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
 register_layer(F.embedding, {"weight": 1})
-register_layer(F.layer_norm, {"weight": 2, "bias": 3})
-register_layer(F.rms_norm, {"weight": 2})
-register_layer(F.group_norm, {"weight": 2, "bias": 3})
-register_layer(F.instance_norm, {"weight": 3, "bias": 4})
-register_layer(F.batch_norm, {"weight": 3, "bias": 4}, couples_samples=_batch_norm_couples)

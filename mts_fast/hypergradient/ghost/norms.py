@@ -1,0 +1,65 @@
+"""Normalisation layers: their parameters are few, so each sample's own gradient of them is kept.
+
+y = w x^ + c, with x^ the normalised input: sample i's gradients are the sums over its positions of
+x^ b and of b. They give the dots and the gradient for any weights; one normalisation, no replay.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mts_fast.hypergradient.ghost.rules import LayerCall, register_layer
+from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+
+
+def _terms(call: LayerCall, name: str, b: Tensor) -> Tensor:
+    """What a parameter's gradient is the sum of, at every entry of the output."""
+    if name == "bias":
+        return b
+    # without parameters a norm gives x^, in a tensor of its own
+    normalized = call.run(dict.fromkeys(call.rule.parameters))
+    return normalized.mul_(b) if normalized.dtype == b.dtype else normalized * b
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """Over axis 1, in float32 at least."""
+    return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
+    """Layer and RMS norm."""
+    found = {}
+    for name in call.sources:
+        shape = call.argument(name).shape
+        rows = axis.samples(_terms(call, name, b), size).reshape(size, -1, *shape)
+        found[name] = _sum(rows)
+    return found
+
+
+def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
+    """Group, instance and batch norm: the samples on axis 0, the channels on axis 1."""
+    found = {}
+    for name in call.sources:
+        terms = _terms(call, name, b)
+        per_row = _sum(terms.flatten(2).transpose(1, 2)) if terms.ndim > 2 else terms  # [B r, C]
+        found[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))
+    return found
+
+
+def _batch_norm_couples(call: LayerCall) -> str | None:
+    training = call.args[5] if len(call.args) > 5 else call.kwargs.get("training", False)
+    return "BatchNorm in train mode mixes the samples of a batch" if training else None
+
+
+register_layer(F.layer_norm, {"weight": 2, "bias": 3}, sample_gradients=_of_last_axes)
+register_layer(F.rms_norm, {"weight": 2}, sample_gradients=_of_last_axes)
+register_layer(F.group_norm, {"weight": 2, "bias": 3}, sample_gradients=_of_channels)
+register_layer(F.instance_norm, {"weight": 3, "bias": 4}, sample_gradients=_of_channels)
+register_layer(
+    F.batch_norm,
+    {"weight": 3, "bias": 4},
+    sample_gradients=_of_channels,
+    couples_samples=_batch_norm_couples,
+)
