@@ -28,6 +28,10 @@ class LabelledBatch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the inputs."""
+        return _leaves(self.inputs)
+
     def split(self, size: int | None) -> list[LabelledBatch]:
         """Views of at most `size` samples each, in order; the whole batch for None."""
         if size is None or size >= len(self):
@@ -36,6 +40,15 @@ class LabelledBatch:
             LabelledBatch(_rows(self.inputs, slice(i, i + size)), self.labels[i : i + size])
             for i in range(0, len(self), size)
         ]
+
+
+def _leaves(inputs: Any) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if isinstance(inputs, tuple | list | Mapping):
+        return [leaf for value in values for leaf in _leaves(value)]
+    return []
 
 
 def _rows(inputs: Any, rows: slice) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +84,7 @@ def check_pair(inputs: Any, labels: object, prefix: str) -> Tensor:
     """Inputs and labels of the same, positive length; returns the labels."""
     tensor = check_tensor(OP, f"{prefix}labels", labels)
     check_not_empty(OP, f"{prefix}labels", tensor)
-    leaves = list(_leaves(inputs))
+    leaves = LabelledBatch(inputs, tensor).tensors()
     if not leaves:
         expected = "a tensor, or a tuple or dict of tensors"
         fail(TypeError, OP, f"{prefix}inputs", expected, describe(inputs))
@@ -95,12 +94,3 @@ def check_pair(inputs: Any, labels: object, prefix: str) -> Tensor:
             hint = "the first axis is the batch"
             fail(ValueError, OP, f"{prefix}inputs", expected, describe(leaf), hint)
     return tensor
-
-
-def _leaves(inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    if isinstance(inputs, tuple | list | Mapping):
-        return [leaf for value in values for leaf in _leaves(value)]
-    return []

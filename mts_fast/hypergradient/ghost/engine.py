@@ -86,8 +86,10 @@ class Ghost(Engine):
         for use, axis in uses:
             if not axis.fits(use.shape, len(batch)):
                 raise Unsupported([f"{use.path}: its layer's output does not hold B samples"])
-        kind = LeanLinearization if self.memory == "low" else FastLinearization
-        return kind(self, batch, gradients, graph, uses)
+        # dots alone need no b twice
+        if self.memory == "low" or not gradients:
+            return LeanLinearization(self, batch, gradients, graph, uses)
+        return FastLinearization(self, batch, gradients, graph, uses)
 
     def _probe(self, batch: LabelledBatch) -> None:
         found = probe(self.objective, self.names, batch)

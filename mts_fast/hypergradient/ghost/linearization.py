@@ -109,7 +109,7 @@ class FastLinearization(GhostLinearization):
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         if self._p is None:
-            self._backward(torch.ones_like(self._losses), weights=False)
+            self._backward(torch.ones_like(self._losses))
         tangents = self._tangents(direction)
         total = torch.zeros_like(self._losses)  # [B], p_i d_i
         with torch.no_grad():
@@ -123,28 +123,25 @@ class FastLinearization(GhostLinearization):
                     total += self._dots(kept.use, kept.axis, kept.b, tangents)
         return self._over_p(total)
 
-    def _backward(self, p: Tensor, *, weights: bool = True) -> list[Tensor | None]:
+    def _backward(self, p: Tensor) -> list[Tensor | None]:
         p = torch.maximum(p, p.max() * SMALLEST_SHARE)
-        parameters = self.engine.parameters if weights else []
+        parameters = self.engine.parameters
         graph, self._graph = self._graph, None
         assert graph is not None
         kept = [Kept(use, axis) for use, axis in self._uses]
-        # without weights to reach, the backward need not come by where nothing is asked for
-        met = [k for k in kept if weights and self._has_few_parameters(k.use)]
-        asked = [k for k in kept if not any(k is m for m in met)]
+        few = [k for k in kept if self._has_few_parameters(k.use)]
+        rest = [k for k in kept if not self._has_few_parameters(k.use)]
         with ExitStack() as hooks:
-            for k in met:
+            for k in few:
                 hooks.callback(k.use.edge.node.register_prehook(self._keeper(k)).remove)
-            edges: list = [k.use.edge for k in asked]
+            edges: list = [k.use.edge for k in rest]
             found = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
-        for k, b in zip(asked, found[len(parameters) :], strict=True):
+        for k, b in zip(rest, found[len(parameters) :], strict=True):
             k.b = b
         self._p, self._kept, self._uses = p, kept, []
         for k in kept:
             k.use.output = None  # an edge holds the graph
-        if not weights:
-            return []
-        copies = [(k.use, k.b) for k in asked if k.use.call is None]
+        copies = [(k.use, k.b) for k in rest if k.use.call is None]
         return self._with_copies(found[: len(parameters)], copies)
 
     def _has_few_parameters(self, use: Recorded) -> bool:
@@ -196,6 +193,7 @@ class LeanLinearization(GhostLinearization):
         # the backward has to reach the uses with nothing recorded before them
         first = {i for i, (use, _) in enumerate(self._uses) if use.is_first()}
         unmet = set(range(len(self._uses))) - first
+        self._dots_are_due = not self._reaches_all()
 
         def consume(i: int, b: Tensor | None) -> None:
             unmet.discard(i)
@@ -211,12 +209,20 @@ class LeanLinearization(GhostLinearization):
                 )
                 hooks.callback(handle.remove)
             self._consume_captured(first, consume)
-        # what depends on parameters that the optimizer does not hold
-        self._consume_captured(set(unmet), consume)
         self._dots_are_due = False
+        # what depends on gradients of its input that nobody recorded
+        self._consume_captured(set(unmet), consume)
         if not self._gradients_left:
             self._graph, self._uses = None, []
         return total
+
+    def _reaches_all(self) -> bool:
+        """Whether all gradients of layer inputs come from recorded uses."""
+        mine = {id(p) for p in self.engine.parameters}
+        others = self.engine.objective.model.parameters()
+        return not any(
+            t.requires_grad for t in [*others, *self.batch.tensors()] if id(t) not in mine
+        )
 
     def _consume_captured(
         self, which: set[int], consume: Callable[[int, Tensor | None], None]
