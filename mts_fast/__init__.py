@@ -5,7 +5,7 @@ function computes, in plain PyTorch.
 """
 
 from mts_fast import diagnostics, features, hypergradient, reference, training
-from mts_fast.hypergradient import hypergradient_dots
+from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
 from mts_fast.ops import (
     normalize_weights,
     selector_gradient,
@@ -22,7 +22,9 @@ __all__ = [
     "Selector",
     "SelectorBatch",
     "StepResult",
+    "check_engine",
     "diagnostics",
+    "explain_engine",
     "features",
     "hypergradient",
     "hypergradient_dots",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 
 import torch
 
 import mts_fast
+from mts_fast._check import describe, fail
 from mts_fast._extension import extension
 from mts_fast.hypergradient import ENGINES
 from mts_fast.ops import registry
@@ -27,6 +30,28 @@ OPTIONAL = {
 def report() -> str:
     """The whole report as text."""
     return "\n".join([*_versions(), "", *_backends(), "", *_ops(), "", *_packages()])
+
+
+def model_report(spec: str) -> str:
+    """Which engine serves the model of PACKAGE.MODULE:FACTORY; with a batch, how exactly."""
+    module_name, colon, name = spec.partition(":")
+    if not (module_name and colon and name):
+        fail(ValueError, "doctor", "--model", "PACKAGE.MODULE:FACTORY", repr(spec))
+    sys.path.insert(0, os.getcwd())
+    module = importlib.import_module(module_name)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        expected = f"a function of {module_name}"
+        fail(ValueError, "doctor", "--model", expected, repr(name))
+    made = factory()
+    model, *batch = made if isinstance(made, tuple | list) else (made,)
+    if not isinstance(model, torch.nn.Module) or len(batch) not in (0, 2):
+        expected = "a module, or (module, inputs, labels)"
+        fail(TypeError, "doctor", f"what {name}() returns", expected, describe(made))
+    parts = [str(mts_fast.explain_engine(model, *batch))]
+    if batch:
+        parts.append(str(mts_fast.check_engine(model, *batch)))
+    return "\n\n".join(parts)
 
 
 def _versions() -> list[str]:

@@ -17,12 +17,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="say which engine and backend")
     verbs = parser.add_subparsers(dest="verb", required=True)
     _add_demo(verbs)
-    verbs.add_parser("doctor", help="what runs here, and why what does not run does not")
+    doctor = verbs.add_parser("doctor", help="what runs here, and why what does not run does not")
+    doctor.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="which engine serves a model; FACTORY() returns it, or (model, inputs, labels)",
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING)
     try:
-        return _doctor() if arguments.verb == "doctor" else _demo(arguments)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        return _doctor(arguments) if arguments.verb == "doctor" else _demo(arguments)
+    except (FileNotFoundError, ModuleNotFoundError, TypeError, ValueError) as error:
         print(f"mts-fast {arguments.verb}: {error}", file=sys.stderr)
         return 2
 
@@ -57,10 +62,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor() -> int:
-    from mts_fast.cli.doctor import report
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mts_fast.cli.doctor import model_report, report
 
-    print(report())
+    print(report() if arguments.model is None else model_report(arguments.model))
     return 0
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from mts_fast._check import check_choice, check_positive_int, fail
 from mts_fast.hypergradient.auto import Auto
+from mts_fast.hypergradient.check import EngineCheck, check_engine
 from mts_fast.hypergradient.engine import Engine, Linearization
+from mts_fast.hypergradient.explain import EngineExplanation, explain_engine
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.forward_mode import ForwardMode
 from mts_fast.hypergradient.ghost import Ghost, LayerCall, register_layer
@@ -22,11 +24,15 @@ MEMORY = ("fast", "low")
 __all__ = [
     "ENGINES",
     "Engine",
+    "EngineCheck",
+    "EngineExplanation",
     "LabelledBatch",
     "LayerCall",
     "Linearization",
     "Loss",
     "Objective",
+    "check_engine",
+    "explain_engine",
     "hypergradient_dots",
     "make_engine",
     "register_layer",

@@ -1,7 +1,7 @@
 """The ghost engine: dots and weighted gradients from layer inputs and output gradients."""
 
-from mts_fast.hypergradient.ghost.capture import Unsupported
+from mts_fast.hypergradient.ghost.capture import Capture, Unsupported
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.rules import LayerCall, register_layer
 
-__all__ = ["Ghost", "LayerCall", "Unsupported", "register_layer"]
+__all__ = ["Capture", "Ghost", "LayerCall", "Unsupported", "register_layer"]

@@ -34,9 +34,7 @@ class Ghost(Engine):
     ) -> None:
         super().__init__(objective, parameters)
         self.memory = memory
-        paths: dict[Tensor, str] = {
-            p: n for n, p in objective.model.named_parameters(remove_duplicate=False)
-        }
+        paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
         self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
         self._probes: dict[Layout, Probe] = {}
 

@@ -1,0 +1,186 @@
+"""All engines against double backward, in float64, on a model and a batch of the user's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mts_fast import reference
+from mts_fast._check import fail
+from mts_fast._isolation import RngState, preserved_rng
+from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.finite_difference import FiniteDifference
+from mts_fast.hypergradient.forward_mode import ForwardMode
+from mts_fast.hypergradient.ghost import Ghost, Unsupported
+from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
+
+# float64: exact engines round (observed 1e-15); a central difference with its step of 1.2e-5 was
+# seen at 3e-10 on smooth models, and errs by the step itself where a kink (ReLU) lies within it.
+ALLOWED = {"ghost": 1e-9, "forward_mode": 1e-9, "finite_difference": 1e-4}
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """Largest relative errors by engine, in float64; None where the engine refuses."""
+
+    dots: dict[str, float | None]
+    gradients: dict[str, float | None]
+    refusals: dict[str, list[str]]
+    truth: str  # what the engines were compared with
+
+    @property
+    def ok(self) -> bool:
+        """Whether every engine that serves is as exact as it should be."""
+        return all(
+            error <= ALLOWED[name]
+            for errors in (self.dots, self.gradients)
+            for name, error in errors.items()
+            if error is not None
+        )
+
+    def __str__(self) -> str:
+        lines = [f"largest relative error in float64, against {self.truth}"]
+        for name, error in self.dots.items():
+            if error is None:
+                first, *more = self.refusals[name]
+                others = f" (and {len(more)} reasons more)" if more else ""
+                lines.append(f"  {name:<18} refuses: {first}{others}")
+            else:
+                state = f"dots {error:.1e}, gradients {self.gradients[name]:.1e}"
+                lines.append(f"  {name:<18} {state} (allowed {ALLOWED[name]:.0e})")
+        return "\n".join([*lines, "ok" if self.ok else "NOT ok"])
+
+
+def check_engine(
+    model: nn.Module, inputs: Any, labels: Tensor, *, loss: Loss | None = None, seed: int = 0
+) -> EngineCheck:
+    """Compare every engine's d_i and weighted gradients with autograd's, in float64.
+
+    Args:
+        model: any module; a deep copy of it is run, in its present modes.
+        inputs, labels: a batch as for `MTSStep`; a few samples are enough.
+        loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.
+        seed: of the direction, the weights and the dropout masks.
+
+    Returns:
+        An `EngineCheck`; `.ok`, and a table as `str()`.
+
+    Raises:
+        ValueError: a model without trainable parameters, a loss that is not per sample.
+        TypeError: an output that holds no logits.
+
+    Notes:
+        The truth is double backward; where an op has no second derivative, forward mode.
+
+    Source: row 6.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> x, y = torch.randn(4, 3), torch.zeros(4).long()
+        >>> mts_fast.check_engine(torch.nn.Linear(3, 2), x, y).ok
+        True
+    """
+    batch = LabelledBatch(_double(inputs), _double(labels))
+    with preserved_rng(model):
+        twin = copy.deepcopy(model).double()
+        objective = Objective(twin, loss)
+        parameters: list[Tensor] = [p for p in twin.parameters() if p.requires_grad]
+        if not parameters:
+            hint = "set requires_grad"
+            fail(ValueError, "check_engine", "model", "given trainable parameters", "none", hint)
+        torch.manual_seed(seed)
+        direction = [torch.randn_like(p) for p in parameters]
+        weights = list(torch.rand(2, len(batch), dtype=torch.float64, device=labels.device))
+        start = RngState.capture(parameters)
+        buffers = copy.deepcopy(dict(twin.named_buffers()))
+
+        def rewound() -> None:
+            start.restore()
+            for name, buffer in twin.named_buffers():
+                buffer.data.copy_(buffers[name])
+
+        rewound()
+        truth, against = _true_dots(objective, parameters, batch, direction, rewound)
+        rewound()
+        losses = objective.losses(batch)
+        gradients = [
+            torch.autograd.grad(losses, parameters, p, retain_graph=True, allow_unused=True)
+            for p in weights
+        ]
+        del losses
+        dots_errors: dict[str, float | None] = {}
+        gradient_errors: dict[str, float | None] = {}
+        refusals: dict[str, list[str]] = {}
+        kinds: tuple[type[Engine], ...] = (Ghost, FiniteDifference, ForwardMode)
+        for kind in kinds:
+            rewound()
+            engine = kind(objective, parameters)
+            dots_errors[kind.name] = gradient_errors[kind.name] = None
+            why = engine.reasons()
+            if why:
+                refusals[kind.name] = why
+                continue
+            try:
+                line = engine.linearize(batch)
+            except Unsupported as refused:
+                refusals[kind.name] = refused.reasons
+                continue
+            found = [line.gradient(weights[0])]
+            try:
+                dots = line.dots(direction)
+            except (RuntimeError, NotImplementedError) as missing:
+                refusals[kind.name] = [str(missing).splitlines()[0]]
+                continue
+            found.append(line.gradient(weights[1]))
+            dots_errors[kind.name] = _error([dots], [truth])
+            gradient_errors[kind.name] = max(
+                _error(f, g) for f, g in zip(found, gradients, strict=True)
+            )
+    return EngineCheck(dots_errors, gradient_errors, refusals, against)
+
+
+def _true_dots(
+    objective: Objective,
+    parameters: Sequence[Tensor],
+    batch: LabelledBatch,
+    direction: Sequence[Tensor],
+    rewound: Callable[[], None],
+) -> tuple[Tensor, str]:
+    try:
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            losses = objective.losses(batch)
+            found = reference.hypergradient_dots(losses, parameters, direction)
+        return found, "double backward"
+    except (RuntimeError, NotImplementedError):
+        rewound()
+        found = ForwardMode(objective, parameters).dots(batch, direction)
+        return found, "forward mode, since double backward fails"
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: _double(v) for name, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_double(v) for v in value]
+    return value
+
+
+def _error(found: Any, truth: Any) -> float:
+    """Largest error over the largest entry of the truth, over all tensors together."""
+    pairs = [
+        (torch.zeros_like(g) if f is None else f, torch.zeros_like(f) if g is None else g)
+        for f, g in zip(found, truth, strict=True)
+        if not (f is None and g is None)
+    ]
+    gap = max((float((f - g).abs().max()) for f, g in pairs if g.numel()), default=0.0)
+    scale = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
+    return gap / scale if scale else gap

@@ -1,0 +1,142 @@
+"""Which engine serves a model, and why: what the automatic choice rests on, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mts_fast._check import fail
+from mts_fast._isolation import preserved_buffers, preserved_rng
+from mts_fast.hypergradient.finite_difference import FiniteDifference
+from mts_fast.hypergradient.forward_mode import ForwardMode
+from mts_fast.hypergradient.ghost import Capture, Ghost, Unsupported
+from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """One trainable parameter and how the ghost engine sees it."""
+
+    path: str
+    shape: tuple[int, ...]
+    seen_as: str  # "linear", "conv2d x2", "copy per sample", or the module that owns it
+
+
+@dataclass(frozen=True)
+class EngineExplanation:
+    """Engine -> reasons why it cannot serve; the parameters; and what "auto" takes."""
+
+    choice: str
+    reasons: dict[str, list[str]]
+    parameters: list[ParameterUse] = field(default_factory=list)
+    with_batch: bool = False
+
+    def __str__(self) -> str:
+        width = max((len(p.path) for p in self.parameters), default=0)
+        lines = [
+            f"  {p.path:<{width}}  {'x'.join(map(str, p.shape)) or 'scalar':<14}  {p.seen_as}"
+            for p in self.parameters
+        ]
+        for engine, why in self.reasons.items():
+            lines.append(f"{engine}: {'cannot serve' if why else 'serves'}")
+            lines += [f"  - {reason}" for reason in why]
+        if not self.with_batch:
+            lines.append("what a forward shows is not known: give inputs and labels")
+        return "\n".join(["trainable parameters", *lines, f"engine='auto' takes {self.choice}"])
+
+
+def explain_engine(
+    model: nn.Module,
+    inputs: Any = None,
+    labels: Tensor | None = None,
+    *,
+    loss: Loss | None = None,
+) -> EngineExplanation:
+    """Which engine `engine="auto"` takes for a model in its present modes, with all reasons.
+
+    Args:
+        model: any module; its trainable parameters are those that require gradients.
+        inputs, labels: a batch, as for `MTSStep`. Without one only what shows without a forward is
+            known: BatchNorm in train mode, torch.compile, RNNs.
+        loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.
+
+    Returns:
+        An `EngineExplanation`; `str()` of it is a table.
+
+    Raises:
+        ValueError: a model without trainable parameters, inputs without labels, a loss that is not
+            per sample.
+        TypeError: an output that holds no logits.
+
+    Notes:
+        Parameters, buffers, modes and random generators are left as they were.
+
+    Source: DESIGN, engines for row 6.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> mts_fast.explain_engine(torch.nn.Linear(3, 2)).choice
+        'ghost'
+    """
+    if (inputs is None) != (labels is None):
+        fail(ValueError, "explain_engine", "inputs and labels", "both given, or neither", "one")
+    named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        hint = "set requires_grad"
+        fail(ValueError, "explain_engine", "model", "given trainable parameters", "none", hint)
+    objective, parameters = Objective(model, loss), list(named.values())
+    ghost = Ghost(objective, parameters)
+    why = ghost.reasons()
+    seen = _owners(model)
+    if labels is not None:
+        batch = LabelledBatch(inputs, labels)
+        found, more = _uses(ghost, batch)
+        seen |= found
+        why = sorted({*why, *more})
+    reasons = {
+        "ghost": why,
+        "finite_difference": FiniteDifference(objective, parameters).reasons(),
+        "forward_mode": ForwardMode(objective, parameters).reasons(),
+    }
+    uses = [ParameterUse(n, tuple(p.shape), seen.get(n, "not used")) for n, p in named.items()]
+    choice = "finite_difference" if why else "ghost"
+    return EngineExplanation(choice, reasons, uses, labels is not None)
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Path of each parameter -> the type of the module that holds it."""
+    return {
+        f"{path}.{name}".lstrip("."): f"in {type(module).__name__}"
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str]]:
+    """How each parameter is used in a forward of the batch, and all reasons against ghost."""
+    model = ghost.objective.model
+    with preserved_rng(model), preserved_buffers(model):
+        with Capture(ghost.names, len(batch)) as capture:
+            ghost.objective.losses(batch)
+        reasons = list(capture.reasons)
+        if not reasons and not ghost.reasons():
+            try:
+                ghost.linearize(batch, gradients=0)
+            except Unsupported as refused:
+                reasons += refused.reasons
+    calls: dict[str, list[str]] = {path: [] for path in ghost.names.values()}
+    for use in capture.recorded:
+        kind = "copy per sample" if use.call is None else use.call.rule.function.__name__
+        for source in use.sources.values():
+            calls[ghost.names[source.parameter]].append(kind)
+    return {path: _counted(kinds) for path, kinds in calls.items()}, reasons
+
+
+def _counted(kinds: Sequence[str]) -> str:
+    if not kinds:
+        return "no call that can be replayed"
+    times = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return ", ".join(kind if n == 1 else f"{kind} x{n}" for kind, n in times.items())
