@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mts_fast import ops, reference
+from mts_fast import hypergradient, ops, reference
 from mts_fast._check import (
     check_finite,
     check_integer,
@@ -19,6 +19,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
+from mts_fast.hypergradient import LabelledBatch
 
 OP = "training_dynamics"
 
@@ -37,7 +38,7 @@ def training_dynamics(
         model: a classifier with logits [B, C], trained without selection.
         inputs: [N, ...].
         labels: [N], integers in [0, C).
-        batch_size: samples per pass; memory for the gradient norms is batch_size * P.
+        batch_size: samples per pass.
         gradient_norm: leave out the costly column with False.
 
     Returns:
@@ -49,7 +50,9 @@ def training_dynamics(
             parameters, NaN losses (with the rows).
 
     Notes:
-        Mode, buffers and random generators of the model are left as they were.
+        Mode, buffers and random generators of the model are left as they were. Gradient norms cost
+        one forward and one backward where the ghost engine serves the model (`explain_engine`);
+        else one backward a sample.
 
     Source: feature table, training dynamics; Paul et al. 2021 for EL2N.
 
@@ -84,7 +87,7 @@ def _scores(model: nn.Module, x: Tensor, y: Tensor, gradient_norm: bool) -> dict
         losses = ops.cross_entropy(logits, y)
     scores = {"loss": losses, "error_norm": reference.error_norm(logits, y)}
     if gradient_norm:
-        scores["gradient_norm"] = reference.gradient_norm(model, x, y, reference.cross_entropy)
+        scores["gradient_norm"] = hypergradient.gradient_norm(model, LabelledBatch(x, y))
     return scores
 
 

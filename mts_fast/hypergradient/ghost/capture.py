@@ -152,6 +152,9 @@ class Capture(TorchFunctionMode):
         why = call.rule.couples_samples(call)
         if why is not None:
             self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
+        if function is F.embedding and used and call.input.shape[:1] != (self.batch_size,):
+            # rows for all samples alike, as of positions: a view of the table
+            return self._rows(call, used[0])
         y = function(*call.args, **call.kwargs)
         if not used:
             return y
@@ -174,6 +177,12 @@ class Capture(TorchFunctionMode):
             Recorded(call, call.sources, edge, y.shape, path, _input=(a, a._version))
         )
         return y
+
+    def _rows(self, call: LayerCall, table: Tensor) -> Tensor:
+        rows = call.run({})
+        self._sources[id(rows)] = self._sources[id(table)].then(lambda t: call.run({"weight": t}))
+        self._alive.append(rows)
+        return rows
 
     def _view(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source, rest = self._sources[id(args[0])], args[1:]

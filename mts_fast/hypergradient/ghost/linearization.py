@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class GhostLinearization(Linearization):
         replayed = use.call is not None  # else it is v itself
         dots = axis.dot(tangent, b, len(self._losses), overwrite=replayed)
         return dots.to(self._losses.dtype)
+
+    def times_used(self) -> Counter[Tensor]:
+        """How many recorded uses each parameter has."""
+        return Counter(s.parameter for use, _ in self._uses for s in use.sources.values())
 
     def _tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
         return {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
@@ -190,31 +195,33 @@ class LeanLinearization(GhostLinearization):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         tangents = self._tangents(direction)
         total = torch.zeros_like(self._losses)  # [B]
+        self.visit(lambda use, axis, b: total.add_(self._dots(use, axis, b, tangents)))
+        return total
+
+    def visit(self, consume: Callable[[Recorded, SampleAxis, Tensor], object]) -> None:
+        """Hand over every use with the output gradient b of sum_i l_i, as it comes."""
         # the backward has to reach the uses with nothing recorded before them
         first = {i for i, (use, _) in enumerate(self._uses) if use.is_first()}
         unmet = set(range(len(self._uses))) - first
         self._dots_are_due = not self._reaches_all()
 
-        def consume(i: int, b: Tensor | None) -> None:
+        def meet(i: int, b: Tensor | None) -> None:
             unmet.discard(i)
             if b is not None:
                 with torch.no_grad():
-                    total.add_(self._dots(*self._uses[i], b, tangents))
+                    consume(*self._uses[i], b)
 
         with ExitStack() as hooks:
             for i in unmet:
                 edge = self._uses[i][0].edge
-                handle = edge.node.register_prehook(
-                    lambda b, i=i, k=edge.output_nr: consume(i, b[k])
-                )
+                handle = edge.node.register_prehook(lambda b, i=i, k=edge.output_nr: meet(i, b[k]))
                 hooks.callback(handle.remove)
-            self._consume_captured(first, consume)
+            self._meet_captured(first, meet)
         self._dots_are_due = False
         # what depends on gradients of its input that nobody recorded
-        self._consume_captured(set(unmet), consume)
+        self._meet_captured(set(unmet), meet)
         if not self._gradients_left:
             self._graph, self._uses = None, []
-        return total
 
     def _reaches_all(self) -> bool:
         """Whether all gradients of layer inputs come from recorded uses."""
@@ -224,14 +231,12 @@ class LeanLinearization(GhostLinearization):
             t.requires_grad for t in [*others, *self.batch.tensors()] if id(t) not in mine
         )
 
-    def _consume_captured(
-        self, which: set[int], consume: Callable[[int, Tensor | None], None]
-    ) -> None:
+    def _meet_captured(self, which: set[int], meet: Callable[[int, Tensor | None], None]) -> None:
         edges = [self._uses[i][0].edge for i in which]
         if edges:
             found = self._backward(edges, torch.ones_like(self._losses))
             for i, b in zip(which, found, strict=True):
-                consume(i, b)
+                meet(i, b)
 
     def _backward(self, leaves: list, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         keep = self._dots_are_due or self._gradients_left > 0

@@ -158,8 +158,8 @@ _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 
 
-def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
-    """torch's own convolution backward without its input gradient."""
+def convolution_options(call: LayerCall) -> dict[str, Any] | None:
+    """What torch's convolution backward is called with; None for padding given by name."""
     function = call.rule.function
     transposed = function in _TRANSPOSED
     axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
@@ -169,28 +169,31 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
         order = "stride padding output_padding groups dilation"
     given = dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
     option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | given
-    a, weight = call.input.detach(), call.argument("weight")
     if isinstance(option["padding"], str):
-        return LayerCall(
-            LayerRule(function, call.rule.parameters), call.args, call.kwargs, call.sources
-        ).weight_gradients(b)
+        return None
 
-    def per_axis(value: Any) -> list[int]:
+    def per_axis(name: str) -> list[int]:
+        value = option[name]
         return [value] * axes if isinstance(value, int) else list(value)
 
+    lists = ("stride", "padding", "output_padding", "dilation")
+    return {n: per_axis(n) for n in lists} | {"transposed": transposed, "groups": option["groups"]}
+
+
+def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
+    """torch's own convolution backward without its input gradient."""
+    options = convolution_options(call)
+    if options is None:
+        plain = LayerRule(call.rule.function, call.rule.parameters)
+        return LayerCall(plain, call.args, call.kwargs, call.sources).weight_gradients(b)
     wanted = [False, "weight" in call.sources, "bias" in call.sources]
     _, dw, db = torch.ops.aten.convolution_backward(
         b,
-        a.to(b.dtype),
-        weight.detach().to(b.dtype),
+        call.input.detach().to(b.dtype),
+        call.argument("weight").detach().to(b.dtype),
         [b.shape[1]],
-        per_axis(option["stride"]),
-        per_axis(option["padding"]),
-        per_axis(option["dilation"]),
-        transposed,
-        per_axis(option["output_padding"]),
-        option["groups"],
-        wanted,
+        **options,
+        output_mask=wanted,
     )
     found = {"weight": dw, "bias": db}
     return {n: g for n, g in found.items() if n in call.sources}

@@ -1,0 +1,97 @@
+"""Norms of every sample's gradient: ours, one sample at a time, torch.func's vmap, and Opacus.
+
+Equal norms are asserted first; all ways of a model take turns. Opacus does not support tied weights
+or bare parameters, so the transformers are left out for it.
+"""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import interleaved, peak_bytes, ratios
+from step_arms import per_sample
+from step_models import BUILD, make_task
+
+from mts_fast import reference
+from mts_fast.hypergradient import gradient_norm
+
+SAMPLES = {"vit": 32, "resnet18_groupnorm": 32, "resnet18_batchnorm": 32, "mlp": 256, "gpt": 32}
+OPACUS = ("mlp", "resnet18_groupnorm")
+ROUNDS = 5
+# float32; observed 4e-6
+ALLOWED = 1e-4
+
+
+def one_at_a_time(model, batch):
+    norms = []
+    for one in batch.split(1):
+        loss = per_sample(model(one.inputs), one.labels).sum()
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.stack(torch._foreach_norm(found)).norm())
+    return torch.stack(norms)
+
+
+def vectorized(model, batch):
+    return reference.gradient_norm(
+        model, batch.inputs, batch.labels, reference.cross_entropy
+    ).detach()
+
+
+def opacus_ways(model):
+    """Per-sample gradients, and norms by ghost clipping."""
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
+    # it refuses in-place activations
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    full = GradSampleModule(copy.deepcopy(model), loss_reduction="sum", strict=False)
+    fast = GradSampleModuleFastGradientClipping(
+        copy.deepcopy(model),
+        loss_reduction="sum",
+        max_grad_norm=1.0,
+        use_ghost_clipping=True,
+        strict=False,
+    )
+
+    def by_gradients(_, batch):
+        full.zero_grad()
+        F.cross_entropy(full(batch.inputs), batch.labels, reduction="sum").backward()
+        rows = [p.grad_sample.flatten(1).square().sum(1) for p in full.parameters()]
+        return torch.stack(rows).sum(0).sqrt()
+
+    def by_norms(_, batch):
+        fast.zero_grad()
+        F.cross_entropy(fast(batch.inputs), batch.labels, reduction="sum").backward()
+        return fast.get_norm_sample()
+
+    return {"Opacus, per-sample gradients": by_gradients, "Opacus, ghost clipping": by_norms}
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def bench_gradient_norm(benchmark, name):
+    task = make_task(name, SAMPLES[name])
+    model, batch = task.model.eval(), task.train
+    ways = {
+        "mts_fast": gradient_norm,
+        "one at a time": one_at_a_time,
+        "torch.func.vmap": vectorized,
+    }
+    if name in OPACUS and importlib.util.find_spec("opacus"):
+        ways |= opacus_ways(model)
+    calls = {label: lambda way=way: way(model, batch) for label, way in ways.items()}
+    truth = one_at_a_time(model, batch)
+    for label, call in calls.items():
+        assert ((call() - truth).abs() / truth).max() < ALLOWED, label
+    seconds = {}
+    benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
+    benchmark.extra_info["samples"] = SAMPLES[name]
+    benchmark.extra_info["ratios"] = {
+        label: round(ratio, 2) for label, ratio in ratios(seconds, "mts_fast").items()
+    }
+    benchmark.extra_info["peak_mib"] = {
+        label: round(peak_bytes(call) / 2**20) for label, call in calls.items()
+    }

@@ -1,0 +1,78 @@
+"""Norms of every sample's gradient from one forward and one backward of input gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from mts_fast.hypergradient.ghost.capture import Recorded, Unsupported
+from mts_fast.hypergradient.ghost.engine import Ghost
+from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.hypergradient.ghost.sample_parts import Part, inner, sample_parts
+from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.objective import LabelledBatch
+
+# of all samples' gradients by one parameter, 512 MiB in float32
+MOST_ENTRIES = 2**27
+
+
+def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
+    """||grad l_i|| [B] over all of the engine's parameters.
+
+    Raises:
+        Unsupported: the model mixes samples, or uses parameters in ways that cannot be taken apart.
+    """
+    line = engine.linearize(batch, gradients=0)
+    assert isinstance(line, LeanLinearization)
+    times = line.times_used()
+    squares = torch.zeros_like(line.losses)
+    several: dict[Tensor, list[tuple[Source, Part]]] = defaultdict(list)
+
+    def add(use: Recorded, axis: SampleAxis, b: Tensor) -> None:
+        for name, part in sample_parts(use, axis, b, len(batch)).items():
+            source = use.sources[name]
+            if times[source.parameter] > 1 or source.maps:
+                several[source.parameter].append((source, part))
+            else:
+                squares.add_(part.squares().to(squares.dtype))
+
+    try:
+        line.visit(add)
+    except NotImplementedError as missing:
+        raise Unsupported([str(missing)]) from missing
+    for parameter, parts in several.items():
+        squares += _square(parts, engine.names[parameter]).to(squares.dtype)
+    return squares.clamp(min=0).sqrt()
+
+
+def _square(parts: list[tuple[Source, Part]], path: str) -> Tensor:
+    """Squared norm [B] of the sum of several parts of one parameter."""
+    if not any(source.maps for source, _ in parts):
+        total = sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
+        for i, (_, x) in enumerate(parts):
+            for _, y in parts[:i]:
+                total = total + 2 * inner(x, y)
+        return total
+    # views: where no entry of the parameter is met twice, the parts are orthogonal
+    met = sum(
+        source.pullback(torch.ones_like(source.image(source.parameter.detach())))
+        for source, _ in parts
+    )
+    if float(torch.as_tensor(met).max()) <= 1:
+        return sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
+    entries = len(parts[0][1].squares()) * parts[0][0].parameter.numel()
+    if entries > MOST_ENTRIES:
+        raise Unsupported([f"{path}: views of it that overlap are used in several calls"])
+    return _pulled_back(parts).square().flatten(1).sum(1)
+
+
+def _pulled_back(parts: list[tuple[Source, Part]]) -> Tensor:
+    """Every sample's gradient of the parameter itself, [B, *parameter]."""
+    total = []
+    for source, part in parts:
+        shape = source.image(source.parameter.detach()).shape
+        total.append(torch.stack([source.pullback(g.view(shape)) for g in part.dense()]))
+    return sum(total[1:], total[0])
