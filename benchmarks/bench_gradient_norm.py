@@ -15,13 +15,13 @@ from step_arms import per_sample
 from step_models import BUILD, make_task
 
 from mts_fast import reference
-from mts_fast.hypergradient import gradient_norm
+from mts_fast.hypergradient import GradientNorm, LabelledBatch
 
 SAMPLES = {"vit": 32, "resnet18_groupnorm": 32, "resnet18_batchnorm": 32, "mlp": 256, "gpt": 32}
 OPACUS = ("mlp", "resnet18_groupnorm")
 ROUNDS = 5
-# float32; observed 4e-6
-ALLOWED = 1e-4
+# float32 against a float64 truth; observed at most 4e-4, by one sample at a time on the ResNet
+ALLOWED = 1e-3
 
 
 def one_at_a_time(model, batch):
@@ -43,8 +43,8 @@ def opacus_ways(model):
     """Per-sample gradients, and norms by ghost clipping."""
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
-    # it refuses in-place activations
-    model = copy.deepcopy(model)
+    # it refuses in-place activations, and listens in train mode alone; no layer here differs there
+    model = copy.deepcopy(model).train()
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
@@ -75,15 +75,18 @@ def opacus_ways(model):
 def bench_gradient_norm(benchmark, name):
     task = make_task(name, SAMPLES[name])
     model, batch = task.model.eval(), task.train
+    ours = GradientNorm(model)
     ways = {
-        "mts_fast": gradient_norm,
+        "mts_fast": lambda _, batch: ours(batch),
         "one at a time": one_at_a_time,
         "torch.func.vmap": vectorized,
     }
     if name in OPACUS and importlib.util.find_spec("opacus"):
         ways |= opacus_ways(model)
     calls = {label: lambda way=way: way(model, batch) for label, way in ways.items()}
-    truth = one_at_a_time(model, batch)
+    exact = copy.deepcopy(model).double()
+    inputs = batch.inputs.double() if batch.inputs.is_floating_point() else batch.inputs
+    truth = one_at_a_time(exact, LabelledBatch(inputs, batch.labels))
     for label, call in calls.items():
         assert ((call() - truth).abs() / truth).max() < ALLOWED, label
     seconds = {}

@@ -6,7 +6,7 @@ that of the plain step. Peak memory is what a step allocates at most, above what
 
 import pytest
 from measure import interleaved, peak_bytes, ratios
-from step_arms import Ours, arms_of
+from step_arms import arms_of
 from step_models import BATCH, BUILD, make_task
 
 ROUNDS = 7
@@ -14,7 +14,6 @@ MIB = 2**20
 # relative error of the selector's gradient against double backward in float32: exact engines round
 # (observed at most 7e-7), differences with h = 1e-2 have a truncation error (observed 3e-3).
 ALLOWED = {"exact": 1e-4, "differences": 3e-2}
-MICRO_BATCHES = 8
 
 
 def assert_equal_gradients(name, arms):
@@ -54,26 +53,3 @@ def bench_step(benchmark, name):
         }
         for label in arms
     }
-
-
-@pytest.mark.parametrize("name", ["vit", "resnet18_groupnorm"])
-def bench_micro_batch(benchmark, name):
-    """A batch 8 times as large, streamed: time per sample and peak memory."""
-    size = BATCH[name] // 2
-    small = Ours(make_task(name, size))
-    large = Ours(make_task(name, size * MICRO_BATCHES), micro_batch=size)
-    small.step()
-    large.step()
-    seconds = {}
-
-    def measure():
-        seconds.update(interleaved({"whole": small.step, "streamed": large.step}, ROUNDS))
-
-    benchmark.pedantic(measure, rounds=1)
-    memory = {label: peak_bytes(arm.step) for label, arm in (("s", small), ("l", large))}
-    benchmark.extra_info["batch"] = size
-    benchmark.extra_info["micro-batches"] = MICRO_BATCHES
-    benchmark.extra_info["time per sample, streamed / whole"] = round(
-        ratios(seconds, "whole")["streamed"] / MICRO_BATCHES, 3
-    )
-    benchmark.extra_info["peak memory, streamed / whole"] = round(memory["l"] / memory["s"], 3)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mts_fast import hypergradient, ops, reference
+from mts_fast import ops, reference
 from mts_fast._check import (
     check_finite,
     check_integer,
@@ -19,7 +19,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
-from mts_fast.hypergradient import LabelledBatch
+from mts_fast.hypergradient import GradientNorm, LabelledBatch
 
 OP = "training_dynamics"
 
@@ -71,9 +71,10 @@ def training_dynamics(
     if gradient_norm and not any(p.requires_grad for p in model.parameters()):
         fail(ValueError, OP, "model", "given trainable parameters", "none", "set requires_grad")
     parts: list[dict[str, Tensor]] = []
+    norms = GradientNorm(model) if gradient_norm else None
     with training_mode(model, False), preserved_buffers(model), preserved_rng(model):
         for x, y in zip(inputs.split(batch_size), labels.long().split(batch_size), strict=True):
-            parts.append(_scores(model, x, y, gradient_norm))
+            parts.append(_scores(model, x, y, norms))
     columns = {name: torch.cat([part[name] for part in parts])[:, None] for name in parts[0]}
     check_finite(
         OP, "loss of every sample", columns["loss"], "the model or these inputs are broken"
@@ -81,13 +82,15 @@ def training_dynamics(
     return columns
 
 
-def _scores(model: nn.Module, x: Tensor, y: Tensor, gradient_norm: bool) -> dict[str, Tensor]:
+def _scores(
+    model: nn.Module, x: Tensor, y: Tensor, norms: GradientNorm | None
+) -> dict[str, Tensor]:
     with torch.no_grad():
         logits = model(x)
         losses = ops.cross_entropy(logits, y)
     scores = {"loss": losses, "error_norm": reference.error_norm(logits, y)}
-    if gradient_norm:
-        scores["gradient_norm"] = hypergradient.gradient_norm(model, LabelledBatch(x, y))
+    if norms is not None:
+        scores["gradient_norm"] = norms(LabelledBatch(x, y))
     return scores
 
 

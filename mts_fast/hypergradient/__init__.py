@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mts_fast._check import check_choice, check_positive_int, fail
@@ -16,12 +14,10 @@ from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.explain import EngineExplanation, explain_engine
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.ghost import Ghost, LayerCall, Unsupported, register_layer
-from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
+from mts_fast.hypergradient.ghost import Ghost, LayerCall, register_layer
+from mts_fast.hypergradient.gradient_norm import GradientNorm
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
 from mts_fast.hypergradient.streamed import Streamed
-
-logger = logging.getLogger("mts_fast")
 
 ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Ghost, FiniteDifference, ForwardMode)}
 MEMORY = ("fast", "low")
@@ -31,6 +27,7 @@ __all__ = [
     "Engine",
     "EngineCheck",
     "EngineExplanation",
+    "GradientNorm",
     "LabelledBatch",
     "LayerCall",
     "Linearization",
@@ -38,7 +35,6 @@ __all__ = [
     "Objective",
     "check_engine",
     "explain_engine",
-    "gradient_norm",
     "hypergradient_dots",
     "make_engine",
     "register_layer",
@@ -75,27 +71,6 @@ def make_engine(
         hint = "engine='auto' takes one that serves the model"
         fail(RuntimeError, "MTSStep", "engine", expected, repr(name), "; ".join([*why, hint]))
     return engine if micro_batch is None else Streamed(engine, micro_batch)
-
-
-def gradient_norm(model: nn.Module, batch: LabelledBatch) -> Tensor:
-    """||grad l_i|| [B] by all trainable parameters, cross-entropy of the logits.
-
-    By layer inputs and output gradients where the ghost engine serves the model, else one sample
-    at a time, said at INFO.
-    """
-    objective = Objective(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        return gradient_norms(Ghost(objective, parameters), batch)
-    except Unsupported as refused:
-        why = "; ".join(refused.reasons)
-        logger.info("gradient_norm: takes one sample at a time, since ghost cannot: %s", why)
-    norms = []
-    for one in batch.split(1):
-        loss = objective.losses(one).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms.append(torch.stack(torch._foreach_norm([g for g in found if g is not None])).norm())
-    return torch.stack(norms)
 
 
 def hypergradient_dots(

@@ -10,7 +10,7 @@ from test_ghost import CASES, LAYERS, Functional, noise
 from test_ghost import make as make_ghost_case
 from torch import nn
 
-from mts_fast.hypergradient import LabelledBatch, Objective, gradient_norm
+from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
 from mts_fast.hypergradient.ghost.sample_parts import Outer, Rows, inner
@@ -115,8 +115,8 @@ def test_an_lstm_goes_another_way_and_says_so(device, caplog):
     case.model.eval()
     batch = LabelledBatch(case.inputs, case.labels)
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = gradient_norm(case.model, batch)
-    assert "gradient_norm: takes one sample at a time, since ghost cannot: lstm." in caplog.text
+        found = GradientNorm(case.model)(batch)
+    assert "gradient norms: one sample at a time, since ghost cannot: lstm." in caplog.text
     assert relative(found, one_at_a_time(case.model, batch)) < EXACT
 
 
@@ -131,7 +131,7 @@ def test_a_wild_use_goes_another_way(caplog):
 
     model, batch = Sine().double(), noise()
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = gradient_norm(model, batch)
+        found = GradientNorm(model)(batch)
     assert "layer.weight is used by sin" in caplog.text
     assert relative(found, one_at_a_time(model, batch)) < EXACT
 
@@ -139,5 +139,5 @@ def test_a_wild_use_goes_another_way(caplog):
 def test_no_trace(device):
     case = make_case("transformer", device)
     before = snapshot(module=case.model, device=device, gradients=True)
-    gradient_norm(case.model, LabelledBatch(case.inputs, case.labels))
+    GradientNorm(case.model)(LabelledBatch(case.inputs, case.labels))
     assert_bitwise(snapshot(module=case.model, device=device, gradients=True), before)
