@@ -83,3 +83,40 @@ def test_readme_tables_are_those_of_the_results():
     command = [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+MODELS = """
+import torch
+from torch import nn
+
+def alone():
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+def with_batch():
+    return nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+
+def number():
+    return 3
+"""
+
+
+def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_models_of_this_test.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = "my_models_of_this_test:"
+    assert main(["doctor", "--model", f"{spec}alone"]) == 0
+    said = capsys.readouterr().out
+    assert "1: BatchNorm1d in train mode mixes the samples" in said
+    assert "engine='auto' takes finite_difference" in said
+    assert main(["doctor", "--model", f"{spec}with_batch"]) == 0
+    said = capsys.readouterr().out
+    assert "engine='auto' takes ghost" in said and said.endswith("ok\n") and "NOT ok" not in said
+    for wrong, message in {
+        f"{spec}number": "what number() returns must be a module, or (module, inputs, labels)",
+        f"{spec}missing": "--model must be a function of my_models_of_this_test, got 'missing'",
+        "my_models_of_this_test": "--model must be PACKAGE.MODULE:FACTORY",
+        "no_such_module:f": "No module named 'no_such_module'",
+    }.items():
+        assert main(["doctor", "--model", wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -208,6 +208,28 @@ def test_check_finds_a_wrong_rule(device, monkeypatch):
     assert check.dots["ghost"] > 0.1 and check.dots["forward_mode"] < 1e-12
 
 
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.layer = nn.Linear(4, 4), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x, self.body(x).tanh())
+
+
+def test_a_layer_registered_by_the_user(device, monkeypatch):
+    model, x, y = Bilinear().to(device), X.to(device), Y.to(device)
+    assert "used by bilinear, which the engine cannot replay" in str(
+        mts_fast.explain_engine(model, x, y)
+    )
+    # what monkeypatch sets it also takes back
+    monkeypatch.setitem(_rules, F.bilinear, None)
+    mts_fast.hypergradient.register_layer(F.bilinear, {"weight": 2, "bias": 3})
+    assert mts_fast.explain_engine(model, x, y).choice == "ghost"
+    check = mts_fast.check_engine(model, x, y)
+    assert check.ok and check.dots["ghost"] < 1e-12, str(check)
+
+
 def test_nothing_is_left_behind(device):
     case = make_case("norm_and_dropout", device)
     before = snapshot(module=case.model, device=device, gradients=True)

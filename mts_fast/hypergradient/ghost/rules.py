@@ -35,6 +35,8 @@ class LayerRule:
     weight_gradient: WeightGradient | None = None
     couples_samples: Callable[[LayerCall], str | None] = lambda call: None
     sample_gradients: SampleGradients | None = None
+    # (call, tangents by name) -> the tangents without entries that get no gradient in this call
+    without_fixed: Callable[[LayerCall, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass
@@ -72,6 +74,8 @@ class LayerCall:
 
     def replay(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """f(a; V): the output's tangent; parameters without a tangent stand still (zero)."""
+        if self.rule.without_fixed is not None:
+            tangents = self.rule.without_fixed(self, tangents)
         replaced: dict[str, Tensor | None] = {}
         for name in self.rule.parameters:
             present = self.argument(name)
@@ -199,6 +203,21 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     return {n: g for n, g in found.items() if n in call.sources}
 
 
+def padding_row(call: LayerCall) -> int | None:
+    """The row of an embedding's table that gets no gradient."""
+    index = call.args[2] if len(call.args) > 2 else call.kwargs.get("padding_idx")
+    return None if index is None else index % len(call.argument("weight"))
+
+
+def _without_padding(call: LayerCall, tangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    row = padding_row(call)
+    if row is None or "weight" not in tangents:
+        return tangents
+    table = tangents["weight"].clone()
+    table[row] = 0
+    return {**tangents, "weight": table}
+
+
 register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
 _convolutions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
 for _function in _convolutions:
@@ -207,4 +226,5 @@ for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
     register_layer(_function, {"weight": 1})
 register_layer(torch.einsum, {"weight": 2}, input=1)
 register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
-register_layer(F.embedding, {"weight": 1})
+# autograd gives the row of the padding index no gradient here, though a tied head may
+_rules[F.embedding] = LayerRule(F.embedding, {"weight": 1}, without_fixed=_without_padding)

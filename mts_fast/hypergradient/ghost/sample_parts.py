@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast.hypergradient.ghost.capture import Recorded
-from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options
+from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options, padding_row
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
@@ -143,9 +143,9 @@ def _embedding(call: LayerCall, b: Tensor, size: int) -> Rows:
     weight = call.argument("weight")
     index = call.input.reshape(size, -1)
     right = b.reshape(size, index.shape[1], -1)
-    padding = call.args[2] if len(call.args) > 2 else call.kwargs.get("padding_idx")
+    padding = padding_row(call)
     if padding is not None:
-        right = right * (index != padding % len(weight))[..., None]
+        right = right * (index != padding)[..., None]
     return Rows(index, right, len(weight))
 
 
