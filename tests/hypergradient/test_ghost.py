@@ -254,6 +254,33 @@ def test_every_layer_equals_double_backward(name):
             torch.testing.assert_close(line.dots(direction), dots, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+class SamplesAsPositions(nn.Module):
+    """A norm over channels that meets the samples on its last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(12).eval(), nn.Linear(12, 5)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.head(self.norm(x.T[None])[0].T.tanh())
+
+
+def test_norm_over_channels_with_samples_on_another_axis():
+    model = SamplesAsPositions().double()
+    objective, parameters = Objective(model), list(model.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    batch = noise()
+    line = Ghost(objective, parameters).linearize(batch)
+    for p in torch.rand(2, BATCH, dtype=torch.float64):
+        truth = torch.autograd.grad(objective.losses(batch), parameters, p)
+        for found, expected in zip(line.gradient(p), truth, strict=True):
+            torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        truth = double_backward(objective, parameters, batch, direction)
+        if line._gradients_left:
+            torch.testing.assert_close(line.dots(direction), truth, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 class Functional(nn.Module):
     """Parameters used through plain functions, keywords and slices."""
 

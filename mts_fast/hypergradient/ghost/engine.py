@@ -3,9 +3,9 @@ once more with v in the place of its weights. No second derivative, no differenc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mts_fast._isolation import RngState, restored_on_error
@@ -115,10 +115,12 @@ def coupling(model: nn.Module) -> list[str]:
 
 
 def _compiled(model: nn.Module) -> list[str]:
+    # where dynamo was never imported, nothing is wrapped; importing it here would take seconds
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    wrapper = () if dynamo is None else dynamo.OptimizedModule
     return [
         f"{path or 'the model'}: compiled by torch.compile, which hides the calls of its layers"
         " (pass the module as it was, or use engine='finite_difference')"
         for path, module in model.named_modules()
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or module._compiled_call_impl is not None
+        if isinstance(module, wrapper) or module._compiled_call_impl is not None
     ]

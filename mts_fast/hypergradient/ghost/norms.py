@@ -39,10 +39,15 @@ def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> di
 
 
 def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
-    """Group, instance and batch norm: the samples on axis 0, the channels on axis 1."""
+    """Group, instance and batch norm: the channels on axis 1."""
     found = {}
     for name in call.sources:
         terms = _terms(call, name, b)
+        if axis.axis != 0:
+            # samples first; then come r, the rows of axis 0, and the channels
+            rows = axis.samples(terms, size).movedim(3, 1)
+            found[name] = rows.flatten(2).sum(2, dtype=torch.promote_types(b.dtype, torch.float32))
+            continue
         per_row = _sum(terms.flatten(2).transpose(1, 2)) if terms.ndim > 2 else terms  # [B r, C]
         found[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))
     return found
