@@ -254,6 +254,24 @@ def test_every_layer_equals_double_backward(name):
             torch.testing.assert_close(line.dots(direction), dots, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_channels_last():
+    """torch's group norm backward without an input gradient crashes there: it is not called."""
+    torch.manual_seed(4)
+    model = convolutional().double().to(memory_format=torch.channels_last)
+    objective, parameters = Objective(model), list(model.parameters())
+    x = torch.randn(BATCH, 3, 9, 9, dtype=torch.float64).to(memory_format=torch.channels_last)
+    batch = LabelledBatch(x, torch.randint(5, (BATCH,)))
+    direction = [torch.randn_like(p) for p in parameters]
+    line = Ghost(objective, parameters).linearize(batch)
+    p = torch.rand(BATCH, dtype=torch.float64)
+    truth = torch.autograd.grad(objective.losses(batch), parameters, p)
+    line.gradient(torch.rand(BATCH, dtype=torch.float64))
+    dots = double_backward(objective, parameters, batch, direction)
+    torch.testing.assert_close(line.dots(direction), dots, rtol=TOLERANCE, atol=TOLERANCE)
+    for found, expected in zip(line.gradient(p), truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 class SamplesAsPositions(nn.Module):
     """A norm over channels that meets the samples on its last axis."""
 

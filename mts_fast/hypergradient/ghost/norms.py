@@ -6,11 +6,14 @@ x^ b and of b. They give the dots and the gradient for any weights; one normalis
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.rules import LayerCall, register_layer
+from mts_fast.hypergradient.ghost.rules import LayerCall, SampleGradients, register_layer
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
@@ -58,13 +61,22 @@ def _batch_norm_couples(call: LayerCall) -> str | None:
     return "BatchNorm in train mode mixes the samples of a batch" if training else None
 
 
-register_layer(F.layer_norm, {"weight": 2, "bias": 3}, sample_gradients=_of_last_axes)
-register_layer(F.rms_norm, {"weight": 2}, sample_gradients=_of_last_axes)
-register_layer(F.group_norm, {"weight": 2, "bias": 3}, sample_gradients=_of_channels)
-register_layer(F.instance_norm, {"weight": 3, "bias": 4}, sample_gradients=_of_channels)
-register_layer(
-    F.batch_norm,
-    {"weight": 3, "bias": 4},
-    sample_gradients=_of_channels,
-    couples_samples=_batch_norm_couples,
-)
+def _register(
+    function: Callable[..., Any], own: SampleGradients, parameters: dict, **rule: Any
+) -> None:
+    """Gradients over all samples are sums of those over the entries of axis 0, whatever lies there.
+
+    Not by autograd: torch's group norm backward without an input gradient crashes on channels_last.
+    """
+
+    def gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
+        return {name: g.sum(0) for name, g in own(call, b, SampleAxis(), len(b)).items()}
+
+    register_layer(function, parameters, sample_gradients=own, weight_gradient=gradient, **rule)
+
+
+_register(F.layer_norm, _of_last_axes, {"weight": 2, "bias": 3})
+_register(F.rms_norm, _of_last_axes, {"weight": 2})
+_register(F.group_norm, _of_channels, {"weight": 2, "bias": 3})
+_register(F.instance_norm, _of_channels, {"weight": 3, "bias": 4})
+_register(F.batch_norm, _of_channels, {"weight": 3, "bias": 4}, couples_samples=_batch_norm_couples)
