@@ -85,6 +85,30 @@ class SequenceFirst(nn.Module):
         return self.head(self.layer(x.unflatten(1, (2, 2)).repeat(1, 1, 2).transpose(0, 1))[0])
 
 
+class Positions(nn.Module):
+    """GPT-2's way to learned positions, and an embedding of one index per sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.kinds = nn.Embedding(20, 4), nn.Embedding(3, 4)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        steps = x[:, :1, None] * torch.ones(12, 4, device=x.device, dtype=x.dtype)
+        kinds = self.kinds((x[:, 0] > 0).long())[:, None]
+        steps = steps + self.positions(torch.arange(12, device=x.device)) + kinds
+        return self.head(self.mix(steps).tanh().mean(1))
+
+
+@pytest.mark.parametrize("size", [5, 12, 30])  # 12 samples: an index that could be either
+def test_as_many_positions_as_samples(size, device):
+    x, y = torch.randn(size, 4, device=device), torch.arange(size, device=device) % 3
+    model = Positions().to(device)
+    assert mts_fast.explain_engine(model, x, y).choice == "ghost"
+    check = mts_fast.check_engine(model, x, y)
+    assert check.ok and check.dots["ghost"] < 1e-12, str(check)
+
+
 def batchnorm():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
 

@@ -101,8 +101,14 @@ class Recorded:
 class Capture(TorchFunctionMode):
     """Active during one forward of `batch_size` samples."""
 
-    def __init__(self, names: Mapping[Tensor, str], batch_size: int) -> None:
+    def __init__(
+        self, names: Mapping[Tensor, str], batch_size: int, shared_rows: Sequence[bool] = ()
+    ) -> None:
         super().__init__()
+        # of every embedding call, whether its rows serve all samples alike; given from another
+        # batch where the index could be either
+        self.shared_rows: list[bool] = []
+        self._given_shared_rows = shared_rows
         self.names = names  # parameter -> its dotted path
         self.batch_size = batch_size
         self.recorded: list[Recorded] = []
@@ -152,8 +158,7 @@ class Capture(TorchFunctionMode):
         why = call.rule.couples_samples(call)
         if why is not None:
             self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
-        if function is F.embedding and used and call.input.shape[:1] != (self.batch_size,):
-            # rows for all samples alike, as of positions: a view of the table
+        if function is F.embedding and used and self._serves_all_samples(call):
             return self._rows(call, used[0])
         y = function(*call.args, **call.kwargs)
         if not used:
@@ -178,7 +183,17 @@ class Capture(TorchFunctionMode):
         )
         return y
 
+    def _serves_all_samples(self, call: LayerCall) -> bool:
+        """Whether an embedding's index has no batch axis, as of positions."""
+        shape, turn = call.input.shape, len(self.shared_rows)
+        shared = shape[:1] != (self.batch_size,)
+        if not shared and len(shape) == 1 and turn < len(self._given_shared_rows):
+            shared = self._given_shared_rows[turn]
+        self.shared_rows.append(shared)
+        return shared
+
     def _rows(self, call: LayerCall, table: Tensor) -> Tensor:
+        """Such rows are a view of the table."""
         rows = call.run({})
         self._sources[id(rows)] = self._sources[id(table)].then(lambda t: call.run({"weight": t}))
         self._alive.append(rows)

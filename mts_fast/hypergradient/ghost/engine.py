@@ -37,6 +37,7 @@ class Ghost(Engine):
         paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
         self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
         self._probes: dict[Layout, Probe] = {}
+        self._shared_rows: list[bool] = []
 
     def reasons(self) -> list[str]:
         return [*coupling(self.objective.model), *_compiled(self.objective.model)]
@@ -54,7 +55,8 @@ class Ghost(Engine):
         reasons = self.reasons()
         # a probe leaves no trace, but whoever listens to the model's forwards hears it: it comes
         # before the forward that counts, which is the last one
-        if not reasons and not all(found.final for found in self._probes.values()):
+        finals = [found.final for found in self._probes.values()]
+        if not reasons and not (finals and all(finals)):
             self._probe(batch)
         try:
             with restored_on_error(self.objective.model):
@@ -66,7 +68,7 @@ class Ghost(Engine):
     def _captured(
         self, batch: LabelledBatch, gradients: int, reasons: list[str]
     ) -> GhostLinearization:
-        with Capture(self.names, len(batch)) as capture:
+        with Capture(self.names, len(batch), self._shared_rows) as capture:
             graph = self.objective.losses(batch)
         recorded = capture.recorded
         reasons = [*reasons, *capture.reasons]
@@ -92,6 +94,7 @@ class Ghost(Engine):
     def _probe(self, batch: LabelledBatch) -> None:
         found = probe(self.objective, self.names, batch)
         self._probes[found.layout] = found
+        self._shared_rows = found.shared_rows
 
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState

@@ -26,6 +26,7 @@ class Probe:
     layout: Layout
     axes: list[SampleAxis]
     final: bool  # False where a zero gradient left an axis open
+    shared_rows: list[bool]  # see Capture
 
 
 def layout_of(recorded: Sequence[Recorded]) -> Layout:
@@ -69,7 +70,7 @@ def probe(objective: Objective, names: dict[Tensor, str], batch: LabelledBatch) 
         reasons = _missed_uses(recorded, b, truth, names)
     if reasons:
         raise Unsupported(reasons)
-    return Probe(layout_of(recorded), axes, final)
+    return Probe(layout_of(recorded), axes, final, capture.shared_rows)
 
 
 def sum_gradients(recorded: Sequence[Recorded], b: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
