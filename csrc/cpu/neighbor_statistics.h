@@ -1,0 +1,63 @@
+// neighbor_statistics on the CPU: every pair of two chunks of a pool is compared once, and serves
+// the lists of both its samples.
+#pragma once
+
+#include "similarity_tile.h"
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+
+namespace mts_fast::cpu {
+
+// Samples are at places sorted by class, real before synthetic, so that the samples that a
+// class's lists may hold lie side by side and ask for no labels.
+template <typename scalar_t>
+struct NeighborChunk {
+  const scalar_t* packed;  // [panels, depth, panel_rows], unit rows by place
+  const int64_t* order;    // [num_samples], place -> sample of the chunk
+  const int64_t* offsets;  // [2 * num_classes + 1], first place of class 0 real, 0 synthetic, 1 ...
+  scalar_t* thresholds;    // [3, num_samples], by place: the last value of its lists
+  std::mutex* locks;       // [tiles], for the lists of the places of a tile
+  int64_t num_samples;
+  int64_t start;  // the chunk's first sample is this row of the lists
+};
+
+// Running lists of the whole pool, descending; equal similarities by ascending index.
+template <typename scalar_t>
+struct NeighborLists {
+  scalar_t* similarity;  // [N, neighbors], to the nearest of the pool
+  int64_t* index;        // [N, neighbors], which these are
+  scalar_t* real;        // [N, k], to the nearest real samples of the class
+  scalar_t* synthetic;   // [N, k], to the nearest synthetic ones
+  int64_t neighbors;
+  int64_t k;
+};
+
+template <typename scalar_t>
+struct NeighborStatisticsParams {
+  NeighborChunk<scalar_t> rows;
+  NeighborChunk<scalar_t> columns;  // the same as rows for the pairs within one chunk
+  NeighborLists<scalar_t> lists;
+  const TileKernel<scalar_t>* kernel;
+  int64_t num_classes;
+  int64_t depth;  // D
+  int64_t tile;   // places per side of a tile, a multiple of kernel->panel_rows
+  bool same;      // rows and columns are one chunk: only pairs i < j
+};
+
+template <typename scalar_t>
+int64_t num_tiles(const NeighborStatisticsParams<scalar_t>& params);
+
+// Fills `thresholds` of one chunk from the lists.
+template <typename scalar_t>
+void load_thresholds(const NeighborChunk<scalar_t>& chunk, const NeighborLists<scalar_t>& lists);
+
+// Takes tiles off `next` until none is left; any number of threads may do so at once. The lists
+// depend neither on them nor on the tiles: each is ordered without ambiguity, and an entry's value
+// does not depend on where it lies. `similarity` is room for tile x tile.
+template <typename scalar_t>
+void sweep_tiles(const NeighborStatisticsParams<scalar_t>& params, std::atomic<int64_t>& next,
+                 scalar_t* similarity);
+
+}  // namespace mts_fast::cpu
