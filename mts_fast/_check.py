@@ -79,12 +79,12 @@ def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str
         fail(ValueError, op, arg, f"in [{low}, {high})", f"values from {least} to {most}", hint)
 
 
-def check_finite(op: str, arg: str, value: Tensor, hint: str = "") -> None:
-    """No NaN, no infinity; names the first bad rows. Reads the tensor: on a GPU this waits."""
+def check_finite(op: str, arg: str, value: Tensor, hint: str = "", *, first: int = 0) -> None:
+    """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
     if torch.isfinite(value).all():
         return
     bad = ~torch.isfinite(value.detach().reshape(value.shape[0] if value.ndim else 1, -1)).all(1)
-    rows = bad.nonzero().flatten().tolist()
+    rows = (bad.nonzero().flatten() + first).tolist()
     shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     fail(ValueError, op, arg, "finite", f"NaN or infinity in {len(rows)} rows ({shown})", hint)
 
@@ -101,3 +101,13 @@ def check_positive_int(op: str, arg: str, value: object) -> None:
         fail(TypeError, op, arg, "a positive int", describe(value))
     if value < 1:
         fail(ValueError, op, arg, "a positive int", value)
+
+
+def check_pool(op: str, labels: object, is_synthetic: object, length: int) -> tuple[Tensor, Tensor]:
+    """Classes and sources of a pool, returned as int64 [length] >= 0 and bool [length]."""
+    classes = check_integer(op, "labels", labels, ndim=1).long()
+    check_length(op, "labels", classes, length)
+    flags = check_flags(op, "is_synthetic", is_synthetic, length)
+    if length:
+        check_range(op, "labels", classes, 0, int(classes.max()) + 1, "number the classes from 0")
+    return classes, flags

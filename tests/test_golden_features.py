@@ -4,8 +4,7 @@ import pytest
 import torch
 from golden_data import CNN, load_arrays, mlp
 
-from mts_fast import features, reference
-from mts_fast.reference.distribution_features import neighbor_statistics
+from mts_fast import features, ops, reference
 
 TOLERANCE = 1e-6  # the distribution arrays are float32; observed 2e-7
 DYNAMICS = ("training_dynamics_cnn_batchnorm", "training_dynamics_mlp_layernorm")
@@ -19,7 +18,7 @@ def distribution(implementation):
 
 def in_small_blocks(*args):
     """Blocks that do not divide the pool of 186."""
-    return features.distribution_features(*args, block=50)
+    return features.distribution_features(*args, chunk=50)
 
 
 @pytest.mark.parametrize(
@@ -35,12 +34,11 @@ def test_distribution_features_equal_published(implementation):
         )
 
 
-def test_five_nearest_neighbors_carry_the_published_classes():
+@pytest.mark.parametrize("implementation", [reference.neighbor_statistics, ops.neighbor_statistics])
+def test_five_nearest_neighbors_carry_the_published_classes(implementation):
     a = load_arrays("distribution_features")
     unit = torch.nn.functional.normalize(a["embeddings"].double(), dim=1)
-    found = neighbor_statistics(
-        unit, a["labels"], a["is_synthetic"].bool(), torch.arange(len(unit)), k=3, neighbors=5
-    )
+    found = implementation(unit, a["labels"], a["is_synthetic"].bool(), k=3, neighbors=5)
     assert torch.equal(a["labels"][found.index].float(), a["knn5_classes"])
 
 

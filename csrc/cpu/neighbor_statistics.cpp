@@ -49,8 +49,8 @@ void offer(const NeighborStatisticsParams<scalar_t>& params, const NeighborChunk
   const NeighborLists<scalar_t>& lists = params.lists;
   const int64_t row = chunk.start + chunk.order[place];
   if (list == kPool) {
-    threshold = insert(lists.similarity + row * lists.neighbors, lists.index + row * lists.neighbors,
-                       lists.neighbors, value, other);
+    threshold = insert(lists.similarity + row * lists.neighbors,
+                       lists.index + row * lists.neighbors, lists.neighbors, value, other);
   } else {
     threshold = insert(class_list(lists, list) + row * lists.k, lists.k, value);
   }
@@ -152,11 +152,10 @@ void sweep_tiles(const NeighborStatisticsParams<scalar_t>& params, std::atomic<i
     const bool diagonal = params.same && i == j;
     const Range row{i * params.tile, std::min((i + 1) * params.tile, rows.num_samples)};
     const Range column{j * params.tile, std::min((j + 1) * params.tile, columns.num_samples)};
-    params.kernel->multiply(rows.packed + row.begin * params.depth,
-                            columns.packed + column.begin * params.depth, params.depth,
-                            ceil_divide(row.end - row.begin, panel),
-                            ceil_divide(column.end - column.begin, panel), diagonal, similarity,
-                            params.tile);
+    params.kernel->multiply(
+        rows.packed + row.begin * params.depth, columns.packed + column.begin * params.depth,
+        params.depth, ceil_divide(row.end - row.begin, panel),
+        ceil_divide(column.end - column.begin, panel), diagonal, similarity, params.tile);
     // rows before columns, and within one chunk i < j: no two threads wait for each other.
     const std::lock_guard<std::mutex> row_lists(rows.locks[i]);
     if (diagonal) {
@@ -168,11 +167,11 @@ void sweep_tiles(const NeighborStatisticsParams<scalar_t>& params, std::atomic<i
   }
 }
 
-#define MTS_FAST_INSTANTIATE(scalar_t)                                                           \
-  template int64_t num_tiles<scalar_t>(const NeighborStatisticsParams<scalar_t>&);               \
-  template void load_thresholds<scalar_t>(const NeighborChunk<scalar_t>&,                        \
-                                          const NeighborLists<scalar_t>&);                       \
-  template void sweep_tiles<scalar_t>(const NeighborStatisticsParams<scalar_t>&,                 \
+#define MTS_FAST_INSTANTIATE(scalar_t)                                             \
+  template int64_t num_tiles<scalar_t>(const NeighborStatisticsParams<scalar_t>&); \
+  template void load_thresholds<scalar_t>(const NeighborChunk<scalar_t>&,          \
+                                          const NeighborLists<scalar_t>&);         \
+  template void sweep_tiles<scalar_t>(const NeighborStatisticsParams<scalar_t>&,   \
                                       std::atomic<int64_t>&, scalar_t*);
 MTS_FAST_INSTANTIATE(float)
 MTS_FAST_INSTANTIATE(double)

@@ -2,11 +2,11 @@
 // the lists of both its samples.
 #pragma once
 
-#include "similarity_tile.h"
-
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+
+#include "similarity_tile.h"
 
 namespace mts_fast::cpu {
 

@@ -94,17 +94,16 @@ MTS_FAST_INLINE int64_t find_reaching(const scalar_t* value, const scalar_t* thr
 }
 
 // The two functions for one instruction set. A macro, as the attribute cannot be a parameter.
-#define MTS_FAST_TILE_FUNCTIONS(name, attribute, scalar_t, lanes, rows)                       \
-  attribute void multiply_##name(const scalar_t* a, const scalar_t* b, int64_t depth,         \
-                                 int64_t panels_a, int64_t panels_b, bool diagonal,           \
-                                 scalar_t* out, int64_t stride) {                             \
-    multiply_tile<scalar_t, lanes, rows>(a, b, depth, panels_a, panels_b, diagonal, out,      \
-                                         stride);                                             \
-  }                                                                                           \
-  attribute int64_t find_##name(const scalar_t* value, const scalar_t* thresholds,            \
-                                scalar_t threshold, int64_t begin, int64_t end) {             \
-    return find_reaching(value, thresholds, threshold, begin, end);                           \
-  }                                                                                           \
+#define MTS_FAST_TILE_FUNCTIONS(name, attribute, scalar_t, lanes, rows)                            \
+  attribute void multiply_##name(const scalar_t* a, const scalar_t* b, int64_t depth,              \
+                                 int64_t panels_a, int64_t panels_b, bool diagonal, scalar_t* out, \
+                                 int64_t stride) {                                                 \
+    multiply_tile<scalar_t, lanes, rows>(a, b, depth, panels_a, panels_b, diagonal, out, stride);  \
+  }                                                                                                \
+  attribute int64_t find_##name(const scalar_t* value, const scalar_t* thresholds,                 \
+                                scalar_t threshold, int64_t begin, int64_t end) {                  \
+    return find_reaching(value, thresholds, threshold, begin, end);                                \
+  }                                                                                                \
   constexpr TileKernel<scalar_t> kernel_##name{kVectors * lanes, multiply_##name, find_##name};
 
 MTS_FAST_TILE_FUNCTIONS(baseline_float, , float, 4, 4)

@@ -2,9 +2,9 @@
 // them for entries that reach a threshold. One implementation per instruction set.
 #pragma once
 
-#include "../common/isa.h"
-
 #include <cstdint>
+
+#include "../common/isa.h"
 
 namespace mts_fast::cpu {
 

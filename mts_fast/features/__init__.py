@@ -4,10 +4,12 @@ from mts_fast.features.distribution import distribution_features
 from mts_fast.features.dynamics import ForgettingCounter, training_dynamics
 from mts_fast.features.online import OnlineStandardizer, online_features
 from mts_fast.features.penultimate import PenultimateFeatures
+from mts_fast.features.sweep import DistributionSweep
 from mts_fast.features.table import PAPER_COLUMNS, FeatureTable
 
 __all__ = [
     "PAPER_COLUMNS",
+    "DistributionSweep",
     "FeatureTable",
     "ForgettingCounter",
     "OnlineStandardizer",

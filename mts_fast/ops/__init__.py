@@ -1,17 +1,34 @@
 """The contracts: schemas, validation, dispatch. No element maths."""
 
+from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.label_agreement import label_agreement
+from mts_fast.ops.neighbor_statistics import (
+    NeighborChunk,
+    NeighborLists,
+    NeighborStatistics,
+    neighbor_statistics,
+    neighbor_statistics_,
+)
+from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.ops.registry import current_backend, use_backend
 from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
 from mts_fast.ops.weights import normalize_weights, selector_gradient
 
 __all__ = [
+    "ClassCentroids",
+    "NeighborChunk",
+    "NeighborLists",
+    "NeighborStatistics",
     "VirtualUpdate",
+    "class_centroids_",
     "cross_entropy",
     "current_backend",
     "label_agreement",
+    "neighbor_statistics",
+    "neighbor_statistics_",
     "normalize_weights",
+    "percentile_rank",
     "selector_gradient",
     "trainable_parameters",
     "use_backend",

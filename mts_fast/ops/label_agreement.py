@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_floating, check_integer, check_length, check_range, fail
-from mts_fast._extension import extension
+from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 from mts_fast.reference.label_agreement import EPSILON
 
 OP = "label_agreement"
-CPP_DTYPES = (torch.float32, torch.float64)
 
 torch.library.define(
     f"mts_fast::{OP}",
@@ -36,20 +33,8 @@ def _cpp(
     return torch.ops.mts_fast.label_agreement(similarity, neighbors, labels, epsilon)
 
 
-def _reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
-    status = extension()
-    reasons = [] if status.available else [status.reason]
-    if any(t.device.type != "cpu" for t in tensors):
-        reasons.append("its kernel runs on the CPU only")
-    if tensors[0].dtype not in CPP_DTYPES:
-        reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
-    if any(t.requires_grad for t in tensors):
-        reasons.append("its kernel has no backward")
-    return reasons
-
-
 register(OP, "reference", reference.label_agreement)
-register(OP, "cpp", _cpp, _reasons_against_cpp)
+register(OP, "cpp", _cpp, reasons_against_cpp)
 
 
 def label_agreement(

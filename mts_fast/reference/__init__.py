@@ -1,10 +1,19 @@
 """Plain PyTorch: what every op means, the oracle of every test, and the default."""
 
+from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.reference.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.reference.distribution_features import distribution_features
 from mts_fast.reference.hypergradient import hypergradient_dots, hypergradient_double_backward
 from mts_fast.reference.label_agreement import label_agreement
+from mts_fast.reference.neighbor_statistics import (
+    NeighborChunk,
+    NeighborLists,
+    NeighborStatistics,
+    neighbor_statistics,
+    neighbor_statistics_,
+)
 from mts_fast.reference.online_features import online_features, standardize
+from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.step import Batch, Trace, mts_step
 from mts_fast.reference.training_dynamics import error_norm, forgetting, gradient_norm
 from mts_fast.reference.virtual_update import AdamState, SGDState, kappa, virtual_update
@@ -13,8 +22,14 @@ from mts_fast.reference.weights import log_weights, normalize_weights, selector_
 __all__ = [
     "AdamState",
     "Batch",
+    "ClassCentroids",
+    "NeighborChunk",
+    "NeighborLists",
+    "NeighborStatistics",
     "SGDState",
     "Trace",
+    "class_centroids_",
+    "class_median",
     "cross_entropy",
     "distribution_features",
     "error_norm",
@@ -26,8 +41,11 @@ __all__ = [
     "label_agreement",
     "log_weights",
     "mts_step",
+    "neighbor_statistics",
+    "neighbor_statistics_",
     "normalize_weights",
     "online_features",
+    "percentile_rank",
     "selector_gradient",
     "standardize",
     "virtual_update",

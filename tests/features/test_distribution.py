@@ -1,4 +1,4 @@
-"""Distribution features in blocks against the reference, on pools that are awkward."""
+"""Distribution features in chunks against the reference, on pools that are awkward."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from comparison import assert_bitwise
 
 from mts_fast import reference
 from mts_fast.features import distribution_features
-from mts_fast.reference.distribution_features import neighbor_statistics
 
 
 def pool(n, dimension, classes, *, dtype=torch.float64, seed=0):
@@ -71,19 +70,19 @@ POOLS = (
     many,
 )
 # one by one; neither divides any of the pools; everything at once.
-BLOCKS = (1, 7, 50, 1024)
+CHUNKS = (1, 7, 50, 1024)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("make", POOLS)
-def test_blocks_equal_reference(make, block, device):
+def test_chunks_equal_reference(make, chunk, device):
     x, y, s = (t.to(device) for t in make())
-    found = distribution_features(x, y, s, small_class="pad", block=block)
+    found = distribution_features(x, y, s, small_class="pad", chunk=chunk)
     expected = reference.distribution_features(x, y, s)
     assert list(found) == list(expected)
     for name, column in expected.items():
         assert column.isfinite().all(), name
-        # the matrix product may sum in another order for another block; observed 2e-16.
+        # the matrix product may sum in another order for another chunk; observed 2e-16.
         torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
 
 
@@ -91,7 +90,7 @@ def test_blocks_equal_reference(make, block, device):
 def test_other_counts_equal_reference(k, neighbors, device):
     x, y, s = (t.to(device) for t in one_class())
     options = {"k": k, "neighbors": neighbors}
-    found = distribution_features(x, y, s, block=7, small_class="pad", **options)
+    found = distribution_features(x, y, s, chunk=7, small_class="pad", **options)
     for name, column in reference.distribution_features(x, y, s, **options).items():
         torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
     assert found["real_nearest3_cosine"].shape == (23, k)
@@ -107,23 +106,6 @@ def test_flags_and_labels_of_other_types(device):
     x, y, s = (t.to(device) for t in many())
     expected = distribution_features(x, y, s)
     assert_bitwise(distribution_features(x, y.to(torch.uint8), s.int()), expected)
-
-
-def test_ties_go_to_the_lowest_index(device):
-    """Four directions, three times: each has exact twins, and exact neighbours at cosine 0."""
-    axes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], device=device)
-    labels = torch.zeros(12, dtype=torch.int64, device=device)
-    found = neighbor_statistics(
-        axes.repeat(3, 1),
-        labels,
-        labels.bool(),
-        torch.arange(12, device=device),
-        k=3,
-        neighbors=5,
-    )
-    # the twins of sample 5 are 1 and 9; then the orthogonal ones, from the front
-    assert found.index[5].tolist() == [1, 9, 0, 2, 4]
-    assert found.index[0].tolist() == [4, 8, 1, 3, 5]
 
 
 def test_hand_computed_pool(device):
@@ -184,7 +166,7 @@ def with_nan(rows):
         ((X, Y, S[:-1]), {}, ValueError, "is_synthetic must be of length 24"),
         ((X, Y, S.float()), {}, TypeError, "is_synthetic must be a bool or integer"),
         ((X, Y, S), {"k": 0}, ValueError, "k must be a positive int, got 0"),
-        ((X, Y, S), {"block": True}, TypeError, "block must be a positive int"),
+        ((X, Y, S), {"chunk": True}, TypeError, "chunk must be a positive int"),
         ((X, Y, S), {"neighbors": 24}, ValueError, "neighbors must be below the pool size 24"),
         ((X[:0], Y[:0], S[:0]), {}, ValueError, "neighbors must be below the pool size 0"),
         ((X, Y, S), {"small_class": "drop"}, ValueError, "small_class must be one of"),

@@ -1,0 +1,74 @@
+"""class_centroids: contract, torch.library schema and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast._check import check_floating, check_pool, check_range, fail
+from mts_fast.ops.cpp import reasons_against_cpp
+from mts_fast.ops.registry import register, resolve
+from mts_fast.reference.class_centroids import ClassCentroids
+
+OP = "class_centroids"
+
+torch.library.define(
+    f"mts_fast::{OP}_",
+    "(Tensor embeddings, Tensor labels, Tensor is_synthetic, Tensor(a!) sums, Tensor(b!) counts)"
+    " -> ()",
+)
+
+
+@torch.library.register_fake(f"mts_fast::{OP}_")
+def _fake(*_: Tensor) -> None:
+    """Adds to sums and counts and returns nothing."""
+
+
+def _cpp(
+    centroids: ClassCentroids, embeddings: Tensor, labels: Tensor, is_synthetic: Tensor
+) -> None:
+    torch.ops.mts_fast.class_centroids_(
+        embeddings, labels, is_synthetic, centroids.sums, centroids.counts
+    )
+
+
+register(OP, "reference", reference.class_centroids_)
+register(OP, "cpp", _cpp, reasons_against_cpp)
+
+
+def class_centroids_(
+    centroids: ClassCentroids, embeddings: Tensor, labels: Tensor, is_synthetic: Tensor
+) -> None:
+    """Add a chunk of a pool to the sums of its classes and sources, in place.
+
+    Args:
+        centroids: of C classes in D dimensions, from `ClassCentroids.empty`.
+        embeddings: [n, D], floating point. They are summed in float64, in order of index.
+        labels: [n], integers in [0, C).
+        is_synthetic: [n], bool or 0/1.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or lengths, or a label outside [0, C).
+        RuntimeError: an explicit backend that cannot run.
+
+    Source: feature table, distribution group (centroid cosines).
+
+    Example:
+        >>> import torch
+        >>> from mts_fast.ops import ClassCentroids, class_centroids_
+        >>> found = ClassCentroids.empty(1, 2, torch.device("cpu"))
+        >>> class_centroids_(found, torch.eye(2), torch.zeros(2).long(), torch.zeros(2).bool())
+        >>> found.mean(slice(0, 1)).tolist()
+        [[0.5, 0.5]]
+    """
+    check_floating(OP, "embeddings", embeddings, ndim=2)
+    if embeddings.shape[1] != centroids.sums.shape[2]:
+        expected = f"[n, {centroids.sums.shape[2]}], as the centroids are"
+        fail(ValueError, OP, "embeddings", expected, tuple(embeddings.shape))
+    labels, synthetic = check_pool(OP, labels, is_synthetic, len(embeddings))
+    check_range(OP, "labels", labels, 0, centroids.counts.shape[1])
+    if embeddings.dtype not in (torch.float32, torch.float64):
+        embeddings = embeddings.float()
+    run = resolve(OP, [embeddings, labels, synthetic])
+    run(centroids, embeddings.detach(), labels, synthetic)

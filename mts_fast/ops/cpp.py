@@ -1,0 +1,25 @@
+"""Why a C++ kernel cannot serve some tensors: what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mts_fast._extension import extension
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
+    """For an op whose first tensor is of the dtype that it computes in; empty where it can run."""
+    status = extension()
+    reasons = [] if status.available else [status.reason]
+    if any(t.device.type != "cpu" for t in tensors):
+        reasons.append("its kernel runs on the CPU only")
+    if tensors[0].dtype not in DTYPES:
+        reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
+    if any(t.requires_grad for t in tensors):
+        reasons.append("its kernel has no backward")
+    return reasons
