@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/build_info.h"
+#include "common/isa.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "loads the C++ ops of mts_fast and reports how they were built";
@@ -15,8 +16,9 @@ PYBIND11_MODULE(_C, m) {
         out["torch_version"] = info.torch_version;
         out["torch_target"] = info.torch_target;
         out["cuda"] = info.cuda;
+        out["isa"] = mts_fast::isa_name();
         return out;
       },
       "How this binary was built: version, compiler, torch_version, torch_target, cuda ('' = "
-      "none).");
+      "none), and isa, the instruction set that its CPU kernels use here.");
 }

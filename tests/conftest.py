@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from mts_fast import use_backend
+from mts_fast.ops.registry import backend_reasons
+
 
 def pytest_configure(config):
     # two test processes on two cores: one thread each keeps them out of each other's way.
@@ -22,3 +25,13 @@ def seeded():
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    """Every backend that runs here, in force for the test."""
+    why = backend_reasons(request.param)
+    if why:
+        pytest.skip("; ".join(why))
+    with use_backend(request.param):
+        yield request.param

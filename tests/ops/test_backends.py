@@ -12,7 +12,7 @@ from mts_fast._extension import ExtensionStatus, extension
 from mts_fast.ops import current_backend, label_agreement
 from mts_fast.ops import registry as registry_module
 
-op_module = __import__("mts_fast.ops.label_agreement", fromlist=["extension"])
+op_module = __import__("mts_fast.ops.cpp", fromlist=["extension"])
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 
 
