@@ -1,7 +1,9 @@
 """Interleaved timing and peak memory of several ways to do the same."""
 
+import ctypes
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch._C._profiler import _EventType
@@ -50,6 +52,22 @@ def peak_bytes(call):
             live -= sizes.pop(fields.ptr, 0)
         peak = max(peak, live)
     return peak
+
+
+def peak_resident_bytes(call):
+    """Most memory that the process held during the call, above what it held before (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    call()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
 
 
 def _allocations(profiler):
