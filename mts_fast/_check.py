@@ -81,7 +81,8 @@ def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str
 
 def check_finite(op: str, arg: str, value: Tensor, hint: str = "", *, first: int = 0) -> None:
     """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
-    if torch.isfinite(value).all():
+    # a sum with a NaN or infinity in it is never finite; where it overflows, look at every value.
+    if torch.isfinite(value.sum()) or torch.isfinite(value).all():
         return
     bad = ~torch.isfinite(value.detach().reshape(value.shape[0] if value.ndim else 1, -1)).all(1)
     rows = (bad.nonzero().flatten() + first).tolist()

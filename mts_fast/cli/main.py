@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="say which engine and backend")
     verbs = parser.add_subparsers(dest="verb", required=True)
     _add_demo(verbs)
+    _add_features(verbs)
     doctor = verbs.add_parser("doctor", help="what runs here, and why what does not run does not")
     doctor.add_argument(
         "--model",
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING)
     try:
-        return _doctor(arguments) if arguments.verb == "doctor" else _demo(arguments)
-    except (FileNotFoundError, ModuleNotFoundError, TypeError, ValueError) as error:
+        return RUN[arguments.verb](arguments)
+    except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
         print(f"mts-fast {arguments.verb}: {error}", file=sys.stderr)
         return 2
 
@@ -43,6 +44,33 @@ def _add_demo(verbs: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--study", choices=("batch-size",), help="GSNR of the selector gradient against its batch"
     )
+
+
+def _add_features(verbs: argparse._SubParsersAction) -> None:
+    features = verbs.add_parser(
+        "features", help="distribution features of a pool of embeddings, as a FeatureTable"
+    )
+    features.add_argument("embeddings", help="[N, D] in a .npy, .npz or .safetensors file")
+    features.add_argument("--key", help="which array of the file, where it holds several")
+    for name, what in (("labels", "classes [N]"), ("is-synthetic", "0/1 flags [N]")):
+        features.add_argument(f"--{name}", required=True, metavar="FILE[:KEY]", help=what)
+    features.add_argument("--out", required=True, help="the table: a .safetensors file")
+    features.add_argument("-k", type=_positive, default=3, help="nearest of the class and source")
+    features.add_argument("--neighbors", type=_positive, default=5, help="K of label agreement")
+    features.add_argument("--small-class", choices=("error", "pad"), default="error")
+    features.add_argument("--chunk", type=_positive, help="rows in memory, twice (8192)")
+    features.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with what an interrupted run left in OUT.partial",
+    )
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    from mts_fast.cli.features import run_features
+
+    return run_features(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -67,6 +95,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     print(report() if arguments.model is None else model_report(arguments.model))
     return 0
+
+
+RUN = {"demo": _demo, "doctor": _doctor, "features": _features}
 
 
 def _positive(text: str) -> int:

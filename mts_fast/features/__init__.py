@@ -2,8 +2,10 @@
 
 from mts_fast.features.distribution import distribution_features
 from mts_fast.features.dynamics import ForgettingCounter, training_dynamics
+from mts_fast.features.embed import embed
 from mts_fast.features.online import OnlineStandardizer, online_features
 from mts_fast.features.penultimate import PenultimateFeatures
+from mts_fast.features.sources import open_embeddings, open_vector
 from mts_fast.features.sweep import DistributionSweep
 from mts_fast.features.table import PAPER_COLUMNS, FeatureTable
 
@@ -15,6 +17,9 @@ __all__ = [
     "OnlineStandardizer",
     "PenultimateFeatures",
     "distribution_features",
+    "embed",
     "online_features",
+    "open_embeddings",
+    "open_vector",
     "training_dynamics",
 ]

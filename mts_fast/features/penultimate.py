@@ -20,8 +20,16 @@ class PenultimateFeatures:
     convolution over H and W.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
-        self.path, self.layer = _find(model, layer)
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | None = None,
+        *,
+        op: str = "MTSStep",
+        argument: str = "feature_layer",
+    ) -> None:
+        self.op, self.argument = op, argument  # as errors name them
+        self.path, self.layer = self._find(model, layer)
         self._values: list[Tensor] = []
 
     @contextmanager
@@ -37,9 +45,9 @@ class PenultimateFeatures:
     def taken(self, last: int | None = None) -> Tensor:
         """The features of all forwards, one after the other, or of the `last` samples."""
         if not self._values:
-            hint = "name a layer that is called, with feature_layer="
+            hint = f"name a layer that is called, with {self.argument}="
             name = f"layer {self.path!r}"
-            fail(RuntimeError, "MTSStep", name, "called in the forward", "no call", hint)
+            fail(RuntimeError, self.op, name, "called in the forward", "no call", hint)
         values = torch.cat(self._values) if len(self._values) > 1 else self._values[0]
         return values if last is None else values[-last:]
 
@@ -51,25 +59,16 @@ class PenultimateFeatures:
             x = x.flatten(1, -2).mean(1)
         self._values.append(x)
 
-
-def _find(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
-    modules = dict(model.named_modules())
-    if layer is not None:
-        if layer not in modules:
-            known = ", ".join(list(modules)[1:8])
-            fail(
-                ValueError, "MTSStep", "feature_layer", f"a module path ({known}, ...)", repr(layer)
-            )
-        return layer, modules[layer]
-    linear = [(path, m) for path, m in modules.items() if isinstance(m, nn.Linear)]
-    if not linear:
-        hint = "name the layer whose input holds the features, or set online_features=False"
-        fail(
-            ValueError,
-            "MTSStep",
-            "feature_layer",
-            "given for a model without nn.Linear",
-            None,
-            hint,
-        )
-    return linear[-1]
+    def _find(self, model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
+        modules = dict(model.named_modules())
+        if layer is not None:
+            if layer not in modules:
+                expected = f"a module path ({', '.join(list(modules)[1:8])}, ...)"
+                fail(ValueError, self.op, self.argument, expected, repr(layer))
+            return layer, modules[layer]
+        linear = [(path, m) for path, m in modules.items() if isinstance(m, nn.Linear)]
+        if not linear:
+            expected = "given for a model without nn.Linear"
+            hint = "name the layer whose input holds the features, or do without them"
+            fail(ValueError, self.op, self.argument, expected, None, hint)
+        return linear[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from functools import partial
 from typing import Protocol
 
@@ -92,6 +91,7 @@ class DistributionSweep:
         self.starts = range(0, size, chunk)
         self.chunk = chunk
         self.done = 0
+        self._whole = True  # no unit was cut short
         like = self._read(0)[:0]
         self._lists = NeighborLists.empty(size, k=k, neighbors=neighbors, like=like)
         self._centroids = ClassCentroids.empty(num_classes, dimension, like.device)
@@ -115,8 +115,10 @@ class DistributionSweep:
         ]
         self._held: dict[int, NeighborChunk] = {}
         for unit in units[self.done :]:
+            self._whole = False
             unit()
             self.done += 1
+            self._whole = True
             yield self.done
         self._held.clear()
 
@@ -136,18 +138,24 @@ class DistributionSweep:
         return feature_columns(found, agreement, self._cosines, rank)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a later sweep over the same pool and chunks needs to go on."""
-        state = {
-            **{f"lists/{f.name}": getattr(self._lists, f.name) for f in fields(NeighborLists)},
-            **{
-                f"centroids/{f.name}": getattr(self._centroids, f.name)
-                for f in fields(ClassCentroids)
-            },
+        """Everything that a later sweep over the same pool and chunks needs to go on.
+
+        Raises:
+            RuntimeError: an exception cut a unit short, which would be counted twice.
+        """
+        if not self._whole:
+            message = f"{OP}: a unit was cut short after {self.done}; load the last state, or start"
+            raise RuntimeError(f"{message} afresh")
+        return {name: value.clone() for name, value in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        parts = {"lists": self._lists, "centroids": self._centroids}
+        return {
+            **{f"{n}/{field}": v for n, part in parts.items() for field, v in vars(part).items()},
             "cosines": self._cosines,
             "distance": self._distance,
+            "progress": torch.tensor([self.done, self.chunk]),
         }
-        place = torch.tensor([self.done, self.chunk])
-        return {name: value.clone() for name, value in state.items()} | {"progress": place}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another sweep stopped.
@@ -155,8 +163,7 @@ class DistributionSweep:
         Raises:
             ValueError: the state is of another pool, chunk, k or neighbors; nothing is changed.
         """
-        mine = self.state_dict()
-        for name, value in mine.items():
+        for name, value in self._state().items():
             got = state.get(name)
             if got is None or got.shape != value.shape or got.dtype != value.dtype:
                 found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
@@ -165,14 +172,9 @@ class DistributionSweep:
         done, chunk = state["progress"].tolist()
         if chunk != self.chunk:
             fail(ValueError, OP, "chunk", f"{chunk}, as in the state", self.chunk, "start afresh")
-        self._lists = NeighborLists(
-            *(state[f"lists/{f.name}"].clone() for f in fields(NeighborLists))
-        )
-        self._centroids = ClassCentroids(
-            *(state[f"centroids/{f.name}"].clone() for f in fields(ClassCentroids))
-        )
-        self._cosines, self._distance = state["cosines"].clone(), state["distance"].clone()
-        self.done = done
+        for name, value in self._state().items():
+            value.copy_(state[name])
+        self.done, self._whole = done, True
 
     def _rows(self, index: int) -> slice:
         start = self.starts[index]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_finite, check_floating, check_length, fail
+from mts_fast._files import save_tensors
 from mts_fast.reference.online_features import VARIANCE_EPSILON
 
 OP = "FeatureTable"
@@ -110,17 +110,15 @@ class FeatureTable(Mapping[str, Tensor]):
         return names
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file; it replaces an old one only once it is complete."""
-        from safetensors.torch import save_file
+        """Write a .safetensors file; it replaces an old one only once it is complete.
 
-        target = Path(path)
-        tensors = {f"column/{n}": v.contiguous() for n, v in self._columns.items()}
-        tensors |= {f"moments/{n}": v.contiguous() for n, v in self._moments.items()}
+        Raises:
+            OSError: it cannot be written (a full disk, no such folder); an old one is unchanged.
+        """
+        tensors = {f"column/{n}": v for n, v in self._columns.items()}
+        tensors |= {f"moments/{n}": v for n, v in self._moments.items()}
         metadata = {"format": FORMAT, "order": json.dumps(list(self._columns))}
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".mts_fast-") as folder:
-            part = Path(folder) / target.name
-            save_file(tensors, part, metadata=metadata)
-            os.replace(part, target)
+        save_tensors(OP, path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureTable:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import reference
@@ -25,12 +28,42 @@ def _fake(*_: Tensor) -> None:
     """Adds to sums and counts and returns nothing."""
 
 
+# what a GPU does: rows in a given order, added group by group.
+torch.library.define(
+    "mts_fast::sum_groups_",
+    "(Tensor embeddings, Tensor order, Tensor offsets, Tensor(a!) sums) -> ()",
+)
+
+
+@torch.library.register_fake("mts_fast::sum_groups_")
+def _fake_sum(*_: Tensor) -> None:
+    """Adds to sums and returns nothing."""
+
+
 def _cpp(
     centroids: ClassCentroids, embeddings: Tensor, labels: Tensor, is_synthetic: Tensor
 ) -> None:
+    if embeddings.is_cuda:
+        add_groups(torch.ops.mts_fast.sum_groups_, centroids, embeddings, labels, is_synthetic)
+        return
     torch.ops.mts_fast.class_centroids_(
         embeddings, labels, is_synthetic, centroids.sums, centroids.counts
     )
+
+
+def add_groups(
+    add: Callable[..., None],
+    centroids: ClassCentroids,
+    embeddings: Tensor,
+    labels: Tensor,
+    is_synthetic: Tensor,
+) -> None:
+    """The sums of a GPU: samples sorted by source and class, so that none needs an atomic."""
+    group = labels + centroids.counts.shape[1] * is_synthetic
+    counts = torch.bincount(group, minlength=centroids.counts.numel())
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    add(embeddings, group.argsort(stable=True), offsets, centroids.sums)
+    centroids.counts.view(-1).add_(counts)
 
 
 register(OP, "reference", reference.class_centroids_)

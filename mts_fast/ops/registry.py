@@ -32,10 +32,19 @@ Reasons = Callable[[Sequence[Tensor]], list[str]]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: the function, and the reasons why it cannot serve some tensors."""
+    """One way to run an op: the function, and the reasons why it cannot serve some tensors.
+
+    `auto` takes it only on the kinds of device where it was measured to win; elsewhere it is there
+    for those who name its backend.
+    """
 
     function: Callable[..., Any]
     reasons: Reasons
+    measured_on: tuple[str, ...]
+
+    def serves(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `auto` takes it."""
+        return {t.device.type for t in tensors} <= {*self.measured_on} and not self.reasons(tensors)
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -44,11 +53,16 @@ _announced: set[tuple[str, str]] = set()
 
 
 def register(
-    op: str, backend: str, function: Callable[..., Any], reasons: Reasons = lambda _: []
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    reasons: Reasons = lambda _: [],
+    measured_on: tuple[str, ...] = ("cpu",),
 ) -> None:
     """Add an implementation of `op`; `reasons(tensors)` is empty where it can run."""
     check_choice("register", "backend", backend, PREFERENCE)
-    _implementations.setdefault(op, {})[backend] = Implementation(function, reasons)
+    found = Implementation(function, reasons, measured_on)
+    _implementations.setdefault(op, {})[backend] = found
 
 
 def current_backend() -> str:
@@ -102,7 +116,8 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
             hint = "use backend 'auto' or 'reference'"
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
         return chosen.function
-    name = next(n for n in PREFERENCE if n in available and not available[n].reasons(tensors))
+    faster = (n for n in PREFERENCE if n in available and available[n].serves(tensors))
+    name = next(faster, "reference")
     if (op, name) not in _announced:
         _announced.add((op, name))
         logger.info("%s runs on backend %r", op, name)
