@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test lint bench gpu doctor tables clean
+.PHONY: setup demo test test-asan wheel lint bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,21 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, then the usual build again.
+# Nothing of Python or torch is instrumented, so leaks are not looked for.
+ASAN_TESTS ?= tests/ops tests/features tests/test_golden_features.py
+test-asan: setup
+	rm -rf build/asan && mkdir -p build/asan
+	git ls-files -co --exclude-standard | xargs cp --parents -t build/asan
+	cd build/asan && MTS_FAST_CPP=1 MTS_FAST_SANITIZE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/asan && PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider -p sanitized $(ASAN_TESTS)
+
+# dist/*.whl: for every Python 3 and every torch from 2.11 on, with the C++ kernels.
+wheel: setup
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -45,8 +46,9 @@ class CMakeBuild(build_ext):
             record = {"built": False, "reason": "MTS_FAST_CPP=0 was set when the package was built"}
         else:
             record = self.build_with_or_without_cuda(package)
-        if wanted == "1" and not record["built"]:
-            raise SystemExit(f"mts_fast: MTS_FAST_CPP=1, but {record['reason']}")
+        for name in ("MTS_FAST_CPP", "MTS_FAST_CUDA"):
+            if os.environ.get(name) == "1" and not record["built"]:
+                raise SystemExit(f"mts_fast: {name}=1, but {record['reason']}")
         if not record["built"]:
             for stale in [*package.glob("_C*.so"), *package.glob("libmts_fast_ops.so")]:
                 stale.unlink()
@@ -110,4 +112,15 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(ext_modules=[Extension("mts_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """One wheel for every Python 3: the ops library asks nothing of it, and where `_C` is of
+    another Python the library is loaded without it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("mts_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import json
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LIBRARY = PACKAGE / "libmts_fast_ops.so"
 REBUILD = "run `make setup` or `pip install --no-build-isolation .` again"
 
 
@@ -23,14 +25,33 @@ class ExtensionStatus:
 
 @functools.cache
 def extension() -> ExtensionStatus:
-    """Import `mts_fast._C`, which loads the ops library, and report the outcome."""
+    """Load the ops library, through `mts_fast._C` or without it, and report the outcome."""
     try:
-        module = importlib.import_module("mts_fast._C")
+        lines = importlib.import_module("mts_fast._C").build_info()
     except ModuleNotFoundError:
-        return ExtensionStatus(False, f"the C++ extension is not built: {_build_reason()}")
+        if not LIBRARY.exists():
+            return ExtensionStatus(False, f"the C++ extension is not built: {_build_reason()}")
+        return _without_module()
     except ImportError as error:
         return ExtensionStatus(False, f"the C++ extension does not load: {error}; {REBUILD}")
-    return ExtensionStatus(True, info=dict(module.build_info()))
+    return ExtensionStatus(True, info=_parse(lines))
+
+
+def _without_module() -> ExtensionStatus:
+    """The library depends on no Python, `_C` on one: a wheel serves every Python through ctypes."""
+    import torch
+
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        ask = ctypes.CDLL(str(LIBRARY)).mts_fast_build_info
+    except (OSError, AttributeError) as error:
+        return ExtensionStatus(False, f"the C++ extension does not load: {error}; {REBUILD}")
+    ask.restype = ctypes.c_char_p
+    return ExtensionStatus(True, info=_parse(ask().decode()))
+
+
+def _parse(lines: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in lines.splitlines())
 
 
 def _build_reason() -> str:

@@ -1,16 +1,8 @@
 // What this binary was built with, reported by `mts-fast doctor`.
 #pragma once
 
-namespace mts_fast {
-
-struct BuildInfo {
-  const char* version;        // package version
-  const char* compiler;       // name and version
-  const char* torch_version;  // torch whose headers were used
-  const char* torch_target;   // oldest torch the stable ABI was asked for
-  const char* cuda;           // CUDA toolkit version, or "" for a CPU build
-};
-
-const BuildInfo& build_info();
-
-}  // namespace mts_fast
+// Lines `name=value`: version (of the package), compiler, torch_version (whose headers were used),
+// torch_target (the oldest torch that the stable ABI was asked for), cuda (of the toolkit; empty
+// for a CPU build), isa (the instruction set that the CPU kernels use on this machine). A C
+// function, so that a Python which this package has no module `_C` for can ask, too.
+extern "C" __attribute__((visibility("default"))) const char* mts_fast_build_info();
