@@ -67,7 +67,7 @@ def add_groups(
 
 
 register(OP, "reference", reference.class_centroids_)
-register(OP, "cpp", _cpp, reasons_against_cpp)
+register(OP, "cpp", _cpp, reasons_against_cpp, devices=("cpu", "cuda"))
 
 
 def class_centroids_(

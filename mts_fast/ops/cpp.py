@@ -13,28 +13,17 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
-    """For an op with CPU and CUDA kernels whose first tensor is of the dtype that it computes in;
-    empty where it can run."""
+    """For an op whose first tensor is of the dtype that it computes in; empty where it can run."""
     status = extension()
     reasons = [] if status.available else [status.reason]
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
-    kinds = {device.type for device in devices}
-    if kinds - {"cpu", "cuda"}:
-        reasons.append(f"its kernels run on cpu and cuda, not {', '.join(kinds)}")
-    if "cuda" in kinds and status.available and not status.info["cuda"]:
+    on_gpu = any(device.type == "cuda" for device in devices)
+    if on_gpu and status.available and not status.info["cuda"]:
         reasons.append("it was built without CUDA kernels; MTS_FAST_CUDA=1 builds them")
     if tensors[0].dtype not in DTYPES:
         reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
     if any(t.requires_grad for t in tensors):
         reasons.append("its kernel has no backward")
-    return reasons
-
-
-def reasons_against_cpp_alone(tensors: Sequence[Tensor]) -> list[str]:
-    """The same for an op whose kernel runs on the CPU only."""
-    reasons = reasons_against_cpp(tensors)
-    if any(t.device.type != "cpu" for t in tensors):
-        reasons.append("its kernel runs on the CPU only")
     return reasons

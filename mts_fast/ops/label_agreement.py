@@ -34,7 +34,7 @@ def _cpp(
 
 
 register(OP, "reference", reference.label_agreement)
-register(OP, "cpp", _cpp, reasons_against_cpp)
+register(OP, "cpp", _cpp, reasons_against_cpp, devices=("cpu", "cuda"))
 
 
 def label_agreement(

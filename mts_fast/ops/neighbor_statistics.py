@@ -115,7 +115,7 @@ def merge_tiles(
 
 
 register(OP, "reference", reference.neighbor_statistics_)
-register(OP, "cpp", _cpp, reasons_against_cpp)
+register(OP, "cpp", _cpp, reasons_against_cpp, devices=("cpu", "cuda"))
 
 
 def neighbor_statistics_(

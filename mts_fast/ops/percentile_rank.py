@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_finite, check_floating, check_integer, check_length, check_range
-from mts_fast.ops.cpp import reasons_against_cpp_alone
+from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 
 OP = "percentile_rank"
@@ -25,7 +25,7 @@ def _cpp(values: Tensor, labels: Tensor) -> Tensor:
 
 
 register(OP, "reference", reference.percentile_rank)
-register(OP, "cpp", _cpp, reasons_against_cpp_alone)
+register(OP, "cpp", _cpp, reasons_against_cpp)
 
 
 def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every op has a `reference` implementation. A faster backend registers a function and a check that
 returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
-backend raises where its kernel cannot run; an op that has no kernel in it runs the reference.
+backend raises where its kernel cannot run; an op that has no kernel in it for the device at hand
+runs the reference.
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ Reasons = Callable[[Sequence[Tensor]], list[str]]
 class Implementation:
     """One way to run an op: the function, and the reasons why it cannot serve some tensors.
 
-    `auto` takes it only on the kinds of device where it was measured to win; elsewhere it is there
-    for those who name its backend.
+    It has kernels for some kinds of device, and `auto` takes it only on those where it was measured
+    to win; on the others it is there for those who name its backend.
     """
 
     function: Callable[..., Any]
     reasons: Reasons
+    devices: tuple[str, ...]
     measured_on: tuple[str, ...]
+
+    def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it was written for the devices that these tensors are on."""
+        return {t.device.type for t in tensors} <= {*self.devices}
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `auto` takes it."""
@@ -57,11 +63,13 @@ def register(
     backend: str,
     function: Callable[..., Any],
     reasons: Reasons = lambda _: [],
+    *,
+    devices: tuple[str, ...] = ("cpu",),
     measured_on: tuple[str, ...] = ("cpu",),
 ) -> None:
     """Add an implementation of `op`; `reasons(tensors)` is empty where it can run."""
     check_choice("register", "backend", backend, PREFERENCE)
-    found = Implementation(function, reasons, measured_on)
+    found = Implementation(function, reasons, devices, measured_on)
     _implementations.setdefault(op, {})[backend] = found
 
 
@@ -111,6 +119,8 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     backend = current_backend()
     if backend != "auto":
         chosen = available.get(backend, available["reference"])
+        if chosen is available["reference"] or not chosen.has_kernel(tensors):
+            return available["reference"].function
         why = chosen.reasons(tensors)
         if why:
             hint = "use backend 'auto' or 'reference'"

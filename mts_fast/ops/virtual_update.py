@@ -11,9 +11,19 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import fail
+from mts_fast.ops import virtual_update_cpp
+from mts_fast.ops.registry import register, resolve
 from mts_fast.reference.virtual_update import AdamState, SGDState, State
 
 OP = "virtual_update"
+register(
+    OP,
+    "reference",
+    lambda parameters, gradients, states: list(
+        map(reference.virtual_update, parameters, gradients, states)
+    ),
+)
+register(OP, "cpp", virtual_update_cpp.virtual_update, virtual_update_cpp.reasons)
 SUPPORTED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -90,11 +100,13 @@ def virtual_update(
             fail(ValueError, OP, "gradients", expected, tuple(gradient.shape))
     states = list(optimizer_states(optimizer).values())
     before = [p.detach() for p in parameters]
+    moved = [i for i, g in enumerate(gradients) if g is not None]
+    given = [before[i] for i in moved], [g.detach() for g in gradients if g is not None]
     with torch.no_grad():
-        after = [
-            p.clone() if g is None else reference.virtual_update(p, g, s)
-            for p, g, s in zip(before, gradients, states, strict=True)
-        ]
+        after = [p.clone() if g is None else p for p, g in zip(before, gradients, strict=True)]
+        run = resolve(OP, [*given[0], *given[1]])
+        for i, updated in zip(moved, run(*given, [states[i] for i in moved]), strict=True):
+            after[i] = updated
     # kappa is asked for before the real step; the values must be those of now.
     return VirtualUpdate(after, before, list(gradients), states)
 

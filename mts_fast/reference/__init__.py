@@ -3,7 +3,11 @@
 from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.reference.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.reference.distribution_features import distribution_features
-from mts_fast.reference.hypergradient import hypergradient_dots, hypergradient_double_backward
+from mts_fast.reference.hypergradient import (
+    hypergradient_dot,
+    hypergradient_dots,
+    hypergradient_double_backward,
+)
 from mts_fast.reference.label_agreement import label_agreement
 from mts_fast.reference.neighbor_statistics import (
     NeighborChunk,
@@ -35,6 +39,7 @@ __all__ = [
     "error_norm",
     "forgetting",
     "gradient_norm",
+    "hypergradient_dot",
     "hypergradient_dots",
     "hypergradient_double_backward",
     "kappa",

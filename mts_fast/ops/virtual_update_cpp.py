@@ -1,0 +1,110 @@
+"""virtual_update by the C++ kernel: schemas, and which tensors go together in one call."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast.ops.cpp import DTYPES, reasons_against_cpp
+from mts_fast.reference.virtual_update import AdamState, SGDState, State
+
+torch.library.define(
+    "mts_fast::virtual_update_sgd",
+    "(Tensor[] parameters, Tensor[] gradients, Tensor[] buffers, float lr, float momentum,"
+    " float dampening, float weight_decay, bool nesterov, bool maximize) -> Tensor[]",
+)
+torch.library.define(
+    "mts_fast::virtual_update_adam",
+    "(Tensor[] parameters, Tensor[] gradients, Tensor[] exp_avg, Tensor[] exp_avg_sq, float lr,"
+    " float beta1, float beta2, float eps, float weight_decay, float step, bool decoupled,"
+    " bool maximize) -> Tensor[]",
+)
+
+
+@torch.library.register_fake("mts_fast::virtual_update_sgd")
+@torch.library.register_fake("mts_fast::virtual_update_adam")
+def _fake(parameters: list[Tensor], *_: object) -> list[Tensor]:
+    return [torch.empty_like(p) for p in parameters]
+
+
+def reasons(tensors: Sequence[Tensor]) -> list[str]:
+    """Why the kernel cannot serve these parameters and gradients."""
+    found = reasons_against_cpp(tensors)
+    other = {str(t.dtype) for t in tensors if t.dtype not in DTYPES}
+    if other and tensors[0].dtype in DTYPES:
+        found.append(f"its kernel takes float32 or float64, not {', '.join(sorted(other))}")
+    return found
+
+
+def virtual_update(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
+) -> list[Tensor]:
+    """theta' of every parameter: one call for all that share their hyper-parameters and count of
+    steps. A tensor that does not lie in memory like its gradient and state takes the reference.
+    """
+    together: dict[tuple, list[int]] = defaultdict(list)
+    out: list[Tensor | None] = [None] * len(parameters)
+    for i, (p, g, state) in enumerate(zip(parameters, gradients, states, strict=True)):
+        tensors = [p, g, *_state_tensors(state)]
+        if isinstance(state.lr, Tensor) or not all(_alike(p, t) for t in tensors):
+            out[i] = reference.virtual_update(p, g, state)
+        else:
+            together[_key(p, state)].append(i)
+    for members in together.values():
+        found = _call(
+            [parameters[i] for i in members],
+            [gradients[i] for i in members],
+            [states[i] for i in members],
+        )
+        for i, updated in zip(members, found, strict=True):
+            out[i] = updated
+    return [t for t in out if t is not None]
+
+
+def _call(
+    parameters: list[Tensor], gradients: list[Tensor], states: Sequence[State]
+) -> list[Tensor]:
+    s = states[0]
+    held = [list(column) for column in zip(*map(_state_tensors, states), strict=True)]
+    if isinstance(s, SGDState):
+        return torch.ops.mts_fast.virtual_update_sgd(
+            *(parameters, gradients, held[0] if held else []),
+            *(s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, s.maximize),
+        )
+    return torch.ops.mts_fast.virtual_update_adam(
+        *(parameters, gradients, *(held or ([], []))),
+        *(s.lr, *s.betas, s.eps, s.weight_decay, s.step, s.decoupled, s.maximize),
+    )
+
+
+def _state_tensors(state: State) -> list[Tensor]:
+    """What the update reads besides parameter and gradient: nothing before the first step."""
+    held = [state.buffer if state.momentum else None] if isinstance(state, SGDState) else []
+    if isinstance(state, AdamState):
+        held = [state.exp_avg, state.exp_avg_sq]
+    return [t for t in held if t is not None]
+
+
+def _key(parameter: Tensor, state: State) -> tuple:
+    numbers = [getattr(state, f.name) for f in fields(state)]
+    started = bool(_state_tensors(state))
+    return (
+        type(state),
+        parameter.dtype,
+        started,
+        *(n for n in numbers if not isinstance(n, Tensor | None)),
+    )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether both lie in memory in the same order and without gaps."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
