@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # Compares with higher, torchopt and Opacus, too, where they install. BENCH picks one file.
 BENCH ?= benchmarks

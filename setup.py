@@ -106,7 +106,13 @@ class CMakeBuild(build_ext):
                 except subprocess.CalledProcessError as error:
                     tail = " | ".join(error.stdout.strip().splitlines()[-8:])
                     return {"built": False, "reason": f"`{' '.join(command[:2])}` failed: {tail}"}
-        return {"built": True, "reason": ""}
+        version = self.distribution.get_version()
+        return {
+            "built": True,
+            "reason": "",
+            "version": version,
+            "torch_version": torch.__version__,
+        }
 
     def get_outputs(self) -> list[str]:
         return []

@@ -8,9 +8,12 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent
 LIBRARY = PACKAGE / "libmts_fast_ops.so"
+# what CMakeLists.txt asks of the stable ABI
+OLDEST_TORCH = "2.11"
 REBUILD = "run `make setup` or `pip install --no-build-isolation .` again"
 
 
@@ -27,37 +30,54 @@ class ExtensionStatus:
 def extension() -> ExtensionStatus:
     """Load the ops library, through `mts_fast._C` or without it, and report the outcome."""
     try:
-        lines = importlib.import_module("mts_fast._C").build_info()
+        info = _parse(_load())
+    except (ImportError, OSError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not LIBRARY.exists():
+            return ExtensionStatus(False, f"the C++ extension is not built: {_build_reason()}")
+        return ExtensionStatus(False, f"the C++ extension does not load: {_mismatch(error)}")
+    wanted = build_record().get("version", info["version"])
+    if info["version"] != wanted:
+        reason = f"the C++ extension is of version {info['version']}, the package of {wanted}"
+        return ExtensionStatus(False, f"{reason}; {REBUILD}")
+    return ExtensionStatus(True, info=info)
+
+
+def _load() -> str:
+    """The library depends on no Python, `_C` on one: a wheel serves the others through ctypes."""
+    try:
+        return importlib.import_module("mts_fast._C").build_info()
     except ModuleNotFoundError:
         if not LIBRARY.exists():
-            return ExtensionStatus(False, f"the C++ extension is not built: {_build_reason()}")
-        return _without_module()
-    except ImportError as error:
-        return ExtensionStatus(False, f"the C++ extension does not load: {error}; {REBUILD}")
-    return ExtensionStatus(True, info=_parse(lines))
-
-
-def _without_module() -> ExtensionStatus:
-    """The library depends on no Python, `_C` on one: a wheel serves every Python through ctypes."""
+            raise
     import torch
 
-    try:
-        torch.ops.load_library(str(LIBRARY))
-        ask = ctypes.CDLL(str(LIBRARY)).mts_fast_build_info
-    except (OSError, AttributeError) as error:
-        return ExtensionStatus(False, f"the C++ extension does not load: {error}; {REBUILD}")
+    torch.ops.load_library(str(LIBRARY))
+    ask = ctypes.CDLL(str(LIBRARY)).mts_fast_build_info
     ask.restype = ctypes.c_char_p
-    return ExtensionStatus(True, info=_parse(ask().decode()))
+    return ask().decode()
+
+
+def _mismatch(error: Exception) -> str:
+    """Why a library that is there does not load: mostly another torch than it was made for."""
+    import torch
+
+    built = build_record().get("torch_version")
+    made = f"it was built with torch {built} and " if built else "it "
+    serves = f"{made}runs on torch {OLDEST_TORCH} and newer; this is {torch.__version__}"
+    return f"{error}; {serves}; {REBUILD}"
 
 
 def _parse(lines: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines.splitlines())
 
 
-def _build_reason() -> str:
-    record = PACKAGE / "_build.json"
+def build_record() -> dict[str, Any]:
+    """What the build said of itself (setup.py), empty where it left no word."""
     try:
-        reason = json.loads(record.read_text())["reason"]
-    except (OSError, ValueError, KeyError):
-        reason = ""
-    return reason or f"no build was made for this Python; {REBUILD}"
+        return json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _build_reason() -> str:
+    return build_record().get("reason") or f"no build was made for this Python; {REBUILD}"

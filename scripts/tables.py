@@ -63,6 +63,47 @@ def gradient_norm_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def neighbor_table(value: str) -> Callable[[str], str]:
+    """One value of bench_neighbor_statistics with two threads, ways by pools."""
+
+    def make(_: str) -> str:
+        record = json.loads((RESULTS / "neighbor_statistics.json").read_text())
+        runs = [row for row in record["rows"] if row["threads"] == 2]
+        ways = list(max((run[value] for run in runs), key=len))
+        heads = [f"{run['N'] // 1024}k x {run['D']}" for run in runs]
+        lines = [f"| N x D | {' | '.join(heads)} |", f"|---|{'---:|' * len(runs)}"]
+        for way in ways:
+            found = [run[value].get(way, "") for run in runs]
+            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in found]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    return make
+
+
+def kernel_table(_: str) -> str:
+    """How many times longer torch takes than each small C++ kernel."""
+    lines = ["| op | sizes | reference | best other | C++ GB/s |", "|---|---|---:|---:|---:|"]
+    for noun, base in (("virtual_update", "reference"), ("hypergradient_dot", "product anew")):
+        for row in json.loads((RESULTS / f"{noun}.json").read_text())["rows"]:
+            others = {way: x for way, x in row["ratios"].items() if way not in ("C++", base)}
+            best = min(others, key=lambda way: others[way])
+            size = row["name"].partition("[")[2][:-1]
+            lines.append(
+                f"| {noun} | {size} | {row['ratios'][base]:.1f} "
+                f"| {others[best]:.2f} ({best}) | {row['GB/s']} |"
+            )
+    for noun in ("class_centroids", "percentile_rank", "label_agreement"):
+        rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
+        median = {row["name"].partition("[")[2][:-1]: row for row in rows}
+        for name, row in median.items():
+            backend, _, size = name.partition("-")
+            if backend == "cpp":
+                ratio = median[f"reference-{size}"]["median_us"] / row["median_us"]
+                lines.append(f"| {noun} | {size} | {ratio:.1f} |  | {row.get('GB/s', '')} |")
+    return "\n".join(lines)
+
+
 def _runs(noun: str, benchmark: str) -> dict[str, dict]:
     """Model -> what one benchmark reported of it."""
     rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
@@ -74,6 +115,9 @@ TABLES = {
     "step-time": step_table("time"),
     "step-memory": step_table("peak_mib"),
     "gradient-norm": gradient_norm_table,
+    "neighbor-statistics": neighbor_table("ratios"),
+    "neighbor-memory": neighbor_table("peak_mib"),
+    "kernels": kernel_table,
     "demo-digits": demo_table,
     "demo-fashion": demo_table,
     "study-batch-size-digits": study_table,

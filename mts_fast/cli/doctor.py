@@ -13,7 +13,7 @@ import torch
 
 import mts_fast
 from mts_fast._check import describe, fail
-from mts_fast._extension import extension
+from mts_fast._extension import build_record, extension
 from mts_fast.hypergradient import ENGINES
 from mts_fast.ops import registry
 
@@ -76,6 +76,8 @@ def _backends() -> list[str]:
         lines.append(f"  {name:<10} {state}")
     for key, value in extension().info.items():
         lines.append(f"  {'':<10} {key}: {value or 'none'}")
+    if build_record().get("cuda_reason"):
+        lines.append(f"  {'':<10} without CUDA kernels: {build_record()['cuda_reason']}")
     return lines
 
 

@@ -1,0 +1,127 @@
+"""How the compiled library is found, and what is said where it cannot be used."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mts_fast
+from mts_fast import _extension
+
+ROOT = Path(mts_fast.__file__).parents[1]
+needs_cpp = pytest.mark.skipif(
+    not _extension.extension().available, reason=_extension.extension().reason
+)
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """extension() as it answers in a new process; what it loads stays loaded."""
+    return _extension.extension.__wrapped__
+
+
+def absent(name):
+    raise ModuleNotFoundError(name)
+
+
+@needs_cpp
+def test_information():
+    info = _extension.extension().info
+    assert info["version"] == mts_fast.__version__
+    assert info["torch_target"] == _extension.OLDEST_TORCH
+    assert info["isa"] in ("baseline", "avx2", "avx512")
+    assert f'set(TORCH_TARGET "{info["torch_target"]}")' in (ROOT / "CMakeLists.txt").read_text()
+
+
+WITHOUT_MODULE = """
+import sys
+sys.modules["mts_fast._C"] = None  # as where the wheel has the module of another Python
+import torch
+from mts_fast._extension import extension
+from mts_fast.ops import label_agreement
+from mts_fast import use_backend
+print(sorted(extension().info.items()))
+with use_backend("cpp"):
+    print(label_agreement(torch.ones(2, 1), torch.tensor([[1], [0]]), torch.tensor([4, 4])))
+"""
+
+
+@needs_cpp
+def test_another_python_loads_the_library_without_its_module():
+    command = [sys.executable, "-c", WITHOUT_MODULE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(sorted(_extension.extension().info.items())),
+        "(tensor([1., 1.]), tensor([1., 1.]))",
+    ]
+
+
+def test_nothing_was_built(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    assert "not built: no build was made for this Python; run `make setup`" in fresh().reason
+    (tmp_path / "_build.json").write_text(json.dumps({"built": False, "reason": "no cmake"}))
+    assert fresh().reason == "the C++ extension is not built: no cmake"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF broken"])  # truncated; foreign
+def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
+    library = tmp_path / "libmts_fast_ops.so"
+    library.write_bytes(content)
+    (tmp_path / "_build.json").write_text(json.dumps({"torch_version": "2.12.0"}))
+    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(_extension, "LIBRARY", library)
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    expected = "built with torch 2.12.0 and runs on torch 2.11 and newer; this is "
+    found = fresh()
+    assert not found.available
+    assert re.search(re.escape(expected + torch.__version__) + ".*; run `make setup`", found.reason)
+
+
+@needs_cpp
+def test_a_library_of_another_version(fresh, monkeypatch):
+    record = {"version": "9.9"}
+    monkeypatch.setattr(_extension, "build_record", lambda: record)
+    assert f"is of version {mts_fast.__version__}, the package of 9.9; run" in fresh().reason
+
+
+def build(tmp_path, **environment):
+    """setup.py in a copy, with a compiler that fails fast: what is written to _build.json."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mts_fast").mkdir()
+    (tmp_path / "mts_fast" / "__init__.py").touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/nowhere", "HOME": str(tmp_path), **environment},
+    )
+    record = tmp_path / "mts_fast" / "_build.json"
+    return done, json.loads(record.read_text()) if record.exists() else None
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="installed without its sources")
+@pytest.mark.parametrize(
+    ("environment", "status", "message"),
+    [
+        ({"MTS_FAST_CPP": "0"}, 0, "MTS_FAST_CPP=0 was set"),
+        ({}, 0, "`cmake"),  # csrc is not there
+        ({"MTS_FAST_CPP": "1"}, 1, "mts_fast: MTS_FAST_CPP=1, but `cmake"),
+        ({"MTS_FAST_CUDA": "1"}, 1, "mts_fast: MTS_FAST_CUDA=1, but `cmake"),
+        ({"MTS_FAST_CUDA": "yes"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto, got 'yes'"),
+    ],
+)
+def test_build_switches(environment, status, message, tmp_path):
+    done, record = build(tmp_path, **environment)
+    assert done.returncode == status, done.stderr
+    assert message in (done.stderr if status else record["reason"])
