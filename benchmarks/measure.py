@@ -11,13 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(calls, rounds):
-    """Seconds of every call in every round; all take turns, so that drift meets all alike."""
+    """Seconds of every call in every round; all take turns, so that drift meets all alike, and
+    every round begins with another, so that none is always the one that finds the caches warm."""
     seconds = {label: [] for label in calls}
-    for _ in range(rounds):
-        for label, call in calls.items():
+    labels = list(calls)
+    for turn in range(rounds):
+        first = turn % len(labels)
+        for label in labels[first:] + labels[:first]:
             _synchronize()
             start = time.perf_counter()
-            call()
+            calls[label]()
             _synchronize()
             seconds[label].append(time.perf_counter() - start)
     return seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mts_fast.ops.hypergradient_dot import hypergradient_dot, kernel_serves
+from mts_fast.ops.hypergradient_dot import kernel
 
 # b of a signed batch may differ from the signed b by so many roundings, and by no more than that
 # share in all: where samples are independent the factors, powers of two, commute with rounding.
@@ -66,8 +66,8 @@ class SampleAxis:
             return self.samples(x * y, batch_size).flatten(1).sum(1)
         if self.axis == 0 and not self.interleaved and x.is_contiguous() and y.is_contiguous():
             rows = x.view(batch_size, -1), y.view(batch_size, -1)
-            if kernel_serves(*rows):
-                return hypergradient_dot(*rows)
+            if (dots := kernel(*rows)) is not None:
+                return dots(*rows)
         product = x.mul_(y) if overwrite else x * y
         return self.samples(product, batch_size).flatten(1).sum(1)
 
