@@ -84,7 +84,11 @@ def neighbor_table(value: str) -> Callable[[str], str]:
 def kernel_table(_: str) -> str:
     """How many times longer torch takes than each small C++ kernel."""
     lines = ["| op | sizes | reference | best other | C++ GB/s |", "|---|---|---:|---:|---:|"]
-    for noun, base in (("virtual_update", "reference"), ("hypergradient_dot", "product anew")):
+    for noun, base in (
+        ("virtual_update", "reference"),
+        ("hypergradient_dot", "product anew"),
+        ("cross_entropy", "reference"),
+    ):
         for row in json.loads((RESULTS / f"{noun}.json").read_text())["rows"]:
             others = {way: x for way, x in row["ratios"].items() if way not in ("C++", base)}
             best = min(others, key=lambda way: others[way])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,17 @@ from mts_fast._check import (
     check_range,
     fail,
 )
+from mts_fast.ops import cross_entropy_cpp
 from mts_fast.ops.registry import register, resolve
 
-register("weighted_cross_entropy", "reference", reference.weighted_cross_entropy)
+register("cross_entropy", "reference", reference.cross_entropy)
+register(
+    "cross_entropy",
+    "cpp",
+    cross_entropy_cpp.cross_entropy,
+    cross_entropy_cpp.reasons,
+    wins=cross_entropy_cpp.wins,
+)
 
 
 def cross_entropy(
@@ -29,7 +39,7 @@ def cross_entropy(
 ) -> Tensor:
     """Per-sample cross-entropy l_i [B]; arguments and errors as `weighted_cross_entropy`."""
     _check("cross_entropy", logits, labels, class_weight, label_smoothing, ignore_index)
-    return reference.cross_entropy(
+    return _function(logits)(
         logits,
         labels.long(),
         class_weight=class_weight,
@@ -68,6 +78,10 @@ def weighted_cross_entropy(
         ValueError: wrong shapes, an empty batch, label_smoothing outside [0, 1], labels out of
             range (checked on the CPU; on a GPU the check would wait for the device).
 
+    Notes:
+        From 1000 classes on, float32 on the CPU runs in C++, without a matrix of log-probabilities;
+        losses and gradients then differ from torch's in the last place.
+
     Source: row 3.
 
     Example:
@@ -81,14 +95,21 @@ def weighted_cross_entropy(
     _check(op, logits, labels, class_weight, label_smoothing, ignore_index)
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(logits))
-    return resolve(op, [logits, labels, p])(
+    losses = _function(logits)(
         logits,
         labels.long(),
-        p,
         class_weight=class_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+    return (p * losses).sum(), losses
+
+
+def _function(logits: Tensor) -> Callable[..., Tensor]:
+    """torch.compile fuses for itself, and cannot look into the choice of a backend."""
+    if torch.compiler.is_compiling():
+        return reference.cross_entropy
+    return resolve("cross_entropy", [logits])
 
 
 def _check(

@@ -35,14 +35,14 @@ Reasons = Callable[[Sequence[Tensor]], list[str]]
 class Implementation:
     """One way to run an op: the function, and the reasons why it cannot serve some tensors.
 
-    It has kernels for some kinds of device, and `auto` takes it only on those where it was measured
-    to win; on the others it is there for those who name its backend.
+    It has kernels for some kinds of device. `auto` takes it only where it was measured to win;
+    elsewhere it is there for those who name its backend.
     """
 
     function: Callable[..., Any]
     reasons: Reasons
     devices: tuple[str, ...]
-    measured_on: tuple[str, ...]
+    wins: Callable[[Sequence[Tensor]], bool]
 
     def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it was written for the devices that these tensors are on."""
@@ -50,12 +50,17 @@ class Implementation:
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `auto` takes it."""
-        return {t.device.type for t in tensors} <= {*self.measured_on} and not self.reasons(tensors)
+        return self.has_kernel(tensors) and self.wins(tensors) and not self.reasons(tensors)
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _selected: ContextVar[str | None] = ContextVar("mts_fast_backend", default=None)
 _announced: set[tuple[str, str]] = set()
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Where the kernels of this version were measured: no GPU has run one yet."""
+    return all(t.device.type == "cpu" for t in tensors)
 
 
 def register(
@@ -65,11 +70,12 @@ def register(
     reasons: Reasons = lambda _: [],
     *,
     devices: tuple[str, ...] = ("cpu",),
-    measured_on: tuple[str, ...] = ("cpu",),
+    wins: Callable[[Sequence[Tensor]], bool] = on_cpu,
 ) -> None:
-    """Add an implementation of `op`; `reasons(tensors)` is empty where it can run."""
+    """Add an implementation of `op`; `reasons(tensors)` is empty where it can run, and
+    `wins(tensors)` says whether it was measured to be faster there."""
     check_choice("register", "backend", backend, PREFERENCE)
-    found = Implementation(function, reasons, devices, measured_on)
+    found = Implementation(function, reasons, devices, wins)
     _implementations.setdefault(op, {})[backend] = found
 
 

@@ -1,7 +1,11 @@
 """Plain PyTorch: what every op means, the oracle of every test, and the default."""
 
 from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
-from mts_fast.reference.cross_entropy import cross_entropy, weighted_cross_entropy
+from mts_fast.reference.cross_entropy import (
+    cross_entropy,
+    mean_of_positions,
+    weighted_cross_entropy,
+)
 from mts_fast.reference.distribution_features import distribution_features
 from mts_fast.reference.hypergradient import (
     hypergradient_dot,
@@ -45,6 +49,7 @@ __all__ = [
     "kappa",
     "label_agreement",
     "log_weights",
+    "mean_of_positions",
     "mts_step",
     "neighbor_statistics",
     "neighbor_statistics_",

@@ -27,6 +27,11 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction="none",
     ).view(labels.shape)
+    return mean_of_positions(losses, labels, ignore_index)
+
+
+def mean_of_positions(losses: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Losses of samples [B], from those or from losses of positions [B, T], 0 where ignored."""
     if labels.ndim == 1:
         return losses
     counted = (labels != ignore_index).flatten(1)

@@ -208,13 +208,21 @@ def test_explicit_cpp_raises_with_the_reason(no_extension, monkeypatch):
 
 
 def test_op_without_a_kernel_runs_the_reference_under_any_backend(monkeypatch):
-    """cross-entropy has no C++ kernel: `cpp` is a choice for the ops that have one."""
-    monkeypatch.setenv("MTS_FAST_BACKEND", "cpp")
-    logits, labels, p = torch.randn(4, 3), torch.arange(4) % 3, torch.full((4,), 0.25)
-    from mts_fast.ops import weighted_cross_entropy
-
-    found = weighted_cross_entropy(logits, labels, p)
-    assert_bitwise(found, reference.weighted_cross_entropy(logits, labels, p))
+    """Also one whose kernel is for another kind of device: `cpp` is for the ops that have one."""
+    monkeypatch.setattr(registry_module, "_implementations", {})
+    for op in ("nothing", "gpu only", "slower here"):
+        registry_module.register(op, "reference", lambda: "reference")
+    registry_module.register("gpu only", "cpp", lambda: "cpp", devices=("cuda",))
+    registry_module.register("slower here", "cpp", lambda: "cpp", wins=lambda _: False)
+    tensors = [torch.ones(2)]
+    found = {}
+    for backend in ("auto", "cpp"):
+        monkeypatch.setenv("MTS_FAST_BACKEND", backend)
+        found[backend] = [
+            registry_module.resolve(op, tensors)() for op in ("nothing", "gpu only", "slower here")
+        ]
+    assert found["auto"] == ["reference"] * 3
+    assert found["cpp"] == ["reference", "reference", "cpp"]
 
 
 S, N, L = pool(6, 2)
