@@ -86,7 +86,6 @@ def kernel_table(_: str) -> str:
     lines = ["| op | sizes | reference | best other | C++ GB/s |", "|---|---|---:|---:|---:|"]
     for noun, base in (
         ("virtual_update", "reference"),
-        ("hypergradient_dot", "product anew"),
         ("cross_entropy", "reference"),
     ):
         for row in json.loads((RESULTS / f"{noun}.json").read_text())["rows"]:

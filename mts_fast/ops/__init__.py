@@ -2,7 +2,6 @@
 
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
-from mts_fast.ops.hypergradient_dot import hypergradient_dot
 from mts_fast.ops.label_agreement import label_agreement
 from mts_fast.ops.neighbor_statistics import (
     NeighborChunk,
@@ -25,7 +24,6 @@ __all__ = [
     "class_centroids_",
     "cross_entropy",
     "current_backend",
-    "hypergradient_dot",
     "label_agreement",
     "neighbor_statistics",
     "neighbor_statistics_",

@@ -8,7 +8,6 @@ from mts_fast.reference.cross_entropy import (
 )
 from mts_fast.reference.distribution_features import distribution_features
 from mts_fast.reference.hypergradient import (
-    hypergradient_dot,
     hypergradient_dots,
     hypergradient_double_backward,
 )
@@ -43,7 +42,6 @@ __all__ = [
     "error_norm",
     "forgetting",
     "gradient_norm",
-    "hypergradient_dot",
     "hypergradient_dots",
     "hypergradient_double_backward",
     "kappa",

@@ -22,12 +22,6 @@ def hypergradient_dots(
     return torch.autograd.grad(torch.stack(terms).sum(), u, retain_graph=True)[0]
 
 
-def hypergradient_dot(x: Tensor, y: Tensor) -> Tensor:
-    """One layer's share of d_i [B]: sum_j x_ij y_ij of its replayed output x [B, n] and output
-    gradient y [B, n]."""
-    return (x * y).sum(1)
-
-
 def hypergradient_double_backward(
     val_loss: Tensor, selector_parameters: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:

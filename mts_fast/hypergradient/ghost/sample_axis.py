@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mts_fast.ops.hypergradient_dot import kernel
-
 # b of a signed batch may differ from the signed b by so many roundings, and by no more than that
 # share in all: where samples are independent the factors, powers of two, commute with rounding.
 ROUNDINGS = 1000
@@ -56,19 +54,12 @@ class SampleAxis:
     def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
         """<x, y> per sample [B], accumulated in float32 or wider; x may broadcast to y.
 
-        `overwrite` allows x to be lost: where no kernel serves, a product in memory of its own took
-        8 times as long (all layers of a ViT in a step, 2 CPU cores), though it did not in a loop
-        over one layer.
+        `overwrite` allows x to be lost: a product in memory of its own took 8 times as long (all
+        layers of a ViT in a step, 2 CPU cores), though it did not in a loop over one layer.
         """
         if x.dtype in (torch.bfloat16, torch.float16) or x.dtype != y.dtype:
             x, y = x.float(), y.float()
-        if x.shape != y.shape:
-            return self.samples(x * y, batch_size).flatten(1).sum(1)
-        if self.axis == 0 and not self.interleaved and x.is_contiguous() and y.is_contiguous():
-            rows = x.view(batch_size, -1), y.view(batch_size, -1)
-            if (dots := kernel(*rows)) is not None:
-                return dots(*rows)
-        product = x.mul_(y) if overwrite else x * y
+        product = x.mul_(y) if overwrite and x.shape == y.shape else x * y
         return self.samples(product, batch_size).flatten(1).sum(1)
 
 

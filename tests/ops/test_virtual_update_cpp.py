@@ -1,14 +1,12 @@
-"""virtual_update and hypergradient_dot: the kernels against the reference, and their own routes."""
+"""virtual_update in C++ against the reference, and which tensors take which way."""
 
 import pytest
 import torch
 from comparison import assert_bitwise, snapshot
 
-import mts_fast
-from mts_fast import reference, use_backend
+from mts_fast import use_backend
 from mts_fast._extension import extension
-from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
-from mts_fast.ops import hypergradient_dot, virtual_update, virtual_update_cpp
+from mts_fast.ops import virtual_update, virtual_update_cpp
 
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 # a scalar, odd sizes, none, more than one task of 32768, a matrix
@@ -125,65 +123,3 @@ def test_half_precision_parameters_are_named():
         pytest.raises(RuntimeError, match=r"float32 or float64, not torch\.bfloat16"),
     ):
         virtual_update(optimizer, gradients)
-
-
-# one product; around the 64 sums and the blocks of 2048; more than one task
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 2047, 2048, 2049, 70_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dots(length, dtype, backend):
-    g = torch.Generator().manual_seed(length)
-    x, y = (torch.randn(5, length, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
-    truth = (x.double() * y.double()).sum(1)
-    found = hypergradient_dot(x, y)
-    # relative to the sum of the magnitudes; torch's own error is 0.3 to 0.5 of this
-    scale = (x.double() * y.double()).abs().sum(1)
-    assert ((found.double() - truth).abs() <= torch.finfo(dtype).eps * scale).all()
-    assert found.dtype == dtype
-
-
-@needs_cpp
-def test_dots_of_views_and_threads():
-    x, y = torch.randn(7, 3000), torch.randn(7, 3000)
-    before = torch.get_num_threads()
-    with use_backend("cpp"):
-        expected = hypergradient_dot(x, y)
-        assert_bitwise(
-            hypergradient_dot(x.T.contiguous().T, torch.stack([y, y], 2)[..., 0]), expected
-        )
-        try:
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                assert_bitwise(hypergradient_dot(x, y), expected)
-        finally:
-            torch.set_num_threads(before)
-    torch.library.opcheck(torch.ops.mts_fast.hypergradient_dot.default, (x, y))
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("axis", [SampleAxis(), SampleAxis(1), SampleAxis(0, interleaved=True)])
-def test_dots_of_a_layer(axis, overwrite, backend):
-    """Any sample axis; the kernel never writes, and nothing does where that is not allowed."""
-    x, y = torch.randn(6, 12, 5), torch.randn(6, 12, 5)
-    expected = (axis.samples(x, 3) * axis.samples(y, 3)).flatten(1).sum(1)
-    kept = x.clone(), y.clone()
-    found = axis.dot(x, y, 3, overwrite=overwrite)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(y, kept[1])
-    rows = axis == SampleAxis()
-    if not overwrite or (rows and backend == "cpp"):
-        assert torch.equal(x, kept[0])
-    broadcast = axis.dot(torch.ones(1, 12, 5), y, 3, overwrite=False)
-    truth = axis.samples(y, 3).flatten(1).sum(1)
-    torch.testing.assert_close(broadcast, truth, rtol=1e-5, atol=1e-5)
-
-
-def test_refusals():
-    x = torch.ones(2, 3)
-    with pytest.raises(TypeError, match="hypergradient_dot: x must be a floating-point tensor"):
-        hypergradient_dot(x.long(), x)
-    with pytest.raises(ValueError, match=r"y must be torch\.float32 of x's shape \(2, 3\), got"):
-        hypergradient_dot(x, x.double())
-    with pytest.raises(ValueError, match=r"y must be .* \(2, 3\), got .* \(3,\)"):
-        hypergradient_dot(x, x[0])
-    assert torch.equal(hypergradient_dot(x, x), reference.hypergradient_dot(x, x))
-    assert mts_fast.virtual_update is virtual_update
