@@ -17,13 +17,15 @@ from mts_fast._extension import build_record, extension
 from mts_fast.hypergradient import ENGINES
 from mts_fast.ops import registry
 
-# optional packages and what they are for
+# optional packages, what they are for and what brings them
 OPTIONAL = {
-    "triton": "Triton kernels",
-    "safetensors": "FeatureTable on disk",
-    "sklearn": "the demo's digits",
-    "matplotlib": "the demo's pictures",
-    "rich": "the demo's tables and progress bars",
+    "triton": ("Triton kernels", "triton"),
+    "safetensors": ("FeatureTable and embeddings on disk", "'mts_fast[features]'"),
+    "timm": ("features.embed('timm:NAME')", "timm"),
+    "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
+    "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
+    "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
+    "rich": ("tables and progress bars", "'mts_fast[features]'"),
 }
 
 
@@ -88,10 +90,10 @@ def _ops() -> list[str]:
 
 def _packages() -> list[str]:
     lines = ["optional packages"]
-    for name, purpose in OPTIONAL.items():
+    for name, (purpose, where) in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
-            state = "missing: pip install 'mts_fast[demo]'"
+            state = f"missing: pip install {where}"
         else:
             state = importlib.metadata.version({"sklearn": "scikit-learn"}.get(name, name))
-        lines.append(f"  {name:<12} {state:<10} {purpose}")
+        lines.append(f"  {name:<12} {state:<10} ({purpose})")
     return lines

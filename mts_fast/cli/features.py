@@ -31,13 +31,13 @@ INTERRUPTED = 130
 
 def run_features(arguments: argparse.Namespace) -> int:
     """Compute the table, or go on with it; returns the exit status."""
-    source = open_embeddings(arguments.embeddings, key=arguments.key)
+    path, key = _split(arguments.embeddings)
+    source = open_embeddings(path, key=key)
     out = Path(arguments.out)
     table = FeatureTable.load(out) if out.exists() else FeatureTable()
     sweep = DistributionSweep(
         source,
-        _vector(arguments.labels),
-        _vector(arguments.is_synthetic),
+        *(_vector(spec) for spec in (arguments.labels, arguments.is_synthetic)),
         k=arguments.k,
         neighbors=arguments.neighbors,
         small_class=arguments.small_class,
@@ -71,11 +71,14 @@ def run_features(arguments: argparse.Namespace) -> int:
 
 
 def _vector(spec: str) -> torch.Tensor:
-    """FILE or FILE:KEY."""
-    path, colon, key = spec.rpartition(":")
-    if not colon or Path(spec).exists():
-        return open_vector(spec)
+    path, key = _split(spec)
     return open_vector(path, key=key)
+
+
+def _split(spec: str) -> tuple[str, str | None]:
+    """FILE or FILE:KEY; a file of that whole name comes first."""
+    path, colon, key = spec.rpartition(":")
+    return (path, key) if colon and not Path(spec).exists() else (spec, None)
 
 
 class _Progress:

@@ -50,14 +50,22 @@ def _add_features(verbs: argparse._SubParsersAction) -> None:
     features = verbs.add_parser(
         "features", help="distribution features of a pool of embeddings, as a FeatureTable"
     )
-    features.add_argument("embeddings", help="[N, D] in a .npy, .npz or .safetensors file")
-    features.add_argument("--key", help="which array of the file, where it holds several")
+    features.add_argument(
+        "embeddings",
+        metavar="FILE[:KEY]",
+        help="embeddings [N, D] in a .npy, .npz or .safetensors file; KEY names an array in it",
+    )
     for name, what in (("labels", "classes [N]"), ("is-synthetic", "0/1 flags [N]")):
         features.add_argument(f"--{name}", required=True, metavar="FILE[:KEY]", help=what)
     features.add_argument("--out", required=True, help="the table: a .safetensors file")
     features.add_argument("-k", type=_positive, default=3, help="nearest of the class and source")
     features.add_argument("--neighbors", type=_positive, default=5, help="K of label agreement")
-    features.add_argument("--small-class", choices=("error", "pad"), default="error")
+    features.add_argument(
+        "--small-class",
+        choices=("error", "pad"),
+        default="error",
+        help="where a class has k or fewer samples of a source: stop, or repeat its last cosine",
+    )
     features.add_argument("--chunk", type=_positive, help="rows in memory, twice (8192)")
     features.add_argument(
         "--resume",
@@ -68,6 +76,11 @@ def _add_features(verbs: argparse._SubParsersAction) -> None:
 
 
 def _features(arguments: argparse.Namespace) -> int:
+    try:
+        import safetensors  # noqa: F401  (asked for before the work, not after it)
+    except ModuleNotFoundError as error:
+        hint = "install it with pip install 'mts_fast[features]'"
+        raise ModuleNotFoundError(f"{error}; {hint}") from error
     from mts_fast.cli.features import run_features
 
     return run_features(arguments)

@@ -85,16 +85,16 @@ class DistributionSweep:
             fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors)
         self.source = source
         self.labels, self.is_synthetic = check_pool(OP, labels, is_synthetic, size)
-        num_classes = int(self.labels.max()) + 1
+        names, self.labels = self.labels.unique(return_inverse=True)  # tables by name may be large
         if small_class == "error":
-            _check_class_sizes(self.labels, self.is_synthetic, num_classes, k)
+            _check_class_sizes(self.labels, self.is_synthetic, names, k)
         self.starts = range(0, size, chunk)
         self.chunk = chunk
         self.done = 0
         self._whole = True  # no unit was cut short
         like = self._read(0)[:0]
         self._lists = NeighborLists.empty(size, k=k, neighbors=neighbors, like=like)
-        self._centroids = ClassCentroids.empty(num_classes, dimension, like.device)
+        self._centroids = ClassCentroids.empty(len(names), dimension, like.device)
         self._cosines = like.new_zeros(size, 3)
         self._distance = like.new_zeros(size)
 
@@ -211,18 +211,20 @@ class DistributionSweep:
         self._cosines[rows], self._distance[rows] = found
 
 
-def _check_class_sizes(labels: Tensor, synthetic: Tensor, classes: int, k: int) -> None:
-    """Every class needs k others of each source that it or its opposite could ask for."""
-    total = torch.bincount(labels, minlength=classes)
+def _check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:
+    """Every class needs k others of each source that it or its opposite could ask for. `names` [C]
+    are the classes as the caller numbers them."""
     hint = "pass small_class='pad' to accept this"
     for source, chosen in (("real", ~synthetic), ("synthetic", synthetic)):
-        count = torch.bincount(labels[chosen], minlength=classes)
-        empty = ((count == 0) & (total > 0)).nonzero().flatten().tolist()
+        count = torch.bincount(labels[chosen], minlength=len(names))
+        empty = names[count == 0].tolist()
         if empty:
             expected = f"such that every class has {source} samples"
             fail(ValueError, OP, "is_synthetic", expected, f"none in classes {empty[:5]}", hint)
-        small = ((count <= k) & (total > 0)).nonzero().flatten().tolist()
+        small = names[count <= k].tolist()
         if small:
-            sizes = [int(count[c]) for c in small[:5]]
+            sizes = count[count <= k].tolist()
             expected = f"below the {source} samples of every class"
-            fail(ValueError, OP, "k", expected, f"{k} with {sizes} in classes {small[:5]}", hint)
+            fail(
+                ValueError, OP, "k", expected, f"{k} with {sizes[:5]} in classes {small[:5]}", hint
+            )

@@ -26,7 +26,7 @@ def pool(tmp_path):
     """The arguments that name one file with everything; the table is to be there, too."""
     np.savez(tmp_path / "pool.npz", x=X.numpy(), y=Y.numpy(), s=S.numpy())
     file = str(tmp_path / "pool.npz")
-    return [file, "--key", "x", "--labels", f"{file}:y", "--is-synthetic", f"{file}:s"]
+    return [f"{file}:x", "--labels", f"{file}:y", "--is-synthetic", f"{file}:s"]
 
 
 def run(pool, tmp_path, *options):
@@ -140,13 +140,13 @@ def test_refusals(pool, tmp_path, capsys):
     bad = X.clone()
     bad[[60, 100], 3] = torch.inf
     np.save(tmp_path / "bad.npy", bad.numpy())
-    assert run([str(tmp_path / "bad.npy"), *pool[3:]], tmp_path, "--chunk", "50") == 2
+    assert run([str(tmp_path / "bad.npy"), *pool[1:]], tmp_path, "--chunk", "50") == 2
     assert "NaN or infinity in 1 rows (60); drop or repair" in capsys.readouterr().err
-    assert run([str(tmp_path / "nowhere.npy"), *pool[3:]], tmp_path) == 2
+    assert run([str(tmp_path / "nowhere.npy"), *pool[1:]], tmp_path) == 2
     assert "existing file" in capsys.readouterr().err
     np.save(tmp_path / "short.npy", Y[:-1].numpy())
     short = str(tmp_path / "short.npy")
-    assert run([*pool[:3], "--labels", short, *pool[5:]], tmp_path) == 2
+    assert run([pool[0], "--labels", short, *pool[3:]], tmp_path) == 2
     assert "labels must be of length 131" in capsys.readouterr().err
     FeatureTable({"loss": torch.arange(5.0)}).save(out)
     assert run(pool, tmp_path) == 2

@@ -41,6 +41,16 @@ def test_half_precision_is_computed_in_float32(dtype, device):
     assert_bitwise(distribution_features(x, y, s), distribution_features(x.float(), y, s))
 
 
+def test_names_of_classes_cost_nothing(device):
+    """Numbers far apart, as of WordNet: tables over all numbers in between would take terabytes."""
+    x, y, s = (t.to(device) for t in many())
+    expected = distribution_features(x, y, s)
+    assert_bitwise(distribution_features(x, 10**12 * y + 7, s), expected)
+    y[5] = 10**15
+    with pytest.raises(ValueError, match=r"in classes \[1000000000000000\]; pass small"):
+        distribution_features(x, y, s)
+
+
 def test_flags_and_labels_of_other_types(device):
     x, y, s = (t.to(device) for t in many())
     expected = distribution_features(x, y, s)
