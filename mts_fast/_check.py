@@ -55,6 +55,8 @@ def check_flags(op: str, arg: str, value: object, length: int) -> Tensor:
     if tensor.dtype != torch.bool and tensor.dtype not in INTEGER_DTYPES:
         fail(TypeError, op, arg, "a bool or integer tensor", describe(tensor))
     check_length(op, arg, tensor, length)
+    if tensor.dtype != torch.bool and not tensor.is_cuda:  # there it would wait for the device
+        check_range(op, arg, tensor, 0, 2)
     return tensor.bool()
 
 

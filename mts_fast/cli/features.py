@@ -34,6 +34,8 @@ def run_features(arguments: argparse.Namespace) -> int:
     path, key = _split(arguments.embeddings)
     source = open_embeddings(path, key=key)
     out = Path(arguments.out)
+    if not out.absolute().parent.is_dir():
+        fail(ValueError, OP, "--out", "in an existing folder", repr(str(out)))
     table = FeatureTable.load(out) if out.exists() else FeatureTable()
     sweep = DistributionSweep(
         source,

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return RUN[arguments.verb](arguments)
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
-        print(f"mts-fast {arguments.verb}: {error}", file=sys.stderr)
+        message = str(error).removeprefix(f"{arguments.verb}: ")
+        print(f"mts-fast {arguments.verb}: {message}", file=sys.stderr)
         return 2
 
 

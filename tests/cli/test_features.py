@@ -157,7 +157,10 @@ def test_refusals(pool, tmp_path, capsys):
     assert run(pool, tmp_path) == 2
     assert out.read_text() == "notes"
     assert main(["features", *pool, "--out", str(tmp_path / "no" / "t.safetensors")]) == 2
-    assert "path must be writable" in capsys.readouterr().err
+    assert "--out must be in an existing folder" in capsys.readouterr().err
+    out.unlink()
+    assert run([*pool[:-1], pool[2]], tmp_path, "--no-resume") == 2
+    assert "is_synthetic must be in [0, 2), got values from 0 to 6" in capsys.readouterr().err
 
 
 def test_state_of_a_sweep_is_its_own():
