@@ -10,10 +10,11 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, peak_resident_bytes, ratios
+from measure import interleaved, peak_bytes, peak_resident_bytes, ratios
 
 import mts_fast
 from mts_fast import reference
+from mts_fast._extension import extension
 from mts_fast.features import distribution_features
 from mts_fast.ops import neighbor_statistics
 
@@ -60,9 +61,10 @@ def torch_tiles(x, labels, is_synthetic):
     within = x.new_empty(len(x), 2, K)
     for c in range(CLASSES):
         for first in range(starts[2 * c], ends[2 * c + 1], TILE):
-            rows = torch.arange(first, min(first + TILE, ends[2 * c + 1]))
+            last = min(first + TILE, ends[2 * c + 1])
+            rows = torch.arange(first, last, device=x.device)
             similarity = unit[rows] @ unit.T
-            similarity[torch.arange(len(rows)), rows] = -2
+            similarity[torch.arange(len(rows), device=x.device), rows] = -2
             top[order[rows]], place = similarity.topk(NEIGHBORS, dim=1)
             index[order[rows]] = order[place]
             for source in range(2):
@@ -145,3 +147,33 @@ def check(calls):
             allowed = 1e-3 if "percentile" in name or "agreement" in name else ALLOWED
             wrong = (found[name] - column).abs().max(1).values > allowed
             assert wrong.float().mean() < 1e-3, (label, name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("size", "dimension"), SIZES)
+def bench_on_gpu(benchmark, size, dimension):
+    """The CUDA kernels, which `auto` does not take before this was run, against torch."""
+    if not extension().info.get("cuda"):
+        pytest.skip("the extension was built without CUDA")
+    pool = tuple(t.cuda() for t in make_pool(size, dimension))
+
+    def run(backend):
+        with mts_fast.use_backend(backend):
+            return neighbor_statistics(*pool, k=K, neighbors=NEIGHBORS).similarity
+
+    calls = {
+        "CUDA": lambda: run("cpp"),
+        "reference backend": lambda: run("reference"),
+        "torch tiles + topk": lambda: torch_tiles(*pool),
+    }
+    for label, call in calls.items():
+        assert (call() - calls["CUDA"]()).abs().max() < ALLOWED, label
+    seconds = {}
+    benchmark.pedantic(lambda: seconds.update(interleaved(calls, 5)), rounds=1)
+    benchmark.extra_info |= {
+        "N": size,
+        "D": dimension,
+        "device": torch.cuda.get_device_name(),
+        "ratios": {label: round(r, 3) for label, r in ratios(seconds, "CUDA").items()},
+        "peak_mib": {label: round(peak_bytes(call) / 2**20) for label, call in calls.items()},
+    }

@@ -24,7 +24,8 @@ def writing(op: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` only when the block ends without error.
+    """A path to write to; it takes the place of `path` only when the block ends without error, with
+    the permissions of the old file, or of any new one.
 
     Raises:
         OSError: there is no such folder, or it cannot be written to; an old file is as it was.
@@ -36,6 +37,12 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
         part = Path(name) / target.name
         yield part
         with writing(op, target):
+            # some writers, as safetensors', make files that only their owner can read
+            usual = target
+            if not target.exists():
+                usual = Path(name) / "usual"
+                usual.touch()
+            part.chmod(usual.stat().st_mode)
             os.replace(part, target)
 
 

@@ -68,7 +68,7 @@ def neighbor_table(value: str) -> Callable[[str], str]:
 
     def make(_: str) -> str:
         record = json.loads((RESULTS / "neighbor_statistics.json").read_text())
-        runs = [row for row in record["rows"] if row["threads"] == 2]
+        runs = [row for row in record["rows"] if row.get("threads") == 2]
         ways = list(max((run[value] for run in runs), key=len))
         heads = [f"{run['N'] // 1024}k x {run['D']}" for run in runs]
         lines = [f"| N x D | {' | '.join(heads)} |", f"|---|{'---:|' * len(runs)}"]

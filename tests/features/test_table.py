@@ -208,3 +208,15 @@ def test_unknown_and_no_columns():
             call([])
     assert "x" not in table and table.get("x") is None
     assert FeatureTable().num_samples == 0
+
+
+def test_permissions_are_those_of_other_files(tmp_path):
+    """safetensors itself writes files that only their owner can read."""
+    path = tmp_path / "table.safetensors"
+    (tmp_path / "other").touch()
+    table = FeatureTable({"loss": torch.ones(2)})
+    table.save(path)
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    os.chmod(path, 0o640)
+    table.save(path)
+    assert path.stat().st_mode & 0o777 == 0o640
