@@ -7,6 +7,7 @@ function computes, in plain PyTorch.
 from mts_fast import diagnostics, features, hypergradient, reference, training
 from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
 from mts_fast.ops import (
+    linear_cross_entropy,
     normalize_weights,
     selector_gradient,
     use_backend,
@@ -28,6 +29,7 @@ __all__ = [
     "features",
     "hypergradient",
     "hypergradient_dots",
+    "linear_cross_entropy",
     "normalize_weights",
     "reference",
     "selector_gradient",

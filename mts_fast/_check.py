@@ -66,6 +66,13 @@ def check_length(op: str, arg: str, value: Tensor, length: int) -> None:
         fail(ValueError, op, arg, f"of length {length}", describe(value))
 
 
+def check_device(op: str, arg: str, value: Tensor, device: torch.device, like: str) -> None:
+    """On the device of another argument."""
+    if value.device != device:
+        hint = f"move it with .to({str(device)!r})"
+        fail(ValueError, op, arg, f"on {device} like {like}", f"a tensor on {value.device}", hint)
+
+
 def check_not_empty(op: str, arg: str, value: Tensor) -> None:
     """At least one element along the first axis."""
     if value.ndim == 0 or value.shape[0] == 0:

@@ -1,7 +1,14 @@
 """Fixtures shared by all tests: the device, and repeatable random numbers."""
 
+import os
+
 import pytest
 import torch
+
+# without a GPU the Triton kernels run in triton's interpreter, which has to be said before they are
+# imported; with one they are compiled.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from mts_fast import use_backend
 from mts_fast.ops.registry import backend_reasons
@@ -27,7 +34,7 @@ def seeded():
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request):
     """Every backend that runs here, in force for the test."""
     why = backend_reasons(request.param)

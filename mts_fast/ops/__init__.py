@@ -3,6 +3,10 @@
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.label_agreement import label_agreement
+from mts_fast.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_tangent,
+)
 from mts_fast.ops.neighbor_statistics import (
     NeighborChunk,
     NeighborLists,
@@ -14,17 +18,21 @@ from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.ops.registry import current_backend, use_backend
 from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
 from mts_fast.ops.weights import normalize_weights, selector_gradient
+from mts_fast.reference import SampleStatistics
 
 __all__ = [
     "ClassCentroids",
     "NeighborChunk",
     "NeighborLists",
     "NeighborStatistics",
+    "SampleStatistics",
     "VirtualUpdate",
     "class_centroids_",
     "cross_entropy",
     "current_backend",
     "label_agreement",
+    "linear_cross_entropy",
+    "linear_cross_entropy_tangent",
     "neighbor_statistics",
     "neighbor_statistics_",
     "normalize_weights",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import (
+    check_device,
     check_floating,
     check_integer,
     check_length,
@@ -16,8 +18,10 @@ from mts_fast._check import (
     check_range,
     fail,
 )
-from mts_fast.ops import cross_entropy_cpp
-from mts_fast.ops.registry import register, resolve
+from mts_fast._triton import kernel_devices
+from mts_fast.ops import cross_entropy_cpp, cross_entropy_triton
+from mts_fast.ops.registry import register, resolve, triton_in_force, unmeasured
+from mts_fast.reference import SampleStatistics
 
 register("cross_entropy", "reference", reference.cross_entropy)
 register(
@@ -27,6 +31,18 @@ register(
     cross_entropy_cpp.reasons,
     wins=cross_entropy_cpp.wins,
 )
+for _op, _function in (
+    ("cross_entropy", cross_entropy_triton.cross_entropy),
+    ("weighted_cross_entropy", cross_entropy_triton.weighted_cross_entropy),
+):
+    register(
+        _op,
+        "triton",
+        _function,
+        cross_entropy_triton.reasons,
+        devices=kernel_devices(),
+        wins=unmeasured,
+    )
 
 
 def cross_entropy(
@@ -39,13 +55,53 @@ def cross_entropy(
 ) -> Tensor:
     """Per-sample cross-entropy l_i [B]; arguments and errors as `weighted_cross_entropy`."""
     _check("cross_entropy", logits, labels, class_weight, label_smoothing, ignore_index)
-    return _function(logits)(
+    return _resolve("cross_entropy", logits)(
         logits,
         labels.long(),
         class_weight=class_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+
+
+def _composed(
+    logits: Tensor, labels: Tensor, p: Tensor, *, statistics: bool, **options: Any
+) -> tuple[Tensor, Tensor, SampleStatistics | None]:
+    """By whichever cross_entropy serves: what a fused one has to equal."""
+    losses = _resolve("cross_entropy", logits)(logits, labels, **options)
+    found = None
+    if statistics:
+        found = reference.sample_statistics(logits, labels, ignore_index=options["ignore_index"])
+    return (p * losses).sum(), losses, found
+
+
+register("weighted_cross_entropy", "reference", _composed)
+
+
+@overload
+def weighted_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    p: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    statistics: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def weighted_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    p: Tensor,
+    *,
+    class_weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    statistics: Literal[True],
+) -> tuple[Tensor, Tensor, SampleStatistics]: ...
 
 
 def weighted_cross_entropy(
@@ -56,7 +112,8 @@ def weighted_cross_entropy(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
+    statistics: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, SampleStatistics]:
     """Cross-entropy of a batch in which sample i counts p_i.
 
     L = sum_i p_i l_i, l_i = -log softmax(logits_i)[label_i].
@@ -68,19 +125,27 @@ def weighted_cross_entropy(
         class_weight: [C], factor of each class as in torch's cross_entropy.
         label_smoothing: in [0, 1], share of the uniform distribution in the target.
         ignore_index: label that counts nothing.
+        statistics: return a third value, `SampleStatistics` (without derivatives): error norm
+            (EL2N: norm of softmax - one-hot), correct (1 where the label has the largest logit,
+            ties to the lowest class) and entropy (nats) of each sample, each [B]; of a sequence,
+            the mean over its counted positions.
 
     Returns:
-        (L [], l [B]), both differentiable. For sequences l_i is the mean over the positions of
-        sequence i that are not ignored; where all are ignored it is 0.
+        (L [], l [B]), both differentiable, by p, too. For sequences l_i is the mean over the
+        positions of sequence i that are not ignored; where all are ignored it is 0.
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: wrong shapes, an empty batch, label_smoothing outside [0, 1], labels out of
-            range (checked on the CPU; on a GPU the check would wait for the device).
+        ValueError: wrong shapes, an empty batch, tensors on several devices, label_smoothing
+            outside [0, 1], labels out of range (checked on the CPU; on a GPU the check would wait
+            for the device: there the Triton kernel gives such a sample a loss of NaN).
 
     Notes:
         From 1000 classes on, float32 on the CPU runs in C++, without a matrix of log-probabilities;
-        losses and gradients then differ from torch's in the last place.
+        losses and gradients then differ from torch's in the last place. The Triton kernel
+        (`use_backend("triton")`) reads the logits once, in any strides, for the losses, the
+        statistics and the gradient of L; it accumulates in float32 (float64 of float64) and is
+        deterministic. Rows of more than 8192 classes are read twice.
 
     Source: row 3.
 
@@ -95,21 +160,28 @@ def weighted_cross_entropy(
     _check(op, logits, labels, class_weight, label_smoothing, ignore_index)
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(logits))
-    losses = _function(logits)(
+    check_device(op, "p", p, logits.device, "logits")
+    loss, losses, found = _resolve(op, logits)(
         logits,
         labels.long(),
+        p,
         class_weight=class_weight,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        statistics=statistics,
     )
-    return (p * losses).sum(), losses
+    return (loss, losses) if found is None else (loss, losses, found)
 
 
-def _function(logits: Tensor) -> Callable[..., Tensor]:
-    """torch.compile fuses for itself, and cannot look into the choice of a backend."""
-    if torch.compiler.is_compiling():
-        return reference.cross_entropy
-    return resolve("cross_entropy", [logits])
+def _resolve(op: str, logits: Tensor) -> Callable[..., Any]:
+    """What serves the op. torch.compile fuses for itself and gets plain PyTorch, unless Triton was
+    named: its kernels stay whole in the compiled graph."""
+    if not torch.compiler.is_compiling():
+        return resolve(op, [logits])
+    triton = triton_in_force() and logits.device.type in kernel_devices()
+    if op == "cross_entropy":
+        return cross_entropy_triton.cross_entropy if triton else reference.cross_entropy
+    return cross_entropy_triton.weighted_cross_entropy if triton else _composed
 
 
 def _check(
@@ -124,15 +196,34 @@ def _check(
     if logits.ndim not in (2, 3):
         fail(ValueError, op, "logits", "[B, C] or [B, T, C]", tuple(logits.shape))
     check_not_empty(op, "logits", logits)
-    check_integer(op, "labels", labels)
-    if labels.shape != logits.shape[:-1]:
-        fail(ValueError, op, "labels", f"of shape {tuple(logits.shape[:-1])}", tuple(labels.shape))
-    if not 0.0 <= label_smoothing <= 1.0:
-        fail(ValueError, op, "label_smoothing", "in [0, 1]", label_smoothing)
-    classes = logits.shape[-1]
-    if class_weight is not None:
-        check_floating(op, "class_weight", class_weight, ndim=1)
-        check_length(op, "class_weight", class_weight, classes)
-    if not labels.is_cuda and not torch.compiler.is_compiling():
-        used = labels[labels != ignore_index]
-        check_range(op, "labels", used, 0, classes, f"the logits have {classes} classes")
+    if logits.shape[-1] == 0:
+        fail(ValueError, op, "logits", "of at least one class", tuple(logits.shape))
+    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
+    targets.check(op, logits, "logits", logits.shape[-1])
+
+
+class Targets(NamedTuple):
+    """What a cross-entropy compares with, as its caller passed it."""
+
+    labels: Tensor
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+
+    def check(self, op: str, rows: Tensor, like: str, classes: int) -> None:
+        """Raise where they do not fit `rows` [B, *] or [B, T, *] (named `like`) and C classes."""
+        labels, class_weight = self.labels, self.class_weight
+        check_integer(op, "labels", labels)
+        check_device(op, "labels", labels, rows.device, like)
+        if labels.shape != rows.shape[:-1]:
+            expected = f"of shape {tuple(rows.shape[:-1])}"
+            fail(ValueError, op, "labels", expected, tuple(labels.shape))
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            fail(ValueError, op, "label_smoothing", "in [0, 1]", self.label_smoothing)
+        if class_weight is not None:
+            check_floating(op, "class_weight", class_weight, ndim=1)
+            check_length(op, "class_weight", class_weight, classes)
+            check_device(op, "class_weight", class_weight, rows.device, like)
+        if not labels.is_cuda and not torch.compiler.is_compiling():
+            used = labels[labels != self.ignore_index]
+            check_range(op, "labels", used, 0, classes, f"the logits have {classes} classes")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mts_fast import reference
 from mts_fast._extension import extension
 from mts_fast.ops.registry import on_cpu
+from mts_fast.ops.transforms import under_transform
 
 # from here on 1.9 times as fast as torch (B = 1024, 2 CPU cores); with 100 classes 1.07 times.
 FEWEST_CLASSES = 1000
@@ -62,8 +62,7 @@ def cross_entropy(
 ) -> Tensor:
     """As the reference, which serves label smoothing (another sum over the logits), torch.func and
     forward-mode differentiation."""
-    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
-    if label_smoothing or transformed:
+    if label_smoothing or under_transform():
         return reference.cross_entropy(
             logits,
             labels,

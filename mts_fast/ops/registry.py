@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mts_fast._check import check_choice
 from mts_fast._extension import extension
+from mts_fast._triton import triton_reasons
 
 logger = logging.getLogger("mts_fast")
 
@@ -61,6 +62,11 @@ _announced: set[tuple[str, str]] = set()
 def on_cpu(tensors: Sequence[Tensor]) -> bool:
     """Where the kernels of this version were measured: no GPU has run one yet."""
     return all(t.device.type == "cpu" for t in tensors)
+
+
+def unmeasured(tensors: Sequence[Tensor]) -> bool:
+    """A kernel that no GPU has timed wins nowhere: it serves those who name its backend."""
+    return False
 
 
 def register(
@@ -119,6 +125,16 @@ def use_backend(name: str) -> Iterator[None]:
         _selected.reset(token)
 
 
+def triton_in_force() -> bool:
+    """Whether Triton was named as the backend, and can run. For code under torch.compile, which
+    cannot look into `resolve`: it is asked once, when the code is traced."""
+    return current_backend() == "triton" and not triton_reasons()
+
+
+# what torch.compiler.assume_constant_result sets, without its import of dynamo
+triton_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """The function that serves `op` on these tensors under the backend in force."""
     available = _implementations[op]
@@ -144,9 +160,7 @@ def backend_reasons(backend: str) -> list[str]:
     """Why a backend as a whole cannot run here; empty where it can."""
     if backend == "cpp" and not extension().available:
         return [extension().reason]
-    if backend == "triton" and not any("triton" in found for found in _implementations.values()):
-        return ["this version has no Triton kernels yet"]
-    return []
+    return list(triton_reasons()) if backend == "triton" else []
 
 
 def registered() -> dict[str, tuple[str, ...]]:

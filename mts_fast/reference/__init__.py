@@ -2,8 +2,10 @@
 
 from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.reference.cross_entropy import (
+    SampleStatistics,
     cross_entropy,
     mean_of_positions,
+    sample_statistics,
     weighted_cross_entropy,
 )
 from mts_fast.reference.distribution_features import distribution_features
@@ -12,6 +14,10 @@ from mts_fast.reference.hypergradient import (
     hypergradient_double_backward,
 )
 from mts_fast.reference.label_agreement import label_agreement
+from mts_fast.reference.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_tangent,
+)
 from mts_fast.reference.neighbor_statistics import (
     NeighborChunk,
     NeighborLists,
@@ -34,6 +40,7 @@ __all__ = [
     "NeighborLists",
     "NeighborStatistics",
     "SGDState",
+    "SampleStatistics",
     "Trace",
     "class_centroids_",
     "class_median",
@@ -46,6 +53,8 @@ __all__ = [
     "hypergradient_double_backward",
     "kappa",
     "label_agreement",
+    "linear_cross_entropy",
+    "linear_cross_entropy_tangent",
     "log_weights",
     "mean_of_positions",
     "mts_step",
@@ -54,6 +63,7 @@ __all__ = [
     "normalize_weights",
     "online_features",
     "percentile_rank",
+    "sample_statistics",
     "selector_gradient",
     "standardize",
     "virtual_update",

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class SampleStatistics(NamedTuple):
+    """What the logits say of each sample [B]; of a sequence, the mean over its counted positions.
+
+    Float32 (float64 of float64); 0 where nothing counts. Without derivatives.
+    """
+
+    error_norm: Tensor  # EL2N: Euclidean norm of softmax - one_hot(label)
+    correct: Tensor  # 1 where the label has the largest logit (the first of several), else 0
+    entropy: Tensor  # of the softmax, in nats
 
 
 def cross_entropy(
@@ -56,3 +70,21 @@ def weighted_cross_entropy(
         ignore_index=ignore_index,
     )
     return (p * losses).sum(), losses
+
+
+@torch.no_grad()
+def sample_statistics(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100
+) -> SampleStatistics:
+    """Error norm, correctness and entropy of samples with logits [B, C] or [B, T, C]."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    probability = logits.to(wide).softmax(-1)
+    counted = labels != ignore_index
+    target = F.one_hot(labels.masked_fill(~counted, 0), logits.shape[-1])
+    rows = (
+        (probability - target).norm(dim=-1),
+        (logits.argmax(-1) == labels).to(wide),
+        torch.special.entr(probability).sum(-1),
+    )
+    found = [mean_of_positions(r.masked_fill(~counted, 0.0), labels, ignore_index) for r in rows]
+    return SampleStatistics(*found)

@@ -9,7 +9,8 @@ from comparison import assert_bitwise
 
 from mts_fast import reference, use_backend
 from mts_fast._extension import ExtensionStatus, extension
-from mts_fast.ops import current_backend, label_agreement
+from mts_fast._triton import _too_old, triton_reasons
+from mts_fast.ops import cross_entropy, current_backend, label_agreement
 from mts_fast.ops import registry as registry_module
 
 op_module = __import__("mts_fast.ops.cpp", fromlist=["extension"])
@@ -56,12 +57,45 @@ def test_unknown_backend(name):
         pass
 
 
-def test_triton_says_why_it_cannot_run():
-    if any("triton" in found for found in registry_module.registered().values()):
-        pytest.skip("this version has Triton kernels")
-    message = "backend 'triton' cannot run: this version has no Triton kernels yet; use 'auto'"
+@pytest.fixture
+def fresh_triton():
+    """Whether triton can run is found out once a process; here, anew."""
+    triton_reasons.cache_clear()
+    yield
+    triton_reasons.cache_clear()
+
+
+def test_triton_says_why_it_cannot_run(fresh_triton, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = r"backend 'triton' cannot run: no CUDA device was found \(TRITON_INTERPRET=1 .*use 'a"
     with pytest.raises(RuntimeError, match=message), use_backend("triton"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("find_spec", "version", "reason"),
+    [
+        (lambda _: None, "3.9.0", "triton is not installed; pip install triton"),
+        (lambda _: object(), "3.1.0", "triton 3.1.0 is older than 3.6; upgrade triton"),
+    ],
+)
+def test_triton_missing_or_old(find_spec, version, reason, fresh_triton, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    assert triton_reasons() == (reason,)
+    monkeypatch.setenv("MTS_FAST_BACKEND", "triton")
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=f"cross_entropy: backend 'triton' cannot.*{reason}"):
+        cross_entropy(logits, labels)
+
+
+def test_triton_names_chips_that_are_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    device = torch.device("cuda", 7)
+    _too_old.cache_clear()
+    assert _too_old(device) == "its kernels need compute capability 8.0, cuda:7 has 7.5"
+    _too_old.cache_clear()
 
 
 def test_register_refuses_unknown_backends():

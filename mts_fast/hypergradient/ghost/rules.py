@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast import ops
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.source import Source
 
@@ -35,6 +36,8 @@ class LayerRule:
     weight_gradient: WeightGradient | None = None
     couples_samples: Callable[[LayerCall], str | None] = lambda call: None
     sample_gradients: SampleGradients | None = None
+    # (call, tangents by name) -> the output's tangent, of a function that is not linear in them
+    tangent: Callable[[LayerCall, Mapping[str, Tensor]], Tensor] | None = None
     # (call, tangents by name) -> the tangents without entries that get no gradient in this call
     without_fixed: Callable[[LayerCall, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
@@ -74,6 +77,8 @@ class LayerCall:
 
     def replay(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """f(a; V): the output's tangent; parameters without a tangent stand still (zero)."""
+        if self.rule.tangent is not None:
+            return self.rule.tangent(self, tangents)
         if self.rule.without_fixed is not None:
             tangents = self.rule.without_fixed(self, tangents)
         replaced: dict[str, Tensor | None] = {}
@@ -228,3 +233,18 @@ register_layer(torch.einsum, {"weight": 2}, input=1)
 register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
 # autograd gives the row of the padding index no gradient here, though a tied head may
 _rules[F.embedding] = LayerRule(F.embedding, {"weight": 1}, without_fixed=_without_padding)
+
+
+def _losses_tangent(call: LayerCall, tangents: Mapping[str, Tensor]) -> Tensor:
+    return ops.linear_cross_entropy_tangent(
+        *call.args,
+        **call.kwargs,
+        weight_tangent=tangents.get("weight"),
+        bias_tangent=tangents.get("bias"),
+    )
+
+
+# a last layer whose output is the losses
+_rules[ops.linear_cross_entropy] = LayerRule(
+    ops.linear_cross_entropy, {"weight": 1, "bias": 3}, tangent=_losses_tangent
+)

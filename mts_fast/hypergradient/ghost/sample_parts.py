@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast import ops
 from mts_fast.hypergradient.ghost.capture import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options, padding_row
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
@@ -118,6 +119,8 @@ def sample_parts(use: Recorded, axis: SampleAxis, b: Tensor, size: int) -> dict[
     options = convolution_options(call) if "conv" in function.__name__ else None
     if options is not None and axis == SampleAxis() and len(b) == size:
         return _convolution(call, b, options)
+    if function is ops.linear_cross_entropy:
+        raise NotImplementedError(f"{use.path}: linear_cross_entropy has no logits to look at")
     if axis != SampleAxis() or len(b) != size or len(call.input) != size:
         raise NotImplementedError(f"{use.path}: {function.__name__} with its batch elsewhere")
     return _one_by_one(call, b, size)

@@ -1,0 +1,110 @@
+"""Whether Triton kernels run here, and how they are launched: on a GPU, interpreted, or recorded.
+
+`TRITON_INTERPRET=1`, set before the first kernel runs, has Triton's interpreter run them on the
+CPU, for tests. Nothing here imports triton before a kernel is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# block pointers are gone in later ones, and earlier ones lack what the kernels use
+OLDEST_TRITON = (3, 6)
+# what the kernels are compiled for and checked on ahead of time
+OLDEST_CAPABILITY = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def kernel_devices() -> tuple[str, ...]:
+    """Kinds of devices that the kernels of this process serve."""
+    return ("cuda", "cpu") if interpreted() else ("cuda",)
+
+
+@functools.cache
+def triton_reasons() -> tuple[str, ...]:
+    """Why no Triton kernel can run in this process; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed; pip install triton",)
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (f"triton {version} is older than {oldest}; upgrade triton",)
+    if interpreted() or torch.cuda.is_available():
+        return ()
+    return ("no CUDA device was found (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)",)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    have, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"its kernels need compute capability {need}, {device} has {have}"
+
+
+def reasons_against_triton(
+    tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...], *, floating: str = "tensors"
+) -> list[str]:
+    """Why kernels for `dtypes` cannot serve these tensors; empty where they can."""
+    reasons = list(triton_reasons())
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
+    if not reasons:
+        reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
+    found = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+    other = sorted(str(d).removeprefix("torch.") for d in found - set(dtypes))
+    if other:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        reasons.append(f"its kernel takes {floating} of {names}, not {', '.join(other)}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch was asked to do, for those who compile it without a GPU."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constexprs, num_warps, num_stages
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, kernels are not run but written down, with their arguments."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first tensor, whichever device is the current one."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, options))
+        return
+    if not all(grid):
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)

@@ -1,0 +1,160 @@
+"""linear_cross_entropy and its tangent: contract, validation and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import _len_torch_function_stack, handle_torch_function, has_torch_function
+
+from mts_fast import reference
+from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
+from mts_fast._triton import kernel_devices
+from mts_fast.ops import linear_cross_entropy_triton
+from mts_fast.ops.cross_entropy import Targets
+from mts_fast.ops.registry import register, resolve, triton_in_force, unmeasured
+
+OP, TANGENT = "linear_cross_entropy", "linear_cross_entropy_tangent"
+for _op in (OP, TANGENT):
+    register(_op, "reference", getattr(reference, _op))
+    register(
+        _op,
+        "triton",
+        getattr(linear_cross_entropy_triton, _op),
+        linear_cross_entropy_triton.reasons,
+        devices=kernel_devices(),
+        wins=unmeasured,
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Per-sample cross-entropy of a last linear layer, for so many classes that logits are costly.
+
+    l_i = -log softmax(hidden_i weight^T + bias)[label_i].
+
+    Args:
+        hidden: [B, D], or [B, T, D] for sequences; floating point.
+        weight: [C, D], of the layer; of hidden's dtype (under autocast, any).
+        labels: [B], or [B, T]; integers in [0, C) or `ignore_index`.
+        bias: [C].
+        class_weight, label_smoothing, ignore_index: as for `weighted_cross_entropy`.
+
+    Returns:
+        l [B], differentiable in hidden, weight and bias. For sequences the mean over the positions
+        that are not ignored; where all are ignored 0.
+
+    Raises:
+        TypeError: wrong or differing dtypes.
+        ValueError: wrong shapes, an empty batch, tensors on several devices, labels out of range
+            (checked on the CPU).
+
+    Notes:
+        The Triton kernels (`use_backend("triton")`; float32, bfloat16, float16) never write the
+        logits: the forward keeps three numbers a row, the backward makes the logits again and holds
+        the gradient of one slice of classes at a time (2^26 entries at most). Products accumulate
+        in float32, with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
+        Deterministic. Second derivatives and torch.func take plain PyTorch, logits and all.
+        In `MTSStep` use it as `loss=`, with a model that returns hidden states; the ghost engine
+        knows it.
+
+    Source: row 3.
+
+    Example:
+        >>> import torch, mts_fast
+        >>> hidden, weight, labels = torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3])
+        >>> mts_fast.linear_cross_entropy(hidden, weight, labels).exp().tolist()
+        [4.0, 4.0]
+    """
+    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    if not torch.compiler.is_compiling() and (
+        has_torch_function(tensors) or _len_torch_function_stack()
+    ):
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            *(hidden, weight, labels, bias),
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+    _check(OP, hidden, weight, bias)
+    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
+    targets.check(OP, hidden, "hidden", len(weight))
+    if torch.compiler.is_compiling():
+        triton = triton_in_force() and hidden.device.type in kernel_devices()
+        run = linear_cross_entropy_triton if triton else reference
+        function = run.linear_cross_entropy
+    else:
+        function = resolve(OP, [hidden, weight])
+    return function(
+        *(hidden, weight, labels.long(), bias),
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )
+
+
+def linear_cross_entropy_tangent(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """How fast each loss [B] grows along tangents of weight [C, D] and bias [C]; None stands still.
+
+    Row 6 of a last layer: arguments and errors as `linear_cross_entropy`; without derivatives.
+    """
+    _check(TANGENT, hidden, weight, bias)
+    for name, tangent, own in (("weight", weight_tangent, weight), ("bias", bias_tangent, bias)):
+        if tangent is None:
+            continue
+        if own is None or tangent.shape != own.shape:
+            expected = "None" if own is None else f"of shape {tuple(own.shape)} like {name}"
+            fail(ValueError, TANGENT, f"{name}_tangent", expected, tuple(tangent.shape))
+        check_device(TANGENT, f"{name}_tangent", tangent, hidden.device, "hidden")
+    with torch.no_grad():
+        return resolve(TANGENT, [hidden.detach(), weight.detach()])(
+            *(hidden, weight, labels.long(), bias),
+            weight_tangent=weight_tangent,
+            bias_tangent=bias_tangent,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+
+
+def _check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(op, "hidden", hidden)
+    if hidden.ndim not in (2, 3):
+        fail(ValueError, op, "hidden", "[B, D] or [B, T, D]", tuple(hidden.shape))
+    check_not_empty(op, "hidden", hidden)
+    check_floating(op, "weight", weight, ndim=2)
+    check_not_empty(op, "weight", weight)
+    if weight.shape[1] != hidden.shape[-1]:
+        expected = f"[C, {hidden.shape[-1]}] for hidden of that width"
+        fail(ValueError, op, "weight", expected, tuple(weight.shape))
+    if bias is not None:
+        check_floating(op, "bias", bias, ndim=1)
+        check_length(op, "bias", bias, len(weight))
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        check_device(op, name, value, hidden.device, "hidden")
+        if value.dtype != hidden.dtype and not autocast:
+            expected = f"of dtype {hidden.dtype} like hidden"
+            fail(TypeError, op, name, expected, value.dtype, "convert one, or use autocast")
