@@ -29,7 +29,7 @@ def forward_kernel(
     rows, classes, width, ignore_index, tiles_per_split,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of BLOCK_M rows over one split of the classes.
 
@@ -37,26 +37,28 @@ def forward_kernel(
     [5, splits, M]: maximum, sum, label's logit, sum of class weight times (logit - maximum), sum of
     class weights.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     mask_m = offs_m < rows
-    label, _, _ = load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    s = tl.zeros([BLOCK_M], tl.float32)
-    x_label = tl.zeros([BLOCK_M], tl.float32)
-    weights_seen = tl.zeros([BLOCK_M], tl.float32)
-    differences = tl.zeros([BLOCK_M], tl.float32)
+    label = load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index)[0]
+    m = tl.full([BLOCK_M], float("-inf"), ACC)
+    s = tl.zeros([BLOCK_M], ACC)
+    x_label = tl.zeros([BLOCK_M], ACC)
+    weights_seen = tl.zeros([BLOCK_M], ACC)
+    differences = tl.zeros([BLOCK_M], ACC)
     for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
-        offs_n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_n = tl.cast(tile, tl.int64) * BLOCK_N
+        offs_n = first_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < classes
         x = logits_tile(
-            hidden_ptr, weight_ptr, bias_ptr, offs_m, offs_n, mask_m, mask_n, width,
-            HAS_BIAS, BLOCK_K, PRECISION, OPERAND,
+            hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
+            HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
         )  # fmt: skip
         x_label += tl.sum(tl.where(offs_n[None, :] == label[:, None], x, 0.0), axis=1)
-        m, s, shifted, _, _, drop = absorb(x, m, s)
+        m, s, shifted, _e, _decay, drop = absorb(x, m, s)
         if SMOOTHING > 0:
-            weight = load_class_weight(class_weight_ptr, offs_n, mask_n, WEIGHTED, tl.float32)
+            weight = load_class_weight(class_weight_ptr, offs_n, mask_n, WEIGHTED, ACC)
             terms = tl.where(mask_n[None, :], weight[None, :] * shifted, 0.0)
             differences += weights_seen * drop + tl.sum(terms, axis=1)
             weights_seen += tl.sum(weight, axis=0)
@@ -74,23 +76,24 @@ def merge_kernel(
     partial_ptr, labels_ptr, class_weight_ptr, weight_sum_ptr, losses_ptr, maximum_ptr, total_ptr,
     rows, classes, ignore_index, splits,
     WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Losses from the statistics of all splits, in their order. Grid [cdiv(M, BLOCK_M)]."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     label, counted, known = load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index)
     label_share, smooth_share, _ = shares(
-        label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SMOOTHING, tl.float32
+        label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SMOOTHING, ACC
     )
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), ACC)
     block = tl.cast(splits, tl.int64) * rows
     for split in range(0, splits):
         m = tl.maximum(m, tl.load(partial_ptr + split * rows + offs_m, mask=mask_m, other=0.0))
     base = finite_maximum(m)
-    s = tl.zeros([BLOCK_M], tl.float32)
-    x_label = tl.zeros([BLOCK_M], tl.float32)
-    differences = tl.zeros([BLOCK_M], tl.float32)
-    weights = tl.zeros([BLOCK_M], tl.float32)
+    s = tl.zeros([BLOCK_M], ACC)
+    x_label = tl.zeros([BLOCK_M], ACC)
+    differences = tl.zeros([BLOCK_M], ACC)
+    weights = tl.zeros([BLOCK_M], ACC)
     for split in range(0, splits):
         at = partial_ptr + split * rows + offs_m
         own = tl.load(at, mask=mask_m, other=0.0)
@@ -135,5 +138,6 @@ def linear_cross_entropy(problem: Problem) -> Softmax:
         WEIGHTED=tile["WEIGHTED"],
         SMOOTHING=tile["SMOOTHING"],
         BLOCK_M=MERGE_BLOCK,
+        ACC=tile["ACC"],
     )
     return out

@@ -9,19 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast._triton import interpreted
-from mts_fast.kernels.row_softmax import TRITON_DTYPE
+from mts_fast.kernels.product import product_options, product_tile, tile_of
+from mts_fast.kernels.row_softmax import accumulator
 
-# rows x classes x D of a tile of float32 (multiplied without tensor cores) and of 16-bit floats
-WIDE_TILE = (64, 64, 32)
-HALF_TILE = (128, 128, 64)
 # programs that keep a large GPU busy: about four for each of 132 multiprocessors
 ENOUGH_PROGRAMS = 512
 MOST_SPLITS = 64
 
 
 class Softmax(NamedTuple):
-    """Per row [M]: the loss, the largest logit, the sum of exp(logit - maximum); float32."""
+    """Per row [M]: the loss, the largest logit, the sum of exp(logit - maximum)"""
 
     losses: Tensor
     maximum: Tensor
@@ -44,54 +41,33 @@ class Problem(NamedTuple):
         """M, C, D."""
         return len(self.hidden), *self.weight.shape
 
-    def tile(self) -> dict[str, Any]:
-        """Constexprs and launch options of all kernels here."""
-        half = self.hidden.dtype != torch.float32
-        block_m, block_n, block_k = HALF_TILE if half else WIDE_TILE
-        exact = torch.get_float32_matmul_precision() == "highest"
-        return {
+    def tile(self, *, products: int = 1) -> dict[str, Any]:
+        """Constexprs and launch options of a kernel that holds that many products at a time."""
+        tile = tile_of(self.hidden.dtype, products=products)
+        return product_options(self.hidden.dtype) | {
             "HAS_BIAS": self.bias is not None,
             "WEIGHTED": self.class_weight is not None,
             "SMOOTHING": self.label_smoothing,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "PRECISION": "ieee" if exact else "tf32",
-            # the interpreter's product of 16-bit floats is wrong
-            "OPERAND": tl.float32 if interpreted() else TRITON_DTYPE[self.hidden.dtype],
-            "num_warps": 8 if half else 4,
-            "num_stages": 3,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns,
+            "BLOCK_K": tile.steps,
+            "num_warps": tile.warps,
         }
 
 
 @triton.jit
-def product_tile(
-    left_ptr, right_ptr, offs_m, offs_n, mask_m, mask_n, width, BLOCK_K, PRECISION, OPERAND
-):
-    """left [M, D] times right [C, D] transposed at rows offs_m and offs_n, in float32."""
-    acc = tl.zeros([offs_m.shape[0], offs_n.shape[0]], tl.float32)
-    for k in range(0, width, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < width
-        left_at = left_ptr + offs_m[:, None] * width + offs_k[None, :]
-        right_at = right_ptr + offs_n[None, :] * width + offs_k[:, None]
-        left = tl.load(left_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        right = tl.load(right_at, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(left.to(OPERAND), right.to(OPERAND), acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def logits_tile(
-    hidden_ptr, weight_ptr, bias_ptr, offs_m, offs_n, mask_m, mask_n, width,
-    HAS_BIAS, BLOCK_K, PRECISION, OPERAND,
+    hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
+    HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
 ):  # fmt: skip
-    """Logits of a tile; -inf where there is no class."""
+    """Logits of the tile from row first_m and class first_n (int64) on; -inf where none is."""
     x = product_tile(
-        hidden_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n, width, BLOCK_K, PRECISION, OPERAND
-    )
+        hidden_ptr + first_m * width, weight_ptr + first_n * width, mask_m, mask_n, width,
+        width, 1, width, 1, BLOCK_K, PRECISION, OPERAND, ACC,
+    )  # fmt: skip
     if HAS_BIAS:
-        x += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        at = bias_ptr + first_n + tl.arange(0, mask_n.shape[0])
+        x += tl.load(at, mask=mask_n, other=0.0).to(ACC)[None, :]
     return tl.where(mask_n[None, :], x, float("-inf"))
 
 
@@ -106,5 +82,6 @@ def splits_of(rows: int, classes: int, tile: dict[str, Any]) -> tuple[int, int]:
 
 
 def new(problem: Problem, *shape: int) -> Tensor:
-    """float32 of that shape, not written."""
-    return torch.empty(shape, dtype=torch.float32, device=problem.hidden.device)
+    """Accumulators of that shape, not written."""
+    wide = accumulator(problem.hidden.dtype)
+    return torch.empty(shape, dtype=wide, device=problem.hidden.device)

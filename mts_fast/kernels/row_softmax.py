@@ -27,7 +27,7 @@ def class_weights(
     if class_weight is None:
         return None, None
     weight = class_weight.contiguous()
-    return weight, weight.to(accumulator(weight.dtype)).sum() if label_smoothing else None
+    return weight, weight.double().sum() if label_smoothing else None
 
 
 @triton.jit

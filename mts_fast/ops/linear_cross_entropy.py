@@ -57,10 +57,10 @@ def linear_cross_entropy(
             (checked on the CPU).
 
     Notes:
-        The Triton kernels (`use_backend("triton")`; float32, bfloat16, float16) never write the
-        logits: the forward keeps three numbers a row, the backward makes the logits again and holds
-        the gradient of one slice of classes at a time (2^26 entries at most). Products accumulate
-        in float32, with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
+        The Triton kernels (`use_backend("triton")`) never write the logits: the forward keeps
+        three numbers a row, the backward makes the logits again and holds the gradient of one slice
+        of classes at a time (2^26 entries at most). Products accumulate in float32 (float64 of
+        float64), with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
         Deterministic. Second derivatives and torch.func take plain PyTorch, logits and all.
         In `MTSStep` use it as `loss=`, with a model that returns hidden states; the ghost engine
         knows it.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.engine import Engine, Linearization
+from mts_fast.hypergradient.ghost.call_dots import call_dots
 from mts_fast.hypergradient.ghost.capture import Recorded
 from mts_fast.hypergradient.ghost.probe import sum_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
@@ -43,9 +44,7 @@ class GhostLinearization(Linearization):
 
     def _dots(self, use: Recorded, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
         """This call's part of b's cotangent times d [B]."""
-        tangent = use.output_tangent(tangents)
-        replayed = use.call is not None  # else it is v itself
-        dots = axis.dot(tangent, b, len(self._losses), overwrite=replayed)
+        dots = call_dots(use, axis, b, tangents, len(self._losses))
         return dots.to(self._losses.dtype)
 
     def times_used(self) -> Counter[Tensor]:

@@ -1,0 +1,55 @@
+"""Products of two tensors summed over each sample, without writing the products."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mts_fast._triton import launch
+from mts_fast.kernels.row_softmax import TRITON_DTYPE, accumulator
+
+# entries of one load, and loads of one program
+BLOCK = 2048
+LOADS = 4
+
+
+@triton.jit
+def sample_dot_kernel(
+    x_ptr, y_ptr, partial_ptr, size, BLOCK: tl.constexpr, LOADS: tl.constexpr, ACC: tl.constexpr
+):
+    """partial [chunks, B]: sum of x y over BLOCK LOADS entries of a sample.
+
+    Grid [B, chunks]; moves x and y once.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * (BLOCK * LOADS)
+    total = tl.zeros([BLOCK], ACC)
+    for i in tl.static_range(LOADS):
+        offs = first + i * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < size
+        x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
+        y = tl.load(y_ptr + sample * size + offs, mask=mask, other=0.0)
+        total += x.to(ACC) * y.to(ACC)
+    out = partial_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + sample
+    tl.store(out, tl.sum(total, axis=0))
+
+
+def sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> [B] of two tensors whose B samples lie one after the other, without gaps and in
+    the same order; float32 (float64 of float64)."""
+    samples, size = len(x), x[0].numel()
+    wide = accumulator(torch.promote_types(x.dtype, y.dtype))
+    chunks = max(1, triton.cdiv(size, BLOCK * LOADS))
+    partial = torch.empty((chunks, samples), dtype=wide, device=x.device)
+    launch(
+        sample_dot_kernel,
+        (samples, chunks),
+        *(x, y, partial, size),
+        BLOCK=BLOCK,
+        LOADS=LOADS,
+        ACC=TRITON_DTYPE[wide],
+        num_warps=8,
+    )
+    return partial.sum(0)

@@ -1,0 +1,149 @@
+"""hypergradient_dot and sample_dot: row 6 of one layer; contract, validation and dispatch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast._check import check_device, check_floating, check_length, fail
+from mts_fast._triton import kernel_devices, reasons_against_triton
+from mts_fast.ops.memory_layout import lies_like
+from mts_fast.ops.registry import register, resolve, unmeasured
+
+DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+torch.library.define(
+    "mts_fast::hypergradient_dot", "(Tensor a, Tensor v, Tensor b, Tensor? bias) -> Tensor"
+)
+torch.library.define("mts_fast::sample_dot", "(Tensor x, Tensor y) -> Tensor")
+
+
+@torch.library.impl("mts_fast::hypergradient_dot", ("cpu", "cuda"))
+def _dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    from mts_fast.kernels.hypergradient_dot import hypergradient_dot, reaches
+
+    if not reaches(a, v, b):
+        a, v, b = a.contiguous(), v.contiguous(), b.contiguous()
+    return hypergradient_dot(a, v, b, bias)
+
+
+@torch.library.impl("mts_fast::sample_dot", ("cpu", "cuda"))
+def _sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    from mts_fast.kernels.sample_dot import sample_dot
+
+    return sample_dot(x, y)
+
+
+@torch.library.register_fake("mts_fast::hypergradient_dot")
+@torch.library.register_fake("mts_fast::sample_dot")
+def _fake(a: Tensor, *rest: Any) -> Tensor:
+    kept = (rest[1],) if len(rest) == 3 else (a, rest[0])  # b; x and y
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in kept), torch.float32)
+    return a.new_empty(len(a), dtype=wide)
+
+
+def _reasons(tensors: Sequence[Tensor]) -> list[str]:
+    return reasons_against_triton(tensors, DTYPES)
+
+
+def _sample_dot_by_triton(x: Tensor, y: Tensor) -> Tensor:
+    """Tensors that do not lie alike, sample after sample, take plain PyTorch."""
+    if _samples_lie_alike(x, y):
+        return torch.ops.mts_fast.sample_dot(x, y)
+    return reference.sample_dot(x, y)
+
+
+def _samples_lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Both in one order, without gaps, a sample ending where the next begins."""
+    outermost = len(x) == 1 or x.stride(0) == x[0].numel()
+    return outermost and lies_like(x, y)
+
+
+register(DOT, "reference", reference.hypergradient_dot)
+register(SAMPLE_DOT, "reference", reference.sample_dot)
+for _op, _function in (
+    (DOT, torch.ops.mts_fast.hypergradient_dot),
+    (SAMPLE_DOT, _sample_dot_by_triton),
+):
+    register(_op, "triton", _function, _reasons, devices=kernel_devices(), wins=unmeasured)
+
+
+def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Row 6 for one linear layer: replay it with v in place of its weight, and dot with b.
+
+    d_i = sum_t <a_it v^T + bias, b_it>.
+
+    Args:
+        a: [B, T, K], the layer's input; floating point.
+        v: [N, K], the direction of its weight (kappa v).
+        b: [B, T, N], the gradient at its output.
+        bias: [N], the direction of its bias.
+
+    Returns:
+        d [B], float32 (float64 of float64 b); without derivatives.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, tensors on several devices.
+
+    Notes:
+        The product is made in b's dtype, as the layer makes it under autocast, and accumulated in
+        float32 (float64). The Triton kernel takes any strides, so that a 1 x 1 convolution is
+        [B, C, H W] transposed, and never writes the replayed output; it is deterministic.
+
+    Source: row 6.
+
+    Example:
+        >>> import torch
+        >>> from mts_fast.ops import hypergradient_dot
+        >>> a, v, b = torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(2, 3, 5)
+        >>> hypergradient_dot(a, v, b).tolist()
+        [60.0, 60.0]
+    """
+    check_floating(DOT, "a", a, ndim=3)
+    check_floating(DOT, "v", v, ndim=2)
+    check_floating(DOT, "b", b, ndim=3)
+    size, positions, inputs = a.shape
+    if v.shape[1] != inputs:
+        fail(ValueError, DOT, "v", f"[N, {inputs}] for a of that width", tuple(v.shape))
+    if b.shape != (size, positions, len(v)):
+        fail(ValueError, DOT, "b", f"of shape {(size, positions, len(v))}", tuple(b.shape))
+    given = [a, v, b]
+    if bias is not None:
+        check_floating(DOT, "bias", bias, ndim=1)
+        check_length(DOT, "bias", bias, len(v))
+        given.append(bias)
+    for name, value in (("v", v), ("b", b), ("bias", bias)):
+        if value is not None:
+            check_device(DOT, name, value, a.device, "a")
+    with torch.no_grad():
+        return resolve(DOT, given)(a, v, b, bias)
+
+
+def sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> [B]: products of two tensors [B, ...] summed over each sample.
+
+    float32 (float64 where one is float64); without derivatives. The Triton kernel reads both once
+    and writes no products; it serves tensors that lie in memory alike, sample after sample.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, differing shapes or devices.
+
+    Example:
+        >>> import torch
+        >>> from mts_fast.ops import sample_dot
+        >>> sample_dot(torch.ones(2, 3), torch.ones(2, 3)).tolist()
+        [3.0, 3.0]
+    """
+    check_floating(SAMPLE_DOT, "x", x)
+    check_floating(SAMPLE_DOT, "y", y)
+    if x.ndim == 0 or x.shape != y.shape:
+        expected = f"of x's shape {tuple(x.shape)}, with samples first"
+        fail(ValueError, SAMPLE_DOT, "y", expected, tuple(y.shape))
+    check_device(SAMPLE_DOT, "y", y, x.device, "x")
+    with torch.no_grad():
+        return resolve(SAMPLE_DOT, [x, y])(x, y)
