@@ -20,6 +20,8 @@ from torch import Tensor
 
 # block pointers are gone in later ones, and earlier ones lack what the kernels use
 OLDEST_TRITON = (3, 6)
+# said to the compiler, since triton 3.10 changes its default
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # what the kernels are compiled for and checked on ahead of time
 OLDEST_CAPABILITY = (8, 0)
 
@@ -107,4 +109,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **options, **COMPILE_OPTIONS)

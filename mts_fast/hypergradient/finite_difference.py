@@ -15,6 +15,7 @@ from mts_fast._isolation import (
 )
 from mts_fast.hypergradient.engine import Engine
 from mts_fast.hypergradient.objective import LabelledBatch
+from mts_fast.ops.perturb import global_norm, perturb
 
 # the error of a central difference with step h is a h^2 + b u / h (u the unit roundoff), least
 # near h = cbrt(u) times the scale of the problem; 2 cbrt(u) is 1.0e-2 in float32, the step of the
@@ -53,15 +54,13 @@ class FiniteDifference(Engine):
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState, h: float
     ) -> Tensor:
         # the norm stays a tensor: no host synchronisation. A zero direction gives dots of zero.
-        norm = torch.stack(torch._foreach_norm(list(direction))).norm()
+        norm = global_norm(direction)
         epsilon = h / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
         model = self.objective.model
+        here = [p.detach() for p in self.parameters]
         at = []
         for sign in (1.0, -1.0):
-            moved = [
-                p.detach() + sign * epsilon * v
-                for p, v in zip(self.parameters, direction, strict=True)
-            ]
+            moved = perturb(here, direction, sign * epsilon)
             with (
                 torch.no_grad(),
                 preserved_rng(model, rng),

@@ -25,12 +25,16 @@ from mts_fast.kernels.row_softmax import (
 )
 
 # rows of up to so many bytes (in the accumulator's dtype) stay in registers: 16 warps with 16
-# float32 a thread. Wider ones are read in tiles of LOOP_BYTES, and once more for the gradient,
-# which the L2 cache serves in part. With twice as much a thread the kernels spill (ptxas, sm_90).
+# float32 a thread; with twice as much they spill (ptxas). Wider ones are read in tiles, and once
+# more for the gradient, which the L2 cache serves in part.
 WHOLE_BYTES = 32_768
-LOOP_BYTES = 16_384
-# a tile of several short rows
-SMALL_BYTES = 4096
+# bytes and warps of such a tile; with statistics or smoothing more is kept of each entry. None
+# of these spills, as others next to them do.
+LOOP = {torch.float32: (16_384, 8), torch.float64: (16_384, 8)}
+LOOP_WITH_SUMS = {torch.float32: (8192, 16), torch.float64: (4096, 8)}
+# a tile of several short rows, and one of the backward
+SMALL_BYTES = 2048
+GRADIENT_BYTES = 4096
 BYTES_PER_WARP = 2048
 
 
@@ -53,24 +57,25 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(classes: int, wide: torch.dtype) -> Tile:
-    """The tile for rows of that width."""
+def tile_of(classes: int, wide: torch.dtype, *, sums: bool) -> Tile:
+    """The tile for rows of that width; `sums` with statistics or smoothing."""
     columns = triton.next_power_of_2(classes)
-    whole = columns * wide.itemsize <= WHOLE_BYTES
-    columns = columns if whole else LOOP_BYTES // wide.itemsize
-    return _tile(columns, whole, wide)
+    if columns * wide.itemsize > WHOLE_BYTES:
+        size, warps = (LOOP_WITH_SUMS if sums else LOOP)[wide]
+        return Tile(1, size // wide.itemsize, False, warps)
+    return _tile_of_columns(columns, wide, SMALL_BYTES)
 
 
 def gradient_tile_of(classes: int, wide: torch.dtype) -> Tile:
     """The tile of the backward, which may cut rows as it likes."""
-    columns = min(triton.next_power_of_2(classes), SMALL_BYTES // wide.itemsize)
-    return _tile(columns, columns >= classes, wide)
+    columns = min(triton.next_power_of_2(classes), GRADIENT_BYTES // wide.itemsize)
+    return _tile_of_columns(columns, wide, GRADIENT_BYTES)
 
 
-def _tile(columns: int, whole: bool, wide: torch.dtype) -> Tile:
+def _tile_of_columns(columns: int, wide: torch.dtype, most: int) -> Tile:
     size = columns * wide.itemsize
-    rows = max(1, SMALL_BYTES // size)
-    return Tile(rows, columns, whole, max(4, rows * size // BYTES_PER_WARP))
+    rows = max(1, most // size)
+    return Tile(rows, columns, True, max(4, rows * size // BYTES_PER_WARP))
 
 
 @triton.jit
@@ -280,7 +285,8 @@ def cross_entropy(
         new(3, rows if statistics else 0),
         torch.empty(gradient_shape, dtype=logits.dtype, device=logits.device),
     )
-    tile, aligned = tile_of(classes, wide), _alignment(logits)
+    tile = tile_of(classes, wide, sums=statistics or label_smoothing > 0)
+    aligned = _alignment(logits)
     launch(
         cross_entropy_kernel,
         (triton.cdiv(rows, tile.rows),),

@@ -117,7 +117,8 @@ def merge_kernel(
 def linear_cross_entropy(problem: Problem) -> Softmax:
     """Losses of M rows: one product with the weight, cut into splits of the classes."""
     rows, classes, width = problem.sizes
-    tile = problem.tile()
+    # smoothing sums up more of a tile, which is then kept smaller
+    tile = problem.tile(products=2 if problem.label_smoothing else 1)
     splits, tiles_per_split = splits_of(rows, classes, tile)
     partial = new(problem, 5, splits, rows)
     weight, weight_sum = class_weights(problem.class_weight, problem.label_smoothing)

@@ -2,6 +2,7 @@
 
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
+from mts_fast.ops.hypergradient_dot import hypergradient_dot, sample_dot
 from mts_fast.ops.label_agreement import label_agreement
 from mts_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -15,7 +16,7 @@ from mts_fast.ops.neighbor_statistics import (
     neighbor_statistics_,
 )
 from mts_fast.ops.percentile_rank import percentile_rank
-from mts_fast.ops.registry import current_backend, use_backend
+from mts_fast.ops.registry import current_backend, kernel_for, use_backend
 from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
 from mts_fast.ops.weights import normalize_weights, selector_gradient
 from mts_fast.reference import SampleStatistics
@@ -30,6 +31,8 @@ __all__ = [
     "class_centroids_",
     "cross_entropy",
     "current_backend",
+    "hypergradient_dot",
+    "kernel_for",
     "label_agreement",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
@@ -37,6 +40,7 @@ __all__ = [
     "neighbor_statistics_",
     "normalize_weights",
     "percentile_rank",
+    "sample_dot",
     "selector_gradient",
     "trainable_parameters",
     "use_backend",

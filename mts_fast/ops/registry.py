@@ -156,6 +156,12 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     return available[name].function
 
 
+def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """What serves `op` on these tensors, if it is another one than the reference."""
+    function = resolve(op, tensors)
+    return None if function is _implementations[op]["reference"].function else function
+
+
 def backend_reasons(backend: str) -> list[str]:
     """Why a backend as a whole cannot run here; empty where it can."""
     if backend == "cpp" and not extension().available:

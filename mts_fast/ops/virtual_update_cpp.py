@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast.ops.cpp import DTYPES, reasons_against_cpp
+from mts_fast.ops.memory_layout import lies_like
 from mts_fast.reference.virtual_update import AdamState, SGDState, State
 
 torch.library.define(
@@ -102,9 +103,5 @@ def _key(parameter: Tensor, state: State) -> tuple:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether both lie in memory in the same order and without gaps."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if a.is_contiguous() and b.is_contiguous():
-        return True
-    return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
+    """Whether both are of one dtype and lie in memory in the same order and without gaps."""
+    return a.dtype == b.dtype and lies_like(a, b)

@@ -13,6 +13,7 @@ from mts_fast.reference.hypergradient import (
     hypergradient_dots,
     hypergradient_double_backward,
 )
+from mts_fast.reference.hypergradient_dot import hypergradient_dot, sample_dot
 from mts_fast.reference.label_agreement import label_agreement
 from mts_fast.reference.linear_cross_entropy import (
     linear_cross_entropy,
@@ -27,9 +28,16 @@ from mts_fast.reference.neighbor_statistics import (
 )
 from mts_fast.reference.online_features import online_features, standardize
 from mts_fast.reference.percentile_rank import class_median, percentile_rank
+from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
 from mts_fast.reference.training_dynamics import error_norm, forgetting, gradient_norm
-from mts_fast.reference.virtual_update import AdamState, SGDState, kappa, virtual_update
+from mts_fast.reference.virtual_update import (
+    AdamState,
+    SGDState,
+    hypergradient_direction,
+    kappa,
+    virtual_update,
+)
 from mts_fast.reference.weights import log_weights, normalize_weights, selector_gradient
 
 __all__ = [
@@ -48,7 +56,10 @@ __all__ = [
     "distribution_features",
     "error_norm",
     "forgetting",
+    "global_norm",
     "gradient_norm",
+    "hypergradient_direction",
+    "hypergradient_dot",
     "hypergradient_dots",
     "hypergradient_double_backward",
     "kappa",
@@ -63,6 +74,8 @@ __all__ = [
     "normalize_weights",
     "online_features",
     "percentile_rank",
+    "perturb",
+    "sample_dot",
     "sample_statistics",
     "selector_gradient",
     "standardize",

@@ -44,10 +44,10 @@ State = SGDState | AdamState
 
 
 def virtual_update(parameter: Tensor, gradient: Tensor, state: State) -> Tensor:
-    """theta' of the parameter's shape, as one step of the real optimizer would leave it."""
+    """theta' of the parameter's shape and dtype, as one step of the real optimizer leaves it."""
     if isinstance(state, SGDState):
-        return _sgd(parameter, gradient, state)
-    return _adam(parameter, gradient, state)
+        return _sgd(parameter, gradient, state).to(parameter.dtype)
+    return _adam(parameter, gradient, state).to(parameter.dtype)
 
 
 def kappa(
@@ -63,6 +63,17 @@ def kappa(
         factor = lr * sign * _sgd_gain(state)
         return torch.as_tensor(factor, dtype=parameter.dtype, device=parameter.device)
     return sign * lr * _adam_slope(parameter, gradient, state)
+
+
+def hypergradient_direction(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: State,
+    along: Tensor,
+    hypergradient_lr: float | None = None,
+) -> Tensor:
+    """kappa * along, of the parameter's shape and dtype."""
+    return (kappa(parameter, gradient, state, hypergradient_lr) * along).to(parameter.dtype)
 
 
 def _sgd(parameter: Tensor, gradient: Tensor, state: SGDState) -> Tensor:
@@ -120,7 +131,9 @@ def _adam_moments(
 ) -> tuple[Tensor, tuple[float | Tensor, float | Tensor], Tensor]:
     """Bias-corrected first moment, the two corrections, and the root of the second moment."""
     beta1, beta2 = state.betas
-    step = state.step + 1
+    # float32 would round beta^step
+    taken = state.step.double() if isinstance(state.step, Tensor) else state.step
+    step = taken + 1
     correction = (1 - beta1**step, 1 - beta2**step)
     mean = (1 - beta1) * g
     square = (1 - beta2) * g * g

@@ -1,0 +1,150 @@
+"""Launches of every Triton kernel in every configuration, written down without a GPU."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mts_fast._triton import Launch, recorded_launches
+from mts_fast.kernels.cross_entropy import cross_entropy, cross_entropy_backward
+from mts_fast.kernels.hypergradient_dot import hypergradient_dot
+from mts_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from mts_fast.kernels.linear_cross_entropy_slopes import (
+    linear_cross_entropy_backward,
+    linear_cross_entropy_tangent,
+)
+from mts_fast.kernels.logits_tile import Problem
+from mts_fast.kernels.perturb import global_norm, perturb
+from mts_fast.kernels.sample_dot import sample_dot
+from mts_fast.kernels.scale import scale_
+from mts_fast.kernels.virtual_update import virtual_update
+from mts_fast.reference.virtual_update import AdamState, SGDState
+
+HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+IGNORED = -100
+# several short rows a tile; a whole row, aligned to 8; rows in tiles; rows that start anywhere
+CLASSES = (10, 1000, 32_000, 50_257)
+
+
+def new(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
+    """What a kernel is launched on: sizes and dtypes, no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every tile in every dtype: a plain loss, with its gradient, and with all there is."""
+    labels, rows = new(64, dtype=torch.int64), new(64)
+    for classes in CLASSES:
+        for dtype in (HALF, FULL, DOUBLE):
+            x, wide = new(64, classes, dtype=dtype), torch.promote_types(dtype, FULL)
+            kept = new(64, dtype=wide)
+            for what in ("loss", "gradient", "everything"):
+                full = what == "everything"
+                weight = new(classes) if full else None
+                options = (0.1 if full else 0.0, IGNORED)
+                cotangent = None if what == "loss" else rows
+
+                def run(x=x, w=weight, c=cotangent, o=options, full=full, kept=kept) -> None:
+                    cross_entropy(x, labels, w, c, *o, full)
+                    cross_entropy_backward(x, labels, w, kept, kept, rows, *o)
+
+                yield f"C={classes} {_name(dtype)} {what}", run
+    yield "scale", lambda: scale_(new(64, 1000, dtype=HALF), new())
+
+
+def linear_cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A language model's head, with and without bias, class weights and smoothing."""
+    labels = new(1024, dtype=torch.int64)
+    for kind, dtype in (("bfloat16", HALF), ("float32", FULL), ("tf32", FULL), ("float64", DOUBLE)):
+        hidden, weight = new(1024, 768, dtype=dtype), new(50_304, 768, dtype=dtype)
+        kept = new(1024, dtype=torch.promote_types(dtype, FULL))
+        for full in (False, True):
+            bias = new(50_304, dtype=dtype) if full else None
+            scales = (new(50_304), 0.1) if full else (None, 0.0)
+            problem = Problem(hidden, weight, bias, labels, *scales, IGNORED)
+
+            def run(p=problem, kept=kept, kind=kind) -> None:
+                _precision(kind)
+                linear_cross_entropy(p)
+                linear_cross_entropy_backward(p, kept, kept, kept, [True, False, False])
+                linear_cross_entropy_tangent(p, kept, kept, p.weight, p.bias)
+
+            yield f"{kind} {'everything' if full else 'plain'}", run
+
+
+def dot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Linear layers and 1 x 1 convolutions; operands of b's dtype and such as are cast."""
+    for kind, dtype in (("bfloat16", HALF), ("float32", FULL), ("tf32", FULL), ("float64", DOUBLE)):
+        for cast in (False, True) if dtype == HALF else (False,):
+            operand = FULL if cast else dtype
+            a, v = new(8, 196, 768, dtype=operand), new(768, 768, dtype=operand)
+            b, bias = new(8, 196, 768, dtype=dtype), new(768, dtype=operand)
+            image = new(8, 768, 196, dtype=operand).transpose(1, 2)
+            back = new(8, 768, 196, dtype=dtype).transpose(1, 2)
+            name = f"{kind}{' from float32' if cast else ''}"
+
+            def rows(a=a, v=v, b=b, bias=bias, kind=kind) -> None:
+                _precision(kind)
+                hypergradient_dot(a, v, b, bias)
+
+            def channels(a=image, v=v, b=back, kind=kind) -> None:
+                _precision(kind)
+                hypergradient_dot(a, v, b, None)
+
+            yield f"rows {name}", rows
+            yield f"channels first {name}", channels
+    for dtype in (HALF, FULL, DOUBLE):
+        x = new(8, 4096, dtype=dtype)
+        yield f"sample_dot {_name(dtype)}", lambda x=x: sample_dot(x, x)
+
+
+def update_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """theta', kappa v and both, of aligned tensors and others; the norm and the perturbation.
+
+    Their launches look at addresses, so that these tensors are real.
+    """
+    for dtype in (HALF, FULL, DOUBLE):
+        for aligned in (True, False):
+            first = 0 if aligned else 1
+            x, s = (torch.zeros(65, dtype=dtype)[first : first + 64] for _ in "xs")
+            sgd = SGDState(lr=0.1, momentum=0.9, buffer=s)
+            adam = AdamState(lr=0.1, exp_avg=s, exp_avg_sq=s, step=1.0)
+            name = f"{_name(dtype)} {'aligned' if aligned else 'unaligned'}"
+            for rule, state in (("sgd", sgd), ("adam", adam)):
+                for update, along in ((True, None), (False, [x]), (True, [x])):
+                    what = {(True, False): "update", (False, True): "direction"}
+                    label = what.get((update, along is not None), "update and direction")
+
+                    def run(x=x, state=state, update=update, along=along) -> None:
+                        virtual_update([x], [x], [state], update=update, along=along)
+
+                    yield f"{rule} {label} {name}", run
+            yield f"norm {name}", lambda x=x: global_norm([x])
+            yield f"perturb {name}", lambda x=x: perturb([x], [x], torch.ones(()))
+
+
+GROUPS = {
+    "cross_entropy": cross_entropy_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
+    "hypergradient_dot": dot_cases,
+    "virtual_update": update_cases,
+}
+
+
+def launches_of(group: str) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of everything in a group."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, run in GROUPS[group]():
+            with recorded_launches() as launches:
+                run()
+            yield from ((name, launch) for launch in launches)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _precision(kind: str) -> None:
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
