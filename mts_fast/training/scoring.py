@@ -1,9 +1,9 @@
-"""Rows 1 and 2: the selector's logits and weights of a batch."""
+"""The selector's side of a step: weights of a batch (rows 1, 2) and its lesson (rows 7, 8)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from mts_fast._check import fail
 from mts_fast.training.batch import CheckedBatch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scorer:
     """A selector and the class weights beside it."""
 
@@ -60,3 +60,37 @@ class Lesson(NamedTuple):
     logits: Tensor  # z [B], with the selector's graph
     p: Tensor  # [B]
     dots: Tensor  # d [B]
+
+    def cotangent(self) -> Tensor:
+        """dL_val/dz [B] of row 7."""
+        return ops.selector_gradient(self.dots, self.logits.detach(), self.p)
+
+
+class Teacher(Protocol):
+    """Scores batches and takes the selector's steps."""
+
+    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]) of a batch with features h; where it `learns`, for a lesson."""
+
+    def teach(self, lesson: Lesson) -> None:
+        """One step of the selector's optimizer."""
+
+
+@dataclass(frozen=True)
+class EagerTeacher:
+    """Call by call; z carries the graph that the lesson goes back through."""
+
+    scorer: Scorer
+    optimizer: torch.optim.Optimizer
+
+    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B])."""
+        with torch.set_grad_enabled(learns):
+            z = self.scorer.logits(batch, h)
+        return z, self.scorer.normalized(batch, z)
+
+    def teach(self, lesson: Lesson) -> None:
+        """Backward with the closed-form cotangent, and the optimizer's step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        lesson.logits.backward(lesson.cotangent())
+        self.optimizer.step()

@@ -18,9 +18,11 @@ from mts_fast.hypergradient import LabelledBatch, Linearization, Loss, Objective
 from mts_fast.ops.registry import BACKENDS
 from mts_fast.ops.virtual_update import check_optimizer
 from mts_fast.training.batch import CheckedBatch, SelectorBatch, check_batch, check_pair
+from mts_fast.training.gradients import set_gradients
 from mts_fast.training.inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.result import StepResult, invariant_gap
-from mts_fast.training.scoring import Lesson, Scorer
+from mts_fast.training.scoring import EagerTeacher, Lesson, Scorer, Teacher
+from mts_fast.training.selector_graph import SelectorGraph
 from mts_fast.training.validation import validation_gradient
 
 OP = "MTSStep"
@@ -68,6 +70,10 @@ class MTSStep:
         max_grad_norm: clips the classifier's real gradient to this norm; the virtual step is not
             clipped.
         track_gsnr: estimate the GSNR of the selector's gradient in every selector step.
+        cuda_graph: replay the selector's part of the step (rows 1, 2, 7 and 8), dozens of tiny
+            launches, as CUDA graphs, one for each batch size, from the fourth call on. Needs the
+            selector on a GPU, without dropout, and an optimizer made with capturable=True (and lr
+            as a tensor where it has a scheduler). Has not run on a GPU yet.
         check: "auto" looks at values (finite, in range) where tensors are on the CPU; "always"
             also on a GPU, which waits for it; "never".
 
@@ -116,6 +122,7 @@ class MTSStep:
         selector_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         max_grad_norm: float | None = None,
         track_gsnr: bool = False,
+        cuda_graph: bool = False,
         check: str = "auto",
     ) -> None:
         check_choice(OP, "schedule", schedule, ("exact", "reuse"))
@@ -135,7 +142,6 @@ class MTSStep:
         self.selector_optimizer = selector_optimizer
         self.schedule = schedule
         self.backend = backend
-        self.class_weight = class_weight
         self.hypergradient_lr = hypergradient_lr
         self.validation_mode = validation_mode
         self.selector_every = selector_every
@@ -145,6 +151,11 @@ class MTSStep:
         self.track_gsnr = track_gsnr
         self.check = check
         self.steps = 0
+        self._scorer = Scorer(selector, class_weight)
+        self._teacher: Teacher = EagerTeacher(self._scorer, selector_optimizer)
+        if cuda_graph:
+            scheduled = selector_scheduler is not None
+            self._teacher = SelectorGraph(self._scorer, selector_optimizer, scheduled=scheduled)
         self._parameters = ops.trainable_parameters(optimizer)
         self._objective = Objective(model, loss)
         self._micro_batch = micro_batch
@@ -197,7 +208,7 @@ class MTSStep:
         backend = ops.current_backend() if self.backend == "auto" else self.backend
         with ops.use_backend(backend), self._rolled_back_on_error():
             result, gradient = self._rows(batch, meta, validation, learns, read)
-            self._set_gradients(gradient)
+            set_gradients(self._parameters, gradient)
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self.optimizer.step()
@@ -225,10 +236,19 @@ class MTSStep:
         num_classes = getattr(self.selector, "num_classes", None)
         given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         batch = check_batch(given, num_classes, read=self._reads(labels))
-        scorer = Scorer(self.selector, self.class_weight)
         with preserved_rng(self.model):
             self._features.look_at(val_inputs)
-            return scorer.weights(batch, scorer.logits(batch, self._features.alone(batch)))
+            z = self._scorer.logits(batch, self._features.alone(batch))
+            return self._scorer.weights(batch, z)
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """Factor of each class in the weights, [C]; may be set between steps."""
+        return self._scorer.class_weight
+
+    @class_weight.setter
+    def class_weight(self, value: Tensor | None) -> None:
+        self._scorer.class_weight = value
 
     def _rows(
         self,
@@ -242,7 +262,6 @@ class MTSStep:
         warm = self.steps < self.warmup_steps
         reuses = learns and self.schedule == "reuse" and not warm
         own = learns and meta is None  # the selector learns on this batch
-        scorer = Scorer(self.selector, self.class_weight)
         start = RngState.capture(self._parameters)
         self._features.look_at(validation.inputs, meta if learns else None)
         # the only forward that leaves a trace in buffers and generators
@@ -254,9 +273,8 @@ class MTSStep:
             update=own,
         )
         # rows 1, 2
-        with preserved_rng(self.model), torch.set_grad_enabled(own):
-            z = scorer.logits(batch, h)
-        p = scorer.normalized(batch, z)
+        with preserved_rng(self.model):
+            z, p = self._teacher.score(batch, h, learns=own)
         val_loss = dots = self_check = gsnr = None
         if learns:
             gradient = self._gradient(line, p, read)  # row 3
@@ -270,11 +288,9 @@ class MTSStep:
                     lesson = self._lesson(meta, direction, start)
                     dots, gsnr = lesson.dots, self._teach(lesson, read)
                 if not reuses:  # row 9: weights again, with the new phi
-                    with torch.no_grad():
-                        z = scorer.logits(batch, h)
-                    p = scorer.normalized(batch, z)
+                    z, p = self._teacher.score(batch, h, learns=False)
         if warm:
-            p = scorer.unweighted(batch, z)
+            p = self._scorer.unweighted(batch, z)
         if not reuses:
             gradient = self._gradient(line, p, read)
         z = z.detach()
@@ -282,7 +298,7 @@ class MTSStep:
             losses=line.losses,
             loss=(p * line.losses).sum(),
             logits=z,
-            weights=scorer.weights(batch, z),
+            weights=self._scorer.weights(batch, z),
             normalized_weights=p,
             val_loss=val_loss,
             dots=dots,
@@ -322,33 +338,19 @@ class MTSStep:
             h, line = self._features.with_forward(
                 meta, lambda: self._engine.linearize(meta, gradients=0), update=True
             )
-        scorer = Scorer(self.selector, self.class_weight)
-        z = scorer.logits(meta, h)
-        return Lesson(meta, h, z, scorer.normalized(meta, z), line.dots(direction).to(z.dtype))
+        z, p = self._teacher.score(meta, h, learns=True)
+        return Lesson(meta, h, z, p, line.dots(direction).to(z.dtype))
 
     def _teach(self, lesson: Lesson, read: bool) -> Tensor | None:
         """Rows 7 and 8; returns the GSNR where it is tracked."""
         if read:
             check_finite(OP, "the hypergradient dot of every sample", lesson.dots)
-        cotangent = ops.selector_gradient(lesson.dots, lesson.logits.detach(), lesson.p)
         gsnr = None
         if self.track_gsnr:
-            scorer = Scorer(self.selector, self.class_weight)
-            arguments = scorer.arguments(lesson.batch, lesson.features)
-            gsnr = selector_gsnr(self.selector, arguments, cotangent)
-        self.selector_optimizer.zero_grad(set_to_none=True)
-        lesson.logits.backward(cotangent)
-        self.selector_optimizer.step()
+            arguments = self._scorer.arguments(lesson.batch, lesson.features)
+            gsnr = selector_gsnr(self.selector, arguments, lesson.cotangent())
+        self._teacher.teach(lesson)
         return gsnr
-
-    def _set_gradients(self, gradient: list[Tensor | None]) -> None:
-        taken: set[int] = set()
-        for parameter, g in zip(self._parameters, gradient, strict=True):
-            if g is not None and g.data_ptr() in taken:
-                g = g.clone()  # autograd hands one tensor out twice, and clipping scales in place
-            parameter.grad = g
-            if g is not None:
-                taken.add(g.data_ptr())
 
     def _reads(self, labels: Tensor) -> bool:
         on_gpu = isinstance(labels, Tensor) and labels.is_cuda

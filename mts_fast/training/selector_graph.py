@@ -1,0 +1,194 @@
+"""The selector's part of a step as CUDA graphs: many tiny launches become one replay each.
+
+A selector is some twenty small tensors: scoring a batch, and learning from it, are dozens of
+launches of microseconds. What they do depends on the batch's shape alone, so that they are recorded
+once a shape and then replayed on the same memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mts_fast._check import fail
+from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.scoring import EagerTeacher, Lesson, Scorer
+
+OP = "MTSStep"
+# real steps that set up what a recording must find there: optimizer state, library workspaces
+EAGER_CALLS = 3
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Recorder(Protocol):
+    """How a function of tensors is run before it is recorded, and recorded."""
+
+    def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
+        """Raise where a selector and its optimizer cannot be recorded."""
+
+    def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run it once."""
+
+    def record(
+        self, function: Function, inputs: Sequence[Tensor]
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """Without running it, what runs it again and again on the memory of these inputs."""
+
+
+class CudaRecorder:
+    """torch.cuda.graph, after runs on a stream beside the current one, as torch asks for."""
+
+    def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
+        name = type(optimizer).__name__
+        if any(group.get("capturable") is False for group in optimizer.param_groups):
+            hint = f"make it with {name}(..., capturable=True)"
+            expected, got = "capturable with cuda_graph", f"{name}(capturable=False)"
+            fail(ValueError, OP, "selector_optimizer", expected, got, hint)
+        elsewhere = sorted({p.device.type for p in scorer.selector.parameters()} - {"cuda"})
+        if elsewhere:
+            hint = "leave it out, or move the selector to the GPU before its optimizer is made"
+            got = f"a selector on {', '.join(elsewhere)}"
+            fail(RuntimeError, OP, "cuda_graph", "given with the selector on a GPU", got, hint)
+        weight = scorer.class_weight
+        if weight is not None and not weight.is_cuda:
+            hint = "move it with .cuda()"
+            fail(ValueError, OP, "class_weight", "on the GPU with cuda_graph", weight.device, hint)
+
+    def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            found = function(*inputs)
+        current.wait_stream(beside)
+        for tensor in found:
+            tensor.record_stream(current)
+        return found
+
+    def record(
+        self, function: Function, inputs: Sequence[Tensor]
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = function(*inputs)
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return found
+
+        return replay
+
+
+class Replayed:
+    """A function that is recorded after EAGER_CALLS calls of one shape, and replayed from then on.
+
+    `state()` says what a recording depends on beside its inputs: where that has changed since, it
+    is made anew.
+    """
+
+    def __init__(self, function: Function, state: Callable[[], object], recorder: Recorder) -> None:
+        self._function = function
+        self._state = state
+        self._recorder = recorder
+        self._calls: dict[object, int] = defaultdict(int)
+        # shape -> state, static inputs, replay
+        self._recorded: dict[object, tuple[object, list[Tensor], Callable[..., Any]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's results, in memory of their own."""
+        shape = tuple((t.shape, t.dtype, t.device) for t in inputs)
+        if self._calls[shape] < EAGER_CALLS:
+            self._calls[shape] += 1
+            return self._recorder.run(self._function, inputs)
+        state = self._state()
+        if shape not in self._recorded or self._recorded[shape][0] != state:
+            static = [t.clone() for t in inputs]
+            replay = self._recorder.record(self._function, static)
+            self._recorded[shape] = state, static, replay
+        _, static, replay = self._recorded[shape]
+        for own, given in zip(static, inputs, strict=True):
+            own.copy_(given)
+        return tuple(t.clone() for t in replay())
+
+
+class SelectorGraph:
+    """Rows 1 and 2 (`score`) and rows 7 and 8 (`teach`) by replay.
+
+    Raises:
+        RuntimeError, ValueError: a selector that is not on a GPU or draws random numbers, an
+            optimizer that cannot be captured, a learning rate that a scheduler would change in
+            vain.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scheduled: bool,
+        recorder: Recorder | None = None,
+    ) -> None:
+        recorder = recorder or CudaRecorder()
+        _check(scorer, optimizer, scheduled=scheduled)
+        recorder.check(scorer, optimizer)
+        self._scorer = scorer
+        self._optimizer = optimizer
+        self._eager = EagerTeacher(scorer, optimizer)
+        self._score = Replayed(self._score_tensors, self._state, recorder)
+        self._teach = Replayed(self._teach_tensors, self._state, recorder)
+
+    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]); a lesson makes z once more, with its graph."""
+        z, p = self._score(*self._scorer.arguments(batch, h))
+        return z, p
+
+    def teach(self, lesson: Lesson) -> None:
+        """One step of the selector's optimizer."""
+        self._teach(*self._scorer.arguments(lesson.batch, lesson.features), lesson.dots)
+
+    def _score_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
+        return self._eager.score(_batch(classes, flags), h, learns=False)
+
+    def _teach_tensors(
+        self, h: Tensor, classes: Tensor, flags: Tensor, dots: Tensor
+    ) -> tuple[Tensor, ...]:
+        batch = _batch(classes, flags)
+        z, p = self._eager.score(batch, h, learns=True)
+        self._eager.teach(Lesson(batch, h, z, p, dots))
+        return ()
+
+    def _state(self) -> object:
+        """Addresses that a recording holds, and numbers that it has taken in."""
+        held = [p.data_ptr() for p in self._scorer.selector.parameters()]
+        for state in self._optimizer.state.values():
+            held += [v.data_ptr() for v in state.values() if isinstance(v, Tensor)]
+        numbers = [
+            (name, value.data_ptr() if isinstance(value, Tensor) else value)
+            for group in self._optimizer.param_groups
+            for name, value in group.items()
+            if name != "params"
+        ]
+        weight = self._scorer.class_weight
+        held.append(0 if weight is None else weight.data_ptr())
+        return held, numbers, self._scorer.selector.training
+
+
+def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
+    """As much of a batch as the selector looks at."""
+    return CheckedBatch(None, classes, None, flags, classes)
+
+
+def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
+    layers = scorer.selector.named_modules()
+    random = [name for name, m in layers if isinstance(m, nn.modules.dropout._DropoutNd)]
+    if random:
+        hint = "its draws would not be those of the step without graphs"
+        fail(ValueError, OP, "selector", "free of dropout with cuda_graph", random, hint)
+    if scheduled and not all(isinstance(g["lr"], Tensor) for g in optimizer.param_groups):
+        hint = f"make it with {type(optimizer).__name__}(..., lr=torch.tensor(1e-3, device='cuda'))"
+        expected = "given lr as a tensor where cuda_graph meets selector_scheduler"
+        fail(ValueError, OP, "selector_optimizer", expected, "a number", hint)
