@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test test-asan wheel lint bench gpu doctor tables clean
+.PHONY: setup demo test test-asan wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# What every Triton kernel takes of a chip, compiled without a GPU; fails where one spills.
+resources: setup
+	env -u TRITON_INTERPRET $(BIN)/python scripts/check_triton.py --json benchmarks/results/triton_resources.json
+
 # Compares with higher, torchopt and Opacus, too, where they install. BENCH picks one file.
 BENCH ?= benchmarks
 bench: setup
@@ -70,7 +74,7 @@ gpu: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/bench.json
 	$(BIN)/python scripts/condense.py $(OUT)/bench.json $(OUT)
 
-# Copies the numbers of benchmarks/results into README.md.
+# Copies the numbers of benchmarks/results into README.md and docs/
 tables: setup
 	$(BIN)/python scripts/tables.py
 

@@ -122,8 +122,8 @@ if __name__ == "__main__":
         where = f"{c.kernel:22} {c.case:42} sm_{c.capability}"
         print(f"{where}  {c.registers:3} registers  {c.shared:6} B shared")
     if asked.json:
-        record = {"command": "make resources", "triton": triton.__version__}
-        record["rows"] = [asdict(c) for c in found]
-        asked.json.write_text(json.dumps(record, indent=1) + "\n")
+        rows = ",\n  ".join(json.dumps(asdict(c)) for c in found)
+        head = f'"command": "make resources", "triton": "{triton.__version__}"'
+        asked.json.write_text(f'{{{head}, "rows": [\n  {rows}\n]}}\n')
     faults = [f"{c.kernel} {c.case} sm_{c.capability}: {f}" for c in found for f in c.faults()]
     sys.exit("\n".join(faults) if faults else 0)

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed results, between `<!-- NAME -->` marks.
+"""Writes the tables of the documents from the committed results, between `<!-- NAME -->` marks.
 
 `python scripts/tables.py` rewrites; `--check` only says whether anything differs (exit status 1).
 """
@@ -114,33 +114,59 @@ def _runs(noun: str, benchmark: str) -> dict[str, dict]:
     return {name.replace("_", " "): row for name, row in found.items()}
 
 
+def resource_table(_: str) -> str:
+    """What the Triton kernels take of a chip at most, over all their configurations."""
+    rows = json.loads((RESULTS / "triton_resources.json").read_text())["rows"]
+    lines = [
+        "| kernel | configurations | registers sm_80 | sm_90 | shared KiB sm_80 | sm_90 |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        own = [row for row in rows if row["kernel"] == kernel]
+        cells = [str(len({row["case"] for row in own}))]
+        for value, unit in (("registers", 1), ("shared", 1024)):
+            for chip in (80, 90):
+                most = max(row[value] for row in own if row["capability"] == chip)
+                cells.append(f"{most / unit:.0f}")
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
-    "step-time": step_table("time"),
-    "step-memory": step_table("peak_mib"),
-    "gradient-norm": gradient_norm_table,
-    "neighbor-statistics": neighbor_table("ratios"),
-    "neighbor-memory": neighbor_table("peak_mib"),
-    "kernels": kernel_table,
-    "demo-digits": demo_table,
-    "demo-fashion": demo_table,
-    "study-batch-size-digits": study_table,
+    "README.md": {
+        "step-time": step_table("time"),
+        "step-memory": step_table("peak_mib"),
+        "gradient-norm": gradient_norm_table,
+        "neighbor-statistics": neighbor_table("ratios"),
+        "neighbor-memory": neighbor_table("peak_mib"),
+        "kernels": kernel_table,
+        "demo-digits": demo_table,
+        "demo-fashion": demo_table,
+        "study-batch-size-digits": study_table,
+    },
+    "docs/kernels.md": {"triton-resources": resource_table},
 }
 
 
-def render(text: str) -> str:
-    """README with every table brought up to date."""
-    for name, make in TABLES.items():
+def render(document: str, text: str) -> str:
+    """A document with every table brought up to date."""
+    for name, make in TABLES[document].items():
         block = f"<!-- {name} -->\n{make(name)}\n<!-- /{name} -->"
         text, count = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", block, text, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md must have one block <!-- {name} -->, got {count}")
+            raise SystemExit(f"{document} must have one block <!-- {name} -->, got {count}")
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if "--check" in sys.argv:
-        raise SystemExit(0 if new == old else "README.md is older than benchmarks/results")
-    readme.write_text(new)
+    older = []
+    for document in TABLES:
+        path = ROOT / document
+        old = path.read_text()
+        new = render(document, old)
+        if new != old:
+            older.append(document)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if older and "--check" in sys.argv:
+        raise SystemExit(f"older than benchmarks/results: {', '.join(older)}")

@@ -14,6 +14,7 @@ import torch
 import mts_fast
 from mts_fast._check import describe, fail
 from mts_fast._extension import build_record, extension
+from mts_fast._triton import interpreted
 from mts_fast.hypergradient import ENGINES
 from mts_fast.ops import registry
 
@@ -74,7 +75,7 @@ def _backends() -> list[str]:
     lines = [f"backend in force: {registry.current_backend()}"]
     for name in registry.PREFERENCE:
         why = registry.backend_reasons(name)
-        state = "ok" if not why else "not available: " + "; ".join(why)
+        state = "not available: " + "; ".join(why) if why else "ok" + _note(name)
         lines.append(f"  {name:<10} {state}")
     for key, value in extension().info.items():
         lines.append(f"  {'':<10} {key}: {value or 'none'}")
@@ -83,8 +84,16 @@ def _backends() -> list[str]:
     return lines
 
 
+def _note(backend: str) -> str:
+    """What a user of a backend that can run should know."""
+    if backend != "triton":
+        return ""
+    how = "in triton's interpreter, for tests" if interpreted() else "where it is named"
+    return f", {how}: no GPU has timed its kernels yet, so 'auto' does not take them"
+
+
 def _ops() -> list[str]:
-    ops = [f"  {op:<24} {', '.join(found)}" for op, found in registry.registered().items()]
+    ops = [f"  {op:<28} {', '.join(found)}" for op, found in registry.registered().items()]
     return ["ops and their implementations", *ops, f"engines: {', '.join(ENGINES)}"]
 
 

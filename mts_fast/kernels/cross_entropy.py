@@ -25,13 +25,13 @@ from mts_fast.kernels.row_softmax import (
 )
 
 # rows of up to so many bytes (in the accumulator's dtype) stay in registers: 16 warps with 16
-# float32 a thread; with twice as much they spill (ptxas). Wider ones are read in tiles, and once
-# more for the gradient, which the L2 cache serves in part.
+# float32 a thread; with twice as much they spill (triton 3.6 and 3.9). Wider ones are read in
+# tiles, and once more for the gradient, which the L2 cache serves in part.
 WHOLE_BYTES = 32_768
 # bytes and warps of such a tile; with statistics or smoothing more is kept of each entry. None
 # of these spills, as others next to them do.
 LOOP = {torch.float32: (16_384, 8), torch.float64: (16_384, 8)}
-LOOP_WITH_SUMS = {torch.float32: (8192, 16), torch.float64: (4096, 8)}
+LOOP_WITH_SUMS = {torch.float32: (8192, 16), torch.float64: (4096, 16)}
 # a tile of several short rows, and one of the backward
 SMALL_BYTES = 2048
 GRADIENT_BYTES = 4096

@@ -21,10 +21,11 @@ class ProductTile(NamedTuple):
     warps: int
 
 
-# the largest without spills on sm_80 and sm_90 (ptxas), for kernels that hold one product and two
+# large ones without spills on sm_80 and sm_90 (triton 3.6 and 3.9), for kernels that hold one
+# product and two
 TILES = {
-    "float64": (ProductTile(32, 32, 32, 4), ProductTile(32, 16, 32, 4)),
-    "float32": (ProductTile(64, 64, 16, 4), ProductTile(32, 64, 16, 4)),
+    "float64": (ProductTile(32, 32, 16, 4), ProductTile(32, 32, 16, 4)),
+    "float32": (ProductTile(32, 64, 16, 4), ProductTile(32, 64, 16, 4)),
     "tf32": (ProductTile(64, 64, 32, 4), ProductTile(64, 32, 32, 4)),
     "half": (ProductTile(128, 128, 64, 8), ProductTile(128, 64, 64, 8)),
 }

@@ -171,4 +171,7 @@ def backend_reasons(backend: str) -> list[str]:
 
 def registered() -> dict[str, tuple[str, ...]]:
     """Every op with its backends, for the doctor."""
-    return {op: tuple(found) for op, found in sorted(_implementations.items())}
+    return {
+        op: tuple(name for name in reversed(PREFERENCE) if name in found)
+        for op, found in sorted(_implementations.items())
+    }
