@@ -20,6 +20,7 @@ from mts_fast.kernels.row_softmax import (
     load_class_weight,
     load_labels,
     logit_gradient,
+    reciprocal,
     row_offsets,
     shares,
 )
@@ -31,8 +32,8 @@ WHOLE_BYTES = 32_768
 # bytes and warps of such a tile; with statistics or smoothing more is kept of each entry. None
 # of these spills, as others next to them do.
 LOOP = {torch.float32: (16_384, 8), torch.float64: (16_384, 8)}
-LOOP_WITH_SUMS = {torch.float32: (8192, 16), torch.float64: (4096, 16)}
-# a tile of several short rows, and one of the backward
+LOOP_WITH_SUMS = {torch.float32: (8192, 16), torch.float64: (4096, 8)}
+# a tile of several short rows, and the widest of the backward
 SMALL_BYTES = 2048
 GRADIENT_BYTES = 4096
 BYTES_PER_WARP = 2048
@@ -63,18 +64,18 @@ def tile_of(classes: int, wide: torch.dtype, *, sums: bool) -> Tile:
     if columns * wide.itemsize > WHOLE_BYTES:
         size, warps = (LOOP_WITH_SUMS if sums else LOOP)[wide]
         return Tile(1, size // wide.itemsize, False, warps)
-    return _tile_of_columns(columns, wide, SMALL_BYTES)
+    return _tile_of_columns(columns, wide)
 
 
 def gradient_tile_of(classes: int, wide: torch.dtype) -> Tile:
     """The tile of the backward, which may cut rows as it likes."""
     columns = min(triton.next_power_of_2(classes), GRADIENT_BYTES // wide.itemsize)
-    return _tile_of_columns(columns, wide, GRADIENT_BYTES)
+    return _tile_of_columns(columns, wide)
 
 
-def _tile_of_columns(columns: int, wide: torch.dtype, most: int) -> Tile:
+def _tile_of_columns(columns: int, wide: torch.dtype) -> Tile:
     size = columns * wide.itemsize
-    rows = max(1, most // size)
+    rows = max(1, SMALL_BYTES // size)
     return Tile(rows, columns, True, max(4, rows * size // BYTES_PER_WARP))
 
 
@@ -161,7 +162,7 @@ def cross_entropy_kernel(
             differences += weights_seen * drop + tl.sum(terms, axis=1)
             weights_seen += tl.sum(weight, axis=0)
 
-    log_s = tl.log(s)
+    log_s, inverse = tl.log(s), reciprocal(s, ACC)
     base = finite_maximum(m)
     loss = label_share * ((base - x_label) + log_s)
     if SMOOTHING > 0:
@@ -173,8 +174,8 @@ def cross_entropy_kernel(
     tl.store(total_ptr + offs_m, s, mask=mask_m)
     if STATISTICS:
         unknown = tl.where(known, 0.0, float("nan")).to(ACC)
-        norm = tl.sqrt((others / s) * (others / s) + squares / s / s)
-        entropy = log_s - weighted_e / s
+        norm = tl.sqrt(others * inverse * (others * inverse) + squares * inverse * inverse)
+        entropy = log_s - weighted_e * inverse
         right = tl.where(beaten == 0, 1.0, 0.0).to(ACC)
         tl.store(statistics_ptr + offs_m, tl.where(counted, norm + unknown, 0.0), mask=mask_m)
         tl.store(
@@ -194,7 +195,7 @@ def cross_entropy_kernel(
                 e = tl.exp(x - base[:, None])
             weight = load_class_weight(class_weight_ptr, offs_c, mask_c, WEIGHTED, ACC)
             slope = logit_gradient(
-                e / s[:, None],
+                e * inverse[:, None],
                 offs_c[None, :] == label[:, None],
                 weight[None, :],
                 label_share[:, None],
@@ -252,7 +253,7 @@ def cross_entropy_backward_kernel(
     x = tl.load(logits_ptr + at, mask=mask, other=float("-inf")).to(ACC)
     weight = load_class_weight(class_weight_ptr, offs_c, mask_c, WEIGHTED, ACC)
     slope = logit_gradient(
-        tl.exp(x - base[:, None]) / s[:, None],
+        tl.exp(x - base[:, None]) * reciprocal(s, ACC)[:, None],
         offs_c[None, :] == label[:, None],
         weight[None, :],
         label_share[:, None],

@@ -14,6 +14,7 @@ from mts_fast.kernels.row_softmax import (
     load_class_weight,
     load_labels,
     logit_gradient,
+    reciprocal,
     shares,
 )
 
@@ -36,7 +37,7 @@ def slope_tile(
     base = tl.load(maximum_ptr + offs_m, mask=mask_m, other=0.0)
     s = tl.load(total_ptr + offs_m, mask=mask_m, other=1.0)
     slope = logit_gradient(
-        tl.exp(x - base[:, None]) / s[:, None],
+        tl.exp(x - base[:, None]) * reciprocal(s, ACC)[:, None],
         offs_n[None, :] == label[:, None],
         load_class_weight(class_weight_ptr, offs_n, mask_n, WEIGHTED, ACC)[None, :],
         label_share[:, None],

@@ -54,6 +54,13 @@ def absorb(x, m, s):
 
 
 @triton.jit
+def reciprocal(s, ACC: tl.constexpr):
+    """1 / s, rounded once: triton's own float32 division is two places off."""
+    one = tl.full(s.shape, 1.0, ACC)
+    return tl.div_rn(one, s) if tl.float32 == ACC else one / s
+
+
+@triton.jit
 def logit_gradient(softmax, is_label, class_weight, label_share, smooth_share, mass):
     """d l/d logits of a tile: mass softmax - label_share onehot - smooth_share class_weight.
 

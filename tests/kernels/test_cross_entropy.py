@@ -13,8 +13,6 @@ from mts_fast._triton import interpreted, recorded_launches
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.registry import resolve
 
-# the interpreter is numpy, which warns of the infinities that kernels mask
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # one class; two; no power of two, several rows a tile; ImageNet, of rows aligned to 8; one more

@@ -13,12 +13,12 @@ from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.ops import linear_cross_entropy, linear_cross_entropy_tangent
 
-# the interpreter is numpy, which warns of the infinities that kernels mask
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# rows, classes, width: a tile not filled on any side; several row blocks, splits and steps over D
-SIZES = ((5, 3, 8), (70, 300, 70))
+# rows, classes, width by bytes of an entry, whose tiles differ: no tile filled on any side; several
+# row blocks, tiles of classes and steps over the width, the last of each not filled
+SMALL = (5, 3, 8)
+LARGE = {8: (40, 70, 40), 4: (40, 140, 40), 2: (140, 300, 70)}
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +67,11 @@ def errors(found, rival, truth, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", ["plain", "all"])  # options: none; all together
 @pytest.mark.parametrize("bias", [True, False])
-def test_as_exact_as_plain_pytorch(bias, name, sizes, dtype, device):
+def test_as_exact_as_plain_pytorch(bias, name, large, dtype, device):
+    sizes = LARGE[dtype.itemsize] if large else SMALL
     given = problem(device, dtype, *sizes, bias=bias)
     options = options_of(name, device, sizes[1])
     given[2][1] = options.get("ignore_index", IGNORED)

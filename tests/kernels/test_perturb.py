@@ -9,16 +9,11 @@ from comparison import assert_bitwise, relative
 from models import make_case
 
 from mts_fast import reference, use_backend
-from mts_fast._triton import recorded_launches, triton_reasons
+from mts_fast._triton import recorded_launches
 from mts_fast.hypergradient import LabelledBatch, Objective, make_engine
 from mts_fast.ops.perturb import global_norm, perturb
 from mts_fast.ops.registry import resolve
 
-pytestmark = [
-    pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons())),
-    # the interpreter is numpy, which warns of the infinities that cross_entropy masks
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # none; no dimension; a matrix; one short of a block of 2048, a block; a chunk of 8192, one more
 SHAPES = ((0,), (), (3, 5), (2047,), (2048,), (8192,), (8193,))

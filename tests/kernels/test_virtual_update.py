@@ -10,17 +10,12 @@ import torch
 from comparison import assert_bitwise, relative, snapshot
 
 from mts_fast import reference, use_backend
-from mts_fast._triton import interpreted, recorded_launches, triton_reasons
+from mts_fast._triton import interpreted, recorded_launches
 from mts_fast.ops import virtual_update
 from mts_fast.ops.registry import resolve
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 from mts_fast.reference import AdamState, SGDState
 
-pytestmark = [
-    pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons())),
-    # the interpreter is numpy, which warns of divisions whose results are masked
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 # every term of an update once alone, then the ones that meet in one line of the formula
