@@ -12,11 +12,15 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMake
 setup: $(VENV)/.ready
 
 # A machine whose python3 already has torch and triton (a GPU machine, perhaps without network)
-# lends them to the environment; elsewhere they are installed, pinned.
+# lends them to the environment; elsewhere they are installed, pinned. That python3 may itself be of
+# a virtual environment, which --system-site-packages would pass over, and may lack ensurepip.
 $(VENV)/.ready: $(SOURCES)
 	@set -e; if $(PYTHON) -c 'import torch, triton' 2>/dev/null; then \
 	  echo "setup: using the torch of $(PYTHON)"; \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  $(PYTHON) -m venv --without-pip --system-site-packages $(VENV); \
+	  $(PYTHON) -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' > \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"; \
+	  $(BIN)/python -c 'import pip' 2>/dev/null || $(BIN)/python -m ensurepip; \
 	  $(BIN)/python -m pip install -q $$($(BIN)/python scripts/missing.py) || echo "setup: no network: going on with what is there"; \
 	else \
 	  $(PYTHON) -m venv $(VENV); \
@@ -66,13 +70,55 @@ bench: setup
 	$(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python scripts/condense.py build/bench.json benchmarks/results
 
-# On a machine with a GPU: the whole suite on CUDA, then the benchmarks, results under OUT.
+# On a machine with a GPU: the whole suite on CUDA (compiled, never interpreted), the kernels' and
+# the steps' benchmarks, other tiles; records and table.md under OUT. Each part can be called alone,
+# gpu-bench also a benchmark at a time, as gpu-run-NOUN. A benchmark file starts nothing new after
+# BENCH_SECONDS, and is stopped after GPU_SECONDS, as the others are; a part that fails does not stop
+# the rest. GPU_ARGS are for pytest, TUNE picks kernels.
+GPU_SECONDS ?= 580
+BENCH_SECONDS ?= 450
+GPU_WORKERS ?= 8
+GPU_BENCH ?= triton_cross_entropy triton_linear_cross_entropy triton_virtual_update triton_hypergradient_dot
+GPU_ARGS ?=
+TUNE ?=
+IN_TIME := timeout -s INT -k 10 $(GPU_SECONDS) env -u TRITON_INTERPRET -u MTS_FAST_BENCH_TINY MTS_FAST_BENCH_SECONDS=$(BENCH_SECONDS)
+
 gpu: setup
-	mkdir -p $(OUT)
-	$(BIN)/mts-fast doctor | tee $(OUT)/doctor.txt
-	$(BIN)/python -m pytest -p no:cacheprovider
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/bench.json
-	$(BIN)/python scripts/condense.py $(OUT)/bench.json $(OUT)
+	@$(MAKE) -k -j1 gpu-test gpu-bench gpu-step gpu-tune
+
+gpu-test: setup
+	@mkdir -p $(OUT)
+	@$(BIN)/mts-fast doctor > $(OUT)/tests.txt 2>&1 || true
+	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "gpu-test: no CUDA device"'
+	@status=0; $(IN_TIME) $(BIN)/python -m pytest -p no:cacheprovider -n $(GPU_WORKERS) $(GPU_ARGS) >> $(OUT)/tests.txt 2>&1 || status=$$?; \
+	  tail -n 60 $(OUT)/tests.txt; exit $$status
+
+gpu-bench: setup
+	@$(MAKE) -k -j1 $(GPU_BENCH:%=gpu-run-%)
+
+gpu-step: setup
+	@$(MAKE) gpu-run-gpu_step
+
+gpu-run-%: setup
+	@mkdir -p build $(OUT)
+	@rm -f build/$*.json
+	@status=0; $(IN_TIME) $(BIN)/python -m pytest benchmarks/bench_$*.py -p no:cacheprovider --benchmark-only --benchmark-json=build/$*.json $(GPU_ARGS) || status=$$?; \
+	  test ! -s build/$*.json || $(BIN)/python scripts/condense.py build/$*.json $(OUT) "make gpu-run-$*"; \
+	  $(BIN)/python scripts/gpu_table.py $(OUT); exit $$status
+
+gpu-tune: setup
+	@mkdir -p $(OUT)
+	@status=0; $(IN_TIME) $(BIN)/python benchmarks/tune_triton.py --json $(OUT)/tune.json $(TUNE) || status=$$?; \
+	  $(BIN)/python scripts/gpu_table.py $(OUT); exit $$status
+
+# The GPU benchmarks in tiny form on the CPU, in triton's interpreter: that they still run.
+TINY := env MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+bench-tiny: setup
+	@mkdir -p build/tiny
+	$(TINY) $(BIN)/python -m pytest $(GPU_BENCH:%=benchmarks/bench_%.py) benchmarks/bench_gpu_step.py -W ignore --benchmark-only --benchmark-json=build/tiny.json
+	$(BIN)/python scripts/condense.py build/tiny.json build/tiny "make bench-tiny"
+	$(TINY) $(BIN)/python -W ignore benchmarks/tune_triton.py --json build/tiny/tune.json
+	$(BIN)/python scripts/gpu_table.py build/tiny > /dev/null
 
 # Copies the numbers of benchmarks/results into README.md and docs/
 tables: setup

@@ -1,6 +1,7 @@
 """Interleaved timing and peak memory of several ways to do the same."""
 
 import ctypes
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -9,21 +10,80 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+# about 2 ms in which the GPU waits and the host queues the call to be timed
+HEAD_START_CYCLES = 4_000_000
+# to be written before a timed call, in sizes of the L2 cache, so that none of its inputs is there
+FLUSHED_CACHES = 4
+# far beyond any cache, and a product that fills any GPU; on a CPU they only have to run
+COPIED_BYTES = {"cuda": 2**32, "cpu": 2**24}
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
+RATE_ROUNDS = 10
+
 
 def interleaved(calls, rounds):
     """Seconds of every call in every round; all take turns, so that drift meets all alike, and
     every round begins with another, so that none is always the one that finds the caches warm."""
     seconds = {label: [] for label in calls}
+    for label in _turns(calls, rounds):
+        _synchronize()
+        start = time.perf_counter()
+        calls[label]()
+        _synchronize()
+        seconds[label].append(time.perf_counter() - start)
+    return seconds
+
+
+def on_device(calls, rounds, device):
+    """As `interleaved`, on a GPU by its own clock: from a cold L2 cache, and without the host's
+    share where that is shorter than the head start it gets."""
+    if device.type != "cuda":
+        return interleaved(calls, rounds)
+    cache = FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+    flushed = torch.empty(cache, dtype=torch.uint8, device=device)
+    seconds = {label: [] for label in calls}
+    for label in _turns(calls, rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        calls[label]()
+        end.record()
+        torch.cuda.synchronize()
+        seconds[label].append(start.elapsed_time(end) / 1e3)
+    return seconds
+
+
+@functools.cache
+def copy_bandwidth(device):
+    """Bytes read and written in a second by a large copy within the device."""
+    source = torch.empty(COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    call = {"copy": lambda: target.copy_(source)}
+    on_device(call, 2, device)
+    return 2 * source.numel() / statistics.median(on_device(call, RATE_ROUNDS, device)["copy"])
+
+
+def product_rate(device, dtype):
+    """Operations in a second of a large square product of random numbers, in the precision that
+    torch is now set to."""
+    return _product_rate(device, dtype, torch.get_float32_matmul_precision())
+
+
+@functools.cache
+def _product_rate(device, dtype, _):
+    size = PRODUCT_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    call = {"product": lambda: left @ right}
+    on_device(call, 2, device)
+    seconds = statistics.median(on_device(call, RATE_ROUNDS, device)["product"])
+    return 2 * size**3 / seconds
+
+
+def _turns(calls, rounds):
     labels = list(calls)
     for turn in range(rounds):
-        first = turn % len(labels)
-        for label in labels[first:] + labels[:first]:
-            _synchronize()
-            start = time.perf_counter()
-            calls[label]()
-            _synchronize()
-            seconds[label].append(time.perf_counter() - start)
-    return seconds
+        first = turn % max(len(labels), 1)
+        yield from labels[first:] + labels[:first]
 
 
 def ratios(seconds, base):

@@ -9,7 +9,6 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from step_models import CLASSES
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +39,7 @@ class Arm:
         torch.manual_seed(1)
         width = ONLINE + task.features.shape[1]
         device = task.features.device
-        self.selector = mts_fast.Selector(width, CLASSES).to(device)
+        self.selector = mts_fast.Selector(width, task.num_classes).to(device)
         self.selector_optimizer = torch.optim.AdamW(self.selector.parameters(), lr=1e-4)
         labels = task.train.labels
         self.classes = torch.zeros(len(labels), dtype=torch.int64, device=device)

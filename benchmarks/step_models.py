@@ -1,4 +1,7 @@
-"""The classifiers of bench_step.py and bench_gradient_norm.py, small enough for two CPU cores."""
+"""The classifiers of the benchmarks of whole steps, and batches for them.
+
+Those of BUILD are small enough for two CPU cores; gpu_models.py has larger ones.
+"""
 
 from dataclasses import dataclass
 
@@ -39,13 +42,13 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Class token, learned positions; patches of 4 x 4 pixels."""
+    """Class token, learned positions; `size` and `patch` in pixels."""
 
-    def __init__(self, classes, dim=192, depth=6, heads=3, size=32):
+    def __init__(self, classes, dim=192, depth=6, heads=3, size=32, patch=4):
         super().__init__()
-        self.patch = nn.Conv2d(3, dim, 4, 4)
+        self.patch = nn.Conv2d(3, dim, patch, patch)
         self.cls = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.position = nn.Parameter(torch.randn(1, 1 + (size // 4) ** 2, dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, dim) * 0.02)
         self.blocks = nn.Sequential(*(Block(dim, heads, False) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
@@ -116,6 +119,48 @@ class ResNet18(nn.Module):
         return self.head(self.features(x))
 
 
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions and a shortcut; the 3 x 3 one strides."""
+
+    def __init__(self, inputs, width, stride, norm):
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), norm(width), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width)),
+            *(nn.ReLU(inplace=True), nn.Conv2d(width, outputs, 1, bias=False), norm(outputs)),
+        )
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs)
+            )
+
+    def forward(self, x):
+        return self.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 as torchvision has it; `width` channels in the first stage."""
+
+    def __init__(self, classes, norm, width=64, depths=(3, 4, 6, 3)):
+        super().__init__()
+        stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width), nn.ReLU(inplace=True)]
+        stages, inputs = [], width
+        for i, depth in enumerate(depths):
+            for j in range(depth):
+                stride = 2 if i and not j else 1
+                stages.append(Bottleneck(inputs, width * 2**i, stride, norm))
+                inputs = 4 * width * 2**i
+        pool = nn.MaxPool2d(3, 2, 1)
+        self.features = nn.Sequential(*stem, pool, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
 def mlp(classes):
     """On embeddings of 768 numbers, as of a frozen backbone."""
     return nn.Sequential(
@@ -144,30 +189,48 @@ BATCH = {
 
 @dataclass(frozen=True)
 class Task:
-    """A seeded model and its batches; `classes` is what the selector takes for the label."""
+    """A seeded model and its batches."""
 
     model: nn.Module
     train: LabelledBatch
     validation: LabelledBatch
     meta: LabelledBatch
     features: Tensor  # [B, 13] offline features
+    num_classes: int  # of the selector
 
 
 def make_task(name, batch=None, device="cpu"):
+    """A task of one of BUILD."""
+    size = batch or BATCH[name]
+    if name == "gpt":
+        return task_of(BUILD[name], tokens(VOCABULARY, CONTEXT), size, device)
+    shape = (768,) if name == "mlp" else (3, 32, 32)
+    return task_of(BUILD[name], labelled(shape, CLASSES), size, device, CLASSES)
+
+
+def task_of(build, draw, size, device, num_classes=CLASSES):
     """V = B/8; an independent selector batch of B samples; all drawn at random."""
     torch.manual_seed(0)
-    size = batch or BATCH[name]
-    model = BUILD[name]().to(device).train()
+    model = build().to(device).train()
+    batches = [draw(n, device) for n in (size, max(4, size // 8), size)]
+    return Task(model, *batches, torch.randn(size, 13).to(device), num_classes)
 
-    def draw(n):
-        if name == "gpt":
-            tokens = torch.randint(VOCABULARY, (n, CONTEXT + 1)).to(device)
-            return LabelledBatch(tokens[:, :-1], tokens[:, 1:])
-        shape = (768,) if name == "mlp" else (3, 32, 32)
-        return LabelledBatch(
-            torch.randn(n, *shape).to(device), torch.randint(CLASSES, (n,)).to(device)
-        )
 
-    return Task(
-        model, draw(size), draw(max(4, size // 8)), draw(size), torch.randn(size, 13).to(device)
-    )
+def labelled(shape, classes):
+    """Draws batches of classification."""
+
+    def draw(n, device):
+        inputs = torch.randn(n, *shape).to(device)
+        return LabelledBatch(inputs, torch.randint(classes, (n,)).to(device))
+
+    return draw
+
+
+def tokens(vocabulary, context):
+    """Draws batches of next-token prediction."""
+
+    def draw(n, device):
+        drawn = torch.randint(vocabulary, (n, context + 1)).to(device)
+        return LabelledBatch(drawn[:, :-1], drawn[:, 1:])
+
+    return draw

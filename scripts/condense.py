@@ -1,6 +1,7 @@
 """Keeps of pytest-benchmark's report what is worth committing, one file per benchmark file.
 
-`python scripts/condense.py REPORT.json FOLDER`: FOLDER/<noun>.json for every bench_<noun>.py in it.
+`python scripts/condense.py REPORT.json FOLDER [COMMAND]`: FOLDER/<noun>.json for every
+bench_<noun>.py in it; COMMAND is what the record says it came from.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 
-def condense(report: dict) -> dict[str, dict]:
+def condense(report: dict, command: str) -> dict[str, dict]:
     """Noun -> machine, and per benchmark its name, median and what it reported itself."""
     cpu = report["machine_info"]["cpu"]
     machine = f"{cpu['count']} cores {cpu.get('brand_raw', cpu['arch'])}, torch {torch.__version__}"
@@ -31,12 +32,13 @@ def condense(report: dict) -> dict[str, dict]:
             }
         )
     return {
-        noun: {"command": "make bench", "machine": machine, "rows": found}
+        noun: {"command": command, "machine": machine, "rows": found}
         for noun, found in rows.items()
     }
 
 
 if __name__ == "__main__":
-    source, folder = map(Path, sys.argv[1:])
-    for noun, record in condense(json.loads(source.read_text())).items():
+    source, folder = map(Path, sys.argv[1:3])
+    command = (*sys.argv[3:], "make bench")[0]
+    for noun, record in condense(json.loads(source.read_text()), command).items():
         (folder / f"{noun}.json").write_text(json.dumps(record, indent=1) + "\n")
