@@ -84,7 +84,7 @@ TUNE ?=
 IN_TIME := timeout -s INT -k 10 $(GPU_SECONDS) env -u TRITON_INTERPRET -u MTS_FAST_BENCH_TINY MTS_FAST_BENCH_SECONDS=$(BENCH_SECONDS)
 
 gpu: setup
-	@$(MAKE) -k -j1 gpu-test gpu-bench gpu-step gpu-tune
+	@$(MAKE) -k -j1 gpu-test gpu-bench gpu-features gpu-step gpu-tune
 
 gpu-test: setup
 	@mkdir -p $(OUT)
@@ -95,6 +95,10 @@ gpu-test: setup
 
 gpu-bench: setup
 	@$(MAKE) -k -j1 $(GPU_BENCH:%=gpu-run-%)
+
+# of the feature kernels only what runs on the GPU
+gpu-features: setup
+	@$(MAKE) gpu-run-neighbor_statistics GPU_ARGS="-k on_gpu"
 
 gpu-step: setup
 	@$(MAKE) gpu-run-gpu_step
