@@ -1,7 +1,7 @@
 """Whether Triton kernels run here, and how they are launched: on a GPU, interpreted, or recorded.
 
-`TRITON_INTERPRET=1`, set before the first kernel runs, has Triton's interpreter run them on the
-CPU, for tests. Nothing here imports triton before a kernel is asked for.
+`TRITON_INTERPRET=1`, set before mts_fast is imported, has Triton's interpreter run them on the CPU,
+for tests. Nothing here imports triton before a kernel is asked for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def interpreted() -> bool:
 
 def kernel_devices() -> tuple[str, ...]:
     """Kinds of devices that the kernels of this process serve."""
-    return ("cuda", "cpu") if interpreted() else ("cuda",)
+    # the interpreter follows the addresses in a pointer table itself
+    return ("cpu",) if interpreted() else ("cuda",)
 
 
 @functools.cache

@@ -48,6 +48,11 @@ def cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     cross_entropy_backward(x, labels, w, kept, kept, rows, *o)
 
                 yield f"C={classes} {_name(dtype)} {what}", run
+    one = new(1, dtype=torch.int64)
+    # one class, one sample: sizes that become constants
+    yield "C=1", lambda: cross_entropy(new(1, 1), one, None, new(1), 0.0, IGNORED, True)
+    half = new(64, 1000, dtype=torch.float16)
+    yield "float16", lambda: cross_entropy(half, labels, None, None, 0.0, IGNORED, True)
     yield "scale", lambda: scale_(new(64, 1000, dtype=HALF), new())
 
 
@@ -92,6 +97,10 @@ def dot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
             yield f"rows {name}", rows
             yield f"channels first {name}", channels
+    tiny = new(1, 1, 1)
+    yield "sizes of one", lambda: hypergradient_dot(tiny, new(1, 1), tiny, new(1))
+    wide = new(8, 4, 64, dtype=DOUBLE), new(64, 64, dtype=DOUBLE), new(8, 4, 64)
+    yield "float32 from float64", lambda: hypergradient_dot(*wide, None)
     for dtype in (HALF, FULL, DOUBLE):
         x = new(8, 4096, dtype=dtype)
         yield f"sample_dot {_name(dtype)}", lambda x=x: sample_dot(x, x)

@@ -113,7 +113,10 @@ def cross_entropy_kernel(
     Grid [cdiv(M, BLOCK_M)]; tiles [BLOCK_M, BLOCK_C]. Moves each logit once (WHOLE; else once more
     for the gradient) and the gradient once.
     """
-    classes, stride_xb, stride_xt = classes * ALIGNED, stride_xb * ALIGNED, stride_xt * ALIGNED
+    classes *= ALIGNED
+    # widened first: a stride may fit into int32 only while it is divided
+    stride_xb = tl.cast(stride_xb, tl.int64) * ALIGNED
+    stride_xt = tl.cast(stride_xt, tl.int64) * ALIGNED
     pid = tl.program_id(0).to(tl.int64)
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
@@ -235,7 +238,10 @@ def cross_entropy_backward_kernel(
 
     Grid [cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)]; moves each logit once and its gradient once.
     """
-    classes, stride_xb, stride_xt = classes * ALIGNED, stride_xb * ALIGNED, stride_xt * ALIGNED
+    classes *= ALIGNED
+    # widened first: a stride may fit into int32 only while it is divided
+    stride_xb = tl.cast(stride_xb, tl.int64) * ALIGNED
+    stride_xt = tl.cast(stride_xt, tl.int64) * ALIGNED
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < rows, offs_c < classes

@@ -17,6 +17,8 @@ from mts_fast.kernels.row_softmax import accumulator
 # row blocks that share their columns of v while these are in the L2 cache
 GROUP = 8
 LARGEST_OFFSET = 2**31 - 1
+# the least that a product sums up at a time
+SHORTEST_STEP = 16
 
 
 @triton.jit
@@ -93,12 +95,9 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> T
 
     float32 (float64 of float64); the products in b's dtype.
     """
+    shape, outputs = a.shape[:2], len(v)
+    a, b = _as_few_samples(a, b)
     samples, positions, inputs = a.shape
-    outputs, shape = len(v), a.shape[:2]
-    if _rows_are_even(a) and _rows_are_even(b):
-        # one long sample: blocks of rows need not end with a sample
-        a, b = (t.as_strided((1, samples * positions, t.shape[2]), _even(t)) for t in (a, b))
-        samples, positions = 1, samples * positions
     tile = tile_of(b.dtype)
     # operands that are cast on the way take twice the shared memory
     cast = max(a.dtype.itemsize, v.dtype.itemsize) > b.dtype.itemsize
@@ -115,7 +114,7 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> T
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=tile.columns,
-        BLOCK_K=tile.steps // 2 if cast else tile.steps,
+        BLOCK_K=max(tile.steps // 2, SHORTEST_STEP) if cast else tile.steps,
         GROUP=GROUP,
         num_warps=tile.warps,
     )
@@ -123,8 +122,9 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> T
 
 
 def reaches(a: Tensor, v: Tensor, b: Tensor) -> bool:
-    """Whether the int32 offsets within a tile reach: they do unless one sample's rows are 2^31
+    """Whether the int32 offsets within a tile reach: they do unless the rows of one are 2^31
     entries apart."""
+    a, b = _as_few_samples(a, b)
     rows, columns = tile_of(b.dtype)[:2]
     spans = (
         rows * a.stride(1) + a.shape[2] * a.stride(2),
@@ -132,6 +132,15 @@ def reaches(a: Tensor, v: Tensor, b: Tensor) -> bool:
         rows * b.stride(1) + columns * b.stride(2),
     )
     return max(spans) <= LARGEST_OFFSET
+
+
+def _as_few_samples(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as one long sample where their rows lie evenly: blocks of rows then need not end with
+    a sample."""
+    if not (_rows_are_even(a) and _rows_are_even(b)):
+        return a, b
+    one = [t.as_strided((1, t.shape[0] * t.shape[1], t.shape[2]), _even(t)) for t in (a, b)]
+    return one[0], one[1]
 
 
 def _rows_are_even(t: Tensor) -> bool:

@@ -17,14 +17,22 @@ LOADS = 4
 
 @triton.jit
 def sample_dot_kernel(
-    x_ptr, y_ptr, partial_ptr, size, BLOCK: tl.constexpr, LOADS: tl.constexpr, ACC: tl.constexpr
+    x_ptr,
+    y_ptr,
+    partial_ptr,
+    size,
+    chunks,
+    BLOCK: tl.constexpr,
+    LOADS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """partial [chunks, B]: sum of x y over BLOCK LOADS entries of a sample.
+    """partial [B, chunks]: sum of x y over BLOCK LOADS entries of a sample.
 
-    Grid [B, chunks]; moves x and y once.
+    Grid [B chunks]; moves x and y once.
     """
-    sample = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * (BLOCK * LOADS)
+    pid = tl.program_id(0).to(tl.int64)
+    sample = pid // chunks
+    first = pid % chunks * (BLOCK * LOADS)
     total = tl.zeros([BLOCK], ACC)
     for i in tl.static_range(LOADS):
         offs = first + i * BLOCK + tl.arange(0, BLOCK)
@@ -32,8 +40,7 @@ def sample_dot_kernel(
         x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
         y = tl.load(y_ptr + sample * size + offs, mask=mask, other=0.0)
         total += x.to(ACC) * y.to(ACC)
-    out = partial_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + sample
-    tl.store(out, tl.sum(total, axis=0))
+    tl.store(partial_ptr + pid, tl.sum(total, axis=0))
 
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
@@ -42,14 +49,14 @@ def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     samples, size = len(x), x[0].numel()
     wide = accumulator(torch.promote_types(x.dtype, y.dtype))
     chunks = max(1, triton.cdiv(size, BLOCK * LOADS))
-    partial = torch.empty((chunks, samples), dtype=wide, device=x.device)
+    partial = torch.empty((samples, chunks), dtype=wide, device=x.device)
     launch(
         sample_dot_kernel,
-        (samples, chunks),
-        *(x, y, partial, size),
+        (samples * chunks,),
+        *(x, y, partial, size, chunks),
         BLOCK=BLOCK,
         LOADS=LOADS,
         ACC=TRITON_DTYPE[wide],
         num_warps=8,
     )
-    return partial.sum(0)
+    return partial.sum(1)

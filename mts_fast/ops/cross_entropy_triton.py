@@ -160,6 +160,11 @@ def _dtype_of_losses(logits: Tensor) -> torch.dtype:
     return logits.dtype
 
 
+def _wide(logits: Tensor) -> torch.dtype:
+    """What is accumulated in."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def of_positions(per_sample: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Cotangents of rows [M] from those of samples [B], whose losses are means over positions."""
     if labels.ndim == 1:
@@ -216,8 +221,11 @@ class _Weighted(torch.autograd.Function):
         ignore_index: int,
         statistics: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # the gradient of L, where one will be asked for, is made in the only read of the logits
-        cotangent = of_positions(p, labels, ignore_index) if ctx.needs_input_grad[0] else None
+        # the gradient of L, where one will be asked for, is made in the only read of the logits;
+        # not in float16, where p times slope would underflow before a loss scale can save it
+        cotangent = None
+        if ctx.needs_input_grad[0] and logits.dtype != torch.float16:
+            cotangent = of_positions(p.to(_wide(logits)), labels, ignore_index)
         rows, maximum, total, table, gradient = torch.ops.mts_fast.cross_entropy_triton(
             logits, labels, class_weight, cotangent, label_smoothing, ignore_index, statistics
         )
@@ -238,9 +246,12 @@ class _Weighted(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits, labels, p, class_weight, maximum, total, losses = ctx.saved_tensors
         to_logits, to_p = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        along = None if grad_loss is None else grad_loss * p  # cotangent of the losses [B]
+        wide = _wide(logits)
+        along = None  # cotangent of the losses [B]
+        if grad_loss is not None:
+            along = grad_loss.to(wide) * p.to(wide)
         if grad_losses is not None:
-            along = grad_losses if along is None else along + grad_losses
+            along = grad_losses.to(wide) if along is None else along + grad_losses
         d_logits = d_p = None
         if torch.is_grad_enabled():  # create_graph
             losses = _again(ctx, logits, labels, class_weight)

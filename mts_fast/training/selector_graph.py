@@ -14,13 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mts_fast._check import fail
+from mts_fast._check import describe, fail
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.scoring import EagerTeacher, Lesson, Scorer
 
 OP = "MTSStep"
 # real steps that set up what a recording must find there: optimizer state, library workspaces
 EAGER_CALLS = 3
+# of devices whose autocast a recording has taken in
+KINDS = ("cpu", "cuda")
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -44,40 +46,38 @@ class CudaRecorder:
     """torch.cuda.graph, after runs on a stream beside the current one, as torch asks for."""
 
     def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-        name = type(optimizer).__name__
-        if any(group.get("capturable") is False for group in optimizer.param_groups):
-            hint = f"make it with {name}(..., capturable=True)"
-            expected, got = "capturable with cuda_graph", f"{name}(capturable=False)"
-            fail(ValueError, OP, "selector_optimizer", expected, got, hint)
+        _check_capturable(optimizer)
         elsewhere = sorted({p.device.type for p in scorer.selector.parameters()} - {"cuda"})
         if elsewhere:
             hint = "leave it out, or move the selector to the GPU before its optimizer is made"
             got = f"a selector on {', '.join(elsewhere)}"
             fail(RuntimeError, OP, "cuda_graph", "given with the selector on a GPU", got, hint)
-        weight = scorer.class_weight
-        if weight is not None and not weight.is_cuda:
-            hint = "move it with .cuda()"
-            fail(ValueError, OP, "class_weight", "on the GPU with cuda_graph", weight.device, hint)
 
     def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            found = function(*inputs)
-        current.wait_stream(beside)
-        for tensor in found:
-            tensor.record_stream(current)
+        with torch.cuda.device(inputs[0].device):
+            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                found = function(*inputs)
+            current.wait_stream(beside)
+            for tensor in found:
+                tensor.record_stream(current)
         return found
 
     def record(
         self, function: Function, inputs: Sequence[Tensor]
     ) -> Callable[[], tuple[Tensor, ...]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = function(*inputs)
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            # a stream of this device, and other threads (a loader that pins memory) left alone
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                found = function(*inputs)
 
         def replay() -> tuple[Tensor, ...]:
-            graph.replay()
+            with torch.cuda.device(device):
+                graph.replay()
             return found
 
         return replay
@@ -119,8 +119,8 @@ class SelectorGraph:
     """Rows 1 and 2 (`score`) and rows 7 and 8 (`teach`) by replay.
 
     Raises:
-        RuntimeError, ValueError: a selector that is not on a GPU or draws random numbers, an
-            optimizer that cannot be captured, a learning rate that a scheduler would change in
+        RuntimeError, ValueError: a selector that is not on a GPU, or has dropout or BatchNorm; an
+            optimizer that cannot be captured; a learning rate that a scheduler would change in
             vain.
     """
 
@@ -151,14 +151,16 @@ class SelectorGraph:
         self._teach(*self._scorer.arguments(lesson.batch, lesson.features), lesson.dots)
 
     def _score_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
-        return self._eager.score(_batch(classes, flags), h, learns=False)
+        with _autocast_without_cache(h.device.type):
+            return self._eager.score(_batch(classes, flags), h, learns=False)
 
     def _teach_tensors(
         self, h: Tensor, classes: Tensor, flags: Tensor, dots: Tensor
     ) -> tuple[Tensor, ...]:
         batch = _batch(classes, flags)
-        z, p = self._eager.score(batch, h, learns=True)
-        self._eager.teach(Lesson(batch, h, z, p, dots))
+        with _autocast_without_cache(h.device.type):
+            z, p = self._eager.score(batch, h, learns=True)
+            self._eager.teach(Lesson(batch, h, z, p, dots))
         return ()
 
     def _state(self) -> object:
@@ -174,7 +176,33 @@ class SelectorGraph:
         ]
         weight = self._scorer.class_weight
         held.append(0 if weight is None else weight.data_ptr())
-        return held, numbers, self._scorer.selector.training
+        casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in KINDS]
+        return held, numbers, casts, self._scorer.selector.training
+
+
+def _autocast_without_cache(kind: str) -> torch.autocast:
+    """Autocast as it is, but weights are cast whenever they are used: a cached cast would be of the
+    weights before the lesson, and a recording would go on reading it when it is long gone."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Others count steps or read values on the host, which a recording would freeze."""
+    name = type(optimizer).__name__
+    groups = optimizer.param_groups
+    if all(group.get("capturable") is True for group in groups):
+        return
+    argument, expected = "selector_optimizer", "capturable with cuda_graph"
+    if any("capturable" in group for group in groups):
+        hint = f"make it with {name}(..., capturable=True)"
+        fail(ValueError, OP, argument, expected, f"{name}(capturable=False)", hint)
+    if not isinstance(optimizer, torch.optim.SGD):
+        hint = "take SGD, or one of torch's with capturable=True"
+        fail(ValueError, OP, argument, expected, name, hint)
+    if any(isinstance(g["lr"], Tensor) and not g["fused"] for g in groups):
+        hint = "make it with SGD(..., fused=True): the others read lr on the host"
+        fail(ValueError, OP, argument, expected, "SGD with lr as a tensor", hint)
 
 
 def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
@@ -183,12 +211,23 @@ def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
 
 
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
-    layers = scorer.selector.named_modules()
-    random = [name for name, m in layers if isinstance(m, nn.modules.dropout._DropoutNd)]
-    if random:
-        hint = "its draws would not be those of the step without graphs"
-        fail(ValueError, OP, "selector", "free of dropout with cuda_graph", random, hint)
-    if scheduled and not all(isinstance(g["lr"], Tensor) for g in optimizer.param_groups):
-        hint = f"make it with {type(optimizer).__name__}(..., lr=torch.tensor(1e-3, device='cuda'))"
-        expected = "given lr as a tensor where cuda_graph meets selector_scheduler"
-        fail(ValueError, OP, "selector_optimizer", expected, "a number", hint)
+    found = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
+    if found:
+        hint = "a lesson runs the selector once more"
+        expected = "free of dropout and BatchNorm with cuda_graph"
+        fail(ValueError, OP, "selector", expected, found, hint)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    wanted = next(scorer.selector.parameters()).device
+    if scheduled and not all(isinstance(lr, Tensor) and lr.device == wanted for lr in rates):
+        name = type(optimizer).__name__
+        hint = f"make it with {name}(..., lr=torch.tensor(1e-3, device={str(wanted)!r}))"
+        expected = f"given lr as a tensor on {wanted} where cuda_graph meets selector_scheduler"
+        fail(ValueError, OP, "selector_optimizer", expected, describe(rates[0]), hint)
+
+
+def _differs_when_run_again(module: nn.Module) -> bool:
+    """Draws random numbers, or moves statistics. What a module does in plain functions is not
+    seen."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    share = getattr(module, "dropout", 0)  # of recurrent layers and attention
+    return isinstance(module, kinds) or (isinstance(share, int | float) and share > 0)

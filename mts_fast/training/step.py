@@ -71,9 +71,9 @@ class MTSStep:
             clipped.
         track_gsnr: estimate the GSNR of the selector's gradient in every selector step.
         cuda_graph: replay the selector's part of the step (rows 1, 2, 7 and 8), dozens of tiny
-            launches, as CUDA graphs, one for each batch size, from the fourth call on. Needs the
-            selector on a GPU, without dropout, and an optimizer made with capturable=True (and lr
-            as a tensor where it has a scheduler). Has not run on a GPU yet.
+            launches, as CUDA graphs, recorded after a few calls of each batch size. Needs the
+            selector on a GPU, without dropout and BatchNorm, and an optimizer made with
+            capturable=True, or SGD (lr as a tensor, and SGD fused, where there is a scheduler).
         check: "auto" looks at values (finite, in range) where tensors are on the CPU; "always"
             also on a GPU, which waits for it; "never".
 
@@ -151,7 +151,8 @@ class MTSStep:
         self.track_gsnr = track_gsnr
         self.check = check
         self.steps = 0
-        self._scorer = Scorer(selector, class_weight)
+        self._scorer = Scorer(selector, None)
+        self.class_weight = class_weight
         self._teacher: Teacher = EagerTeacher(self._scorer, selector_optimizer)
         if cuda_graph:
             scheduled = selector_scheduler is not None
@@ -248,6 +249,8 @@ class MTSStep:
 
     @class_weight.setter
     def class_weight(self, value: Tensor | None) -> None:
+        for parameter in self.selector.parameters():
+            value = value if value is None else value.to(parameter.device)
         self._scorer.class_weight = value
 
     def _rows(

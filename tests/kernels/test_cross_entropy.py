@@ -271,6 +271,59 @@ def test_forward_mode_and_vmap_take_plain_pytorch(device):
         assert relative(tangent, (slope * v).sum()) < 1e-12 and tangent != 0
 
 
+# p [B] in another dtype than that of the logits
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.float64])
+def test_cotangents_keep_the_digits_of_the_losses(logits_dtype, dtype, device):
+    logits, labels = batch(device, logits_dtype, (3, 7), 10)
+    p = torch.tensor([0.3, 0.5, 0.2], device=device, dtype=dtype)  # over 7 positions: 0.3/7
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    weighted_cross_entropy(x, labels, p)[0].backward()
+    loss, losses = weighted_cross_entropy(x, labels, p)
+    both = torch.autograd.grad(0.7 * loss + losses.sum(), x)[0]
+    truth, losses = reference.weighted_cross_entropy(y, labels, p.double())
+    expected = torch.autograd.grad(truth, y, retain_graph=True)[0]
+    allowed = 8 * torch.finfo(logits_dtype).eps  # observed 1.2
+    assert relative(x.grad, expected) < allowed
+    assert relative(both, torch.autograd.grad(0.7 * truth + losses.sum(), y)[0]) < allowed
+
+
+def test_a_loss_scale_saves_float16_gradients(device):
+    """p times slope is below float16's range; times the scale, as GradScaler has it, it is not."""
+    logits, labels = batch(device, torch.float16, (1024,), 10)
+    p, scale = torch.full((1024,), 2.0**-14, device=device), 2.0**16
+    gradients = []
+    for function in (weighted_cross_entropy, reference.weighted_cross_entropy):
+        x = logits.clone().requires_grad_()
+        (scale * function(x, labels, p)[0]).backward()
+        gradients.append(x.grad)
+    truth = logits.double().softmax(-1) - F.one_hot(labels.clamp(min=0), 10)
+    truth = (4 * truth).masked_fill((labels == IGNORED)[:, None], 0)
+    mine, rival = (((g.double() - truth).abs() / truth.abs())[truth != 0] for g in gradients)
+    assert mine.median() <= 2 * rival.median() < 4e-3  # observed 3e-4 and 6e-4
+    assert ((gradients[0] == 0) & (truth.abs() > 1e-6)).sum() == 0
+
+
+@pytest.mark.skipif(not interpreted(), reason="takes memory that is not touched on a CPU alone")
+def test_samples_further_apart_than_int32_counts(device):
+    """As of [2, 8192, 262144] logits: the second sample begins at entry 2^31."""
+    apart = 2**31
+    memory = torch.empty(apart + 64, dtype=torch.float16)  # 4 GiB of which two pages are touched
+    logits = memory.as_strided((2, 1, 64), (apart, 64, 1))
+    rows = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+    logits.copy_(rows)
+    labels, p = torch.tensor([[3], [5]]), torch.ones(2)
+    assert torch.equal(cross_entropy(logits, labels), cross_entropy(rows, labels))
+    x = logits.requires_grad_()
+    found = torch.autograd.grad(cross_entropy(x, labels).sum(), x)[0]
+    y = rows.requires_grad_()
+    assert torch.equal(found, torch.autograd.grad(cross_entropy(y, labels).sum(), y)[0])
+    assert torch.equal(
+        weighted_cross_entropy(logits.detach().bfloat16(), labels, p)[1],
+        weighted_cross_entropy(rows.detach().bfloat16(), labels, p)[1],
+    )
+
+
 def test_the_logits_are_read_once(device):
     logits, labels = batch(device, torch.float32, (4,), 10)
     with recorded_launches() as launches:

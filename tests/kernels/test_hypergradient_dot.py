@@ -124,6 +124,21 @@ def test_offsets_that_do_not_reach(device, monkeypatch):
     assert [t.is_contiguous() for t in seen] == [False, True]
 
 
+def test_rows_of_one_position_each():
+    """h[:, -1] of long sequences: what lies far apart are the samples."""
+    from mts_fast.kernels.hypergradient_dot import reaches
+
+    far = 2**26  # 32 rows of a float32 tile are within int32, 64 are not
+    row = lambda n, width, stride: torch.empty_strided(  # noqa: E731
+        (n, 1, width), (stride, 1, 1), device="meta"
+    )
+    v = torch.zeros(5, 4)
+    near, wide = row(64, 4, 1000), row(64, 4, far)
+    assert reaches(near, v, row(64, 5, 1000))
+    assert not reaches(wide, v, row(64, 5, 1000))
+    assert not reaches(near, v, row(64, 5, far))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 # one entry; one chunk, not filled; several chunks
 @pytest.mark.parametrize("size", [1, 300, 20_000])

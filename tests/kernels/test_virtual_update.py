@@ -142,8 +142,15 @@ def test_one_pass_equals_two(name, lr, device):
     together = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
     alone = virtual_update(optimizer, gradients)
     assert alone.direction is None
-    assert_bitwise(together.parameters, alone.parameters)
-    assert_bitwise(together.direction, alone.scale(v, lr))
+    pairs = [
+        *zip(together.parameters, alone.parameters, strict=True),
+        *zip(together.direction, alone.scale(v, lr), strict=True),
+    ]
+    if interpreted():
+        assert_bitwise([mine for mine, _ in pairs], [other for _, other in pairs])
+    else:  # two compilations may fuse other multiplications and additions
+        for mine, other in pairs:
+            assert relative(mine, other) <= 4 * torch.finfo(mine.dtype).eps
     again = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
     assert_bitwise([again.parameters, again.direction], [together.parameters, together.direction])
 

@@ -80,12 +80,13 @@ def test_triton_says_why_it_cannot_run(fresh_triton, monkeypatch):
         (lambda _: object(), "3.1.0", "triton 3.1.0 is older than 3.6; upgrade triton"),
     ],
 )
-def test_triton_missing_or_old(find_spec, version, reason, fresh_triton, monkeypatch):
+def test_triton_missing_or_old(find_spec, version, reason, fresh_triton, monkeypatch, device):
     monkeypatch.setattr("importlib.util.find_spec", find_spec)
     monkeypatch.setattr("importlib.metadata.version", lambda _: version)
     assert triton_reasons() == (reason,)
     monkeypatch.setenv("MTS_FAST_BACKEND", "triton")
-    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    logits = torch.zeros(2, 3, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match=f"cross_entropy: backend 'triton' cannot.*{reason}"):
         cross_entropy(logits, labels)
 

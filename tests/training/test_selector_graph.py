@@ -139,14 +139,16 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_steps_are_those_without_graphs(name, device, recorder):
+def test_steps_are_those_without_graphs(name, autocast, device, recorder):
     options = {
         k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[name].items()
     }
     steps = [make_step(device, graph=graph, **options) for graph in (True, False)]
     for arguments in batches(device, 9):
-        mine, plain = (step(**arguments) for step in steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            mine, plain = (step(**arguments) for step in steps)
         for field in ("losses", "loss", "logits", "weights", "normalized_weights", "dots", "gsnr"):
             a, b = getattr(mine, field), getattr(plain, field)
             assert (a is None) == (b is None), field
@@ -203,10 +205,22 @@ def test_refused_off_the_gpu():
         make_step(torch.device("cpu"), graph=True, adam=False)
 
 
-def test_refused_optimizers_that_cannot_be_captured():
-    message = r"selector_optimizer must be capturable .* AdamW\(capturable=False\); make it with"
-    with pytest.raises(ValueError, match=f"MTSStep: {message}"):
-        make_step(torch.device("cpu"), graph=True)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.AdamW, r"AdamW\(capturable=False\); make it with AdamW\(..., capturable=True"),
+        (torch.optim.Adagrad, "Adagrad; take SGD, or one of torch's with capturable=True"),
+        (
+            lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)),
+            r"SGD with lr as a tensor; make it with SGD\(..., fused=True\)",
+        ),
+    ],
+)
+def test_refused_optimizers_that_cannot_be_captured(make, message):
+    selector = mts_fast.Selector(4, CLASSES)
+    expected = f"MTSStep: selector_optimizer must be capturable with cuda_graph, got {message}"
+    with pytest.raises(ValueError, match=expected):
+        build(torch.device("cpu"), selector, make(selector.parameters()))
 
 
 def test_refused_learning_rates_that_a_scheduler_would_change_in_vain(device, recorder):
@@ -218,11 +232,22 @@ def test_refused_learning_rates_that_a_scheduler_would_change_in_vain(device, re
         build(device, selector, optimizer, selector_scheduler=schedule)
 
 
-def test_refused_dropout(device, recorder):
-    random = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1)).to(device)
-    optimizer = torch.optim.SGD(random.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"selector must be free of dropout .*\['1'\]"):
-        build(device, random, optimizer)
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.BatchNorm1d(4), nn.MultiheadAttention(4, 2, dropout=0.1)]
+)
+def test_refused_layers_that_a_second_forward_changes(layer, device, recorder):
+    selector = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 1)).to(device)
+    optimizer = torch.optim.SGD(selector.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"selector must be free of dropout and .*\['1'\]"):
+        build(device, selector, optimizer)
+
+
+def test_class_weights_follow_the_selector(device, recorder):
+    """Also those that are set between steps: a recording cannot copy from the host."""
+    step = make_step(device, graph=True, class_weight=torch.ones(CLASSES))
+    assert step.class_weight.device.type == device.type
+    step.class_weight = torch.zeros(CLASSES)
+    assert step.class_weight.device.type == device.type
 
 
 def build(device, selector, optimizer, **options):
