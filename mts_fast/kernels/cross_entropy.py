@@ -11,16 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._triton import launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator, reciprocal
 from mts_fast.kernels.row_softmax import (
-    TRITON_DTYPE,
     absorb,
-    accumulator,
     class_weights,
     finite_maximum,
     load_class_weight,
     load_labels,
     logit_gradient,
-    reciprocal,
     row_offsets,
     shares,
 )

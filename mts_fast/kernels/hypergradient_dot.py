@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._triton import launch
+from mts_fast.kernels.arithmetic import accumulator
 from mts_fast.kernels.product import product_options, product_tile, tile_of
-from mts_fast.kernels.row_softmax import accumulator
 
 # row blocks that share their columns of v while these are in the L2 cache
 GROUP = 8

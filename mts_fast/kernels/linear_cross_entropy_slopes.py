@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._triton import launch
+from mts_fast.kernels.arithmetic import reciprocal
 from mts_fast.kernels.logits_tile import Problem, logits_tile, new, product_tile, splits_of
 from mts_fast.kernels.row_softmax import (
     class_weights,
     load_class_weight,
     load_labels,
     logit_gradient,
-    reciprocal,
     shares,
 )
 

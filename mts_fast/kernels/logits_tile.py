@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mts_fast.kernels.arithmetic import accumulator
 from mts_fast.kernels.product import product_options, product_tile, tile_of
-from mts_fast.kernels.row_softmax import accumulator
 
 # programs that keep a large GPU busy: about four for each of 132 multiprocessors
 ENOUGH_PROGRAMS = 512

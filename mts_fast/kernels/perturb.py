@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._triton import launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
 from mts_fast.kernels.pointer_table import (
     BLOCK,
     BLOCKS,
@@ -24,7 +25,6 @@ from mts_fast.kernels.pointer_table import (
     pointer,
     pointer_table,
 )
-from mts_fast.kernels.row_softmax import TRITON_DTYPE, accumulator
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mts_fast._triton import interpreted
-from mts_fast.kernels.row_softmax import TRITON_DTYPE, accumulator
+from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
 
 
 class ProductTile(NamedTuple):

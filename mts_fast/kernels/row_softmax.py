@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-TRITON_DTYPE = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float32, and float64 of float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def class_weights(
@@ -51,13 +38,6 @@ def absorb(x, m, s):
     shifted = x - base[:, None]
     e = tl.exp(shifted)
     return m_new, s * decay + tl.sum(e, axis=1), shifted, e, decay, drop
-
-
-@triton.jit
-def reciprocal(s, ACC: tl.constexpr):
-    """1 / s, rounded once: triton's own float32 division is two places off."""
-    one = tl.full(s.shape, 1.0, ACC)
-    return tl.div_rn(one, s) if tl.float32 == ACC else one / s
 
 
 @triton.jit

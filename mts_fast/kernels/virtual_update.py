@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from mts_fast._triton import launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
 from mts_fast.kernels.pointer_table import (
     BLOCK,
     BLOCKS,
@@ -19,7 +20,6 @@ from mts_fast.kernels.pointer_table import (
     places,
     pointer_table,
 )
-from mts_fast.kernels.row_softmax import TRITON_DTYPE, accumulator
 from mts_fast.kernels.virtual_update_rules import adam_kernel, sgd_kernel
 from mts_fast.reference.virtual_update import AdamState, SGDState, State
 

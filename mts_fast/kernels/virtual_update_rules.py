@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mts_fast.kernels.arithmetic import divide
 from mts_fast.kernels.pointer_table import address, block, place, pointer, where_present
 
 
@@ -163,13 +164,13 @@ def adam_block(
     root = exact_sqrt(root_square * old_square + root_fresh * g * g)
     below = root + eps
     if UPDATE:
-        updated = shrink * p - (step_mean * old_mean + step_fresh * g) / below
+        updated = shrink * p - divide(step_mean * old_mean + step_fresh * g, below, ACC)
         tl.store(updated_ptr + offs, updated.to(updated_ptr.dtype.element_ty), mask=mask)
     if DIRECTION:
         v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
         zero = root == 0
         old = slope_square * old_square - slope_mean * old_mean * g
-        slope = (slope_eps + old / tl.where(zero, 1.0, root)) / (below * below)
+        slope = (slope_eps + divide(old, tl.where(zero, 1.0, root), ACC)) / (below * below)
         kappa = kappa_lr * tl.where(zero, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
 
