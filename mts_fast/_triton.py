@@ -26,6 +26,14 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 OLDEST_CAPABILITY = (8, 0)
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What kernels sum up in: float32, and float64 of float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def interpreted() -> bool:
     """Whether this process runs kernels in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -61,9 +69,12 @@ def _too_old(device: torch.device) -> str:
 
 
 def reasons_against_triton(
-    tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...], *, floating: str = "tensors"
+    tensors: Sequence[Tensor], *, floating: str = "tensors", backward: bool = True
 ) -> list[str]:
-    """Why kernels for `dtypes` cannot serve these tensors; empty where they can."""
+    """Why kernels cannot serve these tensors; empty where they can.
+
+    `floating` names those of a floating dtype, `backward` says whether gradients may be asked for.
+    """
     reasons = list(triton_reasons())
     devices = {t.device for t in tensors}
     if len(devices) > 1:
@@ -71,10 +82,12 @@ def reasons_against_triton(
     if not reasons:
         reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
     found = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
-    other = sorted(str(d).removeprefix("torch.") for d in found - set(dtypes))
+    other = sorted(str(d).removeprefix("torch.") for d in found - set(DTYPES))
     if other:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         reasons.append(f"its kernel takes {floating} of {names}, not {', '.join(other)}")
+    if not backward and any(t.requires_grad for t in tensors):
+        reasons.append("its kernel has no backward")
     return reasons
 
 

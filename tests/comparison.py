@@ -12,6 +12,13 @@ def relative(found, expected):
     return ((found.double() - expected.double()).abs().max() / scale).item()
 
 
+def errors(found, rival, truth, dtype):
+    """Largest error over the plain one's, with half a place of the largest entry as a floor."""
+    floor = torch.finfo(dtype).eps / 2 * truth.abs().max().clamp(min=1e-30)
+    gap = (found.double() - truth).abs().max()
+    return (gap / ((rival.double() - truth).abs().max() + floor)).item()
+
+
 def generators(device):
     """States of the generators that a forward on this device may draw from."""
     states = {"cpu": torch.get_rng_state()}

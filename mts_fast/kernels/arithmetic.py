@@ -1,4 +1,4 @@
-"""Dtypes of sums, and division rounded once."""
+"""triton's names of dtypes, and division rounded once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ TRITON_DTYPE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float32, and float64 of float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast._triton import launch
-from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator, reciprocal
+from mts_fast._triton import accumulator, launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE, reciprocal
 from mts_fast.kernels.row_softmax import (
     absorb,
     class_weights,

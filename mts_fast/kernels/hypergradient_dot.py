@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast._triton import launch
-from mts_fast.kernels.arithmetic import accumulator
+from mts_fast._triton import accumulator, launch
 from mts_fast.kernels.product import product_options, product_tile, tile_of
 
 # row blocks that share their columns of v while these are in the L2 cache

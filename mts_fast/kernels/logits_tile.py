@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast.kernels.arithmetic import accumulator
+from mts_fast._triton import accumulator
 from mts_fast.kernels.product import product_options, product_tile, tile_of
 
 # programs that keep a large GPU busy: about four for each of 132 multiprocessors

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mts_fast._triton import interpreted
-from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
+from mts_fast._triton import accumulator, interpreted
+from mts_fast.kernels.arithmetic import TRITON_DTYPE
 
 
 class ProductTile(NamedTuple):

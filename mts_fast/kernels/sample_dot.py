@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast._triton import launch
-from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
+from mts_fast._triton import accumulator, launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE
 
 # entries of one load, and loads of one program
 BLOCK = 2048

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mts_fast._triton import launch
-from mts_fast.kernels.arithmetic import TRITON_DTYPE, accumulator
+from mts_fast._triton import accumulator, launch
+from mts_fast.kernels.arithmetic import TRITON_DTYPE
 from mts_fast.kernels.pointer_table import (
     BLOCK,
     BLOCKS,

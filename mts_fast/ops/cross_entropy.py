@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -20,7 +19,7 @@ from mts_fast._check import (
 )
 from mts_fast._triton import kernel_devices
 from mts_fast.ops import cross_entropy_cpp, cross_entropy_triton
-from mts_fast.ops.registry import register, resolve, triton_in_force, unmeasured
+from mts_fast.ops.registry import register, resolve, unmeasured
 from mts_fast.reference import SampleStatistics
 
 register("cross_entropy", "reference", reference.cross_entropy)
@@ -55,7 +54,7 @@ def cross_entropy(
 ) -> Tensor:
     """Per-sample cross-entropy l_i [B]; arguments and errors as `weighted_cross_entropy`."""
     _check("cross_entropy", logits, labels, class_weight, label_smoothing, ignore_index)
-    return _resolve("cross_entropy", logits)(
+    return resolve("cross_entropy", [logits])(
         logits,
         labels.long(),
         class_weight=class_weight,
@@ -68,7 +67,7 @@ def _composed(
     logits: Tensor, labels: Tensor, p: Tensor, *, statistics: bool, **options: Any
 ) -> tuple[Tensor, Tensor, SampleStatistics | None]:
     """By whichever cross_entropy serves: what a fused one has to equal."""
-    losses = _resolve("cross_entropy", logits)(logits, labels, **options)
+    losses = resolve("cross_entropy", [logits])(logits, labels, **options)
     found = None
     if statistics:
         found = reference.sample_statistics(logits, labels, ignore_index=options["ignore_index"])
@@ -161,7 +160,7 @@ def weighted_cross_entropy(
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(logits))
     check_device(op, "p", p, logits.device, "logits")
-    loss, losses, found = _resolve(op, logits)(
+    loss, losses, found = resolve(op, [logits])(
         logits,
         labels.long(),
         p,
@@ -171,17 +170,6 @@ def weighted_cross_entropy(
         statistics=statistics,
     )
     return (loss, losses) if found is None else (loss, losses, found)
-
-
-def _resolve(op: str, logits: Tensor) -> Callable[..., Any]:
-    """What serves the op. torch.compile fuses for itself and gets plain PyTorch, unless Triton was
-    named: its kernels stay whole in the compiled graph."""
-    if not torch.compiler.is_compiling():
-        return resolve(op, [logits])
-    triton = triton_in_force() and logits.device.type in kernel_devices()
-    if op == "cross_entropy":
-        return cross_entropy_triton.cross_entropy if triton else reference.cross_entropy
-    return cross_entropy_triton.weighted_cross_entropy if triton else _composed
 
 
 def _check(

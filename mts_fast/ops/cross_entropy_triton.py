@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._triton import reasons_against_triton
+from mts_fast._triton import accumulator, reasons_against_triton
 from mts_fast.ops.transforms import under_transform
 from mts_fast.reference import SampleStatistics
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 torch.library.define(
     "mts_fast::cross_entropy_triton",
@@ -61,7 +59,7 @@ def _fake_forward(
     statistics: bool,
 ) -> tuple[Tensor, ...]:
     rows = labels.numel()
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = accumulator(logits.dtype)
     row = [logits.new_empty(rows, dtype=wide) for _ in range(3)]
     gradient = logits.new_empty(0 if cotangent is None else rows, logits.shape[-1])
     return *row, logits.new_empty(3, rows if statistics else 0, dtype=wide), gradient
@@ -79,7 +77,7 @@ def _fake_scale(values: Tensor, factor: Tensor) -> None:
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernels cannot serve these logits."""
-    return reasons_against_triton(tensors, DTYPES, floating="logits")
+    return reasons_against_triton(tensors, floating="logits")
 
 
 def cross_entropy(
@@ -156,13 +154,8 @@ def _of_samples(rows: Tensor, logits: Tensor, labels: Tensor, ignore_index: int)
 def _dtype_of_losses(logits: Tensor) -> torch.dtype:
     """torch's: that of the logits, and float32 under autocast."""
     if torch.is_autocast_enabled(logits.device.type):
-        return torch.promote_types(logits.dtype, torch.float32)
+        return accumulator(logits.dtype)
     return logits.dtype
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    """What is accumulated in."""
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def of_positions(per_sample: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -225,7 +218,7 @@ class _Weighted(torch.autograd.Function):
         # not in float16, where p times slope would underflow before a loss scale can save it
         cotangent = None
         if ctx.needs_input_grad[0] and logits.dtype != torch.float16:
-            cotangent = of_positions(p.to(_wide(logits)), labels, ignore_index)
+            cotangent = of_positions(p.to(accumulator(logits.dtype)), labels, ignore_index)
         rows, maximum, total, table, gradient = torch.ops.mts_fast.cross_entropy_triton(
             logits, labels, class_weight, cotangent, label_smoothing, ignore_index, statistics
         )
@@ -246,7 +239,7 @@ class _Weighted(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits, labels, p, class_weight, maximum, total, losses = ctx.saved_tensors
         to_logits, to_p = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        wide = _wide(logits)
+        wide = accumulator(logits.dtype)
         along = None  # cotangent of the losses [B]
         if grad_loss is not None:
             along = grad_loss.to(wide) * p.to(wide)

@@ -16,7 +16,6 @@ from mts_fast.ops.memory_layout import lies_like
 from mts_fast.ops.registry import register, resolve, unmeasured
 
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 torch.library.define(
     "mts_fast::hypergradient_dot", "(Tensor a, Tensor v, Tensor b, Tensor? bias) -> Tensor"
 )
@@ -48,7 +47,7 @@ def _fake(a: Tensor, *rest: Any) -> Tensor:
 
 
 def _reasons(tensors: Sequence[Tensor]) -> list[str]:
-    return reasons_against_triton(tensors, DTYPES)
+    return reasons_against_triton(tensors)
 
 
 def _sample_dot_by_triton(x: Tensor, y: Tensor) -> Tensor:

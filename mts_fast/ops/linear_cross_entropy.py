@@ -11,7 +11,7 @@ from mts_fast._check import check_device, check_floating, check_length, check_no
 from mts_fast._triton import kernel_devices
 from mts_fast.ops import linear_cross_entropy_triton
 from mts_fast.ops.cross_entropy import Targets
-from mts_fast.ops.registry import register, resolve, triton_in_force, unmeasured
+from mts_fast.ops.registry import register, resolve, unmeasured
 
 OP, TANGENT = "linear_cross_entropy", "linear_cross_entropy_tangent"
 for _op in (OP, TANGENT):
@@ -88,13 +88,7 @@ def linear_cross_entropy(
     _check(OP, hidden, weight, bias)
     targets = Targets(labels, class_weight, label_smoothing, ignore_index)
     targets.check(OP, hidden, "hidden", len(weight))
-    if torch.compiler.is_compiling():
-        triton = triton_in_force() and hidden.device.type in kernel_devices()
-        run = linear_cross_entropy_triton if triton else reference
-        function = run.linear_cross_entropy
-    else:
-        function = resolve(OP, [hidden, weight])
-    return function(
+    return resolve(OP, [hidden, weight])(
         *(hidden, weight, labels.long(), bias),
         class_weight=class_weight,
         label_smoothing=label_smoothing,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._triton import reasons_against_triton
+from mts_fast._triton import accumulator, reasons_against_triton
 from mts_fast.ops.transforms import under_transform
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? class_weight,"
     " float label_smoothing, int ignore_index"
@@ -60,7 +59,7 @@ def _tangent(*arguments: Any) -> Tensor:
 
 @torch.library.register_fake("mts_fast::linear_cross_entropy_triton")
 def _fake_forward(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return tuple(hidden.new_empty(len(hidden), dtype=_wide(hidden)) for _ in range(3))
+    return tuple(hidden.new_empty(len(hidden), dtype=accumulator(hidden.dtype)) for _ in range(3))
 
 
 @torch.library.register_fake("mts_fast::linear_cross_entropy_backward_triton")
@@ -69,22 +68,18 @@ def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, 
     return (
         hidden.new_empty(len(hidden) if needed[0] else 0, width),
         weight.new_empty(classes if needed[1] else 0, width),
-        hidden.new_empty(classes if needed[2] else 0, dtype=_wide(hidden)),
+        hidden.new_empty(classes if needed[2] else 0, dtype=accumulator(hidden.dtype)),
     )
 
 
 @torch.library.register_fake("mts_fast::linear_cross_entropy_tangent_triton")
 def _fake_tangent(hidden: Tensor, *_: object) -> Tensor:
-    return hidden.new_empty(len(hidden), dtype=_wide(hidden))
-
-
-def _wide(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(len(hidden), dtype=accumulator(hidden.dtype))
 
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernels cannot serve these hidden states and this weight."""
-    return reasons_against_triton(tensors, DTYPES, floating="hidden and weight")
+    return reasons_against_triton(tensors, floating="hidden and weight")
 
 
 def linear_cross_entropy(

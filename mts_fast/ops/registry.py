@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mts_fast._check import check_choice
@@ -126,8 +127,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def triton_in_force() -> bool:
-    """Whether Triton was named as the backend, and can run. For code under torch.compile, which
-    cannot look into `resolve`: it is asked once, when the code is traced."""
+    """Whether Triton was named as the backend, and can run. torch.compile cannot look into this; it
+    is asked once, when the code is traced."""
     return current_backend() == "triton" and not triton_reasons()
 
 
@@ -136,8 +137,17 @@ triton_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """The function that serves `op` on these tensors under the backend in force."""
+    """The function that serves `op` on these tensors under the backend in force.
+
+    torch.compile fuses for itself and gets the reference, unless Triton was named: its kernels stay
+    whole in the compiled graph.
+    """
     available = _implementations[op]
+    if torch.compiler.is_compiling():
+        kernel = available.get("triton")
+        if kernel is None or not kernel.has_kernel(tensors) or not triton_in_force():
+            return available["reference"].function
+        return kernel.function
     backend = current_backend()
     if backend != "auto":
         chosen = available.get(backend, available["reference"])

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._triton import reasons_against_triton
+from mts_fast._triton import DTYPES, reasons_against_triton
 from mts_fast.ops.memory_layout import lies_like
 from mts_fast.reference.virtual_update import AdamState, State
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernels cannot serve these parameters, gradients and directions."""
-    found = reasons_against_triton(tensors, DTYPES)
-    if any(t.requires_grad for t in tensors):
-        found.append("its kernel has no backward")
-    return found
+    return reasons_against_triton(tensors, backward=False)
 
 
 def virtual_update(

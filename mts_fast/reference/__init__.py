@@ -30,7 +30,7 @@ from mts_fast.reference.online_features import online_features, standardize
 from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
-from mts_fast.reference.training_dynamics import error_norm, forgetting, gradient_norm
+from mts_fast.reference.training_dynamics import forgetting, gradient_norm
 from mts_fast.reference.virtual_update import (
     AdamState,
     SGDState,
@@ -54,7 +54,6 @@ __all__ = [
     "class_median",
     "cross_entropy",
     "distribution_features",
-    "error_norm",
     "forgetting",
     "global_norm",
     "gradient_norm",

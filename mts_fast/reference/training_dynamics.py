@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
-
-
-def error_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """EL2N [B]: Euclidean norm of softmax(logits) - one_hot(label)."""
-    return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
 
 
 def gradient_norm(

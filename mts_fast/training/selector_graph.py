@@ -130,9 +130,8 @@ class SelectorGraph:
         optimizer: torch.optim.Optimizer,
         *,
         scheduled: bool,
-        recorder: Recorder | None = None,
     ) -> None:
-        recorder = recorder or CudaRecorder()
+        recorder = CudaRecorder()
         _check(scorer, optimizer, scheduled=scheduled)
         recorder.check(scorer, optimizer)
         self._scorer = scorer

@@ -6,7 +6,7 @@ Without a GPU the kernels run in triton's interpreter.
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_bitwise, relative
+from comparison import assert_bitwise, errors, relative
 
 from mts_fast import reference, use_backend
 from mts_fast._triton import interpreted, recorded_launches
@@ -52,13 +52,6 @@ def given(options, device, dtype, classes):
 
 def wide(options):
     return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-
-
-def errors(found, rival, truth, dtype):
-    """Largest error over the plain one's, with half a place of the largest entry as a floor."""
-    floor = torch.finfo(dtype).eps / 2 * truth.abs().max().clamp(min=1e-30)
-    gap = (found.double() - truth).abs().max()
-    return (gap / ((rival.double() - truth).abs().max() + floor)).item()
 
 
 def losses_and_gradients(function, logits, labels, p, options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import assert_bitwise, relative
+from comparison import assert_bitwise, errors, relative
 from torch import nn
 
 import mts_fast
@@ -57,13 +57,6 @@ def run(function, given, cotangent, options):
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias) if t is not None]
     losses = function(leaves[0], leaves[1], labels, *leaves[2:], **options)
     return losses.detach(), *torch.autograd.grad(losses, leaves, cotangent.to(losses.dtype))
-
-
-def errors(found, rival, truth, dtype):
-    """Largest error over the plain one's, with half a place of the largest entry as a floor."""
-    floor = torch.finfo(dtype).eps / 2 * truth.abs().max()
-    gap = (found.double() - truth).abs().max()
-    return (gap / ((rival.double() - truth).abs().max() + floor)).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
