@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+# what torch computes with on every device; 8-bit floats are storage only
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -36,9 +41,16 @@ def check_tensor(op: str, arg: str, value: object, *, ndim: int | None = None) -
 def check_floating(op: str, arg: str, value: object, *, ndim: int | None = None) -> Tensor:
     """A floating-point tensor."""
     tensor = check_tensor(op, arg, value, ndim=ndim)
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATING_DTYPES:
         fail(TypeError, op, arg, "a floating-point tensor", describe(tensor), "call .float() on it")
+    _check_strided(op, arg, tensor)
     return tensor
+
+
+def _check_strided(op: str, arg: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        got = f"a tensor of layout {value.layout}"
+        fail(TypeError, op, arg, "a dense tensor", got, "call .to_dense() on it")
 
 
 def check_integer(op: str, arg: str, value: object, *, ndim: int | None = None) -> Tensor:
@@ -46,6 +58,7 @@ def check_integer(op: str, arg: str, value: object, *, ndim: int | None = None) 
     tensor = check_tensor(op, arg, value, ndim=ndim)
     if tensor.dtype not in INTEGER_DTYPES:
         fail(TypeError, op, arg, "an integer tensor", describe(tensor), "call .long() on it")
+    _check_strided(op, arg, tensor)
     return tensor
 
 
@@ -79,10 +92,18 @@ def check_not_empty(op: str, arg: str, value: Tensor) -> None:
         fail(ValueError, op, arg, "non-empty", describe(value))
 
 
+def check_readable(op: str, arg: str, value: Tensor) -> None:
+    """Not on the meta device, where there are no values to look at."""
+    if value.is_meta:
+        hint = "load the data, then move it to a real device"
+        fail(ValueError, op, arg, "on a device that holds values", "a tensor on meta", hint)
+
+
 def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str = "") -> None:
     """Integers in [low, high). Reads the tensor: on a GPU this waits for it."""
     if value.numel() == 0:
         return
+    check_readable(op, arg, value)
     least, most = int(value.min()), int(value.max())
     if least < low or most >= high:
         fail(ValueError, op, arg, f"in [{low}, {high})", f"values from {least} to {most}", hint)
@@ -90,6 +111,7 @@ def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str
 
 def check_finite(op: str, arg: str, value: Tensor, hint: str = "", *, first: int = 0) -> None:
     """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
+    check_readable(op, arg, value)
     # a sum with a NaN or infinity in it is never finite; where it overflows, look at every value.
     if torch.isfinite(value.sum()) or torch.isfinite(value).all():
         return
@@ -111,6 +133,68 @@ def check_positive_int(op: str, arg: str, value: object) -> None:
         fail(TypeError, op, arg, "a positive int", describe(value))
     if value < 1:
         fail(ValueError, op, arg, "a positive int", value)
+
+
+def check_int(op: str, arg: str, value: object, *, low: int = 0, hint: str = "") -> int:
+    """An int of `low` or more (bool refused)."""
+    expected = f"an int of {low} or more"
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(TypeError, op, arg, expected, describe(value), hint or "pass a whole number")
+    if value < low:
+        fail(ValueError, op, arg, expected, value, hint or "pass a larger one")
+    return value
+
+
+def check_number(
+    op: str,
+    arg: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    hint: str = "",
+) -> float:
+    """A finite real number within bounds (str, bool, None, tensors, NaN refused)."""
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    named = [f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None]
+    expected = " ".join(["a finite number", " and ".join(named)]).strip()
+    hint = hint or "pass a plain Python number"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(TypeError, op, arg, expected, describe(value), hint)
+    number = float(value)
+    if (
+        not math.isfinite(number)
+        or (above is not None and not number > above)
+        or (at_least is not None and not number >= at_least)
+        or (below is not None and not number < below)
+        or (at_most is not None and not number <= at_most)
+    ):
+        fail(ValueError, op, arg, expected, value, hint)
+    return number
+
+
+def check_bool(op: str, arg: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        fail(TypeError, op, arg, "True or False", describe(value), "pass a bool")
+    return value
+
+
+def check_module(op: str, arg: str, value: object) -> nn.Module:
+    """An nn.Module (an object, not its class)."""
+    if not isinstance(value, nn.Module):
+        hint = "call the class to make one" if isinstance(value, type) else "wrap it in a module"
+        fail(TypeError, op, arg, "a torch.nn.Module", describe(value), hint)
+    return value
+
+
+def check_callable(op: str, arg: str, value: object) -> Callable[..., Any]:
+    """A function or another callable object."""
+    if not callable(value):
+        fail(TypeError, op, arg, "callable", describe(value), "pass the function itself")
+    return value
 
 
 def check_pool(op: str, labels: object, is_synthetic: object, length: int) -> tuple[Tensor, Tensor]:
