@@ -23,11 +23,15 @@ class WeightStatistics:
     max_p: Tensor
     var_p: Tensor  # population variance
     effective_batch_size: Tensor  # 1 / sum p^2, between 1 and B
+    # of a step in which the selector learned: entries of kappa that were rounding noise, set to 0
+    masked_entries: Tensor | None = None
 
     def read(self) -> dict[str, float]:
-        """Plain floats by name; waits for the device once."""
-        values = torch.stack([getattr(self, f.name).double() for f in fields(self)]).tolist()
-        return dict(zip([f.name for f in fields(self)], values, strict=True))
+        """Plain floats by name, without what is None; waits for the device once."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        present = {name: value for name, value in named.items() if value is not None}
+        values = torch.stack([value.double() for value in present.values()]).tolist()
+        return dict(zip(present, values, strict=True))
 
 
 def weight_statistics(weights: Tensor, p: Tensor) -> WeightStatistics:

@@ -25,6 +25,10 @@ class Linearization(ABC):
         self.batch = batch
         self._gradients_left = gradients
 
+    def run(self) -> None:
+        """The forward, where it has not been run yet."""
+        _ = self.losses
+
     @property
     @abstractmethod
     def losses(self) -> Tensor:
@@ -49,7 +53,7 @@ class RetainedGraph(Linearization):
 
     def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
-        self._rng = RngState.capture(engine.parameters)
+        self._rng = RngState.capture(engine.objective.world)
         self._graph: Tensor | None = None
         self._losses: Tensor | None = None
         if gradients:
@@ -115,6 +119,6 @@ class Engine(ABC):
 
     def dots(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """d_i = <direction, grad l_i> [B]; buffers and generators are left as they are."""
-        model = self.objective.model
-        with preserved_rng(model), preserved_buffers(model):
+        world = self.objective.world
+        with preserved_rng(world), preserved_buffers(world):
             return self.linearize(batch, gradients=0).dots(direction)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.refused import Refused
 
 # linear maps of one tensor that move or cast its entries
 VIEWS = {
@@ -37,16 +38,11 @@ ELEMENTWISE = {
 SPREAD = {"expand", "expand_as", "repeat"}
 
 
-class Unsupported(RuntimeError):
+class Unsupported(Refused):
     """The ghost engine cannot serve this forward; `reasons` say why."""
 
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = sorted(set(reasons))
-        hint = "engine='auto' takes one that serves the model"
-        super().__init__(
-            f"MTSStep: engine must be able to serve the model, got 'ghost'; "
-            f"{'; '.join([*self.reasons, hint])}"
-        )
+    def __init__(self, reasons: Sequence[str], *, final: bool = False) -> None:
+        super().__init__("ghost", reasons, final=final)
 
 
 @dataclass
