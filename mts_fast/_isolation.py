@@ -108,8 +108,11 @@ class SavedBuffers:
 
     def __init__(self, world: World) -> None:
         self._names = [(module, dict(module._buffers)) for module in world.modules]
-        tensors = [b for _, names in self._names for b in names.values() if b is not None]
-        self._saved = [(b, b.detach().clone()) for b in tensors if not nn.parameter.is_lazy(b)]
+        tensors = dict.fromkeys(b for _, names in self._names for b in names.values())
+        present = [b for b in tensors if b is not None and not nn.parameter.is_lazy(b)]
+        self._saved = [(b, b.detach().clone()) for b in present]
+        self._counted = tuple(b for b in present if not b.is_inference())
+        self._versions = tuple(b._version for b in self._counted)
 
     def restore(self) -> None:
         """Put names and values back."""
@@ -125,14 +128,8 @@ class SavedBuffers:
                 buffer.data = before.clone()
             else:
                 buffer.data.copy_(before)
-
-    def unmoved(self) -> bool:
-        """Whether every buffer still is the same tensor of the same bytes."""
-        return all(
-            len(module._buffers) == len(names)
-            and all(module._buffers.get(n, 0) is b for n, b in names.items())
-            for module, names in self._names
-        ) and all(torch.equal(b.data, before) for b, before in self._saved)
+        # the bytes are those that a graph recorded before has saved
+        torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)
 
 
 class Restoring:

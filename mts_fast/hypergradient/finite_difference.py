@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from mts_fast._isolation import (
     preserved_rng,
     replaced_parameters,
 )
-from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.buffer_writes import RecordedWrites, ReplayedWrites, Written
+from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import low_precision_autocast
 from mts_fast.ops.perturb import global_norm, perturb
@@ -37,10 +39,15 @@ class FiniteDifference(Engine):
             reasons.append("differences of losses drown in rounding under 16-bit autocast")
         return reasons
 
+    def linearize(
+        self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
+    ) -> Linearization:
+        return DifferenceLinearization(self, batch, gradients)
+
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
-        return self._difference(batch, direction, rng, self._step())
+        return self.difference(batch, direction, rng, self._step(), [])
 
     def error_estimate(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """Estimated error [B] of `dots`: its truncation error is a third of what doubling h adds.
@@ -48,17 +55,23 @@ class FiniteDifference(Engine):
         A ReLU kink between the two steps shows as a large value. Costs four forwards.
         """
         rng = RngState.capture(self.objective.world)
-        fine = self._difference(batch, direction, rng, self._step())
-        coarse = self._difference(batch, direction, rng, 2 * self._step())
+        fine = self.difference(batch, direction, rng, self._step(), [])
+        coarse = self.difference(batch, direction, rng, 2 * self._step(), [])
         return (coarse - fine).abs() / 3
 
     def _step(self) -> float:
         widest = max((p.dtype for p in self.parameters), key=lambda d: torch.finfo(d).bits)
         return STEP_OVER_CUBE_ROOT * torch.finfo(widest).eps ** (1 / 3)
 
-    def _difference(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState, h: float
+    def difference(
+        self,
+        batch: LabelledBatch,
+        direction: Sequence[Tensor],
+        rng: RngState,
+        h: float,
+        writes: Sequence[Written],
     ) -> Tensor:
+        """d [B] by a step of length h, buffers held at what the training forward wrote."""
         # the norm stays a tensor: no host synchronisation. A zero direction gives dots of zero.
         norm = global_norm(direction)
         epsilon = h / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
@@ -72,6 +85,22 @@ class FiniteDifference(Engine):
                 preserved_rng(world, rng),
                 preserved_buffers(world),
                 replaced_parameters(self.parameters, moved),
+                ReplayedWrites(world, writes) if writes else nullcontext(),
             ):
                 at.append(self.objective.losses(batch))
         return (at[0] - at[1]) / (2 * epsilon)
+
+
+class DifferenceLinearization(RetainedGraph):
+    """The kept graph of the forward, and what it wrote into buffers."""
+
+    engine: FiniteDifference
+
+    def __init__(self, engine: FiniteDifference, batch: LabelledBatch, gradients: int) -> None:
+        with RecordedWrites(engine.objective.world) as recorded:
+            super().__init__(engine, batch, gradients)
+        self._writes = recorded.values
+
+    def dots(self, direction: Sequence[Tensor]) -> Tensor:
+        engine = self.engine
+        return engine.difference(self.batch, direction, self._rng, engine._step(), self._writes)

@@ -120,7 +120,8 @@ class Objective:
             hint = "return one loss per sample, for example with reduction='none'"
             if isinstance(losses, Tensor) and losses.ndim > 1 and len(losses) == size:
                 hint = "reduce it, for example with .flatten(1).mean(1)"
-            self._fail(ValueError, "[B], one loss per sample", f"{got} for {size} labels", hint)
+            expected = f"a tensor of shape ({size},), one loss per sample"
+            self._fail(ValueError, expected, got, hint)
         if not losses.is_floating_point():
             hint = "return floating-point losses that depend on the output"
             self._fail(TypeError, "floating-point", describe(losses), hint)

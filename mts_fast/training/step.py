@@ -76,8 +76,8 @@ class MTSStep:
             `result.skipped`. Under float16 autocast without one, the step makes its own.
         atomic: undo the classifier's `optimizer.step()`, too, when it raises or is interrupted,
             from a copy of parameters and optimizer state taken just before it. None copies where
-            that is at most 256 MB; False never: then the error says so if parameters have moved, and
-            further calls are refused until a state is loaded.
+            that is at most 256 MB; False never: then the error says so if parameters have moved,
+            and further calls are refused until a state is loaded.
         track_gsnr: estimate the GSNR of the selector's gradient in every selector step.
         cuda_graph: replay the selector's part of the step (rows 1, 2, 7 and 8), dozens of tiny
             launches, as CUDA graphs, recorded after a few calls of each batch size. Needs the

@@ -287,7 +287,7 @@ def test_errors_name_the_argument(device):
     with pytest.raises(ValueError, match="engine must be one of 'auto', 'ghost'"):
         mts_fast.hypergradient_dots(*arguments, case.named(), engine="magic")
     with pytest.raises(
-        ValueError, match=r"hypergradient_dots: loss\(output, labels\) must be \[B\]"
+        ValueError, match=r"hypergradient_dots: loss\(output, labels\) must be a tensor of shape"
     ):
         mts_fast.hypergradient_dots(
             *arguments, case.named(), loss=torch.nn.functional.cross_entropy
