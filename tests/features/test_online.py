@@ -30,6 +30,20 @@ def test_online_features_equal_a_loop(k, device):
     assert nearest[2].abs().max() == 0 and centroid[2] == 0
 
 
+# squares vanish, or overflow; powers of two, so that the numbers themselves stay the same.
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(torch.float16, 12), (torch.float32, -100), (torch.float32, 120), (torch.float64, -1000)],
+)
+def test_online_features_do_not_depend_on_the_scale(dtype, power, device):
+    x, val = (t.to(dtype) for t in activations(device))
+    x[2] = 0
+    expected = online_features(x, val)
+    factor = torch.tensor(2.0, dtype=torch.float64).pow(power)
+    scaled = [(t.double() * factor).to(dtype) for t in (x, val)]
+    assert_bitwise(online_features(*scaled), expected)
+
+
 X, V = torch.randn(6, 4), torch.randn(5, 4)
 
 
