@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -205,3 +207,33 @@ def check_pool(op: str, labels: object, is_synthetic: object, length: int) -> tu
     if length:
         check_range(op, "labels", classes, 0, int(classes.max()) + 1, "number the classes from 0")
     return classes, flags
+
+
+def check_path(op: str, arg: str, value: object) -> Path:
+    """A str or os.PathLike that names a file."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        fail(TypeError, op, arg, "a path (str or pathlib.Path)", describe(value), "name a file")
+    if not os.fspath(value):
+        fail(ValueError, op, arg, "a path", "an empty one", "name a file")
+    return Path(value)
+
+
+def check_place(op: str, arg: str, value: object) -> torch.device:
+    """A device that this machine has and that holds values, by name or as a torch.device."""
+    expected, hint = "a device of this machine", "pass for example 'cpu', 'cuda' or 'cuda:1'"
+    if not isinstance(value, str | torch.device):
+        fail(TypeError, op, arg, expected, describe(value), hint)
+    try:
+        device = torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(ValueError, op, arg, expected, f"{str(value)!r} ({reason})", hint)
+    check_readable(op, arg, torch.empty(0, device=device))
+    return device
+
+
+def check_mapping(op: str, arg: str, value: object, hint: str) -> Mapping[Any, Any]:
+    """A dict or another mapping."""
+    if not isinstance(value, Mapping):
+        fail(TypeError, op, arg, "a mapping", describe(value), hint)
+    return value

@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from mts_fast.hypergradient.ghost import Ghost, Unsupported
 from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
-from mts_fast.hypergradient.objective import LabelledBatch, Objective
+from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
 
 logger = logging.getLogger("mts_fast")
 
 
 class GradientNorm:
-    """||grad l_i|| [B] by all trainable parameters, l the cross-entropy of the logits.
+    """||grad l_i|| [B] by all trainable parameters; l is `loss`, or the cross-entropy.
 
     By layer inputs and output gradients where the ghost engine serves the model, else one sample
     at a time, which is said once at INFO.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._objective = Objective(model)
+    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+        self._objective = Objective(model, loss)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._ghost: Ghost | None = Ghost(self._objective, self._parameters)
 

@@ -31,6 +31,7 @@ from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
 from mts_fast.reference.training_dynamics import forgetting, gradient_norm
+from mts_fast.reference.unit_rows import unit_rows
 from mts_fast.reference.virtual_update import (
     AdamState,
     SGDState,
@@ -78,6 +79,7 @@ __all__ = [
     "sample_statistics",
     "selector_gradient",
     "standardize",
+    "unit_rows",
     "virtual_update",
     "weighted_cross_entropy",
 ]
