@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mts_fast._check import check_path, fail
 
+# of temporary folders beside what is written
+PREFIX = ".mts_fast-"
+
 
 @contextmanager
 def writing(
@@ -41,8 +44,9 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = regular_target(op, path)
     with writing(op, path):
-        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".mts_fast-")
-    with folder as name:
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=PREFIX)
+    # the lock tells that the writing process lives
+    with folder as name, locked(Path(name)):
         part = Path(name) / target.name
         yield part
         with writing(op, path):
@@ -53,6 +57,28 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
                 usual.touch()
             part.chmod(usual.stat().st_mode)
             os.replace(part, target)
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone has the folder inside the block. It does not where another one has
+    it and `wait` is off, or where the system knows no such locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
 
 
 def regular_target(op: str, path: str | os.PathLike[str]) -> Path:
