@@ -27,7 +27,6 @@ from mts_fast._check import (
 )
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Loss, Objective
-from mts_fast.hypergradient.objective import logits_of
 
 OP = "training_dynamics"
 # positions of a sequence that count nothing, as in torch's cross-entropy
@@ -88,7 +87,8 @@ def training_dynamics(
     if gradient_norm:
         _check_gradients(model, pool)
     scorer = _Scorer(model, loss, pool, gradient_norm)
-    with training_mode(model, False), preserved_buffers(model), preserved_rng(model):
+    world = scorer.objective.world
+    with training_mode(world, False), preserved_buffers(world), preserved_rng(world):
         parts = [scorer(batch) for batch in pool.split(batch_size)]
     columns = {name: torch.cat([part[name] for part in parts])[:, None] for name in parts[0]}
     for name, column in columns.items():
@@ -150,8 +150,8 @@ class _Scorer:
     def __init__(
         self, model: nn.Module, loss: Loss | None, pool: LabelledBatch, gradient_norm: bool
     ) -> None:
-        self.objective = Objective(model, loss)
-        self.norms = GradientNorm(model, loss) if gradient_norm else None
+        self.objective = Objective(model, loss, op=OP)
+        self.norms = GradientNorm(self.objective) if gradient_norm else None
         self.labels = pool.labels
         self.has_error_norm: bool | None = None  # until the first output was seen
 
@@ -177,13 +177,11 @@ class _Scorer:
         """Logits that the labels are classes of; with a loss of the caller's None where they are
         not."""
         try:
-            logits = logits_of(output)
+            logits = self.objective.logits_of(output)
         except TypeError:
             if self.objective.loss is not None:
                 return None
-            expected = "logits, or to have them as .logits or ['logits']"
-            hint = "pass loss= to say what it means"
-            fail(TypeError, OP, "the model's output", expected, describe(output), hint)
+            raise
         if logits.shape[:-1] != batch.labels.shape:
             if self.objective.loss is not None:
                 return None

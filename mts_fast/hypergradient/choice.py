@@ -131,12 +131,11 @@ class EngineChoice:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over choices."""
+        """Take over choices; what the call under way has decided stays pending."""
         self._choices = {
             layout: Choice(c["engine"], c["calls"], tuple(c["refusals"]))
             for layout, c in state.items()
         }
-        self._pending = {}
 
     def with_parameters(self, parameters: Sequence[Tensor]) -> EngineChoice:
         """The same for other parameters: nothing is known of them."""

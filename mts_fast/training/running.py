@@ -127,14 +127,15 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
     if step.selector_scheduler is not None:
         step.selector_scheduler.step()
     taken = _step_optimizer(step, scaling, transaction, overflow=looked.overflow)
-    step.steps += 1
-    step.skipped_steps += not taken
-    engines.commit()
     if looked.gap is not None and not looked.guarded:
         allowed = bound(looked.engine, engines.parameters)
         step._gap = PendingGap(looked.gap, allowed, looked.engine)
+    step.steps += 1
+    step.skipped_steps += not taken
+    engines.commit()
+    result = outcome.result if taken else outcome.result.as_skipped()
     transaction.committed = True
-    return outcome.result if taken else outcome.result.as_skipped()
+    return result
 
 
 def _step_optimizer(
@@ -218,6 +219,7 @@ def _counters(step: MTSStep) -> dict[str, Any]:
         "steps": step.steps,
         "skipped_steps": step.skipped_steps,
         "gap": step._gap,
+        "engines": step._engines.state_dict(),
     }
 
 
@@ -230,3 +232,4 @@ def _restore_counters(step: MTSStep, saved: dict[str, Any]) -> None:
     step.steps = saved["steps"]
     step.skipped_steps = saved["skipped_steps"]
     step._gap = saved["gap"]
+    step._engines.load_state_dict(saved["engines"])
