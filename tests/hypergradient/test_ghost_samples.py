@@ -497,3 +497,35 @@ def test_gradient_norms_along_the_right_axis():
             ]
         )
         torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)
+
+
+class Shuffled(torch.autograd.Function):
+    """Mixing where no function call between layers shows it."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return 0.5 * x + 0.5 * x[order]
+
+    @staticmethod
+    def backward(ctx, b):
+        return 0.5 * b + 0.5 * torch.zeros_like(b).index_copy(0, ctx.order, b), None
+
+
+def test_mixing_inside_an_autograd_function():
+    def mix(h, u):
+        return Shuffled.apply(h, torch.randperm(8) if u < 0.5 else torch.arange(8))
+
+    engine = engine_of(Mixup(mix).double())
+    for seed in range(20):
+        if first_draw(seed) < 0.5:
+            with pytest.raises(Unsupported, match="samples are mixed"):
+                engine.linearize(_seeded(seed))
+        else:
+            assert_exact(engine, batch_of(8, 5), seed)
+
+
+def _seeded(seed):
+    batch = batch_of(8, 5)
+    torch.manual_seed(seed)
+    return batch

@@ -218,14 +218,27 @@ class Capture(TorchFunctionMode):
         name = plain_name(func)
         changed = args[:1] if name == "__setitem__" else result
         if not any(t.requires_grad for t in _tensors(changed)):
+            self._watch_inside(name, args, kwargs)
             return
         move = move_of(name, args, kwargs)
         if move is not None:
             self._moves.append(move)
-        elif not self.may_mix and may_mix(
-            name, args, kwargs, self.batch_size, lambda index: id(index) in self._ranges
+        elif not self.may_mix:
+            self.may_mix = self._may_mix(name, args, kwargs)
+
+    def _watch_inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same for calls on the inputs of an autograd function, whose results show no graph."""
+        if (
+            not self.may_mix
+            and not torch.is_grad_enabled()
+            and any(t.requires_grad for t in _tensors((args, kwargs)))
+            and self._may_mix(name, args, kwargs)
         ):
-            self.may_mix = True
+            self.may_mix = _surrounding_function() is not None
+
+    def _may_mix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        size = self.batch_size
+        return may_mix(name, args, kwargs, size, lambda index: id(index) in self._ranges)
 
     def _without_gradient(self, paths: str) -> None:
         """A use under no_grad. It counts only inside an autograd function with its own backward."""
