@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
-from mts_fast.hypergradient.ghost.capture import Recorded, add_gradients
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
+from mts_fast.hypergradient.ghost.recorded import Recorded, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.objective import LabelledBatch

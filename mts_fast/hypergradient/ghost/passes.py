@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mts_fast.hypergradient.ghost.capture import Recorded
+from mts_fast.hypergradient.ghost.recorded import Recorded
 
 # (position of the use, its b)
 Consumer = Callable[[int, Tensor], object]
