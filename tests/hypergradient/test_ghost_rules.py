@@ -242,3 +242,30 @@ def test_a_replay_that_fails_with_the_direction_is_named(monkeypatch):
     direction[0] = torch.ones(2, 2).double()  # of the bare weight, which comes first
     with pytest.raises(Unsupported, match="weight: its layer cannot be replayed"):
         line.dots(direction)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_move_once(training, memory):
+    """Instance norm updates them in train mode, and reads them in eval mode."""
+    model, plain = (
+        nn.Sequential(
+            nn.Conv1d(2, 4, 3),
+            nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(24, 3),
+        )
+        .double()
+        .train(training)
+        for _ in range(2)
+    )
+    plain.load_state_dict(model.state_dict())
+    batch = LabelledBatch(torch.randn(5, 2, 8).double(), torch.arange(5) % 3)
+    engine = engine_of(model, memory)
+    line = engine.linearize(batch)
+    line.gradient(torch.rand(5).double())
+    line.dots([torch.randn_like(p) for p in engine.parameters])
+    line.gradient(torch.rand(5).double())
+    plain(batch.inputs)
+    assert_bitwise(model.state_dict(), plain.state_dict())
+    assert_exact(engine, batch)

@@ -301,12 +301,40 @@ def backward_passes(monkeypatch, run):
     return len(calls)
 
 
-@pytest.mark.parametrize("drawing", [False, True])
-def test_checks_become_rare(monkeypatch, drawing):
-    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5 * drawing), nn.Linear(8, 3)).double()
-    engine = engine_of(model)
+class Attention(nn.Module):
+    """Attention by hand; each sample is classified by a position of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(5, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        size, length, _ = x.shape
+        q, k, v = (t.view(size, length, 2, 4).transpose(1, 2) for t in self.qkv(x).split(8, dim=2))
+        h = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = F.normalize(h - h.mean(-1, keepdim=True), dim=-1)
+        return self.head(h[torch.arange(size), torch.full((size,), length - 1)])
+
+
+# models whose forwards draw, or move axes, without anything between samples
+ORDINARY = {
+    "plain": lambda: nn.Sequential(nn.Flatten(), nn.Linear(35, 8), nn.Linear(8, 3)),
+    "dropout": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(35, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+    ),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv1d(7, 8, 3), nn.GroupNorm(2, 8), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8, 3)
+    ),
+    "encoder": SequenceFirst,
+    "attention": Attention,
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_checks_become_rare(name, monkeypatch):
+    engine = engine_of(ORDINARY[name]().double())
     passes = [
-        backward_passes(monkeypatch, lambda: engine.linearize(batch_of(6, 5))) for _ in range(16)
+        backward_passes(monkeypatch, lambda: engine.linearize(batch_of(6, 7, 5))) for _ in range(16)
     ]
     checked = [number + 1 for number, n in enumerate(passes) if n]
     assert checked == [1, 2, 4, 8, 16]
@@ -497,3 +525,35 @@ def test_gradient_norms_along_the_right_axis():
             ]
         )
         torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)
+
+
+class Shuffled(torch.autograd.Function):
+    """Mixing where no function call between layers shows it."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return 0.5 * x + 0.5 * x[order]
+
+    @staticmethod
+    def backward(ctx, b):
+        return 0.5 * b + 0.5 * torch.zeros_like(b).index_copy(0, ctx.order, b), None
+
+
+def test_mixing_inside_an_autograd_function():
+    def mix(h, u):
+        return Shuffled.apply(h, torch.randperm(8) if u < 0.5 else torch.arange(8))
+
+    engine = engine_of(Mixup(mix).double())
+    for seed in range(20):
+        if first_draw(seed) < 0.5:
+            with pytest.raises(Unsupported, match="samples are mixed"):
+                engine.linearize(_seeded(seed))
+        else:
+            assert_exact(engine, batch_of(8, 5), seed)
+
+
+def _seeded(seed):
+    batch = batch_of(8, 5)
+    torch.manual_seed(seed)
+    return batch

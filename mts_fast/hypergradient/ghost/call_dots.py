@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.capture import Recorded
+from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.ops import kernel_for

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
+from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Source
 from mts_fast.hypergradient.ghost.watch import may_mix, move_of, plain_name
-from mts_fast.hypergradient.refused import Refused
 
 # linear maps of one tensor that move or cast its entries
 VIEWS = {
@@ -43,84 +42,8 @@ ELEMENTWISE = {
 SPREAD = {"expand", "expand_as", "repeat"}
 
 
-class Unsupported(Refused):
-    """The ghost engine cannot serve this forward; `reasons` say why.
-
-    `final` where no other engine can, either: training would go wrong with any of them.
-    """
-
-    def __init__(self, reasons: Iterable[str], *, final: bool = False) -> None:
-        message = ""
-        if final:
-            message = (
-                "MTSStep: model must be differentiable by torch.autograd.grad, got"
-                f" {'; '.join(sorted(set(reasons)))}; pass use_reentrant=False to"
-                " torch.utils.checkpoint"
-            )
-        super().__init__("ghost", list(reasons), final=final, message=message)
-
-
 # what identifies a forward: its recorded calls, and the order in which axes were moved
 Layout = tuple[object, ...]
-
-
-@dataclass
-class Recorded:
-    """One recorded use: a layer call, or (call None) a copy per sample of a parameter's image."""
-
-    call: LayerCall | None
-    sources: dict[str, Source]  # argument name -> its origin; "value" for a copy
-    output: GradientEdge | None  # None once the graph is released
-    shape: torch.Size
-    path: str  # of a parameter in use
-    value: Tensor | None = None  # what was copied
-    _input: tuple[Tensor, int] | None = None  # layer input and its version when it was used
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where b arrives in the graph."""
-        assert self.output is not None
-        return self.output
-
-    def release(self) -> None:
-        """Drop the references to the call and its input."""
-        self.call = self._input = None
-
-    def is_first(self) -> bool:
-        """Whether no gradient goes on from here."""
-        return self._input is None or not self._input[0].requires_grad
-
-    def input_was_changed(self) -> bool:
-        """Whether something wrote into the layer's input after the call."""
-        return self._input is not None and self._input[0]._version != self._input[1]
-
-    def output_tangent(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """The output's tangent for parameter tangents, given by id of the parameter."""
-        images = {n: s.image(tangents[id(s.parameter)]) for n, s in self.sources.items()}
-        return images["value"] if self.call is None else self.call.replay(images)
-
-    def parameter_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, gradient) pairs for the output cotangent b."""
-        call = self.call
-        by_name = call.weight_gradients(b) if call is not None else {"value": self._summed(b)}
-        return [(s.parameter, s.pullback(by_name[n])) for n, s in self.sources.items()]
-
-    def _summed(self, b: Tensor) -> Tensor:
-        """The gradient of all copies, in the shape of what was copied."""
-        assert self.value is not None
-        if b.ndim == self.value.ndim:
-            return b.sum(0, keepdim=True)
-        return b.sum(list(range(b.ndim - self.value.ndim)))
-
-
-def add_gradients(
-    total: dict[Tensor, Tensor], pairs: Iterable[tuple[Tensor, Tensor]]
-) -> dict[Tensor, Tensor]:
-    """Add (parameter, gradient) pairs to sums by parameter, in its dtype."""
-    for parameter, g in pairs:
-        g = g.to(parameter.dtype)
-        total[parameter] = total[parameter] + g if parameter in total else g
-    return total
 
 
 class Capture(TorchFunctionMode):
@@ -218,14 +141,27 @@ class Capture(TorchFunctionMode):
         name = plain_name(func)
         changed = args[:1] if name == "__setitem__" else result
         if not any(t.requires_grad for t in _tensors(changed)):
+            self._watch_inside(name, args, kwargs)
             return
         move = move_of(name, args, kwargs)
         if move is not None:
             self._moves.append(move)
-        elif not self.may_mix and may_mix(
-            name, args, kwargs, self.batch_size, lambda index: id(index) in self._ranges
+        elif not self.may_mix:
+            self.may_mix = self._may_mix(name, args, kwargs)
+
+    def _watch_inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same for calls on the inputs of an autograd function, whose results show no graph."""
+        if (
+            not self.may_mix
+            and not torch.is_grad_enabled()
+            and any(t.requires_grad for t in _tensors((args, kwargs)))
+            and self._may_mix(name, args, kwargs)
         ):
-            self.may_mix = True
+            self.may_mix = _surrounding_function() is not None
+
+    def _may_mix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        size = self.batch_size
+        return may_mix(name, args, kwargs, size, lambda index: id(index) in self._ranges)
 
     def _without_gradient(self, paths: str) -> None:
         """A use under no_grad. It counts only inside an autograd function with its own backward."""

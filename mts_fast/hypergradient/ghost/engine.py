@@ -15,13 +15,14 @@ from mts_fast._isolation import (
     restored_on_error,
 )
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
-from mts_fast.hypergradient.ghost.capture import Capture, Layout, Unsupported
+from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
     FastLinearization,
     GhostLinearization,
     LeanLinearization,
 )
 from mts_fast.hypergradient.ghost.passes import nodes_of
+from mts_fast.hypergradient.ghost.recorded import Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import (
     Knowledge,

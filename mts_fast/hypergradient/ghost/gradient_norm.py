@@ -7,9 +7,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.capture import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.ghost.sample_parts import Part, inner, sample_parts

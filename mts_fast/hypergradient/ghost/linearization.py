@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
-from mts_fast.hypergradient.ghost.capture import Recorded, add_gradients
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
+from mts_fast.hypergradient.ghost.recorded import Recorded, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.objective import LabelledBatch
@@ -90,12 +90,15 @@ class Record:
     use: Recorded
     axis: SampleAxis | None
     b: Tensor | None = None
-    own: dict[str, Tensor] | None = None
+    sample_gradients: dict[str, Tensor] | None = None
 
     def scaled_gradients(self, ratio: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
-        if self.own is not None:
-            sums = {n: torch.tensordot(ratio.to(g.dtype), g, 1) for n, g in self.own.items()}
+        if self.sample_gradients is not None:
+            sums = {
+                n: torch.tensordot(ratio.to(g.dtype), g, 1)
+                for n, g in self.sample_gradients.items()
+            }
             return [(s.parameter, s.pullback(sums[n])) for n, s in self.use.sources.items()]
         if self.b is None:
             return []
@@ -131,8 +134,8 @@ class FastLinearization(GhostLinearization):
         total = torch.zeros_like(self._losses)  # [B], p_i d_i
         with torch.no_grad():
             for record in self._consumed():
-                if record.own is not None:
-                    for name, g in record.own.items():
+                if record.sample_gradients is not None:
+                    for name, g in record.sample_gradients.items():
                         source = record.use.sources[name]
                         v = source.image(tangents[id(source.parameter)])
                         total += (g.flatten(1) @ v.flatten().to(g.dtype)).to(total.dtype)
@@ -175,7 +178,9 @@ class FastLinearization(GhostLinearization):
             assert call is not None and call.rule.sample_gradients is not None
             assert axis is not None
             with failure_named(record.use):
-                record.own = call.rule.sample_gradients(call, b, axis, len(self._losses))
+                record.sample_gradients = call.rule.sample_gradients(
+                    call, b, axis, len(self._losses)
+                )
             record.use.release()
 
         store_here = in_callers_context(store, self._losses.device)

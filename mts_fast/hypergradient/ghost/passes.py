@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mts_fast.hypergradient.ghost.capture import Recorded
+from mts_fast.hypergradient.ghost.recorded import Recorded
 
 # (position of the use, its b)
 Consumer = Callable[[int, Tensor], object]
@@ -30,10 +30,10 @@ def nodes_of(graph: Tensor) -> Iterator[Node]:
 
 def _has_other_leaves(graph: Tensor, uses: Sequence[Recorded]) -> bool:
     """Whether a tensor requires a gradient that is no parameter of a use, and no copy of one."""
-    own = {id(source.parameter) for use in uses for source in use.sources.values()}
+    tracked = {id(source.parameter) for use in uses for source in use.sources.values()}
     copies = {use.edge.node for use in uses if use.call is None}
     return any(
-        id(node.variable) not in own
+        id(node.variable) not in tracked
         for node in nodes_of(graph)
         if hasattr(node, "variable") and node not in copies
     )

@@ -24,6 +24,10 @@ WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
 # (call, output cotangent b, where its samples lie, B) -> [B, *parameter] by name
 SampleGradients = Callable[["LayerCall", Tensor, SampleAxis, int], dict[str, Tensor]]
 
+# option name -> (position, its value in replays), or a function of the call that gives them
+Options = Mapping[str, tuple[int, Any]]
+ReplayOptions = Options | Callable[["LayerCall"], Options]
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -41,9 +45,8 @@ class LayerRule:
     # (call, replayed output) -> the output, where autograd drops or scales entries of the gradient
     adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None
     refuses: Callable[[LayerCall], str | None] = lambda call: None
-    # option name -> (position, its value in replays), of options that write to the parameters or
-    # change nothing but the form of the gradient
-    replay_options: Mapping[str, tuple[int, Any]] = field(default_factory=dict)
+    # of options that write to tensors, or change nothing but the form of the gradient
+    replay_options: ReplayOptions = field(default_factory=dict)
 
 
 @dataclass
@@ -87,6 +90,13 @@ class LayerCall:
         positions = self.rule.parameters
         return self._with({name: (positions[name], value) for name, value in replaced.items()})
 
+    def replay_with(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
+        """The same under the options of replays."""
+        options, positions = self.rule.replay_options, self.rule.parameters
+        fixed = options(self) if callable(options) else options
+        parameters = {name: (positions[name], value) for name, value in replaced.items()}
+        return self._with({**fixed, **parameters})
+
     def _with(self, replaced: Mapping[str, tuple[int, Any]]) -> Tensor:
         """The function with other arguments, name -> (position, value)."""
         args, kwargs = list(self.args), dict(self.kwargs)
@@ -101,15 +111,15 @@ class LayerCall:
         """f(a; V): the output's tangent; parameters without a tangent count as zero."""
         if self.rule.tangent is not None:
             return self.rule.tangent(self, tangents)
-        replaced: dict[str, tuple[int, Any]] = dict(self.rule.replay_options)
-        for name, position in self.rule.parameters.items():
+        replaced: dict[str, Tensor | None] = {}
+        for name in self.rule.parameters:
             present = self.argument(name)
             if name in tangents:
-                replaced[name] = position, tangents[name]
+                replaced[name] = tangents[name]
             elif isinstance(present, Tensor):
                 absent = name in self.rule.nullable
-                replaced[name] = position, None if absent else torch.zeros_like(present)
-        y = self._with(replaced)
+                replaced[name] = None if absent else torch.zeros_like(present)
+        y = self.replay_with(replaced)
         return y if self.rule.adjusted is None else self.rule.adjusted(self, y)
 
     def weight_gradients(self, b: Tensor) -> dict[str, Tensor]:
@@ -136,7 +146,7 @@ def register_layer(
     couples_samples: Callable[[LayerCall], str | None] | None = None,
     sample_gradients: SampleGradients | None = None,
     refuses: Callable[[LayerCall], str | None] | None = None,
-    replay_options: Mapping[str, tuple[int, Any]] | None = None,
+    replay_options: ReplayOptions | None = None,
 ) -> None:
     """Teach the ghost engine a function that is linear in its parameters.
 
@@ -153,9 +163,9 @@ def register_layer(
             name, for layers with few parameters; they replace the replay.
         refuses: (call) -> why the function is not linear in its parameters with the options of this
             call (`call.option(name, position, default)`), or None.
-        replay_options: option name -> (position, value that replays use): needed for options under
-            which the function writes to its parameters, for a replay passes the caller's direction
-            in their place.
+        replay_options: option name -> (position, value that replays use), or a function of the call
+            that gives them: needed for options under which the function writes to its parameters
+            (a replay passes the caller's direction in their place) or to a buffer.
 
     Example:
         >>> import torch

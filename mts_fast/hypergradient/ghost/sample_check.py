@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from mts_fast.hypergradient.ghost.capture import Recorded, Unsupported, add_gradients
 from mts_fast.hypergradient.ghost.passes import (
     nodes_of,
     visit_output_gradients,
     visit_with_gradients,
 )
+from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import (
     SampleAxis,
     agrees,

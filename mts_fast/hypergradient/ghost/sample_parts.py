@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import ops
-from mts_fast.hypergradient.ghost.capture import Recorded, Unsupported
+from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.rules import (
     LayerCall,
     convolution_options,
