@@ -21,8 +21,10 @@ class GradientNorm:
     at a time, which is said once at INFO.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
-        self._objective = Objective(model, loss)
+    def __init__(
+        self, model: nn.Module, loss: Loss | None = None, *, op: str = "GradientNorm"
+    ) -> None:
+        self._objective = Objective(model, loss, op=op)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._ghost: Ghost | None = Ghost(self._objective, self._parameters)
 
