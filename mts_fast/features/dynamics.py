@@ -27,10 +27,9 @@ from mts_fast._check import (
 )
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Loss, Objective
+from mts_fast.hypergradient.objective import IGNORED
 
 OP = "training_dynamics"
-# positions of a sequence that count nothing, as in torch's cross-entropy
-IGNORED = -100
 
 
 def training_dynamics(
@@ -65,9 +64,10 @@ def training_dynamics(
         RuntimeError: gradient norms under torch.inference_mode, which has no gradients.
 
     Notes:
-        Mode, buffers and random generators of the model are left as they were, and it does not
-        matter whether gradients are enabled. Gradient norms cost one forward and one backward where
-        the ghost engine serves the model (`explain_engine`); else one backward a sample.
+        Modes, buffers and random generators of the model and the loss are left as they were, and
+        it does not matter whether gradients are enabled. Gradient norms cost one forward and one
+        backward where the ghost engine serves the model (`explain_engine`); else one backward a
+        sample.
 
     Source: feature table, training dynamics; Paul et al. 2021 for EL2N.
 
@@ -86,8 +86,8 @@ def training_dynamics(
     pool = _checked_pool(inputs, labels, classes=loss is None)
     if gradient_norm:
         _check_gradients(model, pool)
-    scorer = _Scorer(model, loss, pool, gradient_norm)
-    world = scorer.objective.world
+    objective = Objective(model, loss, op=OP)
+    world, scorer = objective.world, _Scorer(objective, pool.labels, gradient_norm)
     with training_mode(world, False), preserved_buffers(world), preserved_rng(world):
         parts = [scorer(batch) for batch in pool.split(batch_size)]
     columns = {name: torch.cat([part[name] for part in parts])[:, None] for name in parts[0]}
@@ -145,14 +145,12 @@ def _check_gradients(model: nn.Module, pool: LabelledBatch) -> None:
 
 
 class _Scorer:
-    """Scores of one batch after the other, under one model."""
+    """Scores of one batch after the other."""
 
-    def __init__(
-        self, model: nn.Module, loss: Loss | None, pool: LabelledBatch, gradient_norm: bool
-    ) -> None:
-        self.objective = Objective(model, loss, op=OP)
-        self.norms = GradientNorm(self.objective) if gradient_norm else None
-        self.labels = pool.labels
+    def __init__(self, objective: Objective, labels: Tensor, gradient_norm: bool) -> None:
+        self.objective = objective
+        self.norms = GradientNorm(objective) if gradient_norm else None
+        self.labels = labels  # of the whole pool
         self.has_error_norm: bool | None = None  # until the first output was seen
 
     def __call__(self, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -179,9 +177,9 @@ class _Scorer:
         try:
             logits = self.objective.logits_of(output)
         except TypeError:
-            if self.objective.loss is not None:
-                return None
-            raise
+            if self.objective.loss is None:
+                raise
+            return None
         if logits.shape[:-1] != batch.labels.shape:
             if self.objective.loss is not None:
                 return None
