@@ -43,7 +43,8 @@ def run_seeds(
         Exception: what `work` raised.
     """
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
+    with _blocked(SENT_TO_ALL):  # starts multiprocessing's resource tracker
+        messages = context.Queue()
     workers = min(len(seeds), os.cpu_count() or 1)
     before = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(workers, context, _join, (messages,)) as pool:
