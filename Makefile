@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test test-asan wheel lint resources bench gpu doctor tables clean
+.PHONY: setup demo test test-asan worlds wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,13 @@ test-asan: setup
 	cd build/asan && PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider -p sanitized $(ASAN_TESTS)
+
+# Random models, losses, optimizers and options against an oracle of their own: what is computed,
+# refused, or wrong. WORLDS_ARGS: --seed, --package OTHER_CHECKOUT, --against, --replay FILE.
+WORLDS ?= 2000
+WORLDS_ARGS ?=
+worlds: setup
+	$(BIN)/python scripts/search_worlds.py --count $(WORLDS) --jobs 2 $(WORLDS_ARGS)
 
 # dist/*.whl: for every Python 3 and every torch from 2.11 on, with the C++ kernels.
 wheel: setup
