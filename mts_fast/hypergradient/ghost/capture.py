@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
 from mts_fast.hypergradient.ghost.recorded import Recorded
@@ -71,7 +70,6 @@ class Capture(TorchFunctionMode):
         self._shared_rows = set(shared_rows)
         self._embeddings = 0
         self._moves: list[object] = []
-        self._checkpoints: list[FunctionCtx] = []  # re-entrant ones that hide a parameter's use
         self._sources = {id(parameter): Source(parameter) for parameter in names}
         self._alive: list[Any] = []  # ids stay unique only while their tensors live
         self._ranges: set[int] = set()  # ids of what torch.arange made
@@ -80,14 +78,6 @@ class Capture(TorchFunctionMode):
         """What a check of this forward holds for."""
         calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
         return (*calls, *self._moves, *sorted(self._shared_rows))
-
-    def drops_gradients(self, nodes: Iterable[object]) -> bool:
-        """Whether a re-entrant checkpoint among these nodes of the graph hides a parameter's use.
-
-        loss.backward() would run it again and find the gradient, torch.autograd.grad does not.
-        """
-        hidden = {id(checkpoint) for checkpoint in self._checkpoints}
-        return bool(hidden) and any(id(node) in hidden for node in nodes)
 
     def __torch_function__(
         self,
@@ -171,9 +161,6 @@ class Capture(TorchFunctionMode):
         if function is None:
             return
         name = type(function).__name__.removesuffix("Backward")
-        if isinstance(function, CheckpointFunction._backward_cls):
-            self._checkpoints.append(function)
-            name = "reentrant checkpointing, for which torch.autograd.grad gives no gradient"
         self.reasons.append(f"{paths} is used inside {name}")
 
     def _path(self, tensor: Tensor) -> str:

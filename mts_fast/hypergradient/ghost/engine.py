@@ -21,7 +21,6 @@ from mts_fast.hypergradient.ghost.linearization import (
     GhostLinearization,
     LeanLinearization,
 )
-from mts_fast.hypergradient.ghost.passes import nodes_of
 from mts_fast.hypergradient.ghost.recorded import Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import (
@@ -115,7 +114,7 @@ class Ghost(Engine):
         if not graph.requires_grad:
             reasons.append("the losses depend on no parameter, or gradients are switched off")
         if reasons:
-            raise Unsupported(reasons, final=capture.drops_gradients(nodes_of(graph)))
+            raise Unsupported(reasons)
         layout = capture.layout()
         history = self._histories.get(layout)
         if history is None:

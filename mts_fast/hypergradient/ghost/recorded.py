@@ -15,20 +15,10 @@ from mts_fast.hypergradient.refused import Refused
 
 
 class Unsupported(Refused):
-    """The ghost engine cannot serve this forward; `reasons` say why.
+    """The ghost engine cannot serve this forward; `reasons` say why."""
 
-    `final` where no other engine can, either: training would go wrong with any of them.
-    """
-
-    def __init__(self, reasons: Iterable[str], *, final: bool = False) -> None:
-        message = ""
-        if final:
-            message = (
-                "MTSStep: model must be differentiable by torch.autograd.grad, got"
-                f" {'; '.join(sorted(set(reasons)))}; pass use_reentrant=False to"
-                " torch.utils.checkpoint"
-            )
-        super().__init__("ghost", list(reasons), final=final, message=message)
+    def __init__(self, reasons: Iterable[str]) -> None:
+        super().__init__("ghost", list(reasons))
 
 
 @dataclass

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from mts_fast.hypergradient.ghost.passes import (
-    nodes_of,
     visit_output_gradients,
     visit_with_gradients,
 )
@@ -78,7 +76,7 @@ def has_gradients(graph: Tensor, uses: Sequence[Recorded], seed: int) -> bool:
     """Whether any of the uses has an output gradient in this forward."""
     factors = next(factor_rounds(len(graph), graph, seed))
     seen: list[Tensor] = []
-    with failures_named(graph):
+    with failures_named():
         visit_output_gradients(graph, uses, factors, lambda i, b: seen.append(b.any()), retain=True)
     return bool(seen) and bool(torch.stack(seen).any())
 
@@ -113,7 +111,7 @@ def check_samples(
             sums.add(i, b)
 
     ones = torch.ones_like(graph)
-    with failures_named(graph):
+    with failures_named():
         if names is None:
             visit_output_gradients(graph, uses, ones, plain, retain=True)
         else:
@@ -125,7 +123,7 @@ def check_samples(
             pairs = zip(look.plain, look.sketches(b, size), strict=True)
             look.agreement = [agrees(old, new, factors, b.dtype) for old, new in pairs]
 
-        with failures_named(graph):
+        with failures_named():
             visit_output_gradients(graph, uses, factors, scaled, retain=True)
         for look in looks:
             if look.agreement:
@@ -225,17 +223,15 @@ def failure_named(use: Recorded) -> Iterator[None]:
 
 
 @contextmanager
-def failures_named(graph: Tensor) -> Iterator[None]:
-    """Errors of a backward become a reason, which is final where it is re-entrant checkpointing."""
+def failures_named() -> Iterator[None]:
+    """Errors of a backward become a reason."""
     try:
         yield
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        kind = CheckpointFunction._backward_cls
-        final = any(isinstance(node, kind) for node in nodes_of(graph))
         reason = f"the losses cannot be differentiated ({_line(error)})"
-        raise Unsupported([reason], final=final) from error
+        raise Unsupported([reason]) from error
 
 
 def _line(error: Exception) -> str:
