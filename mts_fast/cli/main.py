@@ -144,7 +144,7 @@ def _whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """A whole number in [low, high], with a message that says so."""
 
     def number(text: str) -> int:
-        expected = f"must be a whole number from {low} to {high}, got {text!r}"
+        expected = f"must be a whole number from {low} to {high}, got {text!r}; pass one in digits"
         try:
             value = int(text)
         except ValueError:
