@@ -139,7 +139,11 @@ def build(tmp_path, **environment):
         ({}, 0, "`cmake"),  # csrc is not there
         ({"MTS_FAST_CPP": "1"}, 1, "mts_fast: MTS_FAST_CPP=1, but `cmake"),
         ({"MTS_FAST_CUDA": "1"}, 1, "mts_fast: MTS_FAST_CUDA=1, but `cmake"),
-        ({"MTS_FAST_CUDA": "yes"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto, got 'yes'"),
+        ({"MTS_FAST_CUDA": "yes"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto, got 'yes'; set it to"),
+        ({"MTS_FAST_CPP": "abc"}, 1, "MTS_FAST_CPP must be 0, 1 or auto, got 'abc'; set it to"),
+        ({"MTS_FAST_SANITIZE": "on"}, 1, "MTS_FAST_SANITIZE must be 1 or 0, got 'on'; set it to"),
+        ({"MTS_FAST_CPP": "0", "MTS_FAST_CUDA": "x"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto"),
+        ({"MTS_FAST_CPP": "", "CXX": "/none/c++"}, 0, "install a C++20 compiler (on Debian `apt"),
     ],
 )
 def test_build_switches(environment, status, message, tmp_path):

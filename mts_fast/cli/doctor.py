@@ -86,6 +86,8 @@ def _users_code(spec: str) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         got = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
         hint = "mend it, or run `mts-fast -v doctor` for the traceback"
+        if isinstance(error, ModuleNotFoundError):
+            hint = "run this in the folder that holds it, or install it"
         raise RuntimeError(f"doctor: --model {spec} must run, got {got}; {hint}") from error
 
 

@@ -13,6 +13,7 @@ import mts_fast
 from mts_fast._check import fail
 from mts_fast.cli.doctor import OPTIONAL
 from mts_fast.cli.process import INTERRUPTED, interrupts, postponed, tolerant_output
+from mts_fast.ops import registry
 
 DEFAULT_SEEDS = 2
 # torch counts in int64
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception, verb: str) -> str:
     """What went wrong, and what to do."""
     message = " ".join(str(error).split()).removeprefix(f"{verb}: ")
+    message = message.replace(
+        "use backend 'auto'", f"set {registry.ENVIRONMENT_VARIABLE} to 'auto'"
+    )
     if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
         hint = "pass a smaller --chunk, or close other programs"
         hint = hint if verb == "features" else "close other programs"
@@ -140,7 +144,7 @@ def _whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """A whole number in [low, high], with a message that says so."""
 
     def number(text: str) -> int:
-        expected = f"must be a whole number from {low} to {high}, got {text!r}"
+        expected = f"must be a whole number from {low} to {high}, got {text!r}; pass one in digits"
         try:
             value = int(text)
         except ValueError:

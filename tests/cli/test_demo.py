@@ -180,7 +180,7 @@ def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
         f"{spec}missing": "--model must be a function of my_models_of_this_test, got 'missing'",
         "my_models_of_this_test": "--model must be PACKAGE.MODULE:FACTORY",
         ".relative:f": "--model must be PACKAGE.MODULE:FACTORY",
-        "no_such_module:f": "No module named 'no_such_module'",
+        "no_such_module:f": "; run this in the folder that holds it, or install it",
         f"{spec}broken": "must run, got KeyError: 'key' (",
         f"{spec}leaves": f"must run, got SystemExit: 3 ({tmp_path}/my_models_of_this_test.py:18);",
     }.items():

@@ -211,7 +211,10 @@ def raising(error):
             "memory must be enough, got [enforce fail] DefaultCPUAllocator: can't allocate memory",
         ),
         (RuntimeError("op: no\nkernel"), "op: no kernel; `mts-fast -v doctor` shows where, `mts-"),
-        (RuntimeError("op: no kernel; use 'auto'"), "op: no kernel; use 'auto'\n"),
+        (
+            RuntimeError("op: no kernel; use backend 'auto' or 'reference'"),
+            "op: no kernel; set MTS_FAST_BACKEND to 'auto' or 'reference'\n",
+        ),
         (
             ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets"),
             "No module named 'sklearn'; pip install 'mts_fast[demo]'\n",

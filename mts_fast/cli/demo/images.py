@@ -90,7 +90,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         expected = "a folder with Fashion-MNIST's IDX files"
         got = f"{str(folder)!r} without {name}[.gz]"
         hint = "on Debian `apt-get install dataset-fashion-mnist`"
-        fail(FileNotFoundError, "demo", "root", expected, got, hint)
+        fail(FileNotFoundError, "demo", "--root", expected, got, hint)
     path = paths[0]
     data = path.read_bytes()
     try:

@@ -56,7 +56,8 @@ def run_demo(
         finally:  # on a disk that has filled up meanwhile the table is all that is left
             print_table(console, *render(data, rows, len(seeds), plus_minus(console)))
             _explain(console, rows)
-    console.print(f"Written to {out}/: results.json, " + ", ".join(p.name for p in pictures))
+    names = ", ".join(["results.json", *(path.name for path in pictures)])
+    console.print(f"Written to {out}/: {names}", markup=False)
     return results
 
 

@@ -54,7 +54,7 @@ def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> l
             picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
         finally:  # on a disk that has filled up meanwhile the table is all that is left
             print_table(console, *_table(data, rows))
-    console.print(f"Written to {out}/: results.json, {picture.name}")
+    console.print(f"Written to {out}/: results.json, {picture.name}", markup=False)
     return rows
 
 
