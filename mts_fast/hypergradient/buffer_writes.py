@@ -6,6 +6,7 @@ mean norm) as a constant. A difference of two forwards would see it move.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,7 @@ from mts_fast._isolation import World
 Written = Tensor | None
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(TorchFunctionMode, ABC):
     """Sees every buffer that is assigned, and every function that writes into one."""
 
     def __init__(self, world: World) -> None:
@@ -69,9 +70,9 @@ class _Watch(TorchFunctionMode):
                 args[0].data.copy_(kept)
         return result
 
+    @abstractmethod
     def on_write(self, value: Tensor) -> Tensor:
         """What the buffer shall hold after this write."""
-        raise NotImplementedError
 
 
 class RecordedWrites(_Watch):

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference
 from mts_fast._isolation import RngState
-from mts_fast.hypergradient.engine import Engine, Linearization
+from mts_fast.hypergradient.engine import Engine, Linearization, dense
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving
 
@@ -72,13 +72,13 @@ class DoubleBackwardLinearization(Linearization):
                 found = torch.autograd.grad(
                     graph, parameters, p, create_graph=True, allow_unused=True
                 )
-            self._first = p, list(found)
-            return [None if g is None else g.detach() for g in found]
+            self._first = p, dense(found)
+            return [None if g is None else g.detach() for g in self._first[1]]
         keep = self._dots_are_due or self._gradients_left > 0
         found = torch.autograd.grad(graph, parameters, p, retain_graph=keep, allow_unused=True)
         if not keep:
             self._graph = None
-        return list(found)
+        return dense(found)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         graph = self._graph

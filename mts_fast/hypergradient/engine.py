@@ -13,6 +13,12 @@ from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
+def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of one layout: an Embedding(sparse=True) gives sparse ones, which update rules and
+    dots do not take. The optimizer's step on the dense gradient is the same."""
+    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients]
+
+
 class Linearization(ABC):
     """One train-mode forward of a batch; J [B, P] is the Jacobian of its losses.
 
@@ -44,7 +50,9 @@ class Linearization(ABC):
 
     def _count_gradient(self) -> None:
         if self._gradients_left == 0:
-            fail(RuntimeError, "Linearization", "gradient", "among those announced", "one more")
+            hint = "announce it in linearize(gradients=)"
+            expected = "among those announced"
+            fail(RuntimeError, "Linearization", "gradient", expected, "one more", hint)
         self._gradients_left -= 1
 
 
@@ -79,7 +87,7 @@ class RetainedGraph(Linearization):
         )
         if not self._gradients_left:
             self._graph = None
-        return list(found)
+        return dense(found)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         return self.engine.dots_from_scratch(self.batch, direction, self._rng)

@@ -83,7 +83,8 @@ def explain_engine(
         'ghost'
     """
     if (inputs is None) != (labels is None):
-        fail(ValueError, "explain_engine", "inputs and labels", "both given, or neither", "one")
+        expected, hint = "both given, or neither", "pass the other one, too"
+        fail(ValueError, "explain_engine", "inputs and labels", expected, "one", hint)
     check_module("explain_engine", "model", model)
     named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:

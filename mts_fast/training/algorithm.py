@@ -311,8 +311,7 @@ class Algorithm:
         if torch.isfinite(torch.stack(sums).sum()):
             return
         for i, g in present:
-            dense = g.to_dense() if g.layout != torch.strided else g
-            if not torch.isfinite(dense).all():
+            if not torch.isfinite(g).all():
                 got = f"NaN or infinity in that of {self._name(i)}"
                 hint = "losses are finite: look for a derivative that is not (a norm or root at 0)"
                 expected = "finite"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mts_fast._isolation import preserved_buffers, replaced_parameters, training_mode
 from mts_fast.hypergradient import Objective
+from mts_fast.hypergradient.engine import dense
 from mts_fast.training.batch import CheckedValidation
 from mts_fast.training.gradient_scaling import GradientScaling
 
@@ -54,7 +55,8 @@ def validation_gradient(
             loss = (q[done : done + len(part)] * losses).sum()
             done += len(part)
             found = torch.autograd.grad(scaling.scaled(loss), parameters, allow_unused=True)
-            v = [_sum(old, g) for old, g in zip(v, scaling.unscaled(found), strict=True)]
+            own = scaling.unscaled(dense(found))
+            v = [_sum(old, g) for old, g in zip(v, own, strict=True)]
             total = _sum(total, loss.detach())
     assert total is not None
     return total, v

@@ -392,7 +392,7 @@ def test_a_checkpoint_that_hides_no_parameter_but_stops_gradients_is_final():
             return self.head(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
 
     with pytest.raises(
-        Refused, match="model must be differentiable by torch.autograd.grad"
+        Refused, match=r"model must be differentiable by torch\.autograd\.grad"
     ) as seen:
         engine_of(Model().double()).linearize(batch_of(6, 5))
     assert seen.value.final
