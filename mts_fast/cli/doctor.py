@@ -88,7 +88,9 @@ def _users_code(spec: str) -> Iterator[None]:
         hint = "mend it, or run `mts-fast -v doctor` for the traceback"
         if isinstance(error, ModuleNotFoundError):
             hint = "run this in the folder that holds it, or install it"
-        raise RuntimeError(f"doctor: --model {spec} must run, got {got}; {hint}") from error
+        raise RuntimeError(
+            f"doctor: --model {spec} must be a model that runs, got {got}; {hint}"
+        ) from error
 
 
 def _versions() -> list[str]:

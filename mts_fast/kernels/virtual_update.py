@@ -21,23 +21,28 @@ from mts_fast.kernels.pointer_table import (
     pointer_table,
 )
 from mts_fast.kernels.virtual_update_rules import adam_kernel, sgd_kernel
-from mts_fast.reference.virtual_update import AdamState, SGDState, State
+from mts_fast.reference.update_rules import noise_share
+from mts_fast.reference.virtual_update import AdamState, SGDState
 
-# where numbers that may live on the device stand
+# the rules that have a kernel
+KernelState = SGDState | AdamState
+# columns of the numbers that may live on the device
 LR, KAPPA_LR = 0, 1
-BETAS, CORRECTIONS = slice(5, 7), slice(8, 10)
+BETAS, CORRECTIONS, NOISE_FLOOR = slice(5, 7), slice(8, 10), 10
 
 
 def virtual_update(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    states: Sequence[State],
+    states: Sequence[KernelState],
     *,
     update: bool = True,
     along: Sequence[Tensor] | None = None,
     hypergradient_lr: float | None = None,
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype.
+    largest: Tensor | None = None,
+) -> tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor]]:
+    """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype,
+    and counts of the entries whose kappa is noise beside `largest` [], max |g| of the whole call.
 
     All tensors of a parameter are dense, lie alike in memory and are on one device, that of all
     parameters. lr and the steps taken may be tensors on it, and are then not waited for.
@@ -59,20 +64,24 @@ def virtual_update(
             step = None if isinstance(state, SGDState) else state.step
             on_device = tuple(_on(parameters[i].device, value) for value in (state.lr, step))
             together[type(state), kind_of(row), on_device].append(i)
+    counts = []
     for (family, kind, on_device), members in together.items():
-        _launch(
+        masked = _launch(
             sgd_kernel if family is SGDState else adam_kernel,
             kind,
             [rows[i] for i in members],
             [states[i] for i in members],
             on_device,
             hypergradient_lr,
+            largest,
             {"UPDATE": update, "DIRECTION": along is not None},
         )
-    return updated, direction
+        if family is not SGDState and along is not None:
+            counts.append(masked)
+    return updated, direction, counts
 
 
-def state_tensors(state: State) -> tuple[Tensor | None, ...]:
+def state_tensors(state: KernelState) -> tuple[Tensor | None, ...]:
     """What the update reads besides parameter and gradient; None before the first step."""
     if isinstance(state, SGDState):
         return (state.buffer if state.momentum else None,)
@@ -85,11 +94,13 @@ def _launch(
     kernel: triton.JITFunction,
     kind: Kind,
     rows: list[tuple[Tensor | None, ...]],
-    states: list[State],
+    states: list[KernelState],
     on_device: Sequence[bool],  # whether lr is a tensor there, whether the steps taken are
     hypergradient_lr: float | None,
+    largest: Tensor | None,
     switches: dict[str, bool],
-) -> None:
+) -> Tensor:
+    """Counts of masked entries [programs]."""
     table, numbers = pointer_table(rows, [_numbers(s, hypergradient_lr, on_device) for s in states])
     if on_device[0]:
         lr = torch.stack([s.lr.reshape(()) for s in states if isinstance(s.lr, Tensor)])
@@ -101,11 +112,14 @@ def _launch(
         steps = torch.stack([t.reshape(()) for t in taken if isinstance(t, Tensor)]).double() + 1
         numbers[:, CORRECTIONS] = 1 - numbers[:, BETAS] ** steps[:, None]
     parameter, gradient, along, _, _, state, *_ = kind.dtypes
+    if largest is not None and kernel is adam_kernel:
+        numbers[:, NOISE_FLOOR] = noise_share(gradient) * largest.double()
     where = places(rows)
+    counts = torch.zeros(len(where), dtype=torch.int32, device=where.device)
     launch(
         kernel,
         (len(where),),
-        *(where, table, numbers),
+        *(where, table, numbers, counts),
         WIDTH=table.shape[1],
         ALIGNED=kind.aligned,
         **switches,
@@ -118,23 +132,25 @@ def _launch(
         BLOCKS=BLOCKS,
         num_warps=WARPS,
     )
+    return counts
 
 
 def _numbers(
-    state: State, hypergradient_lr: float | None, on_device: Sequence[bool]
+    state: KernelState, hypergradient_lr: float | None, on_device: Sequence[bool]
 ) -> tuple[float, ...]:
     """A row's numbers in the order of its kernel; those that live on the device are 0 here."""
     lr = 0.0 if on_device[0] else float(state.lr)
     sign = -1.0 if state.maximize else 1.0
     shared = lr, lr if hypergradient_lr is None else float(hypergradient_lr), sign
     if isinstance(state, SGDState):
-        return *shared, state.weight_decay, *_sgd_shares(state)
+        return *shared, float(state.weight_decay), *_sgd_shares(state)
     decay, decoupled = (0.0, 1.0) if state.decoupled else (1.0, 0.0)
     steps = 0.0 if on_device[1] else float(state.step) + 1
     return (
-        *(*shared, decay * state.weight_decay, decoupled * state.weight_decay),
-        *(*state.betas, state.eps),
-        *(1 - beta**steps for beta in state.betas),
+        *(*shared, decay * float(state.weight_decay), decoupled * float(state.weight_decay)),
+        *map(float, (*state.betas, state.eps)),
+        *(1 - float(beta) ** steps for beta in state.betas),
+        0.0,  # the floor of noise, which lives on the device
     )
 
 
@@ -143,9 +159,10 @@ def _sgd_shares(state: SGDState) -> tuple[float, float]:
     if not state.momentum:
         return 1.0, 0.0
     # the first step fills the buffer without dampening
-    fresh, old = (1.0, 0.0) if state.buffer is None else (1 - state.dampening, state.momentum)
+    momentum = float(state.momentum)
+    fresh, old = (1.0, 0.0) if state.buffer is None else (1 - float(state.dampening), momentum)
     if state.nesterov:
-        return 1 + state.momentum * fresh, state.momentum * old
+        return 1 + momentum * fresh, momentum * old
     return fresh, old
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -46,16 +45,16 @@ def virtual_update(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
     """theta' of every parameter: one call for all that share their hyper-parameters and count of
-    steps. A tensor that does not lie in memory like its gradient and state takes the reference.
+    steps. A tensor whose rule has no kernel, or that does not lie in memory like its gradient and
+    state, takes the reference.
     """
     together: dict[tuple, list[int]] = defaultdict(list)
     out: list[Tensor | None] = [None] * len(parameters)
     for i, (p, g, state) in enumerate(zip(parameters, gradients, states, strict=True)):
-        tensors = [p, g, *_state_tensors(state)]
-        if isinstance(state.lr, Tensor) or not all(_alike(p, t) for t in tensors):
-            out[i] = reference.virtual_update(p, g, state)
-        else:
+        if _fits(p, g, state):
             together[_key(p, state)].append(i)
+        else:
+            out[i] = reference.virtual_update(p, g, state)
     for members in together.values():
         found = _call(
             [parameters[i] for i in members],
@@ -71,6 +70,7 @@ def _call(
     parameters: list[Tensor], gradients: list[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
     s = states[0]
+    assert isinstance(s, SGDState | AdamState)
     held = [list(column) for column in zip(*map(_state_tensors, states), strict=True)]
     if isinstance(s, SGDState):
         return torch.ops.mts_fast.virtual_update_sgd(
@@ -91,17 +91,31 @@ def _state_tensors(state: State) -> list[Tensor]:
     return [t for t in held if t is not None]
 
 
+def _fits(parameter: Tensor, gradient: Tensor, state: State) -> bool:
+    """Whether the kernel knows the rule, has its numbers, and can walk through all tensors side by
+    side: of one dtype, in the same order in memory, without gaps."""
+    if not isinstance(state, SGDState | AdamState):
+        return False
+    if isinstance(state, AdamState) and state.amsgrad:
+        return False
+    if any(isinstance(number, Tensor) for number in _numbers(state)):
+        return False
+    tensors = [parameter, gradient, *_state_tensors(state)]
+    return all(t.dtype == parameter.dtype and lies_like(parameter, t) for t in tensors)
+
+
+def _numbers(state: State) -> list[float | Tensor]:
+    """All hyper-parameters; those on a device are tensors."""
+    if isinstance(state, SGDState):
+        return [state.lr, state.momentum, state.dampening, state.weight_decay]
+    if isinstance(state, AdamState):
+        return [state.lr, *state.betas, state.eps, state.weight_decay, state.step]
+    return []
+
+
 def _key(parameter: Tensor, state: State) -> tuple:
-    numbers = [getattr(state, f.name) for f in fields(state)]
+    """What tensors of one call share."""
+    assert isinstance(state, SGDState | AdamState)
+    flags = (state.nesterov,) if isinstance(state, SGDState) else (state.decoupled,)
     started = bool(_state_tensors(state))
-    return (
-        type(state),
-        parameter.dtype,
-        started,
-        *(n for n in numbers if not isinstance(n, Tensor | None)),
-    )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether both are of one dtype and lie in memory in the same order and without gaps."""
-    return a.dtype == b.dtype and lies_like(a, b)
+    return type(state), parameter.dtype, started, *flags, state.maximize, *_numbers(state)

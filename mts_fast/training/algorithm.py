@@ -153,7 +153,7 @@ class Algorithm:
                 return looked
             # row 6
             direction = virtual.scale(v, self.hypergradient_lr)
-            looked.masked = getattr(virtual, "masked_entries", None)
+            looked.masked = direction.masked_entries
             probing = self.engines.is_probing(layout)
             if call.selector_batch is None:
                 dots = linearization.dots(direction).to(looked.z.dtype)

@@ -21,7 +21,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.ops.registry import BACKENDS
-from mts_fast.ops.virtual_update import check_optimizer
+from mts_fast.ops.virtual_update_door import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 
 OP = "MTSStep"
@@ -87,7 +87,7 @@ def check_parts(
         hint = "build a Selector of its own"
         fail(ValueError, OP, "selector", "another module than model", "the model itself", hint)
     first = _check_torch_optimizer("optimizer", optimizer)
-    check_optimizer(first)
+    check_optimizer(first, op=OP)
     second = _check_torch_optimizer("selector_optimizer", selector_optimizer)
     _check_undoable(second)
     own = {id(p) for m in (module, *loss_modules) for p in m.parameters()}

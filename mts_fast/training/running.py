@@ -15,7 +15,7 @@ from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import insist
 from mts_fast.hypergradient import Refused
 from mts_fast.hypergradient.guard import bound
-from mts_fast.ops.virtual_update import check_optimizer
+from mts_fast.ops.virtual_update_door import check_optimizer
 from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
@@ -158,10 +158,9 @@ def _step_optimizer(
         if not moved:
             raise
         step._torn = moved[0]
-        message = _torn_message(step._torn)
         if isinstance(error, Exception):
-            raise RuntimeError(message) from error
-        error.add_note(message)
+            raise RuntimeError(_torn_message(step._torn)) from error
+        error.add_note(_torn_message(step._torn))
         raise
 
 
@@ -179,7 +178,7 @@ def _follow_parameters(step: MTSStep) -> None:
     before = step._engines.parameters
     if len(present) == len(before) and all(map(operator.is_, present, before)):
         return
-    check_optimizer(step.optimizer)
+    check_optimizer(step.optimizer, op=OP)
     step._engines = step._engines.with_parameters(present)
 
 

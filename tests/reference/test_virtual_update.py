@@ -266,9 +266,38 @@ def test_subclass_that_keeps_step_is_served(device):
     )
 
 
+def _replaced(parameters):
+    optimizer = SGD(parameters, lr=0.1)
+    optimizer.step = lambda closure=None: None
+    return optimizer
+
+
+def _with_rate(rate):
+    def make(parameters):
+        optimizer = Adam(parameters)
+        optimizer.param_groups[0]["lr"] = rate
+        return optimizer
+
+    return make
+
+
 REFUSED = {
-    "amsgrad": (lambda p: Adam(p, amsgrad=True), ValueError, "optimizer must be without amsgrad"),
-    "unknown": (torch.optim.RMSprop, TypeError, "optimizer must be .* got RMSprop"),
+    "unknown": (torch.optim.Adagrad, TypeError, "optimizer must be .* got Adagrad"),
+    "closure": (torch.optim.LBFGS, TypeError, "got LBFGS; it evaluates the model several times"),
+    "differentiable": (
+        lambda p: SGD(p, lr=0.1, differentiable=True),
+        ValueError,
+        r"param_groups\[0\] must be without differentiable",
+    ),
+    "capturable": (
+        lambda p: Adam(p, capturable=True, foreach=False),
+        ValueError,
+        r"param_groups\[0\] must be without capturable off a GPU",
+    ),
+    "replaced": (_replaced, TypeError, r"with a step\(\) replaced on the object"),
+    "nan": (_with_rate(float("nan")), ValueError, r"param_groups\[0\]\['lr'\] must be a finite"),
+    "text": (_with_rate("0.1"), TypeError, r"param_groups\[0\]\['lr'\] must be a finite number"),
+    "negative": (_with_rate(-0.1), ValueError, r"param_groups\[0\]\['lr'\] must be .* at least 0"),
     "override": (lambda p: Overridden(p, lr=0.1), TypeError, "optimizer .*overrides step"),
     "frozen": (
         lambda p: SGD([q.requires_grad_(False) for q in p], lr=0.1),
@@ -298,5 +327,5 @@ def test_refused_optimizers(case, device):
 )
 def test_refused_gradients(gradients):
     parameters = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3)]
-    with pytest.raises(ValueError, match="virtual_update: gradients must be"):
+    with pytest.raises(ValueError, match=r"virtual_update: gradients(\[1\])? must be"):
         mts_fast.virtual_update(SGD(parameters, lr=0.1), gradients)
