@@ -27,8 +27,6 @@ FLAGS = {
     "chunk": "--chunk",
     "path": "--out",
 }
-# whole numbers that torch adds without computing with
-UNSIGNED_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 DIGEST = hashlib.sha256
 DIGEST_BYTES = 32
 
@@ -96,7 +94,7 @@ def _open_numbers(flag: str, spec: str, length: int, *others: torch.dtype) -> Te
     with of_file(flag, spec):
         values = open_vector(path, key=key)
     name = f"{flag} {spec}"
-    if values.dtype not in (*INTEGER_DTYPES, *UNSIGNED_DTYPES, *others):
+    if values.dtype not in (*INTEGER_DTYPES, *others):
         hint = "save them as int64, in numpy by .astype('int64')"
         fail(TypeError, OP, name, "of whole numbers", describe(values), hint)
     if len(values) != length:

@@ -92,18 +92,17 @@ def open_embeddings(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
 
 def open_vector(path: str | os.PathLike[str], *, key: str | None = None) -> Tensor:
-    """Labels or flags [N] of a file as above, read whole; unsigned integers as int64. The errors
-    are the same."""
+    """Labels or flags [N] of a file as above, read whole. The errors are the same; unsigned
+    integers of 16 bits and more are refused, which torch holds but does not compute with."""
     source = _open(path, key)
     if len(source.shape) != 1:
         _refuse(path, "an [N] array", f"shape {tuple(source.shape)}", "name another with FILE:KEY")
     vector = source[0 : source.shape[0]]
-    if vector.dtype not in UNSIGNED:
-        return vector
-    wide = vector.to(torch.int64)
-    if vector.dtype == torch.uint64 and (wide < 0).any():
-        _refuse(path, "an array of numbers below 2^63", "larger ones", "renumber the classes")
-    return wide
+    if vector.dtype in UNSIGNED:
+        got = f"dtype {str(vector.dtype).removeprefix('torch.')}"
+        hint = "save it as int64, in numpy by .astype('int64')"
+        _refuse(path, "an array of signed or 8-bit whole numbers, or flags", got, hint)
+    return vector
 
 
 def _open(path: str | os.PathLike[str], key: str | None) -> EmbeddingSource:

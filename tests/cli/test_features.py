@@ -209,8 +209,8 @@ def test_labels_and_flags_are_whole_numbers_of_the_pool(pool, tmp_path, capsys):
         assert run([*pool[:place], file, *pool[place + 1 :]], tmp_path) == 2
         assert f"features: {pool[place - 1]} {file} must be {said}" in capsys.readouterr().err
     np.save(tmp_path / "unsigned.npy", y.astype(np.uint32))
-    assert run([*pool[:2], str(tmp_path / "unsigned.npy"), *pool[3:]], tmp_path) == 0
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S))
+    assert run([*pool[:2], str(tmp_path / "unsigned.npy"), *pool[3:]], tmp_path) == 2
+    assert "got dtype uint32; save it as int64" in capsys.readouterr().err
 
 
 def test_out_is_tried_before_the_work(pool, tmp_path, monkeypatch, capsys):

@@ -73,12 +73,10 @@ def test_vectors(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
-def test_unsigned_vectors_become_what_labels_are(dtype, tmp_path):
+def test_unsigned_vectors_are_refused(dtype, tmp_path):
     np.save(tmp_path / "y.npy", np.array([0, 60_000, 3], dtype=dtype))
-    found = open_vector(tmp_path / "y.npy")
-    assert found.dtype == torch.int64 and found.tolist() == [0, 60_000, 3]
-    np.save(tmp_path / "y.npy", np.array([0, 2**63], dtype=np.uint64))
-    with pytest.raises(ValueError, match=r"must be an array of numbers below 2\^63"):
+    message = rf"must be an array of signed .*, got dtype {np.dtype(dtype)}; save it as int64"
+    with pytest.raises(ValueError, match=message):
         open_vector(tmp_path / "y.npy")
 
 

@@ -123,7 +123,7 @@ def test_kappa_is_the_derivative_of_the_real_step(case, steps, lr, device):
 
 
 def test_muon_orthogonalises_as_torch_does(device):
-    """theta' to a rounding of its last sum; kappa v by autograd through the same iteration in float64."""
+    """theta' to a rounding of its last sum; kappa v as differences of the iteration in float64."""
     torch.manual_seed(0)
     for shape in ((4, 3), (3, 5)):
         for options in ({}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}):
