@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._isolation import (
+    Restoring,
+    RngState,
+    SavedBuffers,
+    preserved_buffers,
+    preserved_rng,
+)
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
@@ -62,6 +68,7 @@ class RetainedGraph(Linearization):
     def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
         self._rng = RngState.capture(engine.objective.world)
+        self._buffers = SavedBuffers(engine.objective.world)
         self._graph: Tensor | None = None
         self._losses: Tensor | None = None
         if gradients:
@@ -90,7 +97,13 @@ class RetainedGraph(Linearization):
         return dense(found)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        return self.engine.dots_from_scratch(self.batch, direction, self._rng)
+        with self._rewound_buffers():
+            return self.engine.dots_from_scratch(self.batch, direction, self._rng)
+
+    def _rewound_buffers(self) -> Restoring:
+        """Buffers as this forward found them: a model may read what it has written."""
+        now = SavedBuffers(self.engine.objective.world)
+        return Restoring(now.restore, self._buffers.restore)
 
 
 class Engine(ABC):

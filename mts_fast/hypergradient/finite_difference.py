@@ -103,4 +103,5 @@ class DifferenceLinearization(RetainedGraph):
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         engine = self.engine
-        return engine.difference(self.batch, direction, self._rng, engine._step(), self._writes)
+        with self._rewound_buffers():
+            return engine.difference(self.batch, direction, self._rng, engine._step(), self._writes)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._isolation import Restoring, RngState, SavedBuffers, preserved_rng
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.objective import LabelledBatch
 
@@ -56,7 +56,8 @@ class StreamedLinearization(Linearization):
     def __init__(self, engine: Streamed, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
         self._chunks = batch.split(engine.micro_batch)
-        self._starts: list[RngState] = []  # generators before each micro-batch of the first pass
+        # generators and buffers before each micro-batch of the first pass
+        self._starts: list[tuple[RngState, SavedBuffers]] = []
         self._losses: list[Tensor] = []
 
     @property
@@ -100,11 +101,14 @@ class StreamedLinearization(Linearization):
 
     @contextmanager
     def _leaving_trace(self) -> Iterator[None]:
-        self._starts.append(RngState.capture(self.engine.objective.world))
+        world = self.engine.objective.world
+        self._starts.append((RngState.capture(world), SavedBuffers(world)))
         yield
 
     @contextmanager
     def _replayed(self, k: int) -> Iterator[None]:
         world = self.engine.objective.world
-        with preserved_rng(world, self._starts[k]), preserved_buffers(world):
+        rng, buffers = self._starts[k]
+        now = SavedBuffers(world)
+        with preserved_rng(world, rng), Restoring(now.restore, buffers.restore):
             yield

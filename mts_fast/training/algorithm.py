@@ -133,6 +133,8 @@ class Algorithm:
         looked.overflow = scaling.overflowed(looked.gradient)
         if looked.overflow:
             return looked
+        after_forward = RngState.capture(self.objective.world)
+        after_scoring = after_forward
         with preserved_rng(self.objective.world):
             # rows 4, 5
             virtual = ops.virtual_update(self.optimizer, looked.gradient)
@@ -161,13 +163,20 @@ class Algorithm:
                 looked.gap = invariant_gap(looked.p, dots, looked.gradient, direction)
                 compared = looked.gradient
             else:
-                looked.update, compared = self._on_own_batch(
-                    call.selector_batch, engine, direction, start, probing, call.check_values
-                )
+                own, h_own = self._own_batch(call, engine, start, probing)
+                # the selector's masks follow those of the training forward
+                after_forward.restore()
+                z, p = self.trainer.forward(call.selector_batch, h_own, updates=True)
+                after_scoring = RngState.capture(self.objective.world)
+                with preserved_buffers(self.objective.world):
+                    compared = own.gradient(p) if probing else []
+                    dots = own.dots(direction).to(z.dtype)
+                looked.update = SelectorUpdate(call.selector_batch, h_own, z, p, dots)
                 if probing:
                     looked.gap = invariant_gap(
                         looked.update.p, looked.update.dots, compared, direction
                     )
+        after_scoring.restore()
         if call.check_values:
             hint = "lower the learning rate, or look for overflow in the model"
             check_finite(OP, "the hypergradient dot of every sample", looked.update.dots, hint)
@@ -246,30 +255,21 @@ class Algorithm:
             _check_weights(p, self.scorer.class_weight)
         return Looked(linearization, h, z, p, before)
 
-    def _on_own_batch(
-        self,
-        batch: CheckedBatch,
-        engine: Engine,
-        direction: list[Tensor],
-        start: RngState,
-        probing: bool,
-        check_values: bool,
-    ) -> tuple[SelectorUpdate, list[Tensor | None]]:
-        """Rows 1, 2 and 6 on the selector's batch, with the masks of the training forward; where a
-        guard follows, the gradient of its weighted loss, too."""
-        world = self.objective.world
+    def _own_batch(
+        self, call: Call, engine: Engine, start: RngState, probing: bool
+    ) -> tuple[Linearization, Tensor]:
+        """The selector's batch run forward, with the masks of the training forward, and its
+        features h [B2, F]; where a guard follows, ready for a gradient, too."""
+        batch, world = call.selector_batch, self.objective.world
+        assert batch is not None
         with preserved_rng(world, start), preserved_buffers(world):
             with self.features.beside_forward(batch) as forward:
                 linearization = engine.linearize(batch, gradients=int(probing))
                 forward.ran(linearization)
             h = forward.features(update=True)
-            if check_values:
-                check_finite(OP, "the selector's input", h, ONLINE_HINT)
-        z, p = self.trainer.forward(batch, h, updates=True)
-        with preserved_rng(world), preserved_buffers(world):
-            gradient = linearization.gradient(p) if probing else []
-            dots = linearization.dots(direction).to(z.dtype)
-        return SelectorUpdate(batch, h, z, p, dots), gradient
+        if call.check_values:
+            check_finite(OP, "the selector's input", h, ONLINE_HINT)
+        return linearization, h
 
     def _guard(
         self, looked: Looked, gradient: list[Tensor | None], direction: list[Tensor]

@@ -174,11 +174,11 @@ def _torn_message(moved: str) -> str:
 
 def _follow_parameters(step: MTSStep) -> None:
     """Parameters may have been frozen, unfrozen or added since the last call."""
+    check_optimizer(step.optimizer, op=OP)
     present = ops.trainable_parameters(step.optimizer)
     before = step._engines.parameters
     if len(present) == len(before) and all(map(operator.is_, present, before)):
         return
-    check_optimizer(step.optimizer, op=OP)
     step._engines = step._engines.with_parameters(present)
 
 

@@ -274,7 +274,7 @@ def test_a_bias_before_batchnorm_is_noise(make, backend):
         optimizer.step()
     loss = nn.functional.cross_entropy(model(x), y)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    bias = [i for i, (n, _) in enumerate(model.named_parameters()) if n == "0.bias"][0]
+    bias = next(i for i, (n, _) in enumerate(model.named_parameters()) if n == "0.bias")
     assert 0 < gradients[bias].abs().max() < 1e-7
     v = [torch.ones_like(g) for g in gradients]
     update = mts_fast.virtual_update(optimizer, list(gradients), along=v)
