@@ -100,9 +100,13 @@ class EngineChoice:
             )
         self._pending[layout] = replace(choice, engine=rest[0], calls=0, refusals=reasons)
 
+    def calls(self, layout: str) -> int:
+        """How often the engine of a layout has been asked for dots."""
+        return self._choice(layout).calls
+
     def is_probing(self, layout: str) -> bool:
         """Whether this call is number 1, 2, 4, 8, ... of its layout and engine."""
-        number = self._choice(layout).calls + 1
+        number = self.calls(layout) + 1
         return number & (number - 1) == 0
 
     def begin(self) -> None:

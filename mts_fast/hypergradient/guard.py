@@ -17,6 +17,8 @@ from mts_fast.hypergradient.precision import is_low_precision
 # |sum p d - <u, g>| / sum p |d| was at most 5e-5 (exact engines, float32), 4e-3 (16 bits) and
 # 5.5e-3 (differences) of right dots, and 0.012 to 0.7 of wrong ones (CPU, 2026).
 EXACT, EXACT_16_BIT, DIFFERENCES = 1e-3, 2e-2, 1e-2
+# in float64 right dots were at most 1e-12 off, and differences 1e-9 (a kink may add its step, 1e-5)
+EXACT_64_BIT, DIFFERENCES_64_BIT = 1e-7, 1e-4
 # roundings of the largest term that the two sums may differ by where everything cancels
 ROUNDINGS = 64
 
@@ -28,7 +30,7 @@ def invariant_gap(
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
     expected = torch.stack([(g * u).sum().to(dots.dtype) for g, u in pairs]).sum()
     gap = ((p * dots).sum() - expected).abs()
-    scale = (p * dots.abs()).sum()
+    scale = (p * dots).abs().sum()
     return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
@@ -46,6 +48,17 @@ def is_rounding(
 
 def bound(engine: str, parameters: Sequence[Tensor]) -> float:
     """The largest gap that right dots of an engine may have."""
+    wide = all(p.dtype == torch.float64 for p in parameters)
     if engine == "finite_difference":
-        return DIFFERENCES
-    return EXACT_16_BIT if is_low_precision(parameters) else EXACT
+        return DIFFERENCES_64_BIT if wide else DIFFERENCES
+    if is_low_precision(parameters):
+        return EXACT_16_BIT
+    return EXACT_64_BIT if wide else EXACT
+
+
+def random_signs(p: Tensor, number: int) -> Tensor:
+    """+1 or -1 for each sample [B], drawn aside from all generators: of differences the sum over
+    the batch alone may be right by chance, where autograd's gradient is another one."""
+    generator = torch.Generator().manual_seed(number)
+    signs = torch.randint(2, p.shape, generator=generator).to(p.device, p.dtype)
+    return 2 * signs - 1

@@ -13,7 +13,8 @@ from mts_fast._check import check_finite, fail
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import selector_gsnr
 from mts_fast.hypergradient import Engine, EngineChoice, Linearization, Objective, Refused
-from mts_fast.hypergradient.guard import bound, invariant_gap, is_rounding
+from mts_fast.hypergradient.finite_difference import FiniteDifference
+from mts_fast.hypergradient.guard import bound, invariant_gap, is_rounding, random_signs
 from mts_fast.training.batch import CheckedBatch, CheckedValidation
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
@@ -105,6 +106,10 @@ class Algorithm:
             Refused: the engine cannot serve this batch, or its dots fail the guard.
         """
         engine = self.engines.engine_for(layout)
+        probing = call.updates_selector and self.engines.is_probing(layout)
+        # differences are checked with random signs, too, which takes a gradient more
+        signed = probing and engine.name == FiniteDifference.name
+        own = call.updates_on_own_batch
         start = RngState.capture(self.objective.world)
         self.features.observe_validation(
             call.validation.inputs, call.selector_batch if call.updates_selector else None
@@ -113,11 +118,13 @@ class Algorithm:
         with self.features.beside_forward(call.batch) as forward:
             linearization = engine.linearize(
                 call.batch,
-                gradients=2 if call.updates_selector and not call.reuses_gradient else 1,
-                dots=call.updates_on_own_batch,
+                gradients=1
+                + (call.updates_selector and not call.reuses_gradient)
+                + (signed and own),
+                dots=own,
             )
             forward.ran(linearization)
-        h = forward.features(update=call.updates_on_own_batch)
+        h = forward.features(update=own)
         if call.check_values and not torch.isfinite(h.sum()):
             _check_losses(linearization)
             check_finite(OP, "the selector's input", h, ONLINE_HINT)
@@ -156,33 +163,37 @@ class Algorithm:
             # row 6
             direction = virtual.scale(v, self.hypergradient_lr)
             looked.masked = direction.masked_entries
-            probing = self.engines.is_probing(layout)
             if call.selector_batch is None:
                 dots = linearization.dots(direction).to(looked.z.dtype)
                 looked.update = SelectorUpdate(call.batch, h, looked.z, looked.p, dots)
-                looked.gap = invariant_gap(looked.p, dots, looked.gradient, direction)
                 compared = looked.gradient
+                looked.gap = invariant_gap(looked.p, dots, compared, direction)
+                checked = linearization
             else:
-                own, h_own = self._own_batch(call, engine, start, probing)
+                checked, h_own = self._own_batch(call, engine, start, probing + signed)
                 # the selector's masks follow those of the training forward
                 after_forward.restore()
                 z, p = self.trainer.forward(call.selector_batch, h_own, updates=True)
                 after_scoring = RngState.capture(self.objective.world)
                 with preserved_buffers(self.objective.world):
-                    compared = own.gradient(p) if probing else []
-                    dots = own.dots(direction).to(z.dtype)
+                    compared = checked.gradient(p) if probing else []
+                    dots = checked.dots(direction).to(z.dtype)
                 looked.update = SelectorUpdate(call.selector_batch, h_own, z, p, dots)
                 if probing:
-                    looked.gap = invariant_gap(
-                        looked.update.p, looked.update.dots, compared, direction
-                    )
+                    looked.gap = invariant_gap(p, dots, compared, direction)
+            if signed:
+                p = looked.update.p * random_signs(looked.update.p, self.engines.calls(layout))
+                with preserved_buffers(self.objective.world):
+                    by_signs = checked.gradient(p)
         after_scoring.restore()
         if call.check_values:
             hint = "lower the learning rate, or look for overflow in the model"
             check_finite(OP, "the hypergradient dot of every sample", looked.update.dots, hint)
         if probing:
-            self._guard(looked, compared, direction)
+            self._guard(looked, looked.update.p, compared, direction)
             looked.guarded = True
+        if signed:
+            self._guard(looked, p, by_signs, direction)
         self.engines.served(layout)
         return looked
 
@@ -256,15 +267,15 @@ class Algorithm:
         return Looked(linearization, h, z, p, before)
 
     def _own_batch(
-        self, call: Call, engine: Engine, start: RngState, probing: bool
+        self, call: Call, engine: Engine, start: RngState, gradients: int
     ) -> tuple[Linearization, Tensor]:
         """The selector's batch run forward, with the masks of the training forward, and its
-        features h [B2, F]; where a guard follows, ready for a gradient, too."""
+        features h [B2, F]; `gradients` are for the guard."""
         batch, world = call.selector_batch, self.objective.world
         assert batch is not None
         with preserved_rng(world, start), preserved_buffers(world):
             with self.features.beside_forward(batch) as forward:
-                linearization = engine.linearize(batch, gradients=int(probing))
+                linearization = engine.linearize(batch, gradients=gradients)
                 forward.ran(linearization)
             h = forward.features(update=True)
         if call.check_values:
@@ -272,16 +283,18 @@ class Algorithm:
         return linearization, h
 
     def _guard(
-        self, looked: Looked, gradient: list[Tensor | None], direction: list[Tensor]
+        self,
+        looked: Looked,
+        p: Tensor,
+        gradient: list[Tensor | None],
+        direction: Sequence[Tensor],
     ) -> None:
-        """Refuse dots that miss the invariant. Waits for the device."""
-        assert looked.gap is not None and looked.update is not None
+        """Refuse dots that miss the invariant for these weights. Waits for the device."""
+        assert looked.update is not None
+        dots = looked.update.dots
         allowed = bound(looked.engine, self.parameters)
-        gap = float(looked.gap)
-        if gap <= allowed:
-            return
-        update = looked.update
-        if is_rounding(update.p, update.dots, gradient, direction):
+        gap = float(invariant_gap(p, dots, gradient, direction))
+        if gap <= allowed or is_rounding(p, dots, gradient, direction):
             return
         raise Refused(
             looked.engine,

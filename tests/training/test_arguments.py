@@ -331,7 +331,7 @@ def test_wrappers_over_processes_are_refused(monkeypatch):
 
     given = parts()
     given["model"] = nn.Sequential(DistributedDataParallel(given["model"]))
-    with pytest.raises(RuntimeError, match="model must be free of data-parallel.* at '0'"):
+    with pytest.raises(RuntimeError, match=r"model must be free of data-parallel.* at '0'"):
         mts_fast.MTSStep(**given)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -105,7 +105,7 @@ def generators():
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_one_plain_forward(name, engine):
-    """Buffers, generators, inputs, parameters: as a plain loop with the same weights leaves them."""
+    """Buffers, generators, inputs, parameters: as a plain loop of these weights leaves them."""
     model = MODELS[name]()
     plain = copy.deepcopy(model)
     step = step_of(model, engine=engine)

@@ -27,8 +27,8 @@ class MuonRule(UpdateRule):
 
     theta' orthogonalises in bfloat16, as torch does, to a rounding of the sum. kappa v is the exact
     derivative of the same Newton-Schulz iteration in the parameter's dtype (float32 of 16-bit
-    ones): the derivative of the rounded one is 0 or a step. Entries of a matrix mix, so that kappa is no
-    diagonal, and no entry is taken for noise: the matrix is divided by its norm as a whole.
+    ones): the derivative of the rounded one is 0 or a step. Entries of a matrix mix, so that kappa
+    is no diagonal, and no entry is taken for noise: the matrix is divided by its norm as a whole.
     """
 
     numbers: ClassVar[Mapping[str, Bounds]] = {
