@@ -26,6 +26,8 @@ class World:
 
     def __init__(self, *roots: nn.Module) -> None:
         self.roots = roots
+        # parameters that a forward writes to: tables with max_norm, and what else is seen to be
+        self.written: list[Tensor] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -34,6 +36,20 @@ class World:
         self.modules = list(found.values())
         tensors = (t for root in self.roots for t in (*root.parameters(), *root.buffers()))
         self.devices = {t.device for t in tensors if t.is_cuda}
+        tables = [
+            m.weight
+            for m in self.modules
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+        ]
+        self.note_written(tables)
+
+    def note_written(self, parameters: Iterable[Tensor]) -> None:
+        """These parameters are state of a forward, as buffers are."""
+        self.written = list({id(p): p for p in (*self.written, *parameters)}.values())
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters."""
+        return [p for m in self.modules for p in m._parameters.values() if p is not None]
 
     def modes(self) -> tuple[bool, ...]:
         """Which modules are in train mode."""
@@ -104,11 +120,12 @@ def _same_numpy(a: Any, b: Any) -> bool:
 
 class SavedBuffers:
     """Every buffer by module and name, with its value: one that a forward replaced, added or
-    removed is put back, too."""
+    removed is put back, too; and parameters that a forward writes to."""
 
     def __init__(self, world: World) -> None:
         self._names = [(module, dict(module._buffers)) for module in world.modules]
         tensors = dict.fromkeys(b for _, names in self._names for b in names.values())
+        tensors |= dict.fromkeys(world.written)
         present = [b for b in tensors if b is not None and not nn.parameter.is_lazy(b)]
         self._saved = [(b, b.detach().clone()) for b in present]
         self._counted = tuple(b for b in present if not b.is_inference())

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference
 from mts_fast._isolation import RngState
-from mts_fast.hypergradient.engine import Engine, Linearization, dense
+from mts_fast.hypergradient.engine import Engine, Linearization, dense, scaled_by_frequency
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving
 
@@ -26,7 +26,7 @@ class DoubleBackward(Engine):
     name = "double_backward"
 
     def reasons(self) -> list[str]:
-        return []
+        return scaled_by_frequency(self.objective)
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mts_fast._check import fail
 from mts_fast._isolation import (
@@ -40,6 +40,9 @@ class Linearization(ABC):
     def run(self) -> None:
         """The forward, where it has not been run yet."""
         _ = self.losses
+
+    def begin(self) -> None:
+        """Fix the generators that a forward which has not been run yet begins from."""
 
     @property
     @abstractmethod
@@ -104,6 +107,17 @@ class RetainedGraph(Linearization):
         """Buffers as this forward found them: a model may read what it has written."""
         now = SavedBuffers(self.engine.objective.world)
         return Restoring(now.restore, self._buffers.restore)
+
+
+def scaled_by_frequency(objective: Objective) -> list[str]:
+    """Reasons against engines that take derivatives of the forward or of the gradient: autograd
+    divides these gradients by how often a row occurs in the batch, and no derivative knows it."""
+    return [
+        f"{path or 'the model'}: {type(module).__name__}(scale_grad_by_freq=True) has a gradient"
+        " that is no derivative"
+        for path, module in objective.model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+    ]
 
 
 class Engine(ABC):

@@ -15,7 +15,12 @@ from mts_fast._isolation import (
     replaced_parameters,
 )
 from mts_fast.hypergradient.buffer_writes import RecordedWrites, ReplayedWrites, Written
-from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
+from mts_fast.hypergradient.engine import (
+    Engine,
+    Linearization,
+    RetainedGraph,
+    scaled_by_frequency,
+)
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import low_precision_autocast
 from mts_fast.ops.perturb import global_norm, perturb
@@ -37,7 +42,7 @@ class FiniteDifference(Engine):
         reasons = [f"differences of losses drown in rounding with {d} parameters" for d in coarse]
         if low_precision_autocast(self.parameters):
             reasons.append("differences of losses drown in rounding under 16-bit autocast")
-        return reasons
+        return reasons + scaled_by_frequency(self.objective)
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True

@@ -60,6 +60,9 @@ class StreamedLinearization(Linearization):
         self._starts: list[tuple[RngState, SavedBuffers]] = []
         self._losses: list[Tensor] = []
 
+    def begin(self) -> None:
+        self.run()  # where each micro-batch's masks begin shows in the pass itself
+
     @property
     def losses(self) -> Tensor:
         if not self._losses:

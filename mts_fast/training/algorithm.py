@@ -276,6 +276,7 @@ class Algorithm:
         with preserved_rng(world, start), preserved_buffers(world):
             with self.features.beside_forward(batch) as forward:
                 linearization = engine.linearize(batch, gradients=gradients)
+                linearization.begin()
                 forward.ran(linearization)
             h = forward.features(update=True)
         if call.check_values:

@@ -85,6 +85,8 @@ def run_call(step: MTSStep, call: Call) -> StepResult:
     step._objective.world.refresh()
     _follow_parameters(step)
     _adopt_scaler(step)
+    # an optimizer may have stepped since autocast last cast the weights
+    torch.clear_autocast_cache()
     if step._gap is not None:
         step._gap.report()
         step._gap = None
@@ -111,17 +113,26 @@ def run_call(step: MTSStep, call: Call) -> StepResult:
 def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult:
     """Rows 1 to 9 and the optimizer's step; whole when the transaction is committed."""
     algorithm = _algorithm(step)
-    scaling = GradientScaling(step.scaler)
     engines = step._engines
     layout = engines.layout_of(call.batch)
     engines.begin()
+    if not step._knows_writes:
+        transaction.save_parameters()
     while True:
+        scaling = GradientScaling(step.scaler)
         try:
             looked = algorithm.look(call, layout, scaling)
-            break
         except Refused as refused:
             transaction.rewind()
             engines.refuse(layout, refused)
+            continue
+        written = transaction.written_parameters()
+        if not written:
+            break
+        _note_written(step, written)
+        transaction.rewind()
+    transaction.forget_parameters()
+    step._knows_writes = True
     outcome = algorithm.finish(call, looked, scaling)
     set_gradients(step.optimizer, engines.parameters, outcome.gradient)
     if step.selector_scheduler is not None:
@@ -136,6 +147,18 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
     result = outcome.result if taken else outcome.result.as_skipped()
     transaction.committed = True
     return result
+
+
+def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
+    """A forward writes to these parameters: every forward but the one that counts is to leave them
+    as they were. After the first call there is no copy to begin again from."""
+    if step._knows_writes:
+        names: dict[Tensor, str] = {p: n for n, p in step.model.named_parameters()}
+        got = f"a write to {names.get(parameters[0], 'one')!r}, which earlier calls did not make"
+        hint = "keep what forward writes in a buffer, or build a new MTSStep"
+        fail(RuntimeError, OP, "model", "as it was in writing to its parameters", got, hint)
+    for world in (step._world, step._objective.world, step._validation.world):
+        world.note_written(parameters)
 
 
 def _step_optimizer(

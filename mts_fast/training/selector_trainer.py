@@ -111,3 +111,5 @@ class EagerSelectorTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         update.logits.backward(update.cotangent())
         self.optimizer.step()
+        # autocast keeps low-precision copies of the weights, which are now of other values
+        torch.clear_autocast_cache()

@@ -216,6 +216,7 @@ class MTSStep:
                 objective, feature_layer, online_k, online_momentum, micro_batch
             )
         self._gap: PendingGap | None = None
+        self._knows_writes = False  # which parameters a forward writes to
         self._torn = ""  # what an optimizer that raised had moved already
 
     def __call__(

@@ -107,7 +107,11 @@ class Transaction:
         self.committed = False
         self._open = open_count()
         self._modes = [(module, module.training) for module in world.modules]
+        self._world = world
         self._buffers = SavedBuffers(world)
+        # of a first call: a forward may turn out to write to parameters
+        self._parameters: list[tuple[Tensor, Tensor]] = []
+        self._versions = [(p, p._version) for p in world.parameters()]
         self._rng = RngState.capture(world)
         self._selector = SavedOptimizer(selector_optimizer)
         parameters = _parameters(optimizer) + _parameters(selector_optimizer)
@@ -116,6 +120,19 @@ class Transaction:
         self._saved: SavedOptimizer | None = None
         self._counters = counters()
         self._restore_counters = restore_counters
+
+    def save_parameters(self) -> None:
+        """Copy all parameters, until it is known which of them the forwards write to."""
+        self._parameters = [(p, p.detach().clone()) for p in self._world.parameters()]
+
+    def written_parameters(self) -> list[Tensor]:
+        """Parameters that forwards have written to, and that were not known to be."""
+        known = {id(p) for p in self._world.written}
+        return [p for p, v in self._versions if p._version != v and id(p) not in known]
+
+    def forget_parameters(self) -> None:
+        """Free the copies of `save_parameters`."""
+        self._parameters = []
 
     def save_optimizer(self) -> None:
         """Copy the classifier's parameters and optimizer state, which its step moves."""
@@ -127,6 +144,8 @@ class Transaction:
         for module, mode in self._modes:
             module.training = mode
         self._buffers.restore()
+        for parameter, before in self._parameters:
+            parameter.data.copy_(before)
         self._rng.restore()
         self._restore_counters(self._counters)
 

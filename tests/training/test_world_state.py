@@ -269,3 +269,29 @@ def test_a_model_that_begins_to_write_is_named():
     with pytest.raises(RuntimeError, match="inputs must be left as they are by the model"):
         step(**batch(1))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_autocast_does_not_weigh_with_the_old_selector():
+    """Row 9 and the next call, all inside one autocast, see the weights as they are."""
+    model = plain_model().float()
+    torch.manual_seed(1)
+    selector = mts_fast.Selector(0, CLASSES, hidden=(8,))
+    step = mts_fast.MTSStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        selector,
+        torch.optim.SGD(selector.parameters(), lr=50.0),
+        online_features=False,
+    )
+    given = batch(0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            result = step(**given)
+            torch.clear_autocast_cache()
+            z = selector(torch.zeros(SIZE, 0), given["labels"], torch.zeros(SIZE).bool())
+            assert relative(result.logits, z.detach().float()) < 1e-6
+            losses = F.cross_entropy(model(given["inputs"]).float(), given["labels"])
+    with torch.autocast("cpu", torch.bfloat16):
+        first = step(**given).losses.mean()
+        second = step(**given).losses.mean()
+    assert first != second and losses > second
