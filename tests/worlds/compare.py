@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class Comparison:
                 self.share,
                 self._val_loss_noise(),
             )
-            yield Fault("dots", _distance(result.dots, truth.dots), self.dots_allowed())
+            yield Fault("dots", _distance(result.dots, truth.dots), self.dots_allowed)
         elif result.dots is not None:
             yield Fault("dots of a call without a lesson", 1.0, 0.0)
         z, w, p = truth.final_weights(_double(call.objects.selector))
@@ -169,6 +170,7 @@ class Comparison:
         ]
         return 4 * max(_distance(z_rounded, z) for z_rounded in rounded)
 
+    @cached_property
     def dots_allowed(self) -> float:
         """Of d_i."""
         truth = self.truth
@@ -194,6 +196,7 @@ class Comparison:
             bounds.append(torch.full_like(x, bound))
         return bounds
 
+    @cached_property
     def _ahead_noise(self) -> Gradients:
         """How far theta' may be off for rounding of g alone."""
         truth = self.truth
@@ -210,14 +213,14 @@ class Comparison:
         return moved
 
     def _val_loss_noise(self) -> float:
-        pairs = zip(self.truth.v, self._ahead_noise(), strict=True)
+        pairs = zip(self.truth.v, self._ahead_noise, strict=True)
         first = sum((v.abs() * m).sum().item() for v, m in pairs if v is not None and m is not None)
         return float(first)
 
     def _dots_noise(self) -> float:
         """What theta' within its noise does to the dots, by two corners of it."""
         truth = self.truth
-        moved = self._ahead_noise()
+        moved = self._ahead_noise
         g = torch.Generator().manual_seed(0)
         worst = 0.0
         for _ in range(2):
@@ -235,6 +238,8 @@ class Comparison:
         kappa grows as 1 / g^2 there, and such a gradient may be any value within its bounds.
         """
         truth = self.truth
+        if truth.world.optimizer["kind"] == "SGD":
+            return 0.0
         bounds = self._noise_of(
             truth.g, truth.combined(truth.p, size=True), [o.g for o in self.others]
         )
@@ -261,7 +266,7 @@ class Comparison:
             worst = max(_distance(a, b) for a, b in zip(selector, old, strict=True))
             yield Fault("selector in a call without a lesson", worst, 0.0)
             return
-        slack = truth.p_pupil * torch.sigmoid(-truth.z_pupil) * 2 * self.dots_allowed()
+        slack = truth.p_pupil * torch.sigmoid(-truth.z_pupil) * 2 * self.dots_allowed
         slack = slack + truth.cotangent.abs() * self.share * 10
         place = {id(p): k for k, p in enumerate(old)}
         kind = self.truth.world.selector["optimizer"]["kind"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,9 +113,12 @@ class Truth:
         double: bool,
         rounded: tuple[float, int] | None = None,
     ) -> None:
-        """`rounded` (eps, seed): parameters off by a random rounding, to see what that does."""
+        """`double` in float64, on copies; else in the world's dtype, which uses the snapshot up.
+
+        `rounded` (eps, seed): parameters off by a random rounding, to see what that does.
+        """
         self.world, self.start, self.steps = before.world, before.generators, before.steps
-        objects = in_double(before.objects) if double else copied(before.objects)
+        objects = in_double(before.objects) if double else before.objects
         self.objects, self.double = objects, double
         self.model, self.optimizer, self.loss = objects.model, objects.optimizer, objects.loss
         for module in self.model.modules():
@@ -217,6 +221,11 @@ class Truth:
         """Of model and loss as they are, to be run without a trace."""
         return copy.deepcopy((self.model, self.loss))
 
+    @cached_property
+    def _spare(self) -> tuple[nn.Module, Any]:
+        """Copies that other parameters are tried in."""
+        return self._copies()
+
     def _linearized(self, batch: Batch, model: nn.Module, loss: Any) -> tuple[Tensor, Gradients]:
         """Losses [B] of one forward, and every sample's gradient."""
         parameters = self._parameters(model)
@@ -314,8 +323,8 @@ class Truth:
         return total
 
     def validation(self, theta: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
-        """Mean validation loss at theta and its gradient, by a copy that is thrown away."""
-        model, loss = self._copies()
+        """Mean validation loss at theta and its gradient, on buffers as the forward left them."""
+        model, loss = self._spare
         parameters = self._parameters(model)
         for parameter, value in zip(parameters, theta, strict=True):
             parameter.data.copy_(value)
@@ -325,7 +334,7 @@ class Truth:
                 module.train(mode)
         total = torch.zeros(())
         v: Gradients = [None] * len(parameters)
-        with drawing_from(self.after_forward):
+        with drawing_from(self.after_forward), _buffers_kept(model, loss):
             for chunk in self.chunks(self.val):
                 part = self.losses_of(model, loss, *chunk).sum() / len(self.val)
                 total = total + part.detach()
@@ -379,14 +388,20 @@ class Truth:
         dtype = torch.float64 if self.double else parts[-1].dtype
         return torch.cat([x.to(dtype) for x in parts], 1)
 
+    @cached_property
+    def _eval_model(self) -> nn.Module:
+        """A copy in eval mode of the model as the call found it."""
+        return copy.deepcopy(self.model).eval()
+
     def _penultimate(self, batch: Batch) -> Tensor:
         """What goes into the head [B, D], in eval mode."""
-        model = copy.deepcopy(self.model).eval()
+        model = self._eval_model
         seen: list[Tensor] = []
-        model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        hook = model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         with torch.no_grad(), drawing_from(self.start):
             for inputs, labels in self.chunks(batch):
                 self.losses_of(model, lambda output, labels: output, inputs, labels)
+        hook.remove()
         x = torch.cat(seen)
         return x if x.ndim == 2 else x.mean(1)
 
@@ -416,6 +431,25 @@ class Truth:
             with self._autocast():
                 p = self._p(torch.full_like(z, 0.0), self.train)
         return z, w, p
+
+
+@contextlib.contextmanager
+def _buffers_kept(*modules: Any) -> Iterator[None]:
+    """Afterwards every buffer is as it was, also one that was replaced."""
+    places = [
+        (part, name, buffer, buffer.clone())
+        for module in modules
+        if isinstance(module, nn.Module)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in places:
+            part._buffers[name] = buffer
+            buffer.data.copy_(value)
 
 
 def per_sample(values: Tensor, parameters: Sequence[Tensor]) -> Gradients:

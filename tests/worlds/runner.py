@@ -115,15 +115,16 @@ class _Run:
         before = Snapshot.take(world, self.objects, self.running, call)
         try:
             truth = Truth(before, train, val, meta, double=True)
-            plain, rounded = truth, []
-            if world.precision != "float64":
-                plain = Truth(before, train, val, meta, double=False)
+            rounded = []
             if "16" in world.precision:
                 # one error in 16 bits may be small by luck
                 rounded = [
                     Truth(before, train, val, meta, double=True, rounded=(EPS[world.precision], k))
                     for k in range(2)
                 ]
+            plain = truth
+            if world.precision != "float64":
+                plain = Truth(before, train, val, meta, double=False)
         except Exception as error:
             return Report(IMPOSSIBLE, self.engines, _last_line(error), call=call)
         state = _state(self.objects)
