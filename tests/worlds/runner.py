@@ -122,7 +122,7 @@ class _Run:
                 # one error in 16 bits may be small by luck
                 rounded = [
                     Truth(before, train, val, meta, double=True, rounded=(EPS[world.precision], k))
-                    for k in range(2)
+                    for k in range(4)
                 ]
         except Exception as error:
             return Report(IMPOSSIBLE, self.engines, _last_line(error), call=call)
@@ -132,6 +132,8 @@ class _Run:
                 result = step(**_arguments(train.fresh(), val.fresh(), meta and meta.fresh()))
         except Exception as error:
             return self._raised(error, call, state, before.generators, step)
+        if result.skipped:  # a gradient beyond float16 at any scale
+            return Report(REFUSED, self.engines, "skipped: overflow in float16", call=call)
         self.engines.append(engine_of(step, result))
         comparison = Comparison(truth, plain, rounded, self.engines[-1])
         made = Call(result, self.objects, Generators.now(), self.engines[-1])
