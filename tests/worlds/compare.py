@@ -88,7 +88,7 @@ class Comparison:
         self.eps = EPS[precision]
         self.floor = self.eps * (1 if "16" in precision else ROUNDINGS)
         # one error that torch makes may be small by luck, in 16 bits more so
-        self.luck = 12 if "16" in precision else 4
+        self.luck = 40 if "16" in precision else 4
         self.selector_eps = DOUBLE_EPS if precision == "float64" else SINGLE_EPS
         self.step_eps = self.eps if precision == "bfloat16" else self.selector_eps
         optimizer = truth.world.optimizer
