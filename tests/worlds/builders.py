@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +94,8 @@ class Objects:
 def build(world: World, make_selector: Any) -> Objects:
     """All objects of a world; `make_selector` takes the number of features."""
     torch.manual_seed(world.seed)
+    np.random.seed(world.seed)
+    random.seed(world.seed)
     model = build_model(world)
     dtype = PRECISIONS.get(world.precision, torch.float32)
     loss = build_loss(world.loss, dtype)

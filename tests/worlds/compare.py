@@ -7,6 +7,7 @@ divides by its root (Adam moves a parameter by lr whatever the size of a gradien
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ SHARES = {
 TORCH_ERRORS = 3
 # where within its bounds a gradient is tried: Adam's step is not monotone in it
 CORNERS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
+# what a step may exceed its largest value at these corners by
+BETWEEN_CORNERS = 1.25
+# a gradient that is noise may be this share of its bound, and its kappa that much larger
+TAIL = 1 / 16
 # roundings by which the features that a forward gives may be off
 FEATURE_ROUNDINGS = 4
 ROUNDINGS = 64
@@ -104,6 +109,9 @@ class Comparison:
 
     def _results(self, call: Call) -> Iterator[Fault]:
         truth, plain, result = self.truth, self.plain, call.result
+        if getattr(result, "skipped", False):
+            yield from self._skipped(call)
+            return
         yield self._vector(
             "losses", result.losses, truth.losses, [o.losses for o in self.others], self.share
         )
@@ -134,6 +142,16 @@ class Comparison:
         yield self._vector("loss", result.loss, loss, [loss_plain], self.share, floor)
         yield from self._selector(call)
         yield from self._classifier(call, p, p_plain)
+
+    def _skipped(self, call: Call) -> Iterator[Fault]:
+        """A step whose gradient overflowed under loss scaling: no parameter has moved."""
+        float16 = self.truth.world.precision == "autocast float16"
+        yield Fault("a skipped step", 0.0 if float16 else 1.0, 0.0)
+        losses = [other.losses for other in self.others]
+        yield self._vector("losses", call.result.losses, self.truth.losses, losses, self.share)
+        live = dict(call.objects.model.named_parameters())
+        for name, parameter in self.plain.model.named_parameters():
+            yield Fault(f"skipped parameter {name}", _distance(live[name], parameter), 0.0)
 
     def _vector(
         self,
@@ -171,7 +189,8 @@ class Comparison:
         ):
             return math.inf
         share = self.dots_share * _largest(truth.dots)
-        return share + own + near + self.floor * terms + self._dots_noise()
+        noise = self._dots_noise() + self._kappa_noise()
+        return share + own + near + self.floor * terms + noise
 
     def _noise_of(self, g: Gradients, sizes: Gradients, others: Sequence[Gradients]) -> Gradients:
         """How far each gradient entry may be off."""
@@ -223,6 +242,30 @@ class Comparison:
             worst = max(worst, _distance(truth.dots_along(with_v), truth.dots))
         return 2 * worst
 
+    def _kappa_noise(self) -> float:
+        """What gradients of noise, where the true ones are nearly 0, do to kappa of Adam and such.
+
+        kappa grows as 1 / g^2 there, and such a gradient may be any value within its bounds.
+        """
+        truth = self.truth
+        bounds = self._noise_of(
+            truth.g, truth.combined(truth.p, size=True), [o.g for o in self.others]
+        )
+        noisy = [
+            None if g is None else torch.where(g.abs() < b, torch.full_like(g, TAIL) * b, g)
+            for g, b in zip(truth.g, bounds, strict=True)
+        ]
+        worst = truth.kappa_at(noisy)
+        parts: Gradients = []
+        for g, b, k in zip(truth.g, bounds, worst, strict=True):
+            parts.append(None if g is None else k * (g.abs() < b))
+        total = truth.summed(parts, truth.v, size=True).max().item()
+        # noise has per-sample gradients of its own, where the true ones are 0
+        for k, v, b in zip(parts, truth.v, bounds, strict=True):
+            if k is not None and v is not None:
+                total += (k * v * b).abs().sum().item()
+        return total
+
     def _selector(self, call: Call) -> Iterator[Fault]:
         truth, before = self.truth, self.truth.objects
         selector = list(call.objects.selector.parameters())
@@ -252,7 +295,8 @@ class Comparison:
                 bound = _weighted(slack, Z.abs()) + self.luck * _weighted(
                     truth.cotangent.abs(), off
                 )
-                bound = bound + self.selector_eps * ROUNDINGS * largest
+                own = (self.plain.phi_gradient[k] - truth.phi_gradient[k]).abs()
+                bound = bound + TORCH_ERRORS * own + self.selector_eps * ROUNDINGS * largest
                 state = before.selector_optimizer.state.get(parameter, {})
                 step = _Step(parameter.detach(), g, bound, group, state, kind)
                 new = new_of[id(parameter)]
@@ -319,8 +363,11 @@ class _Step:
     def faults(self, who: str, new: Tensor, new_state: dict, eps: float) -> Iterator[Fault]:
         """Of the parameter and of the optimizer's state."""
         group = {**self.group, "lr": float(self.group["lr"])}
+        # plain torch itself is not finite there
+        unknown = ~self.bound.isfinite()
+        bound = self.bound.masked_fill(unknown, 0.0)
         runs = [
-            updated(self.theta, self.g + s * self.bound, group, self.state, self.kind)
+            updated(self.theta, self.g + s * bound, group, self.state, self.kind)
             for s in (0, *CORNERS)
         ]
         true, state, _ = runs[0]
@@ -337,9 +384,10 @@ class _Step:
             value = torch.as_tensor(value, dtype=torch.float64)
             spread = [(torch.as_tensor(o, dtype=torch.float64) - value).abs() for o in others]
             size = value.abs() + self.theta.abs().max() * name.endswith("parameter")
-            allowed = torch.stack(spread).amax(0) * (1 + 8 * eps) + 8 * eps * size
-            # plain torch itself is not finite there
-            allowed = allowed.nan_to_num(float("inf"), posinf=float("inf"))
+            allowed = torch.stack(spread).amax(0) * BETWEEN_CORNERS + 8 * eps * size
+            allowed = allowed.expand(unknown.shape) if allowed.ndim == 0 else allowed
+            if allowed.shape == unknown.shape:
+                allowed = allowed.masked_fill(unknown, float("inf"))
             excess = (found.detach().double() - value).abs() - allowed
             k = int(excess.nan_to_num(float("inf")).argmax())
             error = (found.detach().double() - value).abs().flatten()[k].item()
@@ -351,8 +399,6 @@ def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def _double(module: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(module).double()
 
 

@@ -177,12 +177,22 @@ class Truth:
         leaf = z.detach().requires_grad_()
         surrogate = -(self.dots * self._p(leaf, pupil)).sum()
         self.cotangent = grad(surrogate, leaf)[0]
+        self.phi_gradient = self._phi_gradient()
 
     def selector_gradients(self, h: Tensor) -> tuple[Tensor, Gradients]:
         """z [B] of the selector's batch and the gradient of each by phi."""
         selector = self.objects.selector
         z = score(selector, h, self.pupil.selector_classes, self.pupil.is_synthetic)
         return z, per_sample(z, list(selector.parameters()))
+
+    def _phi_gradient(self) -> list[Tensor]:
+        """d val_loss/d phi in one backward, as training would take it."""
+        selector, pupil = self.objects.selector, self.pupil
+        z = score(selector, self.h_pupil, pupil.selector_classes, pupil.is_synthetic)
+        phi = list(selector.parameters())
+        return list(
+            grad(z, phi, self.cotangent.to(z.dtype), allow_unused=True, materialize_grads=True)
+        )
 
     def _autocast(self) -> Any:
         if self.double or not self.world.precision.startswith("autocast"):
@@ -247,6 +257,18 @@ class Truth:
         _, group, state = self.rows[i]
         group = {**group, "lr": float(group["lr"]) if lr is None else lr}
         return updated(theta, g.to(theta.dtype), group, state, self.world.optimizer["kind"])
+
+    def kappa_at(self, gradients: Gradients) -> Gradients:
+        """-d theta'/d g at other gradients."""
+        slopes: Gradients = []
+        for i, (theta, g) in enumerate(zip(self.theta, gradients, strict=True)):
+            if g is None:
+                slopes.append(None)
+                continue
+            leaf = g.detach().requires_grad_()
+            ahead = self._updated(i, theta, leaf, self.world.step["hypergradient_lr"])[0]
+            slopes.append(-grad(ahead.sum(), leaf)[0])
+        return slopes
 
     def _kappa(self) -> tuple[Gradients, Gradients]:
         """-d theta'/d g, and the same where rounding decides whether it is 0."""
