@@ -182,7 +182,10 @@ def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
         ".relative:f": "--model must be PACKAGE.MODULE:FACTORY",
         "no_such_module:f": "; run this in the folder that holds it, or install it",
         f"{spec}broken": "must be a model that runs, got KeyError: 'key' (",
-        f"{spec}leaves": f"must be a model that runs, got SystemExit: 3 ({tmp_path}/my_models_of_this_test.py:18);",
+        f"{spec}leaves": (
+            "must be a model that runs, got SystemExit: 3"
+            f" ({tmp_path}/my_models_of_this_test.py:18);"
+        ),
     }.items():
         assert main(["doctor", "--model", wrong]) == 2
         assert message in capsys.readouterr().err
