@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test test-asan worlds wheel lint resources bench gpu doctor tables clean
+.PHONY: setup demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# What the core suite takes a sample of, in full: every operator and 500 moments of a step
+# interrupted, 2000 random worlds. Its summary is committed.
+test-all: setup
+	@mkdir -p build
+	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 | tee build/test-all.txt
+	$(MAKE) worlds
+	tail -n 1 build/test-all.txt > benchmarks/results/test_all.txt
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, then the usual build again.
 # Nothing of Python or torch is instrumented, so leaks are not looked for.
@@ -76,6 +84,12 @@ bench: setup
 	mkdir -p build
 	$(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python scripts/condense.py build/bench.json benchmarks/results
+
+# This checkout's step against that of another commit, turn by turn: make bench-compare BEFORE=5476895
+BEFORE ?= 5476895
+bench-compare: setup
+	@mkdir -p build
+	$(BIN)/python benchmarks/compare_step.py --before $(BEFORE)
 
 # On a machine with a GPU: the whole suite on CUDA (compiled, never interpreted), the kernels' and
 # the steps' benchmarks, other tiles; records and table.md under OUT. Each part can be called alone,

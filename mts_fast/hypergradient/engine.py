@@ -41,7 +41,7 @@ class Linearization(ABC):
         """The forward, where it has not been run yet."""
         _ = self.losses
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027, most have run by then
         """Fix the generators that a forward which has not been run yet begins from."""
 
     @property

@@ -100,6 +100,9 @@ class Objective:
 
     def forward(self, inputs: Any) -> Any:
         """The model's output, in whatever mode it is in."""
+        if torch.is_grad_enabled():
+            # a forward without gradients may have left casts of the weights that have no graph
+            torch.clear_autocast_cache()
         return self._on_copies("inputs", self._call, inputs)
 
     def losses(self, batch: LabelledBatch) -> Tensor:

@@ -114,6 +114,7 @@ def _launch(
     parameter, gradient, along, _, _, state, *_ = kind.dtypes
     if largest is not None and kernel is adam_kernel:
         numbers[:, NOISE_FLOOR] = noise_share(gradient) * largest.double()
+    wide = 2 if accumulator(parameter) == torch.float64 else 1
     where = places(rows)
     counts = torch.zeros(len(where), dtype=torch.int32, device=where.device)
     launch(
@@ -128,8 +129,9 @@ def _launch(
         ALONG=TRITON_DTYPE[along],
         STATE=TRITON_DTYPE[state],
         ACC=TRITON_DTYPE[accumulator(parameter)],
-        BLOCK=BLOCK,
-        BLOCKS=BLOCKS,
+        # float64 takes twice the registers: half the tile, twice as often
+        BLOCK=BLOCK // wide,
+        BLOCKS=BLOCKS * wide,
         num_warps=WARPS,
     )
     return counts

@@ -166,19 +166,21 @@ def adam_block(
     g = effective_gradient(g, p, sign, decay)
     root = exact_sqrt(root_square * old_square + root_fresh * g * g)
     below = root + eps
+    masked = tl.full((), 0, tl.int32)
+    if DIRECTION:
+        # counted before v is loaded, which keeps registers free
+        noise = (root < noise_floor) | (root == 0)
+        masked = tl.sum((noise & mask).to(tl.int32))
     if UPDATE:
         updated = shrink * p - divide(step_mean * old_mean + step_fresh * g, below, ACC)
         tl.store(updated_ptr + offs, updated.to(updated_ptr.dtype.element_ty), mask=mask)
     if DIRECTION:
         v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
-        noise = (root < noise_floor) | (root == 0)
         old = slope_square * old_square - slope_mean * old_mean * g
         slope = (slope_eps + divide(old, tl.where(noise, 1.0, root), ACC)) / (below * below)
         kappa = kappa_lr * tl.where(noise, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
-        return tl.sum((noise & mask).to(tl.int32))
-    else:
-        return tl.full((), 0, tl.int32)
+    return masked
 
 
 @triton.jit

@@ -90,6 +90,7 @@ def _write(step: MTSStep, entries: dict[str, Any]) -> None:
     if entries.get("scaler") is not None:
         if step.scaler is None:  # one that float16 autocast had asked for
             step.scaler = torch.amp.GradScaler(next(step.model.parameters()).device.type)
+            step._owns_scaler = True
         step.scaler.load_state_dict(entries["scaler"])
     step.steps = entries["steps"]
     step.skipped_steps = entries.get("skipped_steps", 0)

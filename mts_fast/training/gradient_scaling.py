@@ -52,10 +52,7 @@ class GradientScaling:
 
     def overflowed(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether scaling has pushed a gradient beyond its range. Waits for the device."""
-        if not self.active:
-            return False
-        sums = [g.sum().float() for g in gradients if g is not None]
-        return not bool(torch.isfinite(torch.stack(sums)).all())
+        return self.active and not _finite([g for g in gradients if g is not None])
 
     def step(
         self,
@@ -78,16 +75,12 @@ class GradientScaling:
             assert first.grad is not None
             first.grad = torch.full_like(first.grad, torch.inf)
         scaler.unscale_(optimizer)
-        skips = self._skips(parameters)
+        skips = not _finite([p.grad for p in parameters if p.grad is not None])
         if max_grad_norm is not None and not skips:
             torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         return not skips
-
-    def _skips(self, parameters: Sequence[Tensor]) -> bool:
-        sums = [p.grad.sum().float() for p in parameters if p.grad is not None]
-        return not bool(torch.isfinite(torch.stack(sums)).all())
 
     def _factor(self, like: Tensor) -> Tensor:
         if self._scale is None:
@@ -96,3 +89,10 @@ class GradientScaling:
             one = torch.ones((), device=like.device)
             self._scale = self.scaler.scale(one)
         return self._scale.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+
+def _finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite: a sum with one in it is never finite."""
+    return not gradients or bool(
+        torch.isfinite(torch.stack([g.sum().float() for g in gradients])).all()
+    )

@@ -39,6 +39,10 @@ logger = logging.getLogger("mts_fast")
 ATOMIC_BYTES = 256 * 2**20
 
 
+# the step's own loss scale, torch's default, and by how much it is lowered where float16 overflows
+OWN_SCALE, OWN_BACKOFF = 2.0**16, 16.0
+
+
 class PendingGap:
     """The guard's figure of a call that did not wait for it, looked at in the next one."""
 
@@ -126,6 +130,12 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
             transaction.rewind()
             engines.refuse(layout, refused)
             continue
+        scale = _own_scale(step) if looked.overflow else 1.0
+        if scale > 1.0:
+            # nobody asked for steps to be skipped: again, at a scale that fits
+            transaction.rewind()
+            _take_own_scaler(step, max(1.0, scale / OWN_BACKOFF))
+            continue
         written = transaction.written_parameters()
         if not written:
             break
@@ -210,7 +220,18 @@ def _adopt_scaler(step: MTSStep) -> None:
     parameters = step._engines.parameters
     if step.scaler is None and needs_scaler(parameters):
         logger.info("%s: float16 autocast without scaler=: taking a GradScaler of its own", OP)
-        step.scaler = torch.amp.GradScaler(parameters[0].device.type)
+        _take_own_scaler(step, OWN_SCALE)
+
+
+def _take_own_scaler(step: MTSStep, scale: float) -> None:
+    device = step._engines.parameters[0].device.type
+    step.scaler = torch.amp.GradScaler(device, init_scale=scale)
+    step._owns_scaler = True
+
+
+def _own_scale(step: MTSStep) -> float:
+    """The scale where it is the step's own to choose; 1 where it is the caller's."""
+    return step.scaler.get_scale() if step._owns_scaler and step.scaler is not None else 1.0
 
 
 def _algorithm(step: MTSStep) -> Algorithm:

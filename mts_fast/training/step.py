@@ -73,7 +73,8 @@ class MTSStep:
             clipped.
         scaler: a torch.amp.GradScaler for float16 autocast: every backward runs at its scale, and
             a step whose gradient overflows is skipped, counted in `skipped_steps` and reported as
-            `result.skipped`. Under float16 autocast without one, the step makes its own.
+            `result.skipped`. Under float16 autocast without one, the step makes its own, and
+            lowers its scale in place of skipping where it can.
         atomic: undo the classifier's `optimizer.step()`, too, when it raises or is interrupted,
             from a copy of parameters and optimizer state taken just before it. None copies where
             that is at most 256 MB; False never: then the error says so if parameters have moved,
@@ -216,6 +217,7 @@ class MTSStep:
                 objective, feature_layer, online_k, online_momentum, micro_batch
             )
         self._gap: PendingGap | None = None
+        self._owns_scaler = False
         self._knows_writes = False  # which parameters a forward writes to
         self._torn = ""  # what an optimizer that raised had moved already
 

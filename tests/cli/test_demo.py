@@ -171,7 +171,7 @@ def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
     assert main(["doctor", "--model", f"{spec}alone"]) == 0
     said = capsys.readouterr().out
     assert "1: BatchNorm1d in train mode mixes the samples" in said
-    assert "engine='auto' takes finite_difference" in said
+    assert "engine='auto' takes forward_mode" in said
     assert main(["doctor", "--model", f"{spec}with_batch"]) == 0
     said = capsys.readouterr().out
     assert "engine='auto' takes ghost" in said and said.endswith("ok\n") and "NOT ok" not in said
@@ -181,8 +181,11 @@ def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
         "my_models_of_this_test": "--model must be PACKAGE.MODULE:FACTORY",
         ".relative:f": "--model must be PACKAGE.MODULE:FACTORY",
         "no_such_module:f": "; run this in the folder that holds it, or install it",
-        f"{spec}broken": "must run, got KeyError: 'key' (",
-        f"{spec}leaves": f"must run, got SystemExit: 3 ({tmp_path}/my_models_of_this_test.py:18);",
+        f"{spec}broken": "must be a model that runs, got KeyError: 'key' (",
+        f"{spec}leaves": (
+            "must be a model that runs, got SystemExit: 3"
+            f" ({tmp_path}/my_models_of_this_test.py:18);"
+        ),
     }.items():
         assert main(["doctor", "--model", wrong]) == 2
         assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ divides by its root (Adam moves a parameter by lr whatever the size of a gradien
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,11 @@ TAIL = 1 / 16
 # roundings by which the features that a forward gives may be off
 FEATURE_ROUNDINGS = 4
 ROUNDINGS = 64
+# bounds of an optimizer's step are met exactly: its largest step either way
+LEEWAY = 1.02
+# where torch's own error in 16 bits is that share of the largest true dot, the dots are noise and
+# say nothing, as at Adam's first step, where they are nearly 0
+NOISE_SHARE = 0.5
 # torch keeps NAdam's product of momenta, and a learning rate in a tensor, in float32
 SINGLE = 6e-8
 SINGLE_EPS, DOUBLE_EPS = 1.2e-7, 2.3e-16
@@ -87,6 +93,8 @@ class Comparison:
         self.dots_share = differences if engine == "finite_difference" else exact
         self.eps = EPS[precision]
         self.floor = self.eps * (1 if "16" in precision else ROUNDINGS)
+        # one error that torch makes may be small by luck, in 16 bits more so
+        self.luck = 40 if "16" in precision else 4
         self.selector_eps = DOUBLE_EPS if precision == "float64" else SINGLE_EPS
         self.step_eps = self.eps if precision == "bfloat16" else self.selector_eps
         optimizer = truth.world.optimizer
@@ -98,7 +106,7 @@ class Comparison:
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""
         found = [*self._results(call), *self._state(call)]
-        return [f for f in found if not f.error <= f.allowed]
+        return [f for f in found if not (f.allowed == math.inf or f.error <= LEEWAY * f.allowed)]
 
     def _results(self, call: Call) -> Iterator[Fault]:
         truth, plain, result = self.truth, self.plain, call.result
@@ -177,6 +185,11 @@ class Comparison:
         near = truth.summed(truth.near, truth.v, size=True).max().item()
         terms = truth.summed(truth.kappa, truth.v, size=True).max().item()
         own = TORCH_ERRORS * max(_distance(other.dots, truth.dots) for other in self.others)
+        if (
+            own >= NOISE_SHARE * TORCH_ERRORS * _largest(truth.dots)
+            and "16" in truth.world.precision
+        ):
+            return math.inf
         share = self.dots_share * _largest(truth.dots)
         noise = self._dots_noise() + self._kappa_noise()
         return share + own + near + self.floor * terms + noise
@@ -267,7 +280,7 @@ class Comparison:
             yield Fault("selector in a call without a lesson", worst, 0.0)
             return
         slack = truth.p_pupil * torch.sigmoid(-truth.z_pupil) * 2 * self.dots_allowed
-        slack = slack + truth.cotangent.abs() * self.share * 10
+        slack = (slack + truth.cotangent.abs() * self.share * 10) * (self.luck / 4)
         place = {id(p): k for k, p in enumerate(old)}
         kind = self.truth.world.selector["optimizer"]["kind"]
         optimizer = call.objects.selector_optimizer
@@ -284,7 +297,9 @@ class Comparison:
                 g = _weighted(truth.cotangent, Z)
                 k = place[id(parameter)]
                 off = (noisy[k] - Z).abs() + (self.plain.Z[k] - Z).abs()
-                bound = _weighted(slack, Z.abs()) + 4 * _weighted(truth.cotangent.abs(), off)
+                bound = _weighted(slack, Z.abs()) + self.luck * _weighted(
+                    truth.cotangent.abs(), off
+                )
                 own = (self.plain.phi_gradient[k] - truth.phi_gradient[k]).abs()
                 bound = bound + TORCH_ERRORS * own + self.selector_eps * ROUNDINGS * largest
                 state = before.selector_optimizer.state.get(parameter, {})

@@ -45,6 +45,14 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
+def _trained(norm: nn.Module) -> nn.Module:
+    """A norm that is not as it was made: one that begins with a bias of 0 and is averaged over all
+    positions gives rounding noise alone."""
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    nn.init.normal_(norm.bias, 0.0, 0.3)
+    return norm
+
+
 class Wrapped(Layer):
     """Any module."""
 
@@ -446,9 +454,9 @@ def build_layer(o: Options, source: str, time_first: bool) -> nn.Module:
         "batch_norm": lambda: (FrozenStatistics if o.get("frozen_statistics") else Wrapped)(
             _batch_norm(o, source)
         ),
-        "group_norm": lambda: Wrapped(nn.GroupNorm(2, WIDTH)),
+        "group_norm": lambda: Wrapped(_trained(nn.GroupNorm(2, WIDTH))),
         "instance_norm": lambda: Wrapped(
-            instance(WIDTH, affine=True, track_running_stats=o.get("tracked", False))
+            _trained(instance(WIDTH, affine=True, track_running_stats=o.get("tracked", False)))
         ),
         "scale": lambda: Function(lambda s, x: x * s.gamma, gamma=1 + _normal(*channels)),
         "one_plus": lambda: Function(lambda s, x: x * (1 + s.w), w=_normal(*channels)),

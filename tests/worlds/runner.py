@@ -120,7 +120,7 @@ class _Run:
                 # one error in 16 bits may be small by luck
                 rounded = [
                     Truth(before, train, val, meta, double=True, rounded=(EPS[world.precision], k))
-                    for k in range(2)
+                    for k in range(4)
                 ]
             plain = truth
             if world.precision != "float64":

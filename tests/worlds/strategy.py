@@ -159,6 +159,8 @@ def _layers(draw: Draw, source: str, precision: str) -> list[Options]:
     if precision not in ("float32", "float64"):
         # torch's own spectral_norm writes its vectors with out=, which 16 bits do not take
         weights.pop("spectral_norm", None)
+        # and the sign of a weight near 0 turns on one rounding
+        weights.pop("ternary", None)
     if precision.startswith("autocast"):
         # nor has this CPU an LSTM of 16 bits
         weights.pop("lstm", None)
