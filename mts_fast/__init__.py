@@ -7,8 +7,11 @@ function computes, in plain PyTorch.
 from mts_fast import diagnostics, features, hypergradient, reference, training
 from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
 from mts_fast.ops import (
+    LionRule,
+    UpdateRule,
     linear_cross_entropy,
     normalize_weights,
+    register_update_rule,
     selector_gradient,
     use_backend,
     virtual_update,
@@ -19,10 +22,12 @@ from mts_fast.training import MTSStep, Selector, SelectorBatch, StepResult
 __version__ = "0.1.0"
 
 __all__ = [
+    "LionRule",
     "MTSStep",
     "Selector",
     "SelectorBatch",
     "StepResult",
+    "UpdateRule",
     "check_engine",
     "diagnostics",
     "explain_engine",
@@ -32,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "normalize_weights",
     "reference",
+    "register_update_rule",
     "selector_gradient",
     "training",
     "use_backend",

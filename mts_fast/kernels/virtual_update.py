@@ -21,27 +21,40 @@ from mts_fast.kernels.pointer_table import (
     pointer_table,
 )
 from mts_fast.kernels.virtual_update_rules import adam_kernel, sgd_kernel
-from mts_fast.reference.virtual_update import AdamState, SGDState, State
+from mts_fast.reference.update_rules import (
+    AdamState,
+    SGDState,
+    largest_gradient,
+    noise_share,
+)
 
-# where numbers that may live on the device stand
+# columns of the numbers that may be tensors on the device
 LR, KAPPA_LR = 0, 1
 BETAS, CORRECTIONS = slice(5, 7), slice(8, 10)
+FLOOR = 10
+
+# the rules that there are kernels of
+Known = SGDState | AdamState
 
 
 def virtual_update(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    states: Sequence[State],
+    states: Sequence[Known],
     *,
     update: bool = True,
     along: Sequence[Tensor] | None = None,
     hypergradient_lr: float | None = None,
+    largest: Tensor | None = None,
 ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
     """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype.
 
     All tensors of a parameter are dense, lie alike in memory and are on one device, that of all
-    parameters. lr and the steps taken may be tensors on it, and are then not waited for.
+    parameters. lr and the steps taken may be tensors on it, and are then not waited for; `largest`
+    [] is `largest_gradient` of the whole call, by default of these gradients.
     """
+    if along is not None and largest is None:
+        largest = largest_gradient(gradients)
     updated = [torch.empty_like(p) for p in parameters] if update else None
     direction = None if along is None else [torch.empty_like(p) for p in parameters]
     together: dict[tuple[type, Kind, tuple[bool, ...]], list[int]] = defaultdict(list)
@@ -67,12 +80,13 @@ def virtual_update(
             [states[i] for i in members],
             on_device,
             hypergradient_lr,
+            largest,
             {"UPDATE": update, "DIRECTION": along is not None},
         )
     return updated, direction
 
 
-def state_tensors(state: State) -> tuple[Tensor | None, ...]:
+def state_tensors(state: Known) -> tuple[Tensor | None, ...]:
     """What the update reads besides parameter and gradient; None before the first step."""
     if isinstance(state, SGDState):
         return (state.buffer if state.momentum else None,)
@@ -85,9 +99,10 @@ def _launch(
     kernel: triton.JITFunction,
     kind: Kind,
     rows: list[tuple[Tensor | None, ...]],
-    states: list[State],
+    states: list[Known],
     on_device: Sequence[bool],  # whether lr is a tensor there, whether the steps taken are
     hypergradient_lr: float | None,
+    largest: Tensor | None,
     switches: dict[str, bool],
 ) -> None:
     table, numbers = pointer_table(rows, [_numbers(s, hypergradient_lr, on_device) for s in states])
@@ -102,6 +117,8 @@ def _launch(
         numbers[:, CORRECTIONS] = 1 - numbers[:, BETAS] ** steps[:, None]
     parameter, gradient, along, _, _, state, *_ = kind.dtypes
     where = places(rows)
+    if kernel is adam_kernel and largest is not None:
+        numbers[:, FLOOR] = noise_share(gradient) * largest.to(table.device)
     launch(
         kernel,
         (len(where),),
@@ -121,31 +138,32 @@ def _launch(
 
 
 def _numbers(
-    state: State, hypergradient_lr: float | None, on_device: Sequence[bool]
+    state: Known, hypergradient_lr: float | None, on_device: Sequence[bool]
 ) -> tuple[float, ...]:
-    """A row's numbers in the order of its kernel; those that live on the device are 0 here."""
+    """A row's numbers in the order of its kernel; those that are on the device are 0 here."""
     lr = 0.0 if on_device[0] else float(state.lr)
     sign = -1.0 if state.maximize else 1.0
     shared = lr, lr if hypergradient_lr is None else float(hypergradient_lr), sign
+    weight_decay = float(state.weight_decay)
     if isinstance(state, SGDState):
-        return *shared, state.weight_decay, *_sgd_shares(state)
-    decay, decoupled = (0.0, 1.0) if state.decoupled else (1.0, 0.0)
+        return *shared, weight_decay, *_sgd_shares(state)
+    added, decoupled = (0.0, weight_decay) if state.decoupled else (weight_decay, 0.0)
     steps = 0.0 if on_device[1] else float(state.step) + 1
-    return (
-        *(*shared, decay * state.weight_decay, decoupled * state.weight_decay),
-        *(*state.betas, state.eps),
-        *(1 - beta**steps for beta in state.betas),
-    )
+    betas = [float(beta) for beta in state.betas]
+    corrections = [1 - beta**steps for beta in betas]
+    noise_floor = 0.0  # always on the device
+    return *shared, added, decoupled, *betas, float(state.eps), *corrections, noise_floor
 
 
 def _sgd_shares(state: SGDState) -> tuple[float, float]:
     """How much of the gradient and of the old buffer is in the step."""
-    if not state.momentum:
+    momentum = float(state.momentum)
+    if not momentum:
         return 1.0, 0.0
     # the first step fills the buffer without dampening
-    fresh, old = (1.0, 0.0) if state.buffer is None else (1 - state.dampening, state.momentum)
+    fresh, old = (1.0, 0.0) if state.buffer is None else (1 - float(state.dampening), momentum)
     if state.nesterov:
-        return 1 + state.momentum * fresh, state.momentum * old
+        return 1 + momentum * fresh, momentum * old
     return fresh, old
 
 

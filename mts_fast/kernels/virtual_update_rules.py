@@ -145,6 +145,7 @@ def adam_block(
     slope_eps,
     slope_square,
     slope_mean,
+    floor,
     WHOLE: tl.constexpr,
     UPDATE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -169,9 +170,10 @@ def adam_block(
     if DIRECTION:
         v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
         zero = root == 0
+        noise = zero | (root < floor)
         old = slope_square * old_square - slope_mean * old_mean * g
         slope = (slope_eps + divide(old, tl.where(zero, 1.0, root), ACC)) / (below * below)
-        kappa = kappa_lr * tl.where(zero, 0.0, slope)
+        kappa = kappa_lr * tl.where(noise, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
 
 
@@ -224,6 +226,7 @@ def adam_kernel(
     slope_eps, slope_square = (eps * fresh_mean).to(ACC), (fresh_mean * square).to(ACC)
     slope_mean = (mean * fresh_square).to(ACC)
     eps, sign = eps.to(ACC), sign.to(ACC)
+    floor = number(numbers_ptr, row, 10, WIDTH).to(ACC)
     for i in range(BLOCKS):
         first = start + i * BLOCK
         if first + BLOCK <= size:
@@ -231,7 +234,7 @@ def adam_kernel(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
                 *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
-                *(slope_eps, slope_square, slope_mean),
+                *(slope_eps, slope_square, slope_mean, floor),
                 *(True, UPDATE, DIRECTION, BLOCK, ACC),
             )
         elif first < size:
@@ -239,6 +242,6 @@ def adam_kernel(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
                 *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
-                *(slope_eps, slope_square, slope_mean),
+                *(slope_eps, slope_square, slope_mean, floor),
                 *(False, UPDATE, DIRECTION, BLOCK, ACC),
             )

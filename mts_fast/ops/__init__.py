@@ -17,16 +17,25 @@ from mts_fast.ops.neighbor_statistics import (
 )
 from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.ops.registry import current_backend, kernel_for, use_backend
-from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
+from mts_fast.ops.update_rules import register_update_rule
+from mts_fast.ops.virtual_update import (
+    ScaledDirection,
+    VirtualUpdate,
+    trainable_parameters,
+    virtual_update,
+)
 from mts_fast.ops.weights import normalize_weights, selector_gradient
-from mts_fast.reference import SampleStatistics
+from mts_fast.reference import LionRule, SampleStatistics, UpdateRule
 
 __all__ = [
     "ClassCentroids",
+    "LionRule",
     "NeighborChunk",
     "NeighborLists",
     "NeighborStatistics",
     "SampleStatistics",
+    "ScaledDirection",
+    "UpdateRule",
     "VirtualUpdate",
     "class_centroids_",
     "cross_entropy",
@@ -40,6 +49,7 @@ __all__ = [
     "neighbor_statistics_",
     "normalize_weights",
     "percentile_rank",
+    "register_update_rule",
     "sample_dot",
     "selector_gradient",
     "trainable_parameters",

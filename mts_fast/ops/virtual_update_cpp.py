@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -46,29 +45,29 @@ def virtual_update(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
     """theta' of every parameter: one call for all that share their hyper-parameters and count of
-    steps. A tensor that does not lie in memory like its gradient and state takes the reference.
+    steps. A tensor whose rule has no kernel, or that does not lie in memory like its gradient and
+    state, takes the reference.
     """
-    together: dict[tuple, list[int]] = defaultdict(list)
+    together: dict[tuple, list[tuple[int, SGDState | AdamState]]] = defaultdict(list)
     out: list[Tensor | None] = [None] * len(parameters)
     for i, (p, g, state) in enumerate(zip(parameters, gradients, states, strict=True)):
-        tensors = [p, g, *_state_tensors(state)]
-        if isinstance(state.lr, Tensor) or not all(_alike(p, t) for t in tensors):
-            out[i] = reference.virtual_update(p, g, state)
+        if isinstance(state, SGDState | AdamState) and _fits(p, g, state):
+            together[_key(p, state)].append((i, state))
         else:
-            together[_key(p, state)].append(i)
+            out[i] = reference.virtual_update(p, g, state)
     for members in together.values():
-        found = _call(
-            [parameters[i] for i in members],
-            [gradients[i] for i in members],
-            [states[i] for i in members],
+        updates = _call(
+            [parameters[i] for i, _ in members],
+            [gradients[i] for i, _ in members],
+            [state for _, state in members],
         )
-        for i, updated in zip(members, found, strict=True):
+        for (i, _), updated in zip(members, updates, strict=True):
             out[i] = updated
     return [t for t in out if t is not None]
 
 
 def _call(
-    parameters: list[Tensor], gradients: list[Tensor], states: Sequence[State]
+    parameters: list[Tensor], gradients: list[Tensor], states: Sequence[SGDState | AdamState]
 ) -> list[Tensor]:
     s = states[0]
     held = [list(column) for column in zip(*map(_state_tensors, states), strict=True)]
@@ -83,25 +82,35 @@ def _call(
     )
 
 
-def _state_tensors(state: State) -> list[Tensor]:
+def _state_tensors(state: SGDState | AdamState) -> list[Tensor]:
     """What the update reads besides parameter and gradient: nothing before the first step."""
-    held = [state.buffer if state.momentum else None] if isinstance(state, SGDState) else []
-    if isinstance(state, AdamState):
+    if isinstance(state, SGDState):
+        held = [state.buffer if state.momentum else None]
+    else:
         held = [state.exp_avg, state.exp_avg_sq]
     return [t for t in held if t is not None]
 
 
-def _key(parameter: Tensor, state: State) -> tuple:
-    numbers = [getattr(state, f.name) for f in fields(state)]
+def _fits(parameter: Tensor, gradient: Tensor, state: SGDState | AdamState) -> bool:
+    """Whether the kernel has the rule's options and numbers, and can walk through all tensors side
+    by side: of one dtype, in the same order in memory, without gaps."""
+    if isinstance(state, AdamState) and state.amsgrad:
+        return False
+    if any(isinstance(number, Tensor) for number in _numbers(state)):
+        return False
+    tensors = [parameter, gradient, *_state_tensors(state)]
+    return all(t.dtype == parameter.dtype and lies_like(parameter, t) for t in tensors)
+
+
+def _numbers(state: SGDState | AdamState) -> list[float | Tensor]:
+    """All hyper-parameters; those on a device are tensors."""
+    if isinstance(state, SGDState):
+        return [state.lr, state.momentum, state.dampening, state.weight_decay]
+    return [state.lr, *state.betas, state.eps, state.weight_decay, state.step]
+
+
+def _key(parameter: Tensor, state: SGDState | AdamState) -> tuple:
+    """What tensors of one call share."""
+    flags = (state.nesterov,) if isinstance(state, SGDState) else (state.decoupled,)
     started = bool(_state_tensors(state))
-    return (
-        type(state),
-        parameter.dtype,
-        started,
-        *(n for n in numbers if not isinstance(n, Tensor | None)),
-    )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether both are of one dtype and lie in memory in the same order and without gaps."""
-    return a.dtype == b.dtype and lies_like(a, b)
+    return type(state), parameter.dtype, started, *flags, state.maximize, *_numbers(state)

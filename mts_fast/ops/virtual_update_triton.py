@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from mts_fast import reference
+from mts_fast._check import fail
 from mts_fast._triton import DTYPES, reasons_against_triton
 from mts_fast.ops.memory_layout import lies_like
-from mts_fast.reference.virtual_update import AdamState, State
+from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
+
+# the number of masked entries of a tensor, computed when asked for
+Count = Callable[[], Tensor]
 
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
@@ -21,7 +26,7 @@ def virtual_update(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
     """theta' of every parameter, in the parameter's dtype."""
-    return _run(parameters, gradients, states, None, None, update=True)[0]
+    return _run(parameters, gradients, states, None, None, None, update=True)[0]
 
 
 def hypergradient_direction(
@@ -30,9 +35,10 @@ def hypergradient_direction(
     states: Sequence[State],
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
-) -> list[Tensor]:
-    """kappa * along of every parameter, in the parameter's dtype."""
-    return _run(parameters, gradients, states, along, hypergradient_lr, update=False)[1]
+    largest: Tensor,
+) -> tuple[list[Tensor], list[Count]]:
+    """kappa * along of every parameter, in the parameter's dtype; counts of masked entries."""
+    return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=False)[1:]
 
 
 def virtual_update_along(
@@ -41,9 +47,10 @@ def virtual_update_along(
     states: Sequence[State],
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both, from one read of what both need."""
-    return _run(parameters, gradients, states, along, hypergradient_lr, update=True)
+    largest: Tensor,
+) -> tuple[list[Tensor], list[Tensor], list[Count]]:
+    """Both and the counts, from one read of what both need."""
+    return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=True)
 
 
 def _run(
@@ -52,47 +59,83 @@ def _run(
     states: Sequence[State],
     along: Sequence[Tensor] | None,
     hypergradient_lr: float | None,
+    largest: Tensor | None,
     *,
     update: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(theta', kappa along), each without entries where not asked for.
+) -> tuple[list[Tensor], list[Tensor], list[Count]]:
+    """(theta', kappa along), each without entries where not asked for, and counts of the entries
+    whose kappa is masked.
 
-    One launch for all that share dtypes and alignment. A tensor that does not lie in memory like
-    its gradient, state and direction takes the reference, one by one.
+    One launch for all that share dtypes and alignment. A tensor whose rule has no kernel, or that
+    does not lie in memory like its gradient, state and direction, takes the reference, one by one.
     """
     from mts_fast.kernels import virtual_update as kernel
 
     rows = list(zip(parameters, gradients, states, along or parameters, strict=True))
-    fitting = [
-        _fits(p, s, [g, v, *kernel.state_tensors(s)]) for p, g, s, v in rows
-    ]  # of each parameter
+    fitting = [_fits(p, g, s, v) for p, g, s, v in rows]  # of each parameter
     served = [row for row, fits in zip(rows, fitting, strict=True) if fits]
     updated, direction = kernel.virtual_update(
         [p for p, _, _, _ in served],
         [g for _, g, _, _ in served],
-        [s for _, _, s, _ in served],
+        [s for _, _, s, _ in served if isinstance(s, SGDState | AdamState)],
         update=update,
         along=None if along is None else [v for _, _, _, v in served],
         hypergradient_lr=hypergradient_lr,
+        largest=largest,
     )
     left, right = iter(updated or ()), iter(direction or ())
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    results: tuple[list[Tensor], list[Tensor], list[Count]] = ([], [], [])
     for (p, g, s, v), fits in zip(rows, fitting, strict=True):
         if update:
-            found[0].append(next(left) if fits else reference.virtual_update(p, g, s))
-        if along is not None:
-            slow = reference.hypergradient_direction
-            found[1].append(next(right) if fits else slow(p, g, s, v, hypergradient_lr))
-    return found
+            results[0].append(next(left) if fits else reference.virtual_update(p, g, s))
+        if along is None or largest is None:
+            continue
+        if fits:
+            results[1].append(next(right))
+            if isinstance(s, AdamState):
+                results[2].append(_counted_later(p, g, s, largest))
+        else:
+            scaled, noise = masked_direction(p, g, s, v, hypergradient_lr, largest)
+            results[1].append(scaled)
+            results[2].extend([] if noise is None else [noise.sum])
+    return results
 
 
-def _fits(parameter: Tensor, state: State, others: Sequence[Tensor | None]) -> bool:
-    """Whether a kernel can walk through all of a parameter's tensors side by side."""
-    given = [t for t in others if t is not None]
+def _counted_later(parameter: Tensor, gradient: Tensor, state: AdamState, largest: Tensor) -> Count:
+    """The count of masked entries, by the reference where it is asked for: counting in the kernel
+    doubled its registers."""
+    tensors = [t for t in (parameter, gradient, state.exp_avg, state.exp_avg_sq) if t is not None]
+    versions = [t._version for t in tensors]
+
+    def count() -> Tensor:
+        if [t._version for t in tensors] != versions:
+            hint = "read masked_entries of the list that scale() returned before optimizer.step()"
+            got = "a parameter, gradient or state that changed since"
+            fail(RuntimeError, "virtual_update", "masked_entries", "read in time", got, hint)
+        _, noise = state.kappa(parameter, gradient, largest, None)
+        return noise.sum() if noise is not None else torch.zeros(())
+
+    return count
+
+
+def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> bool:
+    """Whether a kernel knows the rule and can walk through all of a parameter's tensors side by
+    side."""
+    from mts_fast.kernels.virtual_update import state_tensors
+
+    if not isinstance(state, SGDState | AdamState):
+        return False
+    # lr and the steps taken may be on the device, other numbers not
+    numbers: tuple[float | Tensor, ...]
     if isinstance(state, AdamState):
-        if any(isinstance(beta, Tensor) for beta in state.betas):
+        numbers = (*state.betas, state.eps, state.weight_decay)
+        moments = {m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}
+        if state.amsgrad or len(moments) > 1:
             return False
-        if len({m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}) > 1:
-            return False
-    known = all(t.dtype in DTYPES for t in given)
-    return known and all(lies_like(parameter, t) for t in (parameter, *given))
+    else:
+        numbers = state.momentum, state.dampening, state.weight_decay
+    if any(isinstance(number, Tensor) for number in numbers):
+        return False
+    tensors = [t for t in (gradient, along, *state_tensors(state)) if t is not None]
+    known = all(t.dtype in DTYPES for t in tensors)
+    return known and all(lies_like(parameter, t) for t in (parameter, *tensors))

@@ -31,6 +31,7 @@ from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
 from mts_fast.reference.training_dynamics import forgetting, gradient_norm
+from mts_fast.reference.update_rules import LionRule, UpdateRule, largest_gradient
 from mts_fast.reference.virtual_update import (
     AdamState,
     SGDState,
@@ -44,12 +45,14 @@ __all__ = [
     "AdamState",
     "Batch",
     "ClassCentroids",
+    "LionRule",
     "NeighborChunk",
     "NeighborLists",
     "NeighborStatistics",
     "SGDState",
     "SampleStatistics",
     "Trace",
+    "UpdateRule",
     "class_centroids_",
     "class_median",
     "cross_entropy",
@@ -63,6 +66,7 @@ __all__ = [
     "hypergradient_double_backward",
     "kappa",
     "label_agreement",
+    "largest_gradient",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "log_weights",

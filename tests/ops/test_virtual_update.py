@@ -59,17 +59,22 @@ def test_missing_gradients_and_directions(backend, device):
     assert torch.equal(found.parameters[0], parameters[0])
     assert found.parameters[0].data_ptr() != parameters[0].data_ptr()
     zeros = [torch.zeros_like(p).detach() for p in parameters]
-    assert_bitwise(found.direction, [zeros[0], zeros[1], whole.direction[2]])
+    assert_bitwise(list(found.direction), [zeros[0], zeros[1], whole.direction[2]])
     assert_bitwise(found.scale(v), found.direction)
-    assert_bitwise(found.scale([None] * 3), zeros)
+    assert_bitwise(list(found.scale([None] * 3)), zeros)
 
 
 META = torch.ones(3, device="meta")
 # argument by argument: another device, shape, number, dtype
 REFUSED = {
-    "gradient_device": ([META], {}, ValueError, "gradients must be on {} like parameter 0, got"),
-    "along_device": (None, {"along": [META]}, ValueError, "along must be on {} like parameter 0"),
-    "along_shape": (None, {"along": [torch.ones(3, 1)]}, ValueError, r"along must be of shape \(3"),
+    "gradient_device": ([META], {}, ValueError, r"gradients\[0\] must be on {} like par"),
+    "along_device": (None, {"along": [META]}, ValueError, r"along\[0\] must be on {} like par"),
+    "along_shape": (
+        None,
+        {"along": [torch.ones(3, 1)]},
+        ValueError,
+        r"along\[0\] must be of shape",
+    ),
     "along_number": (None, {"along": []}, ValueError, "along must be one per trainable parameter"),
     "along_dtype": (None, {"along": [torch.ones(3).long()]}, TypeError, r"along\[0\] must be a fl"),
     "lr": (None, {"hypergradient_lr": 1.0}, ValueError, "hypergradient_lr must be given together"),
@@ -87,14 +92,14 @@ def test_refused_arguments(case, device):
 @pytest.mark.parametrize(
     ("direction", "message"),
     [
-        ([torch.ones(4)], r"of shape \(3,\), got \(4,\)"),
-        ([META], "on .* like parameter 0, got a tensor on meta"),
-        ([], r"one per trainable parameter \(1\), got 0"),
+        ([torch.ones(4)], r"\[0\] must be of shape \(3,\), got \(4,\)"),
+        ([META], r"\[0\] must be on .* like parameter 0, got a tensor on meta"),
+        ([], r" must be one per trainable parameter \(1\), got 0"),
     ],
 )
 def test_refused_directions(direction, message, device):
     optimizer, own, _ = make("nesterov", device, ((3,),))
-    with pytest.raises(ValueError, match=f"virtual_update: direction must be {message}"):
+    with pytest.raises(ValueError, match=f"virtual_update: direction{message}"):
         virtual_update(optimizer, own).scale(direction)
 
 
@@ -106,9 +111,6 @@ def test_triton_names_what_it_cannot_serve(device):
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         update.scale([v[0].requires_grad_()])
     assert update.scale(v)[0].requires_grad  # auto: the reference follows it
-    message = r"virtual_update: .*kernel takes .* not float8_e4m3fn"
-    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
-        virtual_update(optimizer, [gradients[0].to(torch.float8_e4m3fn)])
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -245,11 +245,6 @@ def test_nothing_of_the_optimizer_changes(name, steps, device):
     assert_bitwise(gradients, gradients_like(parameters, 9))
 
 
-class Overridden(SGD):
-    def step(self, closure=None):
-        return super().step(closure)
-
-
 class Renamed(Adam):
     """Adds nothing to Adam."""
 
@@ -266,26 +261,6 @@ def test_subclass_that_keeps_step_is_served(device):
     )
 
 
-REFUSED = {
-    "amsgrad": (lambda p: Adam(p, amsgrad=True), ValueError, "optimizer must be without amsgrad"),
-    "unknown": (torch.optim.RMSprop, TypeError, "optimizer must be .* got RMSprop"),
-    "override": (lambda p: Overridden(p, lr=0.1), TypeError, "optimizer .*overrides step"),
-    "frozen": (
-        lambda p: SGD([q.requires_grad_(False) for q in p], lr=0.1),
-        ValueError,
-        "optimizer must be given trainable parameters",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_optimizers(case, device):
-    build, error, message = REFUSED[case]
-    parameters = [torch.nn.Parameter(torch.ones(2, device=device))]
-    with pytest.raises(error, match=message):
-        mts_fast.virtual_update(build(parameters), [torch.ones(2, device=device)])
-
-
 @pytest.mark.parametrize(
     "gradients",
     [
@@ -298,5 +273,5 @@ def test_refused_optimizers(case, device):
 )
 def test_refused_gradients(gradients):
     parameters = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3)]
-    with pytest.raises(ValueError, match="virtual_update: gradients must be"):
+    with pytest.raises(ValueError, match=r"virtual_update: gradients(\[1\])? must be"):
         mts_fast.virtual_update(SGD(parameters, lr=0.1), gradients)

@@ -1,0 +1,122 @@
+"""torch.optim.Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mts_fast.reference.update_rules.ratio import Moment, ratio_slope
+from mts_fast.reference.update_rules.rule import (
+    NOT_NEGATIVE,
+    SHARE,
+    Bounds,
+    ElementwiseState,
+    Number,
+    Options,
+    ReadRule,
+    effective_gradient,
+    number,
+)
+
+
+@dataclass(frozen=True)
+class AdamState(ElementwiseState):
+    """Hyper-parameters of torch.optim.Adam or AdamW and the live moments of one tensor."""
+
+    lr: Number
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    eps: Number = 1e-8
+    weight_decay: Number = 0.0
+    decoupled: bool = False  # True: AdamW's decay
+    maximize: bool = False
+    amsgrad: bool = False
+    exp_avg: Tensor | None = None  # None before the first step
+    exp_avg_sq: Tensor | None = None
+    max_exp_avg_sq: Tensor | None = None  # of the second moments before their correction
+    step: Number = 0.0  # steps taken so far
+
+    def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        g = self._effective(parameter, gradient)
+        mean, _ = self._moments()
+        root, _ = self._root(g)
+        if self.decoupled:
+            parameter = parameter * (1 - self.lr * self.weight_decay)
+        return parameter - self.lr * mean(g) / (root + self.eps)
+
+    def slope(self, parameter: Tensor, gradient: Tensor, lr: Number) -> tuple[Tensor, Tensor]:
+        g = self._effective(parameter, gradient)
+        mean, square = self._moments()
+        root, fresh = self._root(g)
+        slope = ratio_slope(g, root, self.eps, mean, square)
+        if fresh is not None:
+            # a second moment that is kept does not move with g
+            slope = torch.where(fresh, slope, mean.fresh / (root + self.eps))
+        return (-lr if self.maximize else lr) * slope, root
+
+    def _effective(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        decay = 0.0 if self.decoupled else self.weight_decay
+        return effective_gradient(parameter, gradient, decay, self.maximize)
+
+    def _moments(self) -> tuple[Moment, Moment]:
+        """Of the gradient and of its square, bias-corrected."""
+        first, second = (correction(beta, self.step) for beta in self.betas)
+        beta1, beta2 = self.betas
+        return (
+            Moment((1 - beta1) / first, beta1 / first, self.exp_avg),
+            Moment((1 - beta2) / second, beta2 / second, self.exp_avg_sq),
+        )
+
+    def _root(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the second moment, and under amsgrad where it is this step's and no older one."""
+        _, square = self._moments()
+        second = square(g * g)
+        if not self.amsgrad or self.max_exp_avg_sq is None:
+            return second.sqrt(), None
+        older = self.max_exp_avg_sq / correction(self.betas[1], self.step)
+        return torch.maximum(older, second).sqrt(), second > older
+
+
+def correction(beta: Number, taken: Number) -> Number:
+    """1 - beta^(steps taken + 1), by which a running mean that began at 0 is divided."""
+    # float32 would round beta^step
+    steps = (taken.double() if isinstance(taken, Tensor) else taken) + 1
+    return 1 - beta**steps
+
+
+class AdamRule(ReadRule):
+    """torch.optim.Adam and AdamW: amsgrad, weight decay of both kinds, maximize.
+
+    Under amsgrad a second moment that is older than this step does not move with the gradient; at
+    a tie of old and new the old one counts.
+    """
+
+    numbers: ClassVar[Mapping[str, Bounds]] = {
+        "lr": NOT_NEGATIVE,
+        "betas": SHARE,
+        "eps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+    }
+
+    def state_tensors(self, group: Options) -> tuple[str, ...]:
+        names = ("exp_avg", "exp_avg_sq")
+        return (*names, "max_exp_avg_sq") if group.get("amsgrad") else names
+
+    def read(self, group: Options, state: Options) -> AdamState:
+        beta1, beta2 = map(number, group["betas"])
+        return AdamState(
+            lr=number(group["lr"]),
+            betas=(beta1, beta2),
+            eps=number(group["eps"]),
+            weight_decay=number(group["weight_decay"]),
+            decoupled=bool(group.get("decoupled_weight_decay", False)),
+            maximize=bool(group["maximize"]),
+            amsgrad=bool(group.get("amsgrad", False)),
+            exp_avg=state.get("exp_avg"),
+            exp_avg_sq=state.get("exp_avg_sq"),
+            max_exp_avg_sq=state.get("max_exp_avg_sq"),
+            step=number(state.get("step", 0.0)),
+        )

@@ -1,0 +1,44 @@
+"""Where kappa would multiply rounding noise: the mask that every backend and every test shares.
+
+A rule that divides by the root of a second moment has a kappa of about lr / root. Where that root
+is no more than the rounding of the gradient (the bias of a layer before BatchNorm, whose gradient
+is exactly 0 without rounding), kappa is lr / eps times noise and drowns the rest of a direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# of eps(dtype of g) max |g|: sums of gradients that cancel were seen to leave one to three
+NOISE_PLACES = 8
+
+
+@torch.no_grad()
+def largest_gradient(gradients: Iterable[Tensor]) -> Tensor:
+    """max |g| [] over all entries of all gradients of a call, float32 or wider.
+
+    0 where it is NaN or infinite: then no entry is taken for noise, and the NaN shows in kappa v.
+    Nothing waits for a device.
+    """
+    filled = [g for g in gradients if g.numel()]
+    if not filled:
+        return torch.zeros(())
+    largest = torch.nn.utils.get_total_norm(filled, math.inf)
+    largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
+    return torch.where(largest.isfinite(), largest, 0.0)
+
+
+def noise_share(dtype: torch.dtype) -> float:
+    """The part of max |g| that gradients of this dtype may have by rounding alone."""
+    return NOISE_PLACES * torch.finfo(dtype).eps
+
+
+def is_noise(root: Tensor, gradient: Tensor, largest: Tensor) -> Tensor:
+    """Where sqrt(v_hat) < 8 eps(dtype of g) max |g|, or is 0; bool of the root's shape."""
+    root = root.to(torch.promote_types(root.dtype, torch.float32))
+    floor = noise_share(gradient.dtype) * largest.to(root.device)
+    return (root < floor) | (root == 0)
