@@ -81,7 +81,7 @@ def register_update_rule(
     if isinstance(rule, type) and issubclass(rule, _OPTIMIZER):
         same = _rules.get(rule)
         if same is None:
-            hint = f"one of {rule_names()}, or an UpdateRule"
+            hint = f"give one of {rule_names()}, or an UpdateRule"
             fail(ValueError, op, "rule", "a class that has a rule", rule.__name__, hint)
         rule = same
     if not isinstance(rule, UpdateRule):

@@ -132,7 +132,8 @@ class UpdateRule(ABC):
             if not updated.requires_grad:
                 got = "a tensor that autograd cannot follow to the gradient"
                 hint = "use differentiable operations without no_grad, or override direction()"
-                fail(ValueError, OP, f"{type(self).__name__}.updated()", "a function", got, hint)
+                arg = f"{type(self).__name__}.updated()"
+                fail(ValueError, OP, arg, "differentiable in the gradient", got, hint)
             (product,) = torch.autograd.grad(
                 updated, g, along.to(updated.dtype), create_graph=along.requires_grad
             )
