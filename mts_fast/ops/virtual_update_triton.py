@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import fail
-from mts_fast._triton import DTYPES, reasons_against_triton
+from mts_fast._triton import DTYPES, accumulator, reasons_against_triton
 from mts_fast.ops.memory_layout import lies_like
+from mts_fast.reference.update_rules.rule import versions
 from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
 
 # the number of masked entries of a tensor, computed when asked for
@@ -105,14 +107,18 @@ def _counted_later(parameter: Tensor, gradient: Tensor, state: AdamState, larges
     """The count of masked entries, by the reference where it is asked for: counting in the kernel
     doubled its registers."""
     tensors = [t for t in (parameter, gradient, state.exp_avg, state.exp_avg_sq) if t is not None]
-    versions = [t._version for t in tensors]
+    then = versions(tensors)
 
     def count() -> Tensor:
-        if [t._version for t in tensors] != versions:
+        if versions(tensors) != then:
             hint = "read masked_entries of the list that scale() returned before optimizer.step()"
             got = "a parameter, gradient or state that changed since"
             fail(RuntimeError, "virtual_update", "masked_entries", "read in time", got, hint)
-        _, noise = state.kappa(parameter, gradient, largest, None)
+        # in the kernel's dtype: squares of small float16 entries are 0
+        p, g, *moments = (t.to(accumulator(t.dtype)) for t in tensors)
+        mean, square = moments or (None, None)
+        wide = replace(state, exp_avg=mean, exp_avg_sq=square)
+        _, noise = wide.kappa(p, g, largest, None)
         return noise.sum() if noise is not None else torch.zeros(())
 
     return count

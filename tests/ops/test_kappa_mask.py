@@ -8,6 +8,7 @@ from comparison import assert_bitwise
 
 import mts_fast
 from mts_fast import reference, use_backend
+from mts_fast.ops.registry import backend_reasons
 from mts_fast.ops.virtual_update import optimizer_states
 from mts_fast.reference.update_rules import is_noise, largest_gradient, noise_share
 
@@ -111,10 +112,13 @@ def test_floor_is_one_for_all_parameters_and_of_each_dtype(dtype, backend, devic
     if backend == "cpp" and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("its kernel takes float32 or float64")
     share = noise_share(dtype)
-    assert share == 8 * torch.finfo(dtype).eps
-    entries = [0.5 * share, 0.9 * share, 1.1 * share, 2 * share, 0.0]
+    # gradients of 16 bits are summed up in float32
+    assert share == 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    # so large that float16 holds the squares of the small ones
+    size = 3e4
+    entries = [size * share * factor for factor in (0.25, 0.5, 1.5, 2.0, 0.0)]
     gradients = [
-        torch.tensor([1.0], device=device),
+        torch.tensor([size], device=device),
         torch.tensor(entries, dtype=torch.float64, device=device).to(dtype),
     ]
     # the state is empty, so that sqrt(v_hat) is |g|
@@ -146,6 +150,14 @@ def test_nan_and_infinity_mask_nothing(bad, backend, device):
         assert direction[1][0].isnan() or not math.isnan(bad)
         assert direction.masked_entries == 1  # the exact zero
     assert not update.parameters[1][0].isfinite()
+
+
+def test_bfloat16_parameters_keep_their_kappa(device):
+    """Gradients down to a ten-thousandth of the largest are no noise, though bfloat16's eps is."""
+    gradients = [torch.logspace(0, -4, 9, device=device).bfloat16()]
+    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 2, device)
+    update = mts_fast.virtual_update(optimizer, gradients)
+    assert update.scale(gradients)[0].all()
 
 
 def test_nan_in_the_direction_shows_through_the_mask(backend, device):
@@ -184,9 +196,19 @@ def test_the_oracle_masks_alike(device):
     assert reference.kappa(parameters[1].detach(), gradients[1], states[parameters[1]]).all()
 
 
-def test_count_in_triton_is_asked_for_in_time(device):
-    from mts_fast.ops.registry import backend_reasons
+def test_count_in_triton_is_that_of_its_kernel(device):
+    """Which squares small float16 entries in float32, where the reference has 0."""
+    if backend_reasons("triton"):
+        pytest.skip("; ".join(backend_reasons("triton")))
+    gradients = [torch.tensor([1.0, 1e-5, 0.0], device=device).half()]
+    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 0, device)
+    v = [torch.full_like(gradients[0], 100.0)]
+    with use_backend("triton"):
+        scaled = mts_fast.virtual_update(optimizer, gradients).scale(v)
+    assert scaled[0][1] != 0 and scaled.masked_entries == 1
 
+
+def test_count_in_triton_is_asked_for_in_time(device):
     if backend_reasons("triton"):
         pytest.skip("; ".join(backend_reasons("triton")))
     gradients = [torch.tensor([1.0, 0.0], device=device)]

@@ -360,7 +360,7 @@ def test_flags_of_torchs_implementation_change_nothing(cls, foreach):
         torch.testing.assert_close(fused.param_groups[0]["params"][0].detach(), expected)
 
 
-SPARSE = torch.sparse_coo_tensor([[0]], [1.0], (2,))
+SPARSE = torch.tensor([1.0, 0.0]).to_sparse()
 GRADIENTS = [
     (None, TypeError, "gradients must be a list, one per trainable parameter .* got NoneType"),
     (torch.ones(1, 2), TypeError, "gradients must be a list, .* got a float32 tensor"),
