@@ -288,11 +288,31 @@ def test_state_of_another_shape_is_refused(cls, options, names):
         refused(optimizer, ValueError, message, gradients)
 
 
-def test_nadam_without_its_product_is_refused():
-    optimizer, state = stepped(optim.NAdam)
-    del state["mu_product"]
-    message = "optimizer must be .* no tensor 'mu_product'"
-    refused(optimizer, ValueError, message, [torch.ones(2, 2)])
+# class, number in its state
+STATE_NUMBERS = [
+    (Adam, "step"),
+    (optim.RMSprop, "step"),
+    (optim.NAdam, "step"),
+    (optim.NAdam, "mu_product"),
+    (optim.RAdam, "step"),
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), STATE_NUMBERS)
+def test_numbers_of_the_state_are_looked_at(cls, name):
+    optimizer, state = stepped(cls)
+    arg = rf"optimizer\.state\[\.\.\.\]\['{name}'\] must be "
+    gradients = [torch.ones(2, 2)]
+    for value, error, message in (
+        (float("nan"), ValueError, "a finite number at least 0, got nan; load"),
+        (torch.tensor(-1.0), ValueError, "a finite number at least 0, got -1.0; load"),
+        (torch.ones(2), ValueError, "a tensor of one element, got"),
+        ("1", TypeError, "a finite number at least 0, got str"),
+    ):
+        state[name] = value
+        refused(optimizer, error, arg + message, gradients)
+    del state[name]
+    refused(optimizer, TypeError, arg + "a finite number at least 0, got NoneType", gradients)
 
 
 def scheduled(cls, p):
@@ -318,7 +338,9 @@ def test_wrappers_of_step_are_accepted(cls):
     optim.lr_scheduler.StepLR(twice, 10)
     timed = cls([ones(2)], lr=0.1)
     timed.step = functools.wraps(timed.step)(lambda *a, **k: None)
-    for each in (optimizer, *copies, rebound, twice, timed):
+    traced = cls([ones(2)], lr=0.1)
+    traced.step = torch.compile(traced.step)
+    for each in (optimizer, *copies, rebound, twice, timed, traced):
         assert torch.equal(mts_fast.virtual_update(each, [g]).parameters[0], expected)
     scaler = torch.amp.GradScaler("cpu")
     p = optimizer.param_groups[0]["params"][0]

@@ -100,6 +100,7 @@ class AdamRule(ReadRule):
         "eps": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
     }
+    state_numbers = ("step",)
 
     def state_tensors(self, group: Options) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
