@@ -117,8 +117,8 @@ def _counted_later(parameter: Tensor, gradient: Tensor, state: AdamState, larges
         # in the kernel's dtype: squares of small float16 entries are 0
         p, g, *moments = (t.to(accumulator(t.dtype)) for t in tensors)
         mean, square = moments or (None, None)
-        wide = replace(state, exp_avg=mean, exp_avg_sq=square)
-        _, noise = wide.kappa(p, g, largest, None)
+        widened = replace(state, exp_avg=mean, exp_avg_sq=square)
+        _, noise = widened.kappa(p, g, largest, None)
         return noise.sum() if noise is not None else torch.zeros(())
 
     return count

@@ -210,6 +210,48 @@ def test_kappa_is_the_slope_of_torchs_own_step(name, device):
         assert ((found - expected).abs() <= 4e-10 * (1 + along.abs())).all()
 
 
+@pytest.mark.parametrize("name", ["rmsprop_all", "nadam_decay", "radam_decay", "adam_amsgrad"])
+def test_cotangent_of_the_weights_by_real_steps(name, device):
+    """Rows 3 to 7 against the validation loss after real steps with other weights."""
+    cls, options = RULES[name]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(
+        device, torch.float64
+    )
+    parameters = list(model.parameters())
+    optimizer = cls(parameters, **options)
+    for seed in range(7):
+        step_with(optimizer, gradients_like(parameters, seed))
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64).to(device)  # noqa: E731
+    x, val_x, z = draw(9, 4), draw(6, 4), draw(9)
+    y, val_y = torch.arange(9, device=device) % 3, torch.arange(6, device=device) % 3
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def val_loss_after(z):
+        copied, live = copy.deepcopy((model, optimizer))
+        w = z.sigmoid()
+        live.zero_grad()
+        (w / w.sum() @ cross_entropy(copied(x), y, reduction="none")).backward()
+        live.step()
+        return cross_entropy(copied(val_x), val_y).detach()
+
+    h = 1e-5
+    truth = torch.stack(
+        [val_loss_after(z + h * e) - val_loss_after(z - h * e) for e in torch.eye(9).to(z)]
+    ) / (2 * h)
+    p = mts_fast.normalize_weights(z)
+    losses = cross_entropy(model(x), y, reduction="none")
+    g = torch.autograd.grad(p @ losses, parameters, retain_graph=True)
+    update = mts_fast.virtual_update(optimizer, g)
+    names = [n for n, _ in model.named_parameters()]
+    theta = dict(zip(names, [t.requires_grad_() for t in update.parameters], strict=True))
+    val_loss = cross_entropy(torch.func.functional_call(model, theta, (val_x,)), val_y)
+    v = torch.autograd.grad(val_loss, update.parameters)
+    dots = reference.hypergradient_dots(losses, parameters, update.scale(v))
+    assert (
+        relative(mts_fast.selector_gradient(dots, z, p), truth) < 5e-6
+    )  # observed 1e-6, the rounding of the differences
+
+
 @pytest.mark.parametrize("name", ["rmsprop_all", "nadam", "radam", "adam_amsgrad", "lion", "muon"])
 def test_groups_tensor_lr_and_flags(name, device):
     """Groups of their own numbers; lr as a tensor; foreach where the class has it."""
