@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test test-asan wheel lint resources bench gpu doctor tables clean
+.PHONY: setup demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,14 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
+# What the core suite takes a sample of, in full: every operator and 500 moments of a step
+# interrupted, 2000 random worlds. Its summary is committed.
+test-all: setup
+	@mkdir -p build
+	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 | tee build/test-all.txt
+	$(MAKE) worlds
+	tail -n 1 build/test-all.txt > benchmarks/results/test_all.txt
+
 # The C++ kernels under the address and undefined-behaviour sanitizers, then the usual build again.
 # Nothing of Python or torch is instrumented, so leaks are not looked for.
 ASAN_TESTS ?= tests/ops tests/features tests/test_golden_features.py
@@ -47,6 +55,13 @@ test-asan: setup
 	cd build/asan && PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider -p sanitized $(ASAN_TESTS)
+
+# Random models, losses, optimizers and options against an oracle of their own: what is computed,
+# refused, or wrong. WORLDS_ARGS: --seed, --package OTHER_CHECKOUT, --against, --replay FILE.
+WORLDS ?= 2000
+WORLDS_ARGS ?=
+worlds: setup
+	$(BIN)/python scripts/search_worlds.py --count $(WORLDS) --jobs 2 $(WORLDS_ARGS)
 
 # dist/*.whl: for every Python 3 and every torch from 2.11 on, with the C++ kernels.
 wheel: setup
@@ -69,6 +84,12 @@ bench: setup
 	mkdir -p build
 	$(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python scripts/condense.py build/bench.json benchmarks/results
+
+# This checkout's step against that of another commit, turn by turn: make bench-compare BEFORE=5476895
+BEFORE ?= 5476895
+bench-compare: setup
+	@mkdir -p build
+	$(BIN)/python benchmarks/compare_step.py --before $(BEFORE)
 
 # On a machine with a GPU: the whole suite on CUDA (compiled, never interpreted), the kernels' and
 # the steps' benchmarks, other tiles; records and table.md under OUT. Each part can be called alone,

@@ -4,10 +4,13 @@ The outcome, good or bad, is written to mts_fast/_build.json, which `mts-fast do
 MTS_FAST_CPP=0 skips the build, MTS_FAST_CPP=1 makes a failed build an error. MTS_FAST_CUDA=0|1
 leaves out or asks for the CUDA kernels; by default they are built where nvcc and torch have CUDA.
 MTS_FAST_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
+
+Where the build failed the record says what to install, and the build's own output goes to stderr.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,17 +24,58 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+AGAIN = "then run `make setup` or `pip install --no-build-isolation .` again"
+INSTALL_TOOLS = f"pip install cmake ninja, {AGAIN}"
+INSTALL_COMPILER = (
+    "install a C++20 compiler (on Debian `apt-get install g++`, with conda "
+    f"`conda install gxx`) and leave CXX unset or let it name one, {AGAIN}"
+)
+INSTALL_NVCC = f"install the CUDA toolkit, or leave MTS_FAST_CUDA unset, {AGAIN}"
+SEE_OUTPUT = (
+    f"run `pip install -v --no-build-isolation .` to see all of its output, mend it, {AGAIN}"
+)
+# what CMake says where a compiler is missing or cannot compile
+NO_NVCC = re.compile("CMAKE_CUDA_COMPILER|CUDA compiler|find nvcc")
+NO_COMPILER = re.compile(r"CMAKE_CXX_COMPILER|C\+\+ compiler|variable CXX")
+# what tells from the lines of a build why it failed
+ERROR_LINE = re.compile(r"\berror\b|not found|FAILED", re.IGNORECASE)
+LINES_SHOWN = 3
+
+
+def switch(name: str, *values: str) -> str:
+    """The value of an environment variable of the build, the last of `values` where it is unset."""
+    value = os.environ.get(name) or values[-1]
+    if value not in values:
+        raise SystemExit(
+            f"mts_fast: {name} must be {', '.join(values[:-1])} or {values[-1]}, got {value!r}; "
+            "set it to one of these, or leave it unset"
+        )
+    return value
+
+
 def cuda_choices() -> list[bool]:
     """With CUDA kernels or without, in the order in which to try: MTS_FAST_CUDA decides, else with
     them where nvcc and torch have CUDA, and without where that fails."""
-    asked = os.environ.get("MTS_FAST_CUDA", "auto")
-    if asked not in ("0", "1", "auto"):
-        raise SystemExit(f"mts_fast: MTS_FAST_CUDA must be 0, 1 or auto, got {asked!r}")
+    asked = switch("MTS_FAST_CUDA", "0", "1", "auto")
     if asked != "auto":
         return [asked == "1"]
     import torch
 
     return [True, False] if shutil.which("nvcc") and torch.version.cuda else [False]
+
+
+def failure(command: str, output: str) -> str:
+    """Why a command of the build failed, and what to do."""
+    lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
+    causes = {NO_NVCC: INSTALL_NVCC, NO_COMPILER: INSTALL_COMPILER, ERROR_LINE: SEE_OUTPUT}
+    for pattern, hint in causes.items():
+        telling = []
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            if pattern.search(line):
+                telling.append(f"{line} {following}" if line.endswith(":") else line)
+        if telling:
+            return f"`{command}` failed: {' | '.join(telling[:LINES_SHOWN])}; {hint}"
+    return f"`{command}` failed: {' | '.join(lines[-LINES_SHOWN:])}; {SEE_OUTPUT}"
 
 
 class CMakeBuild(build_ext):
@@ -41,13 +85,16 @@ class CMakeBuild(build_ext):
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = package / "mts_fast"
         package.mkdir(parents=True, exist_ok=True)
-        wanted = os.environ.get("MTS_FAST_CPP", "auto")
+        wanted = switch("MTS_FAST_CPP", "0", "1", "auto")
+        cuda = switch("MTS_FAST_CUDA", "0", "1", "auto")
+        switch("MTS_FAST_SANITIZE", "1", "0")
         if wanted == "0":
-            record = {"built": False, "reason": "MTS_FAST_CPP=0 was set when the package was built"}
+            reason = f"MTS_FAST_CPP=0 was set when the package was built; leave it unset, {AGAIN}"
+            record = {"built": False, "reason": reason}
         else:
             record = self.build_with_or_without_cuda(package)
-        for name in ("MTS_FAST_CPP", "MTS_FAST_CUDA"):
-            if os.environ.get(name) == "1" and not record["built"]:
+        for name, value in (("MTS_FAST_CPP", wanted), ("MTS_FAST_CUDA", cuda)):
+            if value == "1" and not record["built"]:
                 raise SystemExit(f"mts_fast: {name}=1, but {record['reason']}")
         if not record["built"]:
             for stale in [*package.glob("_C*.so"), *package.glob("libmts_fast_ops.so")]:
@@ -64,8 +111,7 @@ class CMakeBuild(build_ext):
                 record = self.build(package, cuda=choices[1])
                 record["cuda_reason"] = failure
         except ImportError as error:
-            reason = f"{error} at build time; install torch and pybind11 first, then "
-            reason += "`pip install --no-build-isolation .`"
+            reason = f"{error} at build time; pip install torch pybind11, {AGAIN}"
             return {"built": False, "reason": reason}
         return record
 
@@ -74,7 +120,7 @@ class CMakeBuild(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths
 
-        sanitize = os.environ.get("MTS_FAST_SANITIZE") == "1"
+        sanitize = switch("MTS_FAST_SANITIZE", "1", "0") == "1"
         with tempfile.TemporaryDirectory() as work:
             configure = [
                 "cmake", "-S", str(ROOT), "-B", work, "-G", "Ninja",
@@ -102,10 +148,12 @@ class CMakeBuild(build_ext):
                         env={**os.environ, "PATH": path},
                     )
                 except FileNotFoundError:
-                    return {"built": False, "reason": f"`{command[0]}` was not found"}
+                    reason = f"`{command[0]}` was not found; {INSTALL_TOOLS}"
+                    return {"built": False, "reason": reason}
                 except subprocess.CalledProcessError as error:
-                    tail = " | ".join(error.stdout.strip().splitlines()[-8:])
-                    return {"built": False, "reason": f"`{' '.join(command[:2])}` failed: {tail}"}
+                    print(error.stdout, file=sys.stderr)
+                    reason = failure(" ".join(command[:2]), error.stdout)
+                    return {"built": False, "reason": reason}
         version = self.distribution.get_version()
         return {
             "built": True,

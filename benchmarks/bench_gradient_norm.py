@@ -15,7 +15,7 @@ from step_arms import per_sample
 from step_models import BUILD, make_task
 
 from mts_fast import reference
-from mts_fast.hypergradient import GradientNorm, LabelledBatch
+from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
 
 SAMPLES = {"vit": 32, "resnet18_groupnorm": 32, "resnet18_batchnorm": 32, "mlp": 256, "gpt": 32}
 OPACUS = ("mlp", "resnet18_groupnorm")
@@ -75,7 +75,7 @@ def opacus_ways(model):
 def bench_gradient_norm(benchmark, name):
     task = make_task(name, SAMPLES[name])
     model, batch = task.model.eval(), task.train
-    ours = GradientNorm(model)
+    ours = GradientNorm(Objective(model))
     ways = {
         "mts_fast": lambda _, batch: ours(batch),
         "one at a time": one_at_a_time,

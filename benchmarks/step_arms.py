@@ -29,13 +29,20 @@ def per_sample(output, labels):
     return F.cross_entropy(output, labels, reduction="none")
 
 
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=LR),
+    "momentum": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=1e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
+}
+
+
 class Arm:
     """Classifier, selector and optimizers; equal at the start in all arms of a task."""
 
-    def __init__(self, task):
+    def __init__(self, task, optimizer="sgd"):
         self.task = task
         self.model = copy.deepcopy(task.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         torch.manual_seed(1)
         width = ONLINE + task.features.shape[1]
         device = task.features.device
@@ -225,8 +232,8 @@ class TorchOpt(DoubleBackward):
 class Ours(Arm):
     """MTSStep with the options given."""
 
-    def __init__(self, task, **options):
-        super().__init__(task)
+    def __init__(self, task, optimizer="sgd", **options):
+        super().__init__(task, optimizer)
         self.call = mts_fast.MTSStep(
             self.model, self.optimizer, self.selector, self.selector_optimizer, **options
         )
@@ -259,11 +266,15 @@ def arms_of(name):
         arms["double backward (torchopt)"] = TorchOpt
     for schedule in ("exact", "reuse"):
         arms[f"auto, {schedule}"] = lambda t, s=schedule: Ours(t, schedule=s)
-        if name != "resnet18_batchnorm":  # there, auto is finite differences
+        if name != "resnet18_batchnorm":  # there, auto is forward mode
             arms[f"auto, {schedule}, low memory"] = lambda t, s=schedule: Ours(
                 t, schedule=s, memory="low"
             )
-            arms[f"finite differences, {schedule}"] = lambda t, s=schedule: Ours(
-                t, schedule=s, engine="finite_difference"
+        for label, engine in (
+            ("double_backward", "double_backward"),
+            ("finite differences", "finite_difference"),
+        ):
+            arms[f"{label}, {schedule}"] = lambda t, s=schedule, e=engine: Ours(
+                t, schedule=s, engine=e
             )
     return arms

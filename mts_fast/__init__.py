@@ -7,8 +7,6 @@ function computes, in plain PyTorch.
 from mts_fast import diagnostics, features, hypergradient, reference, training
 from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
 from mts_fast.ops import (
-    LionRule,
-    UpdateRule,
     linear_cross_entropy,
     normalize_weights,
     register_update_rule,
@@ -17,6 +15,7 @@ from mts_fast.ops import (
     virtual_update,
     weighted_cross_entropy,
 )
+from mts_fast.reference.update_rules import LionRule, UpdateRule
 from mts_fast.training import MTSStep, Selector, SelectorBatch, StepResult
 
 __version__ = "0.1.0"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,10 +18,13 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def fail(
-    error: type[Exception], op: str, arg: str, expected: str, got: object, hint: str = ""
+    error: type[Exception], op: str, arg: str, expected: str, got: object, hint: str
 ) -> NoReturn:
-    """Raise `error` in the one format that all of mts_fast uses."""
-    raise error(f"{op}: {arg} must be {expected}, got {got}" + (f"; {hint}" if hint else ""))
+    """Raise `error` in the one format of mts_fast: argument and expectation; what came; what to do.
+
+    A test walks every call and every `raise` of the package for the three.
+    """
+    raise error(f"{op}: {arg} must be {expected}, got {got}; {hint}")
 
 
 def describe(value: object) -> str:
@@ -34,7 +39,8 @@ def check_tensor(op: str, arg: str, value: object, *, ndim: int | None = None) -
     if not isinstance(value, Tensor):
         fail(TypeError, op, arg, "a tensor", describe(value), "convert it with torch.as_tensor")
     if ndim is not None and value.ndim != ndim:
-        fail(ValueError, op, arg, f"{ndim}-dimensional", describe(value))
+        hint = "reshape it, or pass the tensor that has these axes"
+        fail(ValueError, op, arg, f"{ndim}-dimensional", describe(value), hint)
     return value
 
 
@@ -66,7 +72,7 @@ def check_flags(op: str, arg: str, value: object, length: int) -> Tensor:
     """Booleans or 0/1 integers of the given length, returned as bool [length]."""
     tensor = check_tensor(op, arg, value, ndim=1)
     if tensor.dtype != torch.bool and tensor.dtype not in INTEGER_DTYPES:
-        fail(TypeError, op, arg, "a bool or integer tensor", describe(tensor))
+        fail(TypeError, op, arg, "a bool or integer tensor", describe(tensor), "call .bool() on it")
     check_length(op, arg, tensor, length)
     if tensor.dtype != torch.bool and not tensor.is_cuda:  # there it would wait for the device
         check_range(op, arg, tensor, 0, 2)
@@ -76,7 +82,8 @@ def check_flags(op: str, arg: str, value: object, length: int) -> Tensor:
 def check_length(op: str, arg: str, value: Tensor, length: int) -> None:
     """First axis of the given length."""
     if value.shape[0] != length:
-        fail(ValueError, op, arg, f"of length {length}", describe(value))
+        hint = "pass one entry per sample"
+        fail(ValueError, op, arg, f"of length {length}", describe(value), hint)
 
 
 def check_device(op: str, arg: str, value: Tensor, device: torch.device, like: str) -> None:
@@ -89,7 +96,7 @@ def check_device(op: str, arg: str, value: Tensor, device: torch.device, like: s
 def check_not_empty(op: str, arg: str, value: Tensor) -> None:
     """At least one element along the first axis."""
     if value.ndim == 0 or value.shape[0] == 0:
-        fail(ValueError, op, arg, "non-empty", describe(value))
+        fail(ValueError, op, arg, "non-empty", describe(value), "pass at least one sample")
 
 
 def check_readable(op: str, arg: str, value: Tensor) -> None:
@@ -99,7 +106,14 @@ def check_readable(op: str, arg: str, value: Tensor) -> None:
         fail(ValueError, op, arg, "on a device that holds values", "a tensor on meta", hint)
 
 
-def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str = "") -> None:
+def check_range(
+    op: str,
+    arg: str,
+    value: Tensor,
+    low: int,
+    high: int,
+    hint: str = "look for entries out of range",
+) -> None:
     """Integers in [low, high). Reads the tensor: on a GPU this waits for it."""
     if value.numel() == 0:
         return
@@ -109,7 +123,14 @@ def check_range(op: str, arg: str, value: Tensor, low: int, high: int, hint: str
         fail(ValueError, op, arg, f"in [{low}, {high})", f"values from {least} to {most}", hint)
 
 
-def check_finite(op: str, arg: str, value: Tensor, hint: str = "", *, first: int = 0) -> None:
+def check_finite(
+    op: str,
+    arg: str,
+    value: Tensor,
+    hint: str = "clean or drop them",
+    *,
+    first: int = 0,
+) -> None:
     """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
     check_readable(op, arg, value)
     # a sum with a NaN or infinity in it is never finite; where it overflows, look at every value.
@@ -124,15 +145,16 @@ def check_finite(op: str, arg: str, value: Tensor, hint: str = "", *, first: int
 def check_choice(op: str, arg: str, value: object, choices: tuple[str, ...]) -> None:
     """One of a few strings."""
     if value not in choices:
-        fail(ValueError, op, arg, "one of " + ", ".join(map(repr, choices)), describe(value))
+        hint = "spell it as one of these"
+        fail(ValueError, op, arg, "one of " + ", ".join(map(repr, choices)), describe(value), hint)
 
 
 def check_positive_int(op: str, arg: str, value: object) -> None:
     """An int of 1 or more (bool refused)."""
     if isinstance(value, bool) or not isinstance(value, int):
-        fail(TypeError, op, arg, "a positive int", describe(value))
+        fail(TypeError, op, arg, "a positive int", describe(value), "pass a whole number")
     if value < 1:
-        fail(ValueError, op, arg, "a positive int", value)
+        fail(ValueError, op, arg, "a positive int", value, "pass 1 or more")
 
 
 def check_int(op: str, arg: str, value: object, *, low: int = 0, hint: str = "") -> int:
@@ -205,3 +227,33 @@ def check_pool(op: str, labels: object, is_synthetic: object, length: int) -> tu
     if length:
         check_range(op, "labels", classes, 0, int(classes.max()) + 1, "number the classes from 0")
     return classes, flags
+
+
+def check_path(op: str, arg: str, value: object) -> Path:
+    """A str or os.PathLike that names a file."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        fail(TypeError, op, arg, "a path (str or pathlib.Path)", describe(value), "name a file")
+    if not os.fspath(value):
+        fail(ValueError, op, arg, "a path", "an empty one", "name a file")
+    return Path(value)
+
+
+def check_place(op: str, arg: str, value: object) -> torch.device:
+    """A device that this machine has and that holds values, by name or as a torch.device."""
+    expected, hint = "a device of this machine", "pass for example 'cpu', 'cuda' or 'cuda:1'"
+    if not isinstance(value, str | torch.device):
+        fail(TypeError, op, arg, expected, describe(value), hint)
+    try:
+        device = torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(ValueError, op, arg, expected, f"{str(value)!r} ({reason})", hint)
+    check_readable(op, arg, torch.empty(0, device=device))
+    return device
+
+
+def check_mapping(op: str, arg: str, value: object, hint: str) -> Mapping[Any, Any]:
+    """A dict or another mapping."""
+    if not isinstance(value, Mapping):
+        fail(TypeError, op, arg, "a mapping", describe(value), hint)
+    return value

@@ -31,13 +31,14 @@ def extension() -> ExtensionStatus:
     """Load the ops library, through `mts_fast._C` or without it, and report the outcome."""
     try:
         info = _parse(_load())
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and not LIBRARY.exists():
             return ExtensionStatus(False, f"the C++ extension is not built: {_build_reason()}")
         return ExtensionStatus(False, f"the C++ extension does not load: {_mismatch(error)}")
-    wanted = build_record().get("version", info["version"])
-    if info["version"] != wanted:
-        reason = f"the C++ extension is of version {info['version']}, the package of {wanted}"
+    version = info.get("version", "unknown")
+    wanted = build_record().get("version", version)
+    if version != wanted:
+        reason = f"the C++ extension is of version {version}, the package of {wanted}"
         return ExtensionStatus(False, f"{reason}; {REBUILD}")
     return ExtensionStatus(True, info=info)
 
@@ -72,11 +73,12 @@ def _parse(lines: str) -> dict[str, str]:
 
 
 def build_record() -> dict[str, Any]:
-    """What the build said of itself (setup.py), empty where it left no word."""
+    """What the build said of itself (setup.py), empty where it left no word, or a damaged one."""
     try:
-        return json.loads((PACKAGE / "_build.json").read_text())
-    except (OSError, ValueError):
+        record = json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _build_reason() -> str:

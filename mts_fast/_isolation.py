@@ -1,36 +1,105 @@
-"""Context managers that let a model be run without a trace: modes, buffers, parameters, RNG.
+"""Lets modules be run without a trace: buffers, modes, parameters and generators come back bitwise.
 
-All copies go through `.data`: the bytes come back exactly as they were and autograd's version
-counters do not move, so a graph recorded before stays valid afterwards.
+Copies of parameters and buffers go through `.data`: autograd's version counters do not move, so a
+graph recorded before stays valid afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+class World:
+    """The modules that a call may run: their buffers and modes, and where their generators are.
+
+    The list of modules is made once, and anew by `refresh`.
+    """
+
+    def __init__(self, *roots: nn.Module) -> None:
+        self.roots = roots
+        # parameters that a forward writes to: tables with max_norm, and what else is seen to be
+        self.written: list[Tensor] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for modules that were added or replaced."""
+        found = {id(m): m for root in self.roots for m in root.modules()}
+        self.modules = list(found.values())
+        tensors = (t for root in self.roots for t in (*root.parameters(), *root.buffers()))
+        self.devices = {t.device for t in tensors if t.is_cuda}
+        tables = [
+            m.weight
+            for m in self.modules
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+        ]
+        self.note_written(tables)
+
+    def note_written(self, parameters: Iterable[Tensor]) -> None:
+        """These parameters are state of a forward, as buffers are."""
+        self.written = list({id(p): p for p in (*self.written, *parameters)}.values())
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters."""
+        return [p for m in self.modules for p in m._parameters.values() if p is not None]
+
+    def modes(self) -> tuple[bool, ...]:
+        """Which modules are in train mode."""
+        return tuple(module.training for module in self.modules)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """All buffers."""
+        for module in self.modules:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    yield buffer
+
+
+def world_of(modules: nn.Module | World) -> World:
+    """A world as it is; a module as a world of its own."""
+    return modules if isinstance(modules, World) else World(modules)
+
+
 @dataclass(frozen=True, eq=False)
 class RngState:
-    """The generators that a forward pass may draw from: the CPU's and those of the CUDA devices."""
+    """The generators that a forward may draw from: torch's of the CPU and of CUDA devices, numpy's
+    global one and Python's. A torch.Generator or numpy Generator of the model's own is not seen."""
 
     cpu: Tensor
     cuda: dict[torch.device, Tensor]
+    python: Any
+    numpy: Any  # None where numpy's generator was never imported
 
     @classmethod
-    def capture(cls, tensors: Iterable[Tensor]) -> RngState:
-        """Read the default generators of the CPU and of every CUDA device among `tensors`."""
-        devices = {t.device for t in tensors if t.is_cuda}
-        return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices})
+    def capture(cls, where: Iterable[Tensor] | World) -> RngState:
+        """Read the default generators of the CPU and of every CUDA device of a world or tensors."""
+        if isinstance(where, World):
+            devices = where.devices
+        else:
+            devices = {t.device for t in where if t.is_cuda}
+        numpy_random = sys.modules.get("numpy.random")
+        return cls(
+            torch.get_rng_state(),
+            {d: torch.cuda.get_rng_state(d) for d in devices},
+            random.getstate(),
+            None if numpy_random is None else numpy_random.get_state(),
+        )
 
     def equals(self, other: RngState) -> bool:
         """Whether no generator moved in between."""
-        return torch.equal(self.cpu, other.cpu) and all(
-            torch.equal(state, other.cuda[device]) for device, state in self.cuda.items()
+        return (
+            torch.equal(self.cpu, other.cpu)
+            and all(torch.equal(state, other.cuda[d]) for d, state in self.cuda.items())
+            and self.python == other.python
+            and _same_numpy(self.numpy, other.numpy)
         )
 
     def restore(self) -> None:
@@ -38,54 +107,158 @@ class RngState:
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy.random"].set_state(self.numpy)
 
 
-@contextmanager
-def preserved_rng(model: nn.Module, start: RngState | None = None) -> Iterator[None]:
-    """Leave the generators as they were; inside, begin from `start` where given."""
-    before = RngState.capture(model.parameters())
-    if start is not None:
-        start.restore()
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a[0] == b[0] and (a[1] == b[1]).all() and a[2:] == b[2:]
+
+
+class SavedBuffers:
+    """Every buffer by module and name, with its value: one that a forward replaced, added or
+    removed is put back, too; and parameters that a forward writes to."""
+
+    def __init__(self, world: World) -> None:
+        self._names = [(module, dict(module._buffers)) for module in world.modules]
+        tensors = dict.fromkeys(b for _, names in self._names for b in names.values())
+        tensors |= dict.fromkeys(world.written)
+        present = [b for b in tensors if b is not None and not nn.parameter.is_lazy(b)]
+        self._saved = [(b, b.detach().clone()) for b in present]
+        self._counted = tuple(b for b in present if not b.is_inference())
+        self._versions = tuple(b._version for b in self._counted)
+
+    def restore(self) -> None:
+        """Put names and values back."""
+        for module, names in self._names:
+            present = module._buffers
+            if len(present) != len(names) or any(
+                present.get(n, 0) is not b for n, b in names.items()
+            ):
+                present.clear()
+                present.update(names)
+        for buffer, before in self._saved:
+            if buffer.shape != before.shape:
+                buffer.data = before.clone()
+            else:
+                buffer.data.copy_(before)
+        # the bytes are those that a graph recorded before has saved
+        torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)
+
+
+class Restoring:
+    """Context manager: `begin` inside, `restore` on the way out, whatever happens.
+
+    Until `restore` is done it is listed as open, so that `restore_open` can finish what an
+    exception at an odd moment (Ctrl-C between two lines) left undone. `restore` must be repeatable.
+    """
+
+    def __init__(
+        self, restore: Callable[[], None], begin: Callable[[], object] | None = None
+    ) -> None:
+        self._restore = restore
+        self._begin = begin
+
+    def __enter__(self) -> None:
+        _open_here().append(self)
+        if self._begin is not None:
+            try:
+                self._begin()
+            except BaseException:
+                self._close()
+                raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        insist(self._restore)
+        stack = _open_here()
+        if self in stack:
+            stack.remove(self)
+
+
+class _Open(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Restoring] = []
+
+
+_open = _Open()
+
+
+def _open_here() -> list[Restoring]:
+    return _open.stack
+
+
+def open_count() -> int:
+    """How many `Restoring`s of this thread are open."""
+    return len(_open.stack)
+
+
+def restore_open(since: int) -> None:
+    """Restore what was opened after `since` were open and has not been closed."""
+    stack = _open.stack
+    while len(stack) > since:
+        stack[-1]._restore()
+        stack.pop()
+
+
+def insist(restore: Callable[[], None]) -> None:
+    """Run a repeatable clean-up to its end; one that is interrupted is run again, then reported."""
     try:
-        yield
-    finally:
-        before.restore()
-
-
-@contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Leave every buffer (BatchNorm statistics, counters) bitwise as it was."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in saved:
-            buffer.data.copy_(before)
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put buffers and generators back when something raises inside."""
-    rng = RngState.capture(model.parameters())
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
+        restore()
     except BaseException:
-        for buffer, before in saved:
-            buffer.data.copy_(before)
-        rng.restore()
+        restore()
         raise
 
 
-@contextmanager
-def replaced_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+def preserved_rng(modules: nn.Module | World, start: RngState | None = None) -> Restoring:
+    """Leave the generators as they were; inside, begin from `start` where given."""
+    before = RngState.capture(world_of(modules))
+    return Restoring(before.restore, None if start is None else start.restore)
+
+
+def preserved_buffers(modules: nn.Module | World) -> Restoring:
+    """Leave every buffer (BatchNorm statistics, counters) bitwise as it was."""
+    return Restoring(SavedBuffers(world_of(modules)).restore)
+
+
+class restored_on_error:
+    """Put buffers and generators back when something raises inside."""
+
+    def __init__(self, modules: nn.Module | World) -> None:
+        self._world = world_of(modules)
+
+    def __enter__(self) -> None:
+        self._rng = RngState.capture(self._world)
+        self._buffers = SavedBuffers(self._world)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            insist(self._restore)
+
+    def _restore(self) -> None:
+        self._buffers.restore()
+        self._rng.restore()
+
+
+def replaced_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Restoring:
     """Run with other parameter values, then put the old ones back by copy, bitwise."""
     saved = [parameter.detach().clone() for parameter in parameters]
-    try:
-        _overwrite(parameters, values)
-        yield
-    finally:
-        _overwrite(parameters, saved)
+    return Restoring(lambda: _overwrite(parameters, saved), lambda: _overwrite(parameters, values))
 
 
 def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -95,13 +268,17 @@ def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     torch.clear_autocast_cache()
 
 
-@contextmanager
-def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
-    """Put the whole model in train or eval mode, then give each module its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(mode)
-    try:
-        yield
-    finally:
+def training_mode(modules: nn.Module | World, mode: bool) -> Restoring:
+    """Put everything in train or eval mode, then give each module its own flag back."""
+    world = world_of(modules)
+    flags = [(module, module.training) for module in world.modules]
+
+    def restore() -> None:
         for module, flag in flags:
             module.training = flag
+
+    def begin() -> None:
+        for root in world.roots:
+            root.train(mode)
+
+    return Restoring(restore, begin)

@@ -5,14 +5,27 @@ Nothing here waits for a device: values stay tensors until they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mts_fast._check import check_floating, check_length, check_not_empty, fail
+from mts_fast._check import (
+    check_device,
+    check_finite,
+    check_floating,
+    check_length,
+    check_module,
+    check_not_empty,
+    check_positive_int,
+    check_tensor,
+    describe,
+    fail,
+)
+from mts_fast._isolation import preserved_rng
 
 
 @dataclass(frozen=True)
@@ -23,11 +36,15 @@ class WeightStatistics:
     max_p: Tensor
     var_p: Tensor  # population variance
     effective_batch_size: Tensor  # 1 / sum p^2, between 1 and B
+    # of a step in which the selector learned: entries of kappa that were rounding noise, set to 0
+    masked_entries: Tensor | None = None
 
     def read(self) -> dict[str, float]:
-        """Plain floats by name; waits for the device once."""
-        values = torch.stack([getattr(self, f.name).double() for f in fields(self)]).tolist()
-        return dict(zip([f.name for f in fields(self)], values, strict=True))
+        """Plain floats by name, without what is None; waits for the device once."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        present = {name: value for name, value in named.items() if value is not None}
+        values = torch.stack([value.double() for value in present.values()]).tolist()
+        return dict(zip(present, values, strict=True))
 
 
 def weight_statistics(weights: Tensor, p: Tensor) -> WeightStatistics:
@@ -56,6 +73,7 @@ def weight_statistics(weights: Tensor, p: Tensor) -> WeightStatistics:
     check_not_empty(op, "weights", weights)
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(weights))
+    check_device(op, "p", p, weights.device, "weights")
     weights, p = weights.detach(), p.detach()
     return WeightStatistics(weights.mean(), p.max(), p.var(correction=0), 1 / p.square().sum())
 
@@ -80,24 +98,53 @@ class GSNRMeter:
         self._mean: list[Tensor] = []
         self._squares: list[Tensor] = []  # sums of squared deviations (Welford)
 
-    def update(self, gradient: Sequence[Tensor]) -> None:
-        """Add one observation: a tensor per parameter, always of the same shapes."""
-        observed = [g.detach().double() for g in gradient]
+    def update(self, gradient: Iterable[Tensor]) -> None:
+        """Add one observation: a tensor per parameter, always of the same shapes.
+
+        Raises:
+            TypeError, ValueError: something else than floating-point tensors (None of a parameter
+                that got no gradient), other shapes or devices than before, on the CPU also NaN or
+                infinity. Nothing is counted then.
+        """
+        observed = [g.detach().double() for g in self._checked(gradient)]
         if not self.count:
             self._mean = [torch.zeros_like(g) for g in observed]
             self._squares = [torch.zeros_like(g) for g in observed]
-        if [g.shape for g in observed] != [m.shape for m in self._mean]:
-            expected = f"of shapes {[tuple(m.shape) for m in self._mean]}"
-            got = [tuple(g.shape) for g in observed]
-            fail(ValueError, "GSNRMeter.update", "gradient", expected, got)
         self.count += 1
         for g, mean, squares in zip(observed, self._mean, self._squares, strict=True):
             deviation = g - mean
             mean += deviation / self.count
             squares += deviation * (g - mean)
 
+    def _checked(self, gradient: Iterable[Tensor]) -> list[Tensor]:
+        op, hint = "GSNRMeter.update", "pass [p.grad for p in model.parameters()]"
+        if isinstance(gradient, Tensor) or not isinstance(gradient, Iterable):
+            fail(TypeError, op, "gradient", "a list of tensors", describe(gradient), hint)
+        gradient = list(gradient)
+        if not gradient and not self.count:
+            fail(ValueError, op, "gradient", "of at least one tensor", "none", hint)
+        for index, g in enumerate(gradient):
+            name = f"gradient[{index}]"
+            if g is None:
+                hint = "pass zeros for a parameter that has none"
+                fail(TypeError, op, name, "a floating-point tensor", "None", hint)
+            check_floating(op, name, g)
+            if not g.is_cuda:  # there it would wait for the device
+                check_finite(op, name, g, "leave this observation out")
+        if self.count:
+            shapes = [tuple(m.shape) for m in self._mean]
+            got = [tuple(g.shape) for g in gradient]
+            if got != shapes:
+                hint = "use one meter for one set of parameters"
+                fail(ValueError, op, "gradient", f"of shapes {shapes}", got, hint)
+            for index, (g, mean) in enumerate(zip(gradient, self._mean, strict=True)):
+                check_device(op, f"gradient[{index}]", g, mean.device, "before")
+        return gradient
+
     def value(self, *, pooled: int = 1) -> Tensor:
-        """GSNR [] of one observation, or of the mean of `pooled` of them; NaN below two."""
+        """GSNR [] of one observation, or of the mean of `pooled` of them; NaN below two
+        observations, and where no parameter varies."""
+        check_positive_int("GSNRMeter.value", "pooled", pooled)
         if self.count < 2:
             return torch.tensor(float("nan"))
         mean = torch.cat([m.flatten() for m in self._mean])
@@ -117,10 +164,32 @@ def selector_gsnr(selector: nn.Module, inputs: Sequence[Tensor], cotangent: Tens
         cotangent: dL_val/dz [B], from `selector_gradient`.
 
     Returns:
-        the average over all parameters whose contributions vary.
+        the average over all parameters whose contributions vary; NaN of a single sample, and where
+        none varies.
+
+    Raises:
+        TypeError, ValueError: no module, inputs or cotangent of other dtypes or lengths, a selector
+            with batch statistics, which mix its samples.
+
+    Notes:
+        A selector with dropout draws one mask a sample; generators are left as they were.
 
     Source: the paper's GSNR; DESIGN, diagnostics.
     """
+    op = "selector_gsnr"
+    check_module(op, "selector", selector)
+    check_floating(op, "cotangent", cotangent, ndim=1)
+    if not isinstance(inputs, list | tuple):
+        hint = "pass a tuple of the selector's arguments"
+        fail(TypeError, op, "inputs", "a sequence of tensors", describe(inputs), hint)
+    for index, value in enumerate(inputs):
+        check_length(
+            op, f"inputs[{index}]", check_tensor(op, f"inputs[{index}]", value), len(cotangent)
+        )
+    mixing = [n for n, m in selector.named_modules() if isinstance(m, _BatchNorm) and m.training]
+    if mixing:
+        hint = "use LayerNorm, or put them in eval mode"
+        fail(ValueError, op, "selector", "without batch statistics", f"modules {mixing}", hint)
     trainable = {n: p.detach() for n, p in selector.named_parameters() if p.requires_grad}
 
     def contribution(parameters: dict[str, Tensor], c: Tensor, *row: Tensor) -> Tensor:
@@ -128,7 +197,9 @@ def selector_gsnr(selector: nn.Module, inputs: Sequence[Tensor], cotangent: Tens
         return (c * z).sum()
 
     in_dims = (None, *[0] * (1 + len(inputs)))
-    rows = vmap(grad(contribution), in_dims=in_dims)(trainable, cotangent, *inputs)
+    each = vmap(grad(contribution), in_dims=in_dims, randomness="different")
+    with preserved_rng(selector):
+        rows = each(trainable, cotangent, *inputs)
     batch = len(cotangent)
     mean = torch.cat([r.detach().double().mean(0).flatten() for r in rows.values()])
     variance = torch.cat([r.detach().double().var(0).flatten() for r in rows.values()])

@@ -8,6 +8,7 @@ import importlib.util
 # module -> requirement
 WANTED = {
     "numpy": "numpy",
+    "hypothesis": "hypothesis>=6.100",
     "pytest": "pytest>=8",
     "pytest_benchmark": "pytest-benchmark>=5",
     "xdist": "pytest-xdist>=3.5",

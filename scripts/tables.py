@@ -51,6 +51,24 @@ def step_table(value: str) -> Callable[[str], str]:
     return make
 
 
+def compared_table(_: str) -> str:
+    """After / before of a whole step, by model and optimizer; peak memory beside it."""
+    rows = json.loads((RESULTS / "step_compared.json").read_text())["rows"]
+    split = [tuple(label.split(", ", 2)) for label in rows]
+    arms = list(dict.fromkeys(arm for _, _, arm in split))
+    lines = [
+        f"| | {' | '.join(f'{arm}: time' for arm in arms)} | peak MiB, exact, before → after |",
+        f"|---|{'---:|' * (len(arms) + 1)}",
+    ]
+    for model, optimizer in dict.fromkeys(key[:2] for key in split):
+        mine = [rows[f"{model}, {optimizer}, {arm}"] for arm in arms]
+        peak = mine[0]["peak_mib"]
+        cells = [f"{row['time']:.2f}" for row in mine]
+        name = f"{model.replace('_', ' ')}, {optimizer}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {peak['before']} → {peak['after']} |")
+    return "\n".join(lines)
+
+
 def gradient_norm_table(_: str) -> str:
     """How many times longer other ways take than ours, by model."""
     models = _runs("gradient_norm", "bench_gradient_norm")
@@ -136,6 +154,7 @@ TABLES = {
     "README.md": {
         "step-time": step_table("time"),
         "step-memory": step_table("peak_mib"),
+        "step-compared": compared_table,
         "gradient-norm": gradient_norm_table,
         "neighbor-statistics": neighbor_table("ratios"),
         "neighbor-memory": neighbor_table("peak_mib"),

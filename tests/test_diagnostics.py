@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from comparison import relative
+from comparison import assert_bitwise, generators, relative
 from models import CLASSES
 from step_worlds import World
 
@@ -114,6 +114,36 @@ def test_meter_needs_two_observations_of_one_shape():
 
 
 @pytest.mark.parametrize(
+    ("gradient", "error", "message"),
+    [
+        (None, TypeError, "gradient must be a list of tensors, got NoneType"),
+        (W, TypeError, "gradient must be a list of tensors, got a float32 tensor"),
+        ([], ValueError, "gradient must be of at least one tensor"),
+        ([W, None], TypeError, r"gradient\[1\] must be a .*, got None; pass zeros for a parameter"),
+        ([W, [1.0]], TypeError, r"gradient\[1\] must be a tensor"),
+        ([W, W.int()], TypeError, r"gradient\[1\] must be a floating-point tensor"),
+        ([W, W / 0], ValueError, r"gradient\[1\] must be finite, .*; leave this observation out"),
+    ],
+)
+def test_refused_observations_count_nothing(gradient, error, message):
+    meter = GSNRMeter()
+    with pytest.raises(error, match=f"GSNRMeter.update: {message}"):
+        meter.update(gradient)
+    for value in (1, 2, 4):
+        meter.update(value * g for g in (W, W))
+    before = meter.value().item()
+    with pytest.raises(error):
+        meter.update(gradient)
+    assert meter.count == 3 and meter.value().item() == before
+
+
+@pytest.mark.parametrize(("pooled", "error"), [(0, ValueError), ("8", TypeError), (2.5, TypeError)])
+def test_refused_pools(pooled, error):
+    with pytest.raises(error, match=r"GSNRMeter\.value: pooled must be a positive int"):
+        GSNRMeter().value(pooled=pooled)
+
+
+@pytest.mark.parametrize(
     ("mean", "n", "spread"),
     # few draws; many without any signal, where squared noise would pass for one; many with one.
     # `spread` is the deviation of one estimate, simulated.
@@ -191,6 +221,55 @@ def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
     rows = torch.cat([hidden * cotangent[:, None], cotangent[:, None]], dim=1)
     expected = numpy_gsnr(rows.cpu().numpy(), pooled=9)
     assert selector_gsnr(own, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_selector_with_dropout_leaves_the_generators(device):
+    """A mask a sample: the truth is of the masks that were drawn, so a dropout of 0 is compared."""
+    _, inputs, cotangent = selector_batch(device)
+
+    def own(share):
+        torch.manual_seed(0)
+        layers = (torch.nn.Linear(4, 5), torch.nn.Dropout(share), torch.nn.Linear(5, 1))
+        return Features(torch.nn.Sequential(*layers).to(device, torch.float64))
+
+    expected = numpy_gsnr(contributions(own(0.0), inputs, cotangent), pooled=9)
+    assert selector_gsnr(own(0.0), inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
+    selector = own(0.5)
+    before = generators(device)
+    noisy = selector_gsnr(selector, inputs, cotangent)
+    assert_bitwise(generators(device), before)
+    assert noisy.isfinite() and noisy.item() != pytest.approx(expected, rel=1e-3)
+
+
+class Features(torch.nn.Module):
+    """A selector that looks at the features alone."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, h, classes, is_synthetic):
+        return self.layers(h)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, i, c: (None, i, c), TypeError, "selector must be a torch.nn.Module"),
+        (lambda s, i, c: (s, i[0], c), TypeError, "inputs must be a sequence of tensors"),
+        (lambda s, i, c: (s, (*i[:2], 3), c), TypeError, r"inputs\[2\] must be a tensor"),
+        (lambda s, i, c: (s, (i[0], i[1][:2], i[2]), c), ValueError, r"inputs\[1\] must be of len"),
+        (lambda s, i, c: (s, i, c.long()), TypeError, "cotangent must be a floating"),
+        (
+            lambda s, i, c: (Features(torch.nn.BatchNorm1d(4)), i, c),
+            ValueError,
+            r"selector must be without batch statistics, got modules \['layers'\]; use LayerNorm",
+        ),
+    ],
+)
+def test_refused_selectors(change, error, message):
+    with pytest.raises(error, match=f"selector_gsnr: {message}"):
+        selector_gsnr(*change(*selector_batch("cpu")))
 
 
 @pytest.mark.parametrize("two_batches", [False, True])

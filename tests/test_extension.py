@@ -85,6 +85,27 @@ def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
     assert re.search(re.escape(expected + torch.__version__) + ".*; run `make setup`", found.reason)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', "[" * 100_000, "{", "\0"])
+def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
+    """It breaks neither the import of an op nor what is said of a library that is junk, too."""
+    library = tmp_path / "libmts_fast_ops.so"
+    library.write_bytes(b"junk")
+    (tmp_path / "_build.json").write_text(content)
+    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(_extension, "LIBRARY", library)
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    assert _extension.build_record() == {}
+    assert "does not load: " in fresh().reason and "it runs on torch 2.11" in fresh().reason
+
+
+@needs_cpp
+@pytest.mark.parametrize("said", ["", "version", "isa=avx2"])
+def test_a_library_that_says_nothing_of_itself(said, fresh, monkeypatch):
+    monkeypatch.setattr(_extension, "_load", lambda: said)
+    assert not fresh().available
+    assert "; run `make setup`" in fresh().reason
+
+
 @needs_cpp
 def test_a_library_of_another_version(fresh, monkeypatch):
     record = {"version": "9.9"}
@@ -118,7 +139,11 @@ def build(tmp_path, **environment):
         ({}, 0, "`cmake"),  # csrc is not there
         ({"MTS_FAST_CPP": "1"}, 1, "mts_fast: MTS_FAST_CPP=1, but `cmake"),
         ({"MTS_FAST_CUDA": "1"}, 1, "mts_fast: MTS_FAST_CUDA=1, but `cmake"),
-        ({"MTS_FAST_CUDA": "yes"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto, got 'yes'"),
+        ({"MTS_FAST_CUDA": "yes"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto, got 'yes'; set it to"),
+        ({"MTS_FAST_CPP": "abc"}, 1, "MTS_FAST_CPP must be 0, 1 or auto, got 'abc'; set it to"),
+        ({"MTS_FAST_SANITIZE": "on"}, 1, "MTS_FAST_SANITIZE must be 1 or 0, got 'on'; set it to"),
+        ({"MTS_FAST_CPP": "0", "MTS_FAST_CUDA": "x"}, 1, "MTS_FAST_CUDA must be 0, 1 or auto"),
+        ({"MTS_FAST_CPP": "", "CXX": "/none/c++"}, 0, "install a C++20 compiler (on Debian `apt"),
     ],
 )
 def test_build_switches(environment, status, message, tmp_path):

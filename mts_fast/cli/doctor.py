@@ -8,6 +8,9 @@ import importlib.util
 import os
 import platform
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,9 +28,12 @@ OPTIONAL = {
     "timm": ("features.embed('timm:NAME')", "timm"),
     "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
     "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
+    "PIL": ("the demo's glyphs", "'mts_fast[demo]'"),
     "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
     "rich": ("tables and progress bars", "'mts_fast[features]'"),
 }
+# what a package is called where it is installed from, if otherwise
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def report() -> str:
@@ -38,30 +44,63 @@ def report() -> str:
 def model_report(spec: str) -> str:
     """Which engine serves the model of PACKAGE.MODULE:FACTORY; with a batch, how exactly."""
     module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
-        fail(ValueError, "doctor", "--model", "PACKAGE.MODULE:FACTORY", repr(spec))
-    sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(module_name)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        expected = f"a function of {module_name}"
-        fail(ValueError, "doctor", "--model", expected, repr(name))
-    made = factory()
-    model, *batch = made if isinstance(made, tuple | list) else (made,)
-    if not isinstance(model, torch.nn.Module) or len(batch) not in (0, 2):
-        expected = "a module, or (module, inputs, labels)"
-        fail(TypeError, "doctor", f"what {name}() returns", expected, describe(made))
-    parts = [str(mts_fast.explain_engine(model, *batch))]
-    if batch:
-        parts.append(str(mts_fast.check_engine(model, *batch)))
+    if not (module_name and colon and name) or module_name.startswith("."):
+        hint = "name an importable module and a function in it"
+        fail(ValueError, "doctor", "--model", "PACKAGE.MODULE:FACTORY", repr(spec), hint)
+    with _current_folder_importable(), _users_code(spec):
+        factory = getattr(importlib.import_module(module_name), name, None)
+        if not callable(factory):
+            expected = f"a function of {module_name}"
+            hint = "name one that takes no arguments"
+            fail(ValueError, "doctor", "--model", expected, repr(name), hint)
+        made = factory()
+        model, *batch = made if isinstance(made, tuple | list) and made else (made,)
+        if not isinstance(model, torch.nn.Module) or len(batch) not in (0, 2):
+            expected = "a module, or (module, inputs, labels)"
+            got = describe(made)
+            fail(TypeError, "doctor", f"what {name}() returns", expected, got, "return one of them")
+        parts = [str(mts_fast.explain_engine(model, *batch))]
+        if batch:
+            parts.append(str(mts_fast.check_engine(model, *batch)))
     return "\n\n".join(parts)
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextmanager
+def _users_code(spec: str) -> Iterator[None]:
+    """Whatever the user's module or model raises is told in one line, with its place."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if str(error).startswith("doctor: "):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        got = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        hint = "mend it, or run `mts-fast -v doctor` for the traceback"
+        if isinstance(error, ModuleNotFoundError):
+            hint = "run this in the folder that holds it, or install it"
+        raise RuntimeError(
+            f"doctor: --model {spec} must be a model that runs, got {got}; {hint}"
+        ) from error
 
 
 def _versions() -> list[str]:
     gpu = "none"
     if torch.cuda.is_available():
-        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        gpu = ", ".join(f"{g.name} (sm_{g.major}{g.minor})" for g in found)
+        try:
+            cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+            gpu = ", ".join(f"{card.name} (sm_{card.major}{card.minor})" for card in cards)
+        except RuntimeError as error:  # a driver in a bad state is what a doctor should tell
+            gpu = str(error).partition("\n")[0]
     built = torch.version.cuda or "CPU only"
     return [
         f"mts_fast {mts_fast.__version__}   Python {platform.python_version()}   "
@@ -72,7 +111,11 @@ def _versions() -> list[str]:
 
 
 def _backends() -> list[str]:
-    lines = [f"backend in force: {registry.current_backend()}"]
+    try:
+        backend = registry.current_backend()
+    except ValueError as error:  # of the environment variable, which stops every op
+        backend = f"none: {error}"
+    lines = [f"backend in force: {backend}"]
     for name in registry.PREFERENCE:
         why = registry.backend_reasons(name)
         state = "not available: " + "; ".join(why) if why else "ok" + _note(name)
@@ -100,9 +143,19 @@ def _ops() -> list[str]:
 def _packages() -> list[str]:
     lines = ["optional packages"]
     for name, (purpose, where) in OPTIONAL.items():
-        if importlib.util.find_spec(name) is None:
-            state = f"missing: pip install {where}"
-        else:
-            state = importlib.metadata.version({"sklearn": "scikit-learn"}.get(name, name))
+        state = _installed(name) or f"missing: pip install {where}"
         lines.append(f"  {name:<12} {state:<10} ({purpose})")
     return lines
+
+
+def _installed(name: str) -> str:
+    """Version of a package, "" where there is none."""
+    try:
+        if importlib.util.find_spec(name) is None:
+            return ""
+    except (ImportError, ValueError):  # something without a spec took its place in sys.modules
+        return ""
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -5,146 +5,209 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast._files import save_tensors
-from mts_fast.features import DistributionSweep, FeatureTable, open_embeddings, open_vector
+from mts_fast._files import locked, regular_target, save_tensors
+from mts_fast.cli.outputs import try_folder
+from mts_fast.cli.pool import OP, PoolFile, by_flags, of_file, open_flags, open_labels
+from mts_fast.cli.process import INTERRUPTED, postponed
+from mts_fast.features import DistributionSweep, FeatureTable
 from mts_fast.features.sweep import CHUNK
 
-OP = "features"
-FORMAT = "mts_fast.DistributionSweep/1"
+FORMAT = "mts_fast.DistributionSweep/2"
+DIGESTS = "pool/digests"
+AFRESH = "start afresh with --no-resume"
 # how much work an interruption may cost, and how often the log has a line
 SAVE_SECONDS = 30.0
 LOG_SHARE = 0.1
-# rows of the embeddings that tell one file from another
-FINGERPRINT_ROWS = 16
-INTERRUPTED = 130
 
 
 def run_features(arguments: argparse.Namespace) -> int:
     """Compute the table, or go on with it; returns the exit status."""
-    path, key = _split(arguments.embeddings)
-    source = open_embeddings(path, key=key)
     out = Path(arguments.out)
-    if not out.absolute().parent.is_dir():
-        fail(ValueError, OP, "--out", "in an existing folder", repr(str(out)))
-    table = FeatureTable.load(out) if out.exists() else FeatureTable()
-    sweep = DistributionSweep(
-        source,
-        *(_vector(spec) for spec in (arguments.labels, arguments.is_synthetic)),
-        k=arguments.k,
-        neighbors=arguments.neighbors,
-        small_class=arguments.small_class,
-        chunk=arguments.chunk or CHUNK,
-    )
-    if table.num_samples not in (0, source.shape[0]):
-        expected = f"a table of {source.shape[0]} samples, or a new file"
-        fail(ValueError, OP, "--out", expected, f"one of {table.num_samples}")
-    progress = _Progress(out.with_name(out.name + ".partial"), sweep)
-    if arguments.resume:
-        progress.load()
-    with _stop_requests() as stop, _bar(sweep.total) as show:
+    with by_flags():
+        target = regular_target(OP, arguments.out)
+    for folder in {out.absolute().parent, target.parent}:
+        if not folder.is_dir():
+            hint = "make the folder first"
+            fail(ValueError, OP, "--out", "in an existing folder", repr(str(out)), hint)
+        try_folder(OP, "--out", folder)
+    options = {
+        "-k": arguments.k,
+        "--neighbors": arguments.neighbors,
+        "--chunk": arguments.chunk or CHUNK,
+    }
+    with PoolFile(arguments.embeddings, options["--chunk"]) as pool:
+        size = pool.shape[0]
+        _load_table(out, size)
+        labels = open_labels(arguments.labels, size)
+        flags = open_flags(arguments.is_synthetic, size)
+        with by_flags():
+            sweep = DistributionSweep(
+                pool,
+                labels,
+                flags,
+                k=options["-k"],
+                neighbors=options["--neighbors"],
+                small_class=arguments.small_class,
+                chunk=options["--chunk"],
+            )
+        progress = _Progress(out.with_name(out.name + ".partial"), sweep, pool, options)
+        if arguments.resume:
+            progress.load()
+        if not _sweep(sweep, progress):
+            return progress.interrupted()
+    try:
+        columns = sweep.columns()
+        with locked(target.parent):
+            return _add_columns(out, columns, progress)
+    except KeyboardInterrupt:
+        return progress.interrupted()
+
+
+def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
+    """Do what is left and save it; whether no one asked to stop."""
+    with postponed() as stop, _bar(sweep.total) as show:
         show(sweep.done)
         # a unit is never cut short, so that what is saved is whole.
-        for done in sweep.run():
-            show(done)
-            if stop:
-                break
-            progress.save_now_and_then()
-    if sweep.done < sweep.total:
-        progress.save()
-        left = f"interrupted at {sweep.done} of {sweep.total}"
-        print(f"mts-fast features: {left}; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    columns = sweep.columns()
-    table.update(columns)
-    table.save(out)
-    progress.remove()
+        with by_flags():
+            for done in sweep.run():
+                show(done)
+                if stop:
+                    break
+                progress.save_now_and_then()
+        progress.save_if_possible()
+        return not stop
+
+
+def _add_columns(out: Path, columns: Mapping[str, Tensor], progress: _Progress) -> int:
+    """Into the table as it is now: another process may have added columns meanwhile."""
+    with postponed():
+        table = _load_table(out, progress.pool.shape[0])
+        table.update(columns)
+        with by_flags():
+            table.save(out)
+        progress.remove()
     print(f"{out}: {len(columns)} columns of {table.num_samples} samples")
     return 0
 
 
-def _vector(spec: str) -> torch.Tensor:
-    path, key = _split(spec)
-    return open_vector(path, key=key)
-
-
-def _split(spec: str) -> tuple[str, str | None]:
-    """FILE or FILE:KEY; a file of that whole name comes first."""
-    path, colon, key = spec.rpartition(":")
-    return (path, key) if colon and not Path(spec).exists() else (spec, None)
+def _load_table(out: Path, size: int) -> FeatureTable:
+    """The table that is to get the columns, or a new one."""
+    with of_file("--out", str(out)):
+        table = FeatureTable.load(out) if out.exists() else FeatureTable()
+    if table.num_samples not in (0, size):
+        expected = f"a table of {size} samples, or a new file"
+        got = f"one of {table.num_samples}"
+        fail(ValueError, OP, "--out", expected, got, "name another file")
+    return table
 
 
 class _Progress:
     """The unfinished sweep on disk, with what tells whether it is of the same pool."""
 
-    def __init__(self, path: Path, sweep: DistributionSweep) -> None:
-        self.path, self.sweep = path, sweep
-        self.metadata = {"format": FORMAT, "fingerprint": _fingerprint(sweep)}
+    def __init__(
+        self, path: Path, sweep: DistributionSweep, pool: PoolFile, options: Mapping[str, int]
+    ) -> None:
+        self.path, self.sweep, self.pool, self.options = path, sweep, pool, options
+        self.fingerprint = _fingerprint(sweep)
         self.saved_at = time.monotonic()
+        self.saved = False  # as it is now
 
     def load(self) -> None:
         """Go on with the file, where there is one."""
-        from safetensors import SafetensorError, safe_open
-
         if not self.path.exists():
             return
-        hint = "delete it, or pass --no-resume"
         name = f"file {str(self.path)!r}"
+        metadata, state = self._read(name)
+        for flag, value in json.loads(metadata["options"]).items():
+            if value != self.options[flag]:
+                hint = f"pass {flag} {value}, or {AFRESH}"
+                expected = f"{value}, as in {str(self.path)!r}"
+                fail(ValueError, OP, flag, expected, self.options[flag], hint)
+        if metadata["fingerprint"] != self.fingerprint:
+            expected = "left by a run on the same pool"
+            fail(ValueError, OP, name, expected, "one of other labels or sizes", AFRESH)
+        self.pool.go_on_with(state.pop(DIGESTS))
+        self.sweep.load_state_dict(state)
+
+    def _read(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """What save() has written, and nothing else."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            fail(ValueError, OP, name, "a file", "a folder or a device", "name another --out")
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            fail(ValueError, OP, name, "a complete safetensors file", error, hint)
-        if metadata != self.metadata:
-            expected = "left by a run on the same pool with the same options"
-            fail(ValueError, OP, name, expected, "another's", hint)
-        self.sweep.load_state_dict(state)
+        except (OSError, SafetensorError) as error:
+            fail(ValueError, OP, name, "a complete safetensors file", error, AFRESH)
+        if metadata.get("format") != FORMAT:
+            fail(ValueError, OP, name, f"of format {FORMAT}", metadata.get("format"), AFRESH)
+        checksum = metadata.pop("sha256", None)
+        if checksum != _checksum(metadata, state):
+            fail(ValueError, OP, name, "as it was saved", "data of another checksum", AFRESH)
+        return metadata, state
 
     def save_now_and_then(self) -> None:
+        self.saved = False
         if time.monotonic() - self.saved_at >= SAVE_SECONDS:
+            self.save_if_possible()
+
+    def save_if_possible(self) -> None:
+        """A full disk, which may have room again later, does not end the sweep."""
+        try:
             self.save()
+        except OSError as error:
+            message = str(error).removeprefix(f"{OP}: ")
+            print(f"mts-fast features: the progress is not saved: {message}", file=sys.stderr)
+        self.saved_at = time.monotonic()
 
     def save(self) -> None:
-        save_tensors(OP, self.path, self.sweep.state_dict(), self.metadata)
-        self.saved_at = time.monotonic()
+        state = {**self.sweep.state_dict(), DIGESTS: self.pool.digests}
+        metadata = {
+            "format": FORMAT,
+            "options": json.dumps(self.options),
+            "fingerprint": self.fingerprint,
+        }
+        metadata["sha256"] = _checksum(metadata, state)
+        save_tensors(OP, self.path, state, metadata)
+        self.saved = True
+
+    def interrupted(self) -> int:
+        """Say how far it came; returns the exit status."""
+        what = "the same command goes on from there" if self.saved else "run it again"
+        done = f"interrupted at {self.sweep.done} of {self.sweep.total}"
+        print(f"mts-fast features: {done}; {what}", file=sys.stderr)
+        return INTERRUPTED
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
 
 def _fingerprint(sweep: DistributionSweep) -> str:
-    """Of the classes and sources, and of some rows of the embeddings; shapes and options are
-    compared with the state."""
-    digest = hashlib.sha256()
-    size = sweep.source.shape[0]
-    for row in torch.linspace(0, size - 1, min(FINGERPRINT_ROWS, size)).long().tolist():
-        digest.update(sweep.source[row : row + 1].double().numpy().tobytes())
+    """Of sizes, classes and sources; the embeddings are hashed as they are read."""
+    digest = hashlib.sha256(json.dumps(list(sweep.source.shape)).encode())
     for vector in (sweep.labels, sweep.is_synthetic):
         digest.update(vector.numpy().tobytes())
-    return json.dumps([list(sweep.source.shape), digest.hexdigest()])
+    return digest.hexdigest()
 
 
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and a batch system's SIGTERM are added to the list instead of raised."""
-    requests: list[int] = []
-    names = (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.signal(name, lambda got, _: requests.append(got)) for name in names}
-    try:
-        yield requests
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+def _checksum(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, value in sorted(state.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

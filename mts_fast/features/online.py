@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_floating, check_not_empty, check_positive_int, fail
+from mts_fast._check import (
+    check_device,
+    check_floating,
+    check_mapping,
+    check_not_empty,
+    check_positive_int,
+    describe,
+    fail,
+)
 from mts_fast.reference.online_features import VARIANCE_EPSILON
 
 OP = "online_features"
@@ -46,7 +55,9 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     check_positive_int(OP, "k", k)
     if features.shape[1] != val_features.shape[1]:
         expected = f"[V, {features.shape[1]}] like features"
-        fail(ValueError, OP, "val_features", expected, tuple(val_features.shape))
+        hint = "take both from the same layer"
+        fail(ValueError, OP, "val_features", expected, tuple(val_features.shape), hint)
+    check_device(OP, "val_features", val_features, features.device, "features")
     if k > len(val_features):
         hint = "use a larger validation batch or a smaller k"
         fail(ValueError, OP, "k", f"at most the validation batch ({len(val_features)})", k, hint)
@@ -61,8 +72,13 @@ class OnlineStandardizer:
     """
 
     def __init__(self, momentum: float | None = None) -> None:
-        if momentum is not None and not 0.0 <= momentum < 1.0:
-            fail(ValueError, "MTSStep", "online_momentum", "None or in [0, 1)", momentum)
+        if momentum is not None:
+            hint = "None standardises by the batch alone"
+            expected = "None or in [0, 1)"
+            if isinstance(momentum, bool) or not isinstance(momentum, Real):
+                fail(TypeError, "MTSStep", "online_momentum", expected, describe(momentum), hint)
+            if not 0 <= momentum < 1:
+                fail(ValueError, "MTSStep", "online_momentum", expected, momentum, hint)
         self.momentum = momentum
         self._running: dict[str, Tensor] = {}  # name -> (mean, variance) [2]
 
@@ -83,5 +99,17 @@ class OnlineStandardizer:
         return {"running": {name: value.clone() for name, value in self._running.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over running statistics."""
-        self._running = {name: value.clone() for name, value in state["running"].items()}
+        """Take over running statistics.
+
+        Raises:
+            TypeError, ValueError: something else than `state_dict` gives; nothing is changed.
+        """
+        op, hint = "OnlineStandardizer.load_state_dict", "pass what state_dict() gave"
+        check_mapping(op, "state", state, hint)
+        running = check_mapping(op, "state['running']", state.get("running"), hint)
+        for name, value in running.items():
+            check_floating(op, f"state['running'][{name!r}]", value, ndim=1)
+            if len(value) != 2:
+                expected = "a mean and a variance"
+                fail(ValueError, op, f"state['running'][{name!r}]", expected, describe(value), hint)
+        self._running = {name: value.clone() for name, value in running.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mts_fast._check import fail
+from mts_fast._check import check_module, describe, fail
 
 
 class PenultimateFeatures:
@@ -29,13 +29,13 @@ class PenultimateFeatures:
         argument: str = "feature_layer",
     ) -> None:
         self.op, self.argument = op, argument  # as errors name them
-        self.path, self.layer = self._find(model, layer)
+        self.path, self.layer = self._find(check_module(op, "model", model), layer)
         self._values: list[Tensor] = []
 
     @contextmanager
     def capture(self) -> Iterator[PenultimateFeatures]:
         """Inside, every forward adds its features [B, D] (detached)."""
-        handle = self.layer.register_forward_pre_hook(self._keep)
+        handle = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
         try:
             yield self
         finally:
@@ -51,8 +51,13 @@ class PenultimateFeatures:
         values = torch.cat(self._values) if len(self._values) > 1 else self._values[0]
         return values if last is None else values[-last:]
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter([*args, *kwargs.values()]), None)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+            name = f"the input of layer {self.path!r}"
+            hint = f"name another layer with {self.argument}="
+            fail(TypeError, self.op, name, "[B, ..., D] numbers", describe(x), hint)
+        x = x.detach()
         if isinstance(module, nn.modules.conv._ConvNd):
             x = x.flatten(2).mean(2)
         elif x.ndim != 2:
@@ -62,9 +67,12 @@ class PenultimateFeatures:
     def _find(self, model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
         modules = dict(model.named_modules())
         if layer is not None:
+            expected = f"a module path ({', '.join(list(modules)[1:8])}, ...)"
+            hint = "model.named_modules() has them all"
+            if not isinstance(layer, str):
+                fail(TypeError, self.op, self.argument, expected, describe(layer), hint)
             if layer not in modules:
-                expected = f"a module path ({', '.join(list(modules)[1:8])}, ...)"
-                fail(ValueError, self.op, self.argument, expected, repr(layer))
+                fail(ValueError, self.op, self.argument, expected, repr(layer), hint)
             return layer, modules[layer]
         linear = [(path, m) for path, m in modules.items() if isinstance(m, nn.Linear)]
         if not linear:

@@ -7,15 +7,19 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast._check import (
     check_choice,
+    check_device,
     check_finite,
     check_floating,
+    check_mapping,
     check_pool,
     check_positive_int,
+    check_readable,
+    check_tensor,
+    describe,
     fail,
 )
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
@@ -23,7 +27,9 @@ from mts_fast.ops.label_agreement import label_agreement
 from mts_fast.ops.neighbor_statistics import NeighborChunk, NeighborLists, neighbor_statistics_
 from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.reference.distribution_features import centroid_distances, feature_columns
+from mts_fast.reference.neighbor_statistics import EXCLUDED
 from mts_fast.reference.percentile_rank import class_median
+from mts_fast.reference.unit_rows import unit_rows
 
 OP = "distribution_features"
 BAD_ROWS = "drop or repair these rows"
@@ -32,6 +38,7 @@ BAD_ROWS = "drop or repair these rows"
 CHUNK = 8192
 # what a chunk may be compared in; half precision is converted.
 COMPUTED = (torch.float32, torch.float64)
+AFRESH = "start afresh"
 
 
 class EmbeddingSource(Protocol):
@@ -75,14 +82,15 @@ class DistributionSweep:
         small_class: str = "error",
         chunk: int = CHUNK,
     ) -> None:
-        if len(source.shape) != 2:
-            fail(ValueError, OP, "embeddings", "2-dimensional", f"shape {tuple(source.shape)}")
-        size, dimension = source.shape
+        size, dimension = _checked_shape(source)
         for name, value in (("k", k), ("neighbors", neighbors), ("chunk", chunk)):
             check_positive_int(OP, name, value)
         check_choice(OP, "small_class", small_class, ("error", "pad"))
         if neighbors >= size:
-            fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors)
+            hint = "a sample is no neighbour of itself"
+            fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors, hint)
+        if k > size:
+            fail(ValueError, OP, "k", f"at most the pool size {size}", k, "no class is so large")
         self.source = source
         self.labels, self.is_synthetic = check_pool(OP, labels, is_synthetic, size)
         names, self.labels = self.labels.unique(return_inverse=True)  # tables by name may be large
@@ -93,10 +101,12 @@ class DistributionSweep:
         self.done = 0
         self._whole = True  # no unit was cut short
         like = self._read(0)[:0]
+        for name, vector in (("labels", self.labels), ("is_synthetic", self.is_synthetic)):
+            check_device(OP, name, vector, like.device, "embeddings")
         self._lists = NeighborLists.empty(size, k=k, neighbors=neighbors, like=like)
         self._centroids = ClassCentroids.empty(len(names), dimension, like.device)
         self._cosines = like.new_zeros(size, 3)
-        self._distance = like.new_zeros(size)
+        self._distance = like.new_zeros(size, dtype=torch.float64)
 
     @property
     def total(self) -> int:
@@ -105,7 +115,13 @@ class DistributionSweep:
         return count * (count + 1) // 2 + 2 * count
 
     def run(self) -> Iterator[int]:
-        """Do what is left, unit by unit; yields how many are done."""
+        """Do what is left, unit by unit; yields how many are done.
+
+        Raises:
+            TypeError, ValueError: embeddings that are not [N, D], or not finite (with the rows).
+            RuntimeError: an exception cut a unit short, or another run() did some of the work.
+        """
+        self._check_whole()
         count = len(self.starts)
         pairs = ((a, b) for a in range(count) for b in range(a, count))
         units: list[Callable[[], None]] = [
@@ -114,7 +130,10 @@ class DistributionSweep:
             *(partial(self._measure_distances, a) for a in range(count)),
         ]
         self._held: dict[int, NeighborChunk] = {}
-        for unit in units[self.done :]:
+        for number, unit in enumerate(units[self.done :], start=self.done):
+            if number != self.done:
+                got = f"{self.done} units done, where this one did {number}"
+                fail(RuntimeError, OP, "run()", "alone", got, "exhaust one before the next")
             self._whole = False
             unit()
             self.done += 1
@@ -129,12 +148,12 @@ class DistributionSweep:
             RuntimeError: units are left.
         """
         if self.done < self.total:
-            message = f"{OP}: run() must be exhausted first, got {self.done} of {self.total} units"
-            raise RuntimeError(message)
+            got = f"{self.done} of {self.total} units"
+            fail(RuntimeError, OP, "run()", "exhausted first", got, "iterate over it to the end")
         found = self._lists.statistics()
         agreement = label_agreement(found.similarity, found.index, self.labels)
         gap = (self._distance - class_median(self._distance, self.labels)).abs()
-        rank = percentile_rank(gap, self.labels)
+        rank = percentile_rank(gap, self.labels).to(self._cosines.dtype)
         return feature_columns(found, agreement, self._cosines, rank)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -143,10 +162,15 @@ class DistributionSweep:
         Raises:
             RuntimeError: an exception cut a unit short, which would be counted twice.
         """
-        if not self._whole:
-            message = f"{OP}: a unit was cut short after {self.done}; load the last state, or start"
-            raise RuntimeError(f"{message} afresh")
+        self._check_whole()
         return {name: value.clone() for name, value in self._state().items()}
+
+    def _check_whole(self) -> None:
+        """A unit that was cut short would be counted twice."""
+        if not self._whole:
+            got = f"less: a unit was cut short after {self.done}"
+            hint = "load the last state, or start afresh"
+            fail(RuntimeError, OP, "the sweep", "of whole units", got, hint)
 
     def _state(self) -> dict[str, Tensor]:
         parts = {"lists": self._lists, "centroids": self._centroids}
@@ -161,20 +185,50 @@ class DistributionSweep:
         """Go on where another sweep stopped.
 
         Raises:
-            ValueError: the state is of another pool, chunk, k or neighbors; nothing is changed.
+            TypeError, ValueError: the state is of another pool, chunk, k or neighbors, or damaged;
+                nothing is changed.
         """
+        check_mapping(OP, "state", state, "pass what state_dict() gave")
         for name, value in self._state().items():
             got = state.get(name)
-            if got is None or got.shape != value.shape or got.dtype != value.dtype:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                expected = f"{value.dtype} {tuple(value.shape)}"
-                fail(ValueError, OP, f"state[{name!r}]", expected, found, "start afresh")
+            expected = f"{value.dtype} {tuple(value.shape)}"
+            if not isinstance(got, Tensor):
+                fail(ValueError, OP, f"state[{name!r}]", expected, describe(got), AFRESH)
+            if got.shape != value.shape or got.dtype != value.dtype:
+                found = f"{got.dtype} {tuple(got.shape)}"
+                fail(ValueError, OP, f"state[{name!r}]", expected, found, AFRESH)
         done, chunk = state["progress"].tolist()
         if chunk != self.chunk:
-            fail(ValueError, OP, "chunk", f"{chunk}, as in the state", self.chunk, "start afresh")
+            fail(ValueError, OP, "chunk", f"{chunk}, as in the state", self.chunk, AFRESH)
+        if not 0 <= done <= self.total:
+            fail(ValueError, OP, "state['progress']", f"in [0, {self.total}]", done, AFRESH)
+        self._check_values(state, done)
         for name, value in self._state().items():
             value.copy_(state[name])
         self.done, self._whole = done, True
+
+    def _check_values(self, state: Mapping[str, Tensor], done: int) -> None:
+        """What `done` units can have left in a state."""
+        size, count = len(self.labels), len(self.starts)
+        for name in ("centroids/sums", "distance"):
+            check_finite(OP, f"state[{name!r}]", state[name], AFRESH)
+        seen = min(min(done, count) * self.chunk, size)
+        counts = state["centroids/counts"]
+        if (counts < 0).any() or counts.sum() != seen:
+            got = counts.sum(1).tolist()
+            fail(ValueError, OP, "state['centroids/counts']", f"of {seen} samples", got, AFRESH)
+        for name in ("lists/similarity", "lists/real", "lists/synthetic", "cosines"):
+            # not a number is not in a range
+            if not state[name].abs().le(-EXCLUDED).all():
+                fail(ValueError, OP, f"state[{name!r}]", "of cosines", "others", AFRESH)
+        index = state["lists/index"]
+        empty = state["lists/similarity"] == EXCLUDED
+        if not (empty | ((index >= 0) & (index < size))).all():
+            expected = f"in [0, {size})"
+            fail(ValueError, OP, "state['lists/index']", expected, "others", AFRESH)
+        if done >= self.total - count and empty.any():
+            expected = f"full after {done} units"
+            fail(ValueError, OP, "state['lists/similarity']", expected, "empty places", AFRESH)
 
     def _rows(self, index: int) -> slice:
         start = self.starts[index]
@@ -184,13 +238,17 @@ class DistributionSweep:
         """Chunk `index` [n, D], checked, in a dtype that is computed in."""
         rows = self._rows(index)
         part = check_floating(OP, "embeddings", self.source[rows], ndim=2).detach()
+        shape = (rows.stop - rows.start, self.source.shape[1])
+        if part.shape != shape:
+            expected = f"of shape {shape} in rows {rows.start} to {rows.stop - 1}"
+            fail(ValueError, OP, "embeddings", expected, tuple(part.shape), "mend the source")
         check_finite(OP, "embeddings", part, BAD_ROWS, first=rows.start)
         return part if part.dtype in COMPUTED else part.float()
 
     def _unit_chunk(self, index: int) -> NeighborChunk:
         """Chunk `index` with rows of unit length."""
         rows = self._rows(index)
-        unit = F.normalize(self._read(index), dim=1)
+        unit = unit_rows(self._read(index))
         return NeighborChunk(unit, self.labels[rows], self.is_synthetic[rows], rows.start)
 
     def _add_to_centroids(self, index: int) -> None:
@@ -208,7 +266,23 @@ class DistributionSweep:
     def _measure_distances(self, index: int) -> None:
         rows = self._rows(index)
         found = centroid_distances(self._read(index), self.labels[rows], self._centroids)
+        name = "the distance of embeddings to their class's mean"
+        hint = "divide all of them by one number"
+        check_finite(OP, name, found[1], hint, first=rows.start)
         self._cosines[rows], self._distance[rows] = found
+
+
+def _checked_shape(source: object) -> tuple[int, int]:
+    """(N, D) of a tensor, or of what is read like one."""
+    if isinstance(source, Tensor):
+        check_floating(OP, "embeddings", source)
+        check_readable(OP, "embeddings", source)
+    elif not hasattr(source, "shape") or not hasattr(source, "__getitem__"):
+        check_tensor(OP, "embeddings", source)
+    shape = tuple(source.shape)  # type: ignore[attr-defined]
+    if len(shape) != 2:
+        fail(ValueError, OP, "embeddings", "2-dimensional", f"shape {shape}", "one row a sample")
+    return shape
 
 
 def _check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:

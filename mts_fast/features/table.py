@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from mts_fast._check import check_finite, check_floating, check_length, fail
-from mts_fast._files import save_tensors
-from mts_fast.reference.online_features import VARIANCE_EPSILON
+from mts_fast._check import (
+    check_device,
+    check_finite,
+    check_floating,
+    check_length,
+    check_mapping,
+    check_path,
+    describe,
+    fail,
+)
+from mts_fast._files import kind_of, save_tensors
 
 OP = "FeatureTable"
 # the paper's offline set of width 13, in the order of its selector's input.
@@ -27,30 +37,37 @@ PAPER_COLUMNS = (
     "error_norm",
     "forgetting_counts",
 )
-FORMAT = "mts_fast.FeatureTable/1"
+# the one key of a file's metadata, so that equal tables give equal bytes
+FORMAT = "mts_fast.FeatureTable/2"
+# files without a checksum, whose order of columns stands under a key of its own
+OLD_FORMAT = "mts_fast.FeatureTable/1"
+# the squares of float64 numbers in between neither overflow nor vanish
+SQUARABLE = (1e-100, 1e100)
 
 
 class FeatureTable(Mapping[str, Tensor]):
     """Columns [N, width] by name, over one pool of N samples.
 
-    Each column is standardised per entry of its width, by the mean and population deviation over
-    the pool at the time it was added. Constant entries become 0.
+    Each column is standardised per entry of its width, by its mean and population deviation over
+    the pool. Constant entries become 0: those whose deviation is below the rounding of their mean.
 
     Example:
         >>> import torch, mts_fast
         >>> table = mts_fast.features.FeatureTable({"loss": torch.tensor([[1.0], [3.0]])})
         >>> table.standardized().flatten().tolist()
         [-1.0, 1.0]
+        >>> table
+        FeatureTable of 2 samples: loss [1]
     """
 
     def __init__(self, columns: Mapping[str, Tensor] | None = None) -> None:
         self._columns: dict[str, Tensor] = {}
-        self._moments: dict[str, Tensor] = {}  # [2, width]: mean, standard deviation
-        self.update(columns or {})
+        self.update({} if columns is None else columns)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._columns:
-            fail(KeyError, OP, "column", f"one of {list(self._columns)}", repr(name))
+            hint = "compute it, and add it with update()"
+            fail(KeyError, OP, "column", f"one of {list(self._columns)}", repr(name), hint)
         return self._columns[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -58,6 +75,10 @@ class FeatureTable(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._columns)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{name} [{value.shape[1]}]" for name, value in self._columns.items())
+        return f"{OP} of {self.num_samples} samples: {columns or 'no columns'}"
 
     @property
     def num_samples(self) -> int:
@@ -68,79 +89,181 @@ class FeatureTable(Mapping[str, Tensor]):
         """Add or replace columns, [N] or [N, width], all or none of them.
 
         Raises:
-            TypeError, ValueError: not floating point, another N than the table's, NaN (with rows).
+            TypeError, ValueError: no mapping of names to floating-point tensors, another N or
+                device than the table's, NaN or infinity (with the rows).
         """
+        check_mapping(OP, "columns", columns, "pass a dict of names to tensors")
         checked: dict[str, Tensor] = {}
         for name, value in columns.items():
-            check_floating(OP, f"column {name!r}", value)
-            value = value[:, None] if value.ndim == 1 else value
-            if value.ndim != 2 or value.shape[0] == 0:
-                fail(ValueError, OP, f"column {name!r}", "[N] or [N, width]", tuple(value.shape))
-            first = next(iter([*self._columns.values(), *checked.values()]), value)
-            check_length(OP, f"column {name!r}", value, len(first))
-            check_finite(OP, f"column {name!r}", value)
-            checked[name] = value.detach().clone()
-        for name, value in checked.items():
-            self._columns[name] = value
-            deviation, mean = torch.std_mean(value, dim=0, correction=0)
-            self._moments[name] = torch.stack([mean, deviation])
+            _check_name(name)
+            first = next(iter([*self._columns.values(), *checked.values()]), None)
+            checked[name] = (
+                _checked_column(name, value, first)
+                .detach()
+                .clone(
+                    memory_format=torch.contiguous_format  # views are not to keep what they are of
+                )
+            )
+        self._columns.update(checked)
 
     def missing(self, names: Sequence[str] = PAPER_COLUMNS) -> list[str]:
         """Which of these columns are still to be computed: how a table is resumed."""
-        return [name for name in names if name not in self._columns]
+        return [name for name in _names(names) if name not in self._columns]
 
     def raw(self, names: Sequence[str] | None = None) -> Tensor:
         """Columns side by side [N, F], in the order of `names` (default: all, in order)."""
         return torch.cat([self[name] for name in self._order(names)], dim=1)
 
     def standardized(self, names: Sequence[str] | None = None) -> Tensor:
-        """Columns side by side [N, F], each entry with mean 0 and deviation 1 over the pool."""
-        parts = []
-        for name in self._order(names):
-            column, (mean, deviation) = self[name], self._moments[name]
-            # a constant entry carries no information, and its rounding noise must not be blown up.
-            scale = deviation.clamp(min=VARIANCE_EPSILON**0.5)
-            parts.append((column - mean) / scale)
-        return torch.cat(parts, dim=1)
+        """Columns side by side [N, F], each entry with mean 0 and deviation 1 over the pool.
 
-    def _order(self, names: Sequence[str] | None) -> Sequence[str]:
-        names = list(self._columns) if names is None else names
-        if not names:
-            fail(ValueError, OP, "names", "at least one column", "none")
-        return names
+        Computed in float64, given in the columns' dtype.
+        """
+        return torch.cat([_standardized(self[name]) for name in self._order(names)], dim=1)
+
+    def _order(self, names: Sequence[str] | None) -> list[str]:
+        order = list(self._columns) if names is None else _names(names)
+        if not order:
+            hint = "add columns with update(), or name some"
+            fail(ValueError, OP, "names", "at least one column", "none", hint)
+        return order
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file; it replaces an old one only once it is complete.
+        """Write a .safetensors file with a checksum; it replaces an old one once it is complete.
+
+        Equal tables give equal bytes. Of a symbolic link the file that it points to is replaced.
 
         Raises:
-            OSError: it cannot be written (a full disk, no such folder); an old one is unchanged.
+            OSError: it cannot be written (a full disk, no such folder, a device); an old one is
+                unchanged.
         """
+        contents = {"order": list(self._columns), "sha256": _checksum(self._columns)}
         tensors = {f"column/{n}": v for n, v in self._columns.items()}
-        tensors |= {f"moments/{n}": v for n, v in self._moments.items()}
-        metadata = {"format": FORMAT, "order": json.dumps(list(self._columns))}
-        save_tensors(OP, path, tensors, metadata)
+        save_tensors(OP, path, tensors, {FORMAT: json.dumps(contents)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureTable:
-        """Read a table back.
+        """Read a table back, onto the CPU.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a truncated file, or one that is not a FeatureTable.
+            ValueError: a truncated or damaged file, one that is not a FeatureTable, or a folder.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{OP}: path must be an existing file, got {str(path)!r}")
-        table = cls()
+        file = check_path(OP, "path", path)
+        if not file.exists():
+            hint = "save() makes one"
+            fail(FileNotFoundError, OP, "path", "an existing file", repr(str(path)), hint)
+        if not file.is_file():
+            _refuse(file, "a safetensors file", kind_of(file))
+        columns, checksum = _read(file)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    fail(ValueError, OP, f"file {str(path)!r}", f"of format {FORMAT}", metadata)
-                for name in json.loads(metadata["order"]):
-                    table._columns[name] = file.get_tensor(f"column/{name}")
-                    table._moments[name] = file.get_tensor(f"moments/{name}")
-        except SafetensorError as error:
-            fail(ValueError, OP, f"file {str(path)!r}", "a complete safetensors file", error)
+            table = cls(columns)
+        except (TypeError, ValueError) as error:
+            _refuse(file, "of columns that fit a table", error)
+        if checksum is not None and checksum != _checksum(table._columns):
+            _refuse(file, "as it was saved", "data of another checksum")
         return table
+
+
+def _check_name(name: object) -> None:
+    hint = "use words such as 'loss'"
+    if not isinstance(name, str):
+        fail(TypeError, OP, "columns' names", "strings", describe(name), hint)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        fail(ValueError, OP, "columns' names", "text that can be saved", repr(name), hint)
+
+
+def _checked_column(name: str, value: object, first: Tensor | None) -> Tensor:
+    """A column [N, width] that fits beside the `first` of the table."""
+    label = f"column {name!r}"
+    column = check_floating(OP, label, value)
+    column = column[:, None] if column.ndim == 1 else column
+    if column.ndim != 2 or 0 in column.shape:
+        hint = "flatten it, one row a sample"
+        fail(ValueError, OP, label, "[N] or [N, width]", tuple(column.shape), hint)
+    if first is not None:
+        check_length(OP, label, column, len(first))
+        check_device(OP, label, column, first.device, "the table's columns")
+    check_finite(OP, label, column, "repair these rows first")
+    return column
+
+
+def _names(names: Iterable[str]) -> list[str]:
+    """Several columns' names; a lone string would be taken letter by letter."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        hint = "pass a list of names"
+        fail(TypeError, OP, "names", "a sequence of names", describe(names), hint)
+    return list(names)
+
+
+def _standardized(column: Tensor) -> Tensor:
+    """(column - mean) / deviation, 0 where an entry is constant. column [N, width]."""
+    wide = column.double()
+    largest = wide.abs().amax(0)
+    usual = (largest >= SQUARABLE[0]) & (largest <= SQUARABLE[1])
+    wide = wide / largest.where(~usual & (largest > 0), torch.ones_like(largest))
+    deviation, mean = torch.std_mean(wide, dim=0, correction=0)
+    # a constant entry carries no information, and its rounding noise must not be blown up.
+    constant = deviation <= torch.finfo(column.dtype).eps * mean.abs()
+    scaled = (wide - mean) / deviation.masked_fill(constant, 1.0)
+    return scaled.masked_fill(constant, 0.0).to(column.dtype)
+
+
+def _checksum(columns: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for name, value in columns.items():
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Columns and checksum of a file; old ones have no checksum."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if FORMAT in metadata:
+                contents = _parsed(file, metadata[FORMAT])
+            elif metadata.get("format") == OLD_FORMAT:
+                contents = {"order": _parsed(file, metadata.get("order", "")), "sha256": None}
+            else:
+                _refuse(file, f"of format {FORMAT}", f"metadata {metadata}"[:120])
+            order, checksum = _checked_contents(file, contents)
+            return {name: handle.get_tensor(f"column/{name}") for name in order}, checksum
+    except SafetensorError as error:
+        _refuse(file, "a complete safetensors file", error)
+    except OSError as error:
+        fail(OSError, OP, f"file {str(file)!r}", "readable", error, "check its permissions")
+
+
+def _parsed(file: Path, text: str) -> Any:
+    """JSON, which damage may have left in any state, nested without end, too."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _refuse(file, "of readable metadata", error)
+
+
+def _checked_contents(file: Path, contents: Any) -> tuple[list[str], str | None]:
+    """(names, checksum) from a file's metadata."""
+    order, checksum = None, None
+    if isinstance(contents, dict):
+        order, checksum = contents.get("order"), contents.get("sha256")
+    if (
+        isinstance(order, list)
+        and all(isinstance(name, str) for name in order)
+        and len({*order}) == len(order)
+        and isinstance(checksum, str | None)
+    ):
+        return order, checksum
+    _refuse(file, "of metadata that name its columns", f"{contents!r}"[:120])
+
+
+def _refuse(file: Path, expected: str, got: object) -> NoReturn:
+    hint = "restore it from a copy, or compute it anew"
+    fail(ValueError, OP, f"file {str(file)!r}", expected, got, hint)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from mts_fast._check import check_choice, check_positive_int, fail
-from mts_fast.hypergradient.auto import Auto
+from mts_fast._check import check_floating, check_module, describe, fail
 from mts_fast.hypergradient.check import EngineCheck, check_engine
+from mts_fast.hypergradient.choice import ENGINES, EngineChoice, make_engine
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.explain import EngineExplanation, explain_engine
-from mts_fast.hypergradient.finite_difference import FiniteDifference
-from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.ghost import Ghost, LayerCall, register_layer
+from mts_fast.hypergradient.ghost import LayerCall, register_layer
 from mts_fast.hypergradient.gradient_norm import GradientNorm
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
+from mts_fast.hypergradient.refused import Refused
 from mts_fast.hypergradient.streamed import Streamed
-
-ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Ghost, FiniteDifference, ForwardMode)}
-MEMORY = ("fast", "low")
 
 __all__ = [
     "ENGINES",
     "Engine",
     "EngineCheck",
+    "EngineChoice",
     "EngineExplanation",
     "GradientNorm",
     "LabelledBatch",
@@ -33,44 +30,14 @@ __all__ = [
     "Linearization",
     "Loss",
     "Objective",
+    "Refused",
+    "Streamed",
     "check_engine",
     "explain_engine",
     "hypergradient_dots",
     "make_engine",
     "register_layer",
 ]
-
-
-def make_engine(
-    name: str,
-    objective: Objective,
-    parameters: Sequence[Tensor],
-    *,
-    memory: str = "fast",
-    micro_batch: int | None = None,
-) -> Engine:
-    """The engine of that name, or the reasons why it cannot serve the model.
-
-    `memory` is about the ghost engine alone; with `micro_batch` the engine is given that many
-    samples at a time.
-    """
-    check_choice("MTSStep", "engine", name, ("auto", *ENGINES))
-    check_choice("MTSStep", "memory", memory, MEMORY)
-    if micro_batch is not None:
-        check_positive_int("MTSStep", "micro_batch", micro_batch)
-    engine: Engine
-    if name == "auto":
-        engine = Auto(objective, parameters, memory=memory)
-    elif name == Ghost.name:
-        engine = Ghost(objective, parameters, memory=memory)
-    else:
-        engine = ENGINES[name](objective, parameters)
-    why = engine.reasons()
-    if why:
-        expected = "able to serve the model"
-        hint = "engine='auto' takes one that serves the model"
-        fail(RuntimeError, "MTSStep", "engine", expected, repr(name), "; ".join([*why, hint]))
-    return engine if micro_batch is None else Streamed(engine, micro_batch)
 
 
 def hypergradient_dots(
@@ -91,7 +58,7 @@ def hypergradient_dots(
         inputs: a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`).
         labels: [B] or [B, T], what the loss takes.
         direction: a tensor of each named parameter's shape; parameters left out count as 0.
-        engine: "auto", "ghost", "finite_difference" or "forward_mode".
+        engine: "auto", "ghost", "forward_mode", "double_backward" or "finite_difference".
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.
 
     Returns:
@@ -112,24 +79,22 @@ def hypergradient_dots(
         >>> mts_fast.hypergradient_dots(model, x, y, v, engine="forward_mode").shape
         torch.Size([5])
     """
-    named = dict(model.named_parameters())
-    if not direction:
-        fail(ValueError, "hypergradient_dots", "direction", "non-empty", direction)
+    op = "hypergradient_dots"
+    named = dict(check_module(op, "model", model).named_parameters())
+    if not isinstance(direction, Mapping) or not direction:
+        hint = "pass {name: tensor} with names of model.named_parameters()"
+        fail(ValueError, op, "direction", "a non-empty mapping", describe(direction), hint)
     unknown = sorted(set(direction) - set(named))
     if unknown:
-        fail(
-            ValueError, "hypergradient_dots", "direction", "of the model's parameters", unknown[:3]
-        )
+        hint = "take names from model.named_parameters()"
+        fail(ValueError, op, "direction", "of the model's parameters", unknown[:3], hint)
     for name, value in direction.items():
+        check_floating(op, f"direction[{name!r}]", value)
         if value.shape != named[name].shape:
             expected = f"of shape {tuple(named[name].shape)}"
-            fail(
-                ValueError,
-                "hypergradient_dots",
-                f"direction[{name!r}]",
-                expected,
-                tuple(value.shape),
-            )
+            hint = "give one entry per entry of the parameter"
+            got = tuple(value.shape)
+            fail(ValueError, op, f"direction[{name!r}]", expected, got, hint)
     parameters = [named[name] for name in direction]
-    chosen = make_engine(engine, Objective(model, loss), parameters)
-    return chosen.dots(LabelledBatch(inputs, labels), list(direction.values()))
+    choice = EngineChoice(Objective(model, loss, op=op), parameters, engine, op=op)
+    return choice.dots(LabelledBatch(inputs, labels), list(direction.values()))

@@ -6,11 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mts_fast._check import fail
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._isolation import (
+    Restoring,
+    RngState,
+    SavedBuffers,
+    preserved_buffers,
+    preserved_rng,
+)
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
+
+
+def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of one layout: an Embedding(sparse=True) gives sparse ones, which update rules and
+    dots do not take. The optimizer's step on the dense gradient is the same."""
+    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients]
 
 
 class Linearization(ABC):
@@ -24,6 +36,13 @@ class Linearization(ABC):
         self.engine = engine
         self.batch = batch
         self._gradients_left = gradients
+
+    def run(self) -> None:
+        """The forward, where it has not been run yet."""
+        _ = self.losses
+
+    def begin(self) -> None:  # noqa: B027, most have run by then
+        """Fix the generators that a forward which has not been run yet begins from."""
 
     @property
     @abstractmethod
@@ -40,7 +59,9 @@ class Linearization(ABC):
 
     def _count_gradient(self) -> None:
         if self._gradients_left == 0:
-            fail(RuntimeError, "Linearization", "gradient", "among those announced", "one more")
+            hint = "announce it in linearize(gradients=)"
+            expected = "among those announced"
+            fail(RuntimeError, "Linearization", "gradient", expected, "one more", hint)
         self._gradients_left -= 1
 
 
@@ -49,7 +70,8 @@ class RetainedGraph(Linearization):
 
     def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
-        self._rng = RngState.capture(engine.parameters)
+        self._rng = RngState.capture(engine.objective.world)
+        self._buffers = SavedBuffers(engine.objective.world)
         self._graph: Tensor | None = None
         self._losses: Tensor | None = None
         if gradients:
@@ -75,10 +97,27 @@ class RetainedGraph(Linearization):
         )
         if not self._gradients_left:
             self._graph = None
-        return list(found)
+        return dense(found)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        return self.engine.dots_from_scratch(self.batch, direction, self._rng)
+        with self._rewound_buffers():
+            return self.engine.dots_from_scratch(self.batch, direction, self._rng)
+
+    def _rewound_buffers(self) -> Restoring:
+        """Buffers as this forward found them: a model may read what it has written."""
+        now = SavedBuffers(self.engine.objective.world)
+        return Restoring(now.restore, self._buffers.restore)
+
+
+def scaled_by_frequency(objective: Objective) -> list[str]:
+    """Reasons against engines that take derivatives of the forward or of the gradient: autograd
+    divides these gradients by how often a row occurs in the batch, and no derivative knows it."""
+    return [
+        f"{path or 'the model'}: {type(module).__name__}(scale_grad_by_freq=True) has a gradient"
+        " that is no derivative"
+        for path, module in objective.model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq
+    ]
 
 
 class Engine(ABC):
@@ -115,6 +154,6 @@ class Engine(ABC):
 
     def dots(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """d_i = <direction, grad l_i> [B]; buffers and generators are left as they are."""
-        model = self.objective.model
-        with preserved_rng(model), preserved_buffers(model):
+        world = self.objective.world
+        with preserved_rng(world), preserved_buffers(world):
             return self.linearize(batch, gradients=0).dots(direction)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mts_fast._check import fail
+from mts_fast._check import check_module, fail
 from mts_fast._isolation import preserved_buffers, preserved_rng
-from mts_fast.hypergradient.finite_difference import FiniteDifference
-from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.ghost import Capture, Ghost, Unsupported
+from mts_fast.hypergradient.choice import ENGINES, make_engine
+from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.ghost import Capture, Ghost
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
+from mts_fast.hypergradient.refused import Refused
 
 
 @dataclass(frozen=True)
@@ -82,28 +83,41 @@ def explain_engine(
         'ghost'
     """
     if (inputs is None) != (labels is None):
-        fail(ValueError, "explain_engine", "inputs and labels", "both given, or neither", "one")
+        expected, hint = "both given, or neither", "pass the other one, too"
+        fail(ValueError, "explain_engine", "inputs and labels", expected, "one", hint)
+    check_module("explain_engine", "model", model)
     named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         hint = "set requires_grad"
         fail(ValueError, "explain_engine", "model", "given trainable parameters", "none", hint)
-    objective, parameters = Objective(model, loss), list(named.values())
+    objective = Objective(model, loss, op="explain_engine")
+    parameters = list(named.values())
     ghost = Ghost(objective, parameters)
     why = ghost.reasons()
-    seen = _owners(model)
+    seen, final = _owners(model), False
     if labels is not None:
         batch = LabelledBatch(inputs, labels)
-        found, more = _uses(ghost, batch)
+        found, more, final = _uses(ghost, batch)
         seen |= found
         why = sorted({*why, *more})
-    reasons = {
-        "ghost": why,
-        "finite_difference": FiniteDifference(objective, parameters).reasons(),
-        "forward_mode": ForwardMode(objective, parameters).reasons(),
-    }
+    reasons = {"ghost": why} if not final else dict.fromkeys(ENGINES, why)
+    for name in [] if final else list(ENGINES)[1:]:
+        engine = make_engine(name, objective, parameters)
+        reasons[name] = engine.reasons()
+        if labels is not None and not reasons[name]:
+            reasons[name] = _tried(engine, LabelledBatch(inputs, labels))
     uses = [ParameterUse(n, tuple(p.shape), seen.get(n, "not used")) for n, p in named.items()]
-    choice = "finite_difference" if why else "ghost"
+    choice = next((name for name, found in reasons.items() if not found), "none")
     return EngineExplanation(choice, reasons, uses, labels is not None)
+
+
+def _tried(engine: Engine, batch: LabelledBatch) -> list[str]:
+    """Why an engine cannot give dots of a batch, by asking it along the parameters themselves."""
+    try:
+        engine.dots(batch, [p.detach() for p in engine.parameters])
+    except Refused as refused:
+        return refused.reasons
+    return []
 
 
 def _owners(model: nn.Module) -> dict[str, str]:
@@ -115,24 +129,28 @@ def _owners(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str]]:
-    """How each parameter is used in a forward of the batch, and all reasons against ghost."""
-    model = ghost.objective.model
-    with preserved_rng(model), preserved_buffers(model):
-        with Capture(ghost.names, len(batch)) as capture:
-            ghost.objective.losses(batch)
-        reasons = list(capture.reasons)
-        if not reasons and not ghost.reasons():
-            try:
+def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str], bool]:
+    """How each parameter is used in a forward of the batch, all reasons against ghost, and whether
+    they are reasons against every engine."""
+    final = False
+    world = ghost.objective.world
+    with preserved_rng(world), preserved_buffers(world):
+        capture = Capture(ghost.names, len(batch))
+        try:
+            with capture:
+                ghost.objective.losses(batch)
+            reasons = list(capture.reasons)
+            if not reasons and not ghost.reasons():
                 ghost.linearize(batch, gradients=0)
-            except Unsupported as refused:
-                reasons += refused.reasons
+        except Refused as refused:
+            reasons = [*capture.reasons, *refused.reasons]
+            final = refused.final
     calls: dict[str, list[str]] = {path: [] for path in ghost.names.values()}
     for use in capture.recorded:
         kind = "copy per sample" if use.call is None else use.call.rule.function.__name__
         for source in use.sources.values():
             calls[ghost.names[source.parameter]].append(kind)
-    return {path: _counted(kinds) for path, kinds in calls.items()}, reasons
+    return {path: _counted(kinds) for path, kinds in calls.items()}, reasons, final
 
 
 def _counted(kinds: Sequence[str]) -> str:

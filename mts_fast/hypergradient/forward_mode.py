@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mts_fast._isolation import RngState, preserved_rng
-from mts_fast.hypergradient.engine import Engine
+from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast.hypergradient.engine import Engine, scaled_by_frequency
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
+from mts_fast.hypergradient.serving import eager, serving
 
 
 class ForwardMode(Engine):
@@ -29,6 +30,7 @@ class ForwardMode(Engine):
             for path, module in self.objective.model.named_modules()
             if isinstance(module, nn.RNNBase)
         ]
+        found += scaled_by_frequency(self.objective)
         known = {id(p) for p in self.objective.model.parameters()}
         if any(id(p) not in known for p in self.parameters):
             found.append("the optimizer holds parameters that are not the model's")
@@ -40,11 +42,15 @@ class ForwardMode(Engine):
         model = self.objective.model
         tangent = {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        world = self.objective.world
         # fused attention and fused encoder layers have no forward mode; the plain ones compute the
         # same.
         with (
+            serving(self.name),
             torch.no_grad(),
-            preserved_rng(model, rng),
+            preserved_rng(world, rng),
+            preserved_buffers(world),
+            eager(self.objective),
             sdpa_kernel(SDPBackend.MATH),
             _plain_encoder_layers(),
             forward_ad.dual_level(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mts_fast.hypergradient.ghost import Ghost, Unsupported
 from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
@@ -15,15 +15,15 @@ logger = logging.getLogger("mts_fast")
 
 
 class GradientNorm:
-    """||grad l_i|| [B] by all trainable parameters, l the cross-entropy of the logits.
+    """||grad l_i|| [B] by all trainable parameters of an objective's model.
 
     By layer inputs and output gradients where the ghost engine serves the model, else one sample
     at a time, which is said once at INFO.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._objective = Objective(model)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._parameters = [p for p in objective.model.parameters() if p.requires_grad]
         self._ghost: Ghost | None = Ghost(self._objective, self._parameters)
 
     def __call__(self, batch: LabelledBatch) -> Tensor:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mts_fast import ops
-from mts_fast._check import describe, fail
+from mts_fast._check import check_integer, check_range, describe, fail
+from mts_fast._isolation import World
+from mts_fast.hypergradient.refused import Refused
 
 # (model output, labels) -> per-sample losses [B]
 Loss = Callable[[Any, Tensor], Tensor]
+# the label that torch's cross-entropy leaves out
+IGNORED = -100
+# torch's name for the autograd node of re-entrant activation checkpointing
+REENTRANT = "CheckpointFunctionBackward"
+REENTRANT_REASON = "re-entrant activation checkpointing, which drops gradients there"
 
 
 @dataclass(frozen=True)
@@ -20,89 +30,257 @@ class LabelledBatch:
     """Inputs and labels of B samples, first axis B everywhere.
 
     inputs: one tensor, a tuple or list (`model(*inputs)`), or a mapping (`model(**inputs)`).
+    name: what the caller's argument for the labels is called.
     """
 
     inputs: Any
     labels: Tensor
+    name: str = field(default="labels", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the inputs."""
-        return _leaves(self.inputs)
+        return leaves(self.inputs)
 
     def split(self, size: int | None) -> list[LabelledBatch]:
         """Views of at most `size` samples each, in order; the whole batch for None."""
         if size is None or size >= len(self):
             return [self]
-        return [
-            LabelledBatch(_rows(self.inputs, slice(i, i + size)), self.labels[i : i + size])
-            for i in range(0, len(self), size)
-        ]
+        return [self.at(slice(i, i + size)) for i in range(0, len(self), size)]
+
+    def at(self, samples: slice | Tensor) -> LabelledBatch:
+        """Some of the samples."""
+        inputs = map_tensors(self.inputs, lambda t: t[samples] if t.ndim else t)
+        return LabelledBatch(inputs, self.labels[samples], name=self.name)
 
 
-def _leaves(inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    if isinstance(inputs, tuple | list | Mapping):
-        return [leaf for value in values for leaf in _leaves(value)]
+def leaves(nest: Any) -> list[Tensor]:
+    """All tensors in a nest of tuples, lists and mappings."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    if isinstance(nest, tuple | list | Mapping):
+        values = nest.values() if isinstance(nest, Mapping) else nest
+        return [leaf for value in values for leaf in leaves(value)]
     return []
 
 
-def _rows(inputs: Any, rows: slice) -> Any:
-    """Some samples of all tensors in a nest of inputs; tensors without axes are shared."""
-    if isinstance(inputs, Tensor):
-        return inputs[rows] if inputs.ndim else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _rows(value, rows) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return [_rows(value, rows) for value in inputs]
-    return inputs
+def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The nest with a function of each tensor in its place."""
+    if isinstance(nest, Tensor):
+        return function(nest)
+    if isinstance(nest, Mapping):
+        return {name: map_tensors(value, function) for name, value in nest.items()}
+    if isinstance(nest, tuple | list):
+        values = [map_tensors(value, function) for value in nest]
+        return type(nest)(*values) if hasattr(nest, "_fields") else values
+    return nest
 
 
 class Objective:
     """Per-sample losses of a model.
 
     Without `loss` the output must be logits [B, C] or [B, T, C], or carry them as `.logits` or
-    `["logits"]`, and the loss is the cross-entropy.
+    `["logits"]`, and the loss is the cross-entropy. A loss that is a module, or a method of one,
+    belongs to `world` with its buffers and mode.
+
+    The caller's tensors are never written to: the first forward of every kind gets copies, and
+    where the model or the loss wrote into them, so does every later one.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None = None, *, op: str = "MTSStep") -> None:
         self.model = model
         self.loss = loss
+        self.op = op  # as errors name the caller
+        self.world = World(model, *_modules_of(loss))
+        # modes and grad mode -> whether the arguments of a forward are written to
+        self._writes: dict[object, bool] = {}
+        self._inspected: set[object] = set()
 
     def forward(self, inputs: Any) -> Any:
         """The model's output, in whatever mode it is in."""
-        if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        if isinstance(inputs, tuple | list):
-            return self.model(*inputs)
-        return self.model(inputs)
+        if torch.is_grad_enabled():
+            # a forward without gradients may have left casts of the weights that have no graph
+            torch.clear_autocast_cache()
+        return self._on_copies("inputs", self._call, inputs)
 
     def losses(self, batch: LabelledBatch) -> Tensor:
         """Per-sample losses [B]."""
-        return self.losses_of(self.forward(batch.inputs), batch.labels)
+        return self.losses_of(self.forward(batch.inputs), batch.labels, name=batch.name)
 
-    def losses_of(self, output: Any, labels: Tensor) -> Tensor:
+    def losses_of(self, output: Any, labels: Tensor, *, name: str = "labels") -> Tensor:
         """Per-sample losses [B] of an output that is already there."""
         if self.loss is None:
-            return ops.cross_entropy(logits_of(output), labels)
-        losses = self.loss(output, labels)
-        if not isinstance(losses, Tensor) or losses.shape != labels.shape[:1]:
+            logits = self.logits_of(output)
+            self._check_labels(logits, labels, name)
+            return self._with_graph(ops.cross_entropy(logits, labels))
+        loss = self.loss
+        losses = self._on_copies("labels", lambda own: loss(output, own), labels)
+        size = labels.shape[0]
+        if not isinstance(losses, Tensor) or losses.shape != (size,):
+            got = describe(losses)
             hint = "return one loss per sample, for example with reduction='none'"
-            expected = f"a tensor of shape ({labels.shape[0]},)"
-            fail(ValueError, "MTSStep", "loss(output, labels)", expected, describe(losses), hint)
+            if isinstance(losses, Tensor) and losses.ndim > 1 and len(losses) == size:
+                hint = "reduce it, for example with .flatten(1).mean(1)"
+            expected = f"a tensor of shape ({size},), one loss per sample"
+            self._fail(ValueError, expected, got, hint)
+        if not losses.is_floating_point():
+            hint = "return floating-point losses that depend on the output"
+            self._fail(TypeError, "floating-point", describe(losses), hint)
+        return self._with_graph(losses)
+
+    def logits_of(self, output: Any) -> Tensor:
+        """The logits in a model's output."""
+        if isinstance(output, Mapping):
+            output = output.get("logits", output)
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            hint = "pass loss= to say what your model's output means"
+            fail(TypeError, self.op, "the model's output", "logits", describe(output), hint)
+        return output
+
+    def _check_labels(self, logits: Tensor, labels: Tensor, name: str) -> None:
+        """Classes that fit the logits, with the names that the caller knows."""
+        if logits.ndim not in (2, 3) or logits.shape[0] != labels.shape[0]:
+            expected = f"logits [{labels.shape[0]}, C] or [{labels.shape[0]}, T, C]"
+            hint = "pass loss= to say what your model's output means"
+            fail(ValueError, self.op, "the model's output", expected, describe(logits), hint)
+        check_integer(self.op, name, labels)
+        if labels.shape != logits.shape[:-1]:
+            expected = f"of shape {tuple(logits.shape[:-1])}, class indices"
+            hint = "pass indices (one-hot: .argmax(-1)), or loss= for other labels"
+            fail(ValueError, self.op, name, expected, describe(labels), hint)
+        if not labels.is_cuda and not torch.compiler.is_compiling():
+            classes = logits.shape[-1]
+            hint = f"the logits have {classes} classes; -100 counts nothing"
+            used = labels.long()
+            check_range(self.op, name, used[used != IGNORED], 0, classes, hint)
+
+    def kind(self, inputs: Any) -> tuple[object, ...]:
+        """What distinguishes forwards: modes, autocast, and how the inputs are nested."""
+        return (
+            self.world.modes(),
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            _structure(inputs),
+        )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile runs the model or a part of it."""
+        return bool(self.compiled_modules())
+
+    def compiled_modules(self) -> list[str]:
+        """Paths of the modules that torch.compile runs."""
+        # where dynamo was never imported, nothing is wrapped; importing it here would take seconds
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        wrapper = () if dynamo is None else dynamo.OptimizedModule
+        return [
+            path or "the model"
+            for path, module in self.model.named_modules()
+            if isinstance(module, wrapper) or module._compiled_call_impl is not None
+        ]
+
+    def _call(self, inputs: Any) -> Any:
+        try:
+            if isinstance(inputs, Mapping):
+                return self.model(**inputs)
+            if isinstance(inputs, tuple | list):
+                return self.model(*inputs)
+            return self.model(inputs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            hint = "decorate its forward with torch.enable_grad()"
+            got = "a model that calls autograd inside its forward"
+            expected = "able to run under torch.no_grad()"
+            message = f"{self.op}: model must be {expected}, got {got} ({error}); {hint}"
+            raise RuntimeError(message) from error
+
+    def _on_copies(self, arg: str, run: Callable[[Any], Any], nest: Any) -> Any:
+        """Run on the caller's tensors, on copies the first time and where they are written to."""
+        if torch.compiler.is_compiling():
+            return run(nest)
+        kind = arg, self.world.modes(), torch.is_grad_enabled()
+        writes = self._writes.get(kind)
+        if writes is False:
+            versions = [t._version for t in leaves(nest) if not t.is_inference()]
+            result = run(nest)
+            if versions != [t._version for t in leaves(nest) if not t.is_inference()]:
+                hint = "clone what forward writes to; this batch holds written values now"
+                got = "a model or loss that wrote into it, after forwards that did not"
+                fail(RuntimeError, self.op, arg, "left as they are by the model", got, hint)
+            return result
+        copies = map_tensors(nest, torch.clone)
+        result = run(copies)
+        if writes is None:
+            self._writes[kind] = _differ(leaves(copies), leaves(nest))
+        return result
+
+    def _with_graph(self, losses: Tensor) -> Tensor:
+        """Losses whose graph can be differentiated."""
+        if not torch.is_grad_enabled():
+            return losses
+        if not losses.requires_grad:
+            hint = "do not detach the output, and return losses made from it"
+            got = "losses without a graph"
+            self._fail(ValueError, "dependent on trainable parameters", got, hint)
+        kind = self.world.modes()
+        if kind not in self._inspected:
+            if _has_node(losses, REENTRANT):
+                raise Refused(
+                    "every engine",
+                    [REENTRANT_REASON],
+                    final=True,
+                    message=(
+                        f"{self.op}: model must be differentiable by torch.autograd.grad, got"
+                        f" {REENTRANT_REASON}; pass use_reentrant=False to torch.utils.checkpoint"
+                    ),
+                )
+            self._inspected.add(kind)
         return losses
 
+    def _fail(self, error: type[Exception], expected: str, got: str, hint: str) -> None:
+        argument = "loss(output, labels)" if self.loss is not None else "the model's output"
+        fail(error, self.op, argument, expected, got, hint)
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", output)
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        hint = "pass loss= to say what your model's output means"
-        fail(TypeError, "MTSStep", "the model's output", "logits", describe(output), hint)
-    return output
+
+def _modules_of(loss: Loss | None) -> list[nn.Module]:
+    """The module that a loss is, or is a method of."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    owner = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+def _structure(nest: Any) -> object:
+    """Nesting, dtypes and numbers of axes; sizes vary from batch to batch."""
+    if isinstance(nest, Tensor):
+        return str(nest.dtype), nest.ndim, nest.ndim > 0 and len(nest) == 1
+    if isinstance(nest, Mapping):
+        return tuple((str(name), _structure(value)) for name, value in nest.items())
+    if isinstance(nest, tuple | list):
+        return tuple(_structure(value) for value in nest)
+    return type(nest).__name__
+
+
+def _differ(copies: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
+    """Whether something wrote into the copies, through `.data` too."""
+    return any(c._version > 0 for c in copies if not c.is_inference()) or not all(
+        c.layout != torch.strided or torch.equal(c, t)
+        for c, t in zip(copies, originals, strict=True)
+    )
+
+
+def _has_node(tensor: Tensor, name: str) -> bool:
+    """Whether a graph holds an autograd node of that name."""
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == name:
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False

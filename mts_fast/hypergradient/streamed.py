@@ -1,4 +1,8 @@
-"""A batch in micro-batches: the same numbers, memory for one micro-batch at a time."""
+"""A batch in micro-batches: the same numbers, memory for one micro-batch at a time.
+
+A compiled model's graph cannot be differentiated twice: its whole batch goes the same way, as one
+micro-batch whose forward is run again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._isolation import Restoring, RngState, SavedBuffers, preserved_rng
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.objective import LabelledBatch
 
@@ -18,10 +22,10 @@ class Streamed(Engine):
 
     Nothing is kept between passes but B-vectors and one gradient: each gradient and the dots run
     every micro-batch forward again, with its own dropout masks. Buffers and generators move in the
-    first pass alone, once per micro-batch.
+    first pass alone, once per micro-batch. micro_batch None takes the whole batch at once.
     """
 
-    def __init__(self, inner: Engine, micro_batch: int) -> None:
+    def __init__(self, inner: Engine, micro_batch: int | None) -> None:
         super().__init__(inner.objective, inner.parameters)
         self.name = inner.name
         self.inner = inner
@@ -33,7 +37,8 @@ class Streamed(Engine):
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
     ) -> Linearization:
-        if len(batch) <= self.micro_batch:
+        whole = self.micro_batch is None or len(batch) <= self.micro_batch
+        if whole and (gradients < 2 or not self.objective.is_compiled):
             return self.inner.linearize(batch, gradients=gradients, dots=dots)
         return StreamedLinearization(self, batch, gradients)
 
@@ -51,8 +56,12 @@ class StreamedLinearization(Linearization):
     def __init__(self, engine: Streamed, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
         self._chunks = batch.split(engine.micro_batch)
-        self._starts: list[RngState] = []  # generators before each micro-batch of the first pass
+        # generators and buffers before each micro-batch of the first pass
+        self._starts: list[tuple[RngState, SavedBuffers]] = []
         self._losses: list[Tensor] = []
+
+    def begin(self) -> None:
+        self.run()  # where each micro-batch's masks begin shows in the pass itself
 
     @property
     def losses(self) -> Tensor:
@@ -64,7 +73,7 @@ class StreamedLinearization(Linearization):
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
-        parts = p.split(self.engine.micro_batch)
+        parts = p.split(self.engine.micro_batch or len(p))
         total: list[Tensor | None] = [None] * len(self.engine.parameters)
 
         def add(k: int, chunk: LabelledBatch) -> Tensor:
@@ -95,11 +104,14 @@ class StreamedLinearization(Linearization):
 
     @contextmanager
     def _leaving_trace(self) -> Iterator[None]:
-        self._starts.append(RngState.capture(self.engine.parameters))
+        world = self.engine.objective.world
+        self._starts.append((RngState.capture(world), SavedBuffers(world)))
         yield
 
     @contextmanager
     def _replayed(self, k: int) -> Iterator[None]:
-        model = self.engine.objective.model
-        with preserved_rng(model, self._starts[k]), preserved_buffers(model):
+        world = self.engine.objective.world
+        rng, buffers = self._starts[k]
+        now = SavedBuffers(world)
+        with preserved_rng(world, rng), Restoring(now.restore, buffers.restore):
             yield

@@ -21,40 +21,32 @@ from mts_fast.kernels.pointer_table import (
     pointer_table,
 )
 from mts_fast.kernels.virtual_update_rules import adam_kernel, sgd_kernel
-from mts_fast.reference.update_rules import (
-    AdamState,
-    SGDState,
-    largest_gradient,
-    noise_share,
-)
+from mts_fast.reference.update_rules import noise_share
+from mts_fast.reference.virtual_update import AdamState, SGDState
 
-# columns of the numbers that may be tensors on the device
+# the rules that have a kernel
+KernelState = SGDState | AdamState
+# columns of the numbers that may live on the device
 LR, KAPPA_LR = 0, 1
-BETAS, CORRECTIONS = slice(5, 7), slice(8, 10)
-FLOOR = 10
-
-# the rules that there are kernels of
-Known = SGDState | AdamState
+BETAS, CORRECTIONS, NOISE_FLOOR = slice(5, 7), slice(8, 10), 10
 
 
 def virtual_update(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    states: Sequence[Known],
+    states: Sequence[KernelState],
     *,
     update: bool = True,
     along: Sequence[Tensor] | None = None,
     hypergradient_lr: float | None = None,
     largest: Tensor | None = None,
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype.
+) -> tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor]]:
+    """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype,
+    and counts of the entries whose kappa is noise beside `largest` [], max |g| of the whole call.
 
     All tensors of a parameter are dense, lie alike in memory and are on one device, that of all
-    parameters. lr and the steps taken may be tensors on it, and are then not waited for; `largest`
-    [] is `largest_gradient` of the whole call, by default of these gradients.
+    parameters. lr and the steps taken may be tensors on it, and are then not waited for.
     """
-    if along is not None and largest is None:
-        largest = largest_gradient(gradients)
     updated = [torch.empty_like(p) for p in parameters] if update else None
     direction = None if along is None else [torch.empty_like(p) for p in parameters]
     together: dict[tuple[type, Kind, tuple[bool, ...]], list[int]] = defaultdict(list)
@@ -72,8 +64,9 @@ def virtual_update(
             step = None if isinstance(state, SGDState) else state.step
             on_device = tuple(_on(parameters[i].device, value) for value in (state.lr, step))
             together[type(state), kind_of(row), on_device].append(i)
+    counts = []
     for (family, kind, on_device), members in together.items():
-        _launch(
+        masked = _launch(
             sgd_kernel if family is SGDState else adam_kernel,
             kind,
             [rows[i] for i in members],
@@ -83,10 +76,12 @@ def virtual_update(
             largest,
             {"UPDATE": update, "DIRECTION": along is not None},
         )
-    return updated, direction
+        if family is not SGDState and along is not None:
+            counts.append(masked)
+    return updated, direction, counts
 
 
-def state_tensors(state: Known) -> tuple[Tensor | None, ...]:
+def state_tensors(state: KernelState) -> tuple[Tensor | None, ...]:
     """What the update reads besides parameter and gradient; None before the first step."""
     if isinstance(state, SGDState):
         return (state.buffer if state.momentum else None,)
@@ -99,12 +94,13 @@ def _launch(
     kernel: triton.JITFunction,
     kind: Kind,
     rows: list[tuple[Tensor | None, ...]],
-    states: list[Known],
+    states: list[KernelState],
     on_device: Sequence[bool],  # whether lr is a tensor there, whether the steps taken are
     hypergradient_lr: float | None,
     largest: Tensor | None,
     switches: dict[str, bool],
-) -> None:
+) -> Tensor:
+    """Counts of masked entries [programs]."""
     table, numbers = pointer_table(rows, [_numbers(s, hypergradient_lr, on_device) for s in states])
     if on_device[0]:
         lr = torch.stack([s.lr.reshape(()) for s in states if isinstance(s.lr, Tensor)])
@@ -116,13 +112,15 @@ def _launch(
         steps = torch.stack([t.reshape(()) for t in taken if isinstance(t, Tensor)]).double() + 1
         numbers[:, CORRECTIONS] = 1 - numbers[:, BETAS] ** steps[:, None]
     parameter, gradient, along, _, _, state, *_ = kind.dtypes
+    if largest is not None and kernel is adam_kernel:
+        numbers[:, NOISE_FLOOR] = noise_share(gradient) * largest.double()
+    wide = 2 if accumulator(parameter) == torch.float64 else 1
     where = places(rows)
-    if kernel is adam_kernel and largest is not None:
-        numbers[:, FLOOR] = noise_share(gradient) * largest.to(table.device)
+    counts = torch.zeros(len(where), dtype=torch.int32, device=where.device)
     launch(
         kernel,
         (len(where),),
-        *(where, table, numbers),
+        *(where, table, numbers, counts),
         WIDTH=table.shape[1],
         ALIGNED=kind.aligned,
         **switches,
@@ -131,36 +129,39 @@ def _launch(
         ALONG=TRITON_DTYPE[along],
         STATE=TRITON_DTYPE[state],
         ACC=TRITON_DTYPE[accumulator(parameter)],
-        BLOCK=BLOCK,
-        BLOCKS=BLOCKS,
+        # float64 takes twice the registers: half the tile, twice as often
+        BLOCK=BLOCK // wide,
+        BLOCKS=BLOCKS * wide,
         num_warps=WARPS,
     )
+    return counts
 
 
 def _numbers(
-    state: Known, hypergradient_lr: float | None, on_device: Sequence[bool]
+    state: KernelState, hypergradient_lr: float | None, on_device: Sequence[bool]
 ) -> tuple[float, ...]:
-    """A row's numbers in the order of its kernel; those that are on the device are 0 here."""
+    """A row's numbers in the order of its kernel; those that live on the device are 0 here."""
     lr = 0.0 if on_device[0] else float(state.lr)
     sign = -1.0 if state.maximize else 1.0
     shared = lr, lr if hypergradient_lr is None else float(hypergradient_lr), sign
-    weight_decay = float(state.weight_decay)
     if isinstance(state, SGDState):
-        return *shared, weight_decay, *_sgd_shares(state)
-    added, decoupled = (0.0, weight_decay) if state.decoupled else (weight_decay, 0.0)
+        return *shared, float(state.weight_decay), *_sgd_shares(state)
+    decay, decoupled = (0.0, 1.0) if state.decoupled else (1.0, 0.0)
     steps = 0.0 if on_device[1] else float(state.step) + 1
-    betas = [float(beta) for beta in state.betas]
-    corrections = [1 - beta**steps for beta in betas]
-    noise_floor = 0.0  # always on the device
-    return *shared, added, decoupled, *betas, float(state.eps), *corrections, noise_floor
+    return (
+        *(*shared, decay * float(state.weight_decay), decoupled * float(state.weight_decay)),
+        *map(float, (*state.betas, state.eps)),
+        *(1 - float(beta) ** steps for beta in state.betas),
+        0.0,  # the floor of noise, which lives on the device
+    )
 
 
 def _sgd_shares(state: SGDState) -> tuple[float, float]:
     """How much of the gradient and of the old buffer is in the step."""
-    momentum = float(state.momentum)
-    if not momentum:
+    if not state.momentum:
         return 1.0, 0.0
     # the first step fills the buffer without dampening
+    momentum = float(state.momentum)
     fresh, old = (1.0, 0.0) if state.buffer is None else (1 - float(state.dampening), momentum)
     if state.nesterov:
         return 1 + momentum * fresh, momentum * old

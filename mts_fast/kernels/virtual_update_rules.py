@@ -73,6 +73,7 @@ def sgd_kernel(
     places_ptr,
     table_ptr,
     numbers_ptr,
+    counts_ptr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -145,7 +146,7 @@ def adam_block(
     slope_eps,
     slope_square,
     slope_mean,
-    floor,
+    noise_floor,
     WHOLE: tl.constexpr,
     UPDATE: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -153,7 +154,8 @@ def adam_block(
     ACC: tl.constexpr,
 ):
     """shrink p - (step_mean m0 + step_fresh g) / (r + eps), r^2 = root_square v0 + root_fresh g^2,
-    and kappa v, one block; `reference` derives the slope."""
+    and kappa v, one block; `reference` derives the slope. Returns how many entries of kappa are
+    noise: r < noise_floor, or r = 0."""
     offs, mask = block(first, size, WHOLE, BLOCK)
     p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(ACC)
     g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -164,17 +166,21 @@ def adam_block(
     g = effective_gradient(g, p, sign, decay)
     root = exact_sqrt(root_square * old_square + root_fresh * g * g)
     below = root + eps
+    masked = tl.full((), 0, tl.int32)
+    if DIRECTION:
+        # counted before v is loaded, which keeps registers free
+        noise = (root < noise_floor) | (root == 0)
+        masked = tl.sum((noise & mask).to(tl.int32))
     if UPDATE:
         updated = shrink * p - divide(step_mean * old_mean + step_fresh * g, below, ACC)
         tl.store(updated_ptr + offs, updated.to(updated_ptr.dtype.element_ty), mask=mask)
     if DIRECTION:
         v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
-        zero = root == 0
-        noise = zero | (root < floor)
         old = slope_square * old_square - slope_mean * old_mean * g
-        slope = (slope_eps + divide(old, tl.where(zero, 1.0, root), ACC)) / (below * below)
+        slope = (slope_eps + divide(old, tl.where(noise, 1.0, root), ACC)) / (below * below)
         kappa = kappa_lr * tl.where(noise, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
+    return masked
 
 
 @triton.jit
@@ -182,6 +188,7 @@ def adam_kernel(
     places_ptr,
     table_ptr,
     numbers_ptr,
+    counts_ptr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -226,22 +233,25 @@ def adam_kernel(
     slope_eps, slope_square = (eps * fresh_mean).to(ACC), (fresh_mean * square).to(ACC)
     slope_mean = (mean * fresh_square).to(ACC)
     eps, sign = eps.to(ACC), sign.to(ACC)
-    floor = number(numbers_ptr, row, 10, WIDTH).to(ACC)
+    noise_floor = number(numbers_ptr, row, 10, WIDTH).to(ACC)
+    masked = tl.full((), 0, tl.int32)
     for i in range(BLOCKS):
         first = start + i * BLOCK
         if first + BLOCK <= size:
-            adam_block(
+            masked += adam_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
                 *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
-                *(slope_eps, slope_square, slope_mean, floor),
+                *(slope_eps, slope_square, slope_mean, noise_floor),
                 *(True, UPDATE, DIRECTION, BLOCK, ACC),
             )
         elif first < size:
-            adam_block(
+            masked += adam_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
                 *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
-                *(slope_eps, slope_square, slope_mean, floor),
+                *(slope_eps, slope_square, slope_mean, noise_floor),
                 *(False, UPDATE, DIRECTION, BLOCK, ACC),
             )
+    if DIRECTION:
+        tl.store(counts_ptr + tl.program_id(0), masked)

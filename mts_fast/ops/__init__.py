@@ -18,24 +18,16 @@ from mts_fast.ops.neighbor_statistics import (
 from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.ops.registry import current_backend, kernel_for, use_backend
 from mts_fast.ops.update_rules import register_update_rule
-from mts_fast.ops.virtual_update import (
-    ScaledDirection,
-    VirtualUpdate,
-    trainable_parameters,
-    virtual_update,
-)
+from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
 from mts_fast.ops.weights import normalize_weights, selector_gradient
-from mts_fast.reference import LionRule, SampleStatistics, UpdateRule
+from mts_fast.reference import SampleStatistics
 
 __all__ = [
     "ClassCentroids",
-    "LionRule",
     "NeighborChunk",
     "NeighborLists",
     "NeighborStatistics",
     "SampleStatistics",
-    "ScaledDirection",
-    "UpdateRule",
     "VirtualUpdate",
     "class_centroids_",
     "cross_entropy",

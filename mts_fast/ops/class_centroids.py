@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_floating, check_pool, check_range, fail
+from mts_fast._check import check_device, check_floating, check_pool, check_range, fail
 from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 from mts_fast.reference.class_centroids import ClassCentroids
@@ -98,9 +98,13 @@ def class_centroids_(
     check_floating(OP, "embeddings", embeddings, ndim=2)
     if embeddings.shape[1] != centroids.sums.shape[2]:
         expected = f"[n, {centroids.sums.shape[2]}], as the centroids are"
-        fail(ValueError, OP, "embeddings", expected, tuple(embeddings.shape))
+        hint = "make the centroids with ClassCentroids.empty(C, D, device)"
+        fail(ValueError, OP, "embeddings", expected, tuple(embeddings.shape), hint)
     labels, synthetic = check_pool(OP, labels, is_synthetic, len(embeddings))
-    check_range(OP, "labels", labels, 0, centroids.counts.shape[1])
+    for name, value in (("labels", labels), ("is_synthetic", synthetic)):
+        check_device(OP, name, value, embeddings.device, "embeddings")
+    hint = "make the centroids of that many classes"
+    check_range(OP, "labels", labels, 0, centroids.counts.shape[1], hint)
     if embeddings.dtype not in (torch.float32, torch.float64):
         embeddings = embeddings.float()
     run = resolve(OP, [embeddings, labels, synthetic])

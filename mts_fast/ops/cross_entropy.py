@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,7 +15,9 @@ from mts_fast._check import (
     check_integer,
     check_length,
     check_not_empty,
+    check_number,
     check_range,
+    describe,
     fail,
 )
 from mts_fast._triton import kernel_devices
@@ -121,7 +124,7 @@ def weighted_cross_entropy(
         logits: [B, C], or [B, T, C] for sequences; floating point.
         labels: [B], or [B, T]; integers in [0, C) or `ignore_index`.
         p: [B], weight of each sample (of each sequence); floating point.
-        class_weight: [C], factor of each class as in torch's cross_entropy.
+        class_weight: [C], factor of each class as in torch's cross_entropy; in any floating dtype.
         label_smoothing: in [0, 1], share of the uniform distribution in the target.
         ignore_index: label that counts nothing.
         statistics: return a third value, `SampleStatistics` (without derivatives): error norm
@@ -182,10 +185,12 @@ def _check(
 ) -> None:
     check_floating(op, "logits", logits)
     if logits.ndim not in (2, 3):
-        fail(ValueError, op, "logits", "[B, C] or [B, T, C]", tuple(logits.shape))
+        hint = "put the classes last, and flatten the axes between"
+        fail(ValueError, op, "logits", "[B, C] or [B, T, C]", tuple(logits.shape), hint)
     check_not_empty(op, "logits", logits)
     if logits.shape[-1] == 0:
-        fail(ValueError, op, "logits", "of at least one class", tuple(logits.shape))
+        hint = "look at the last layer's width"
+        fail(ValueError, op, "logits", "of at least one class", tuple(logits.shape), hint)
     targets = Targets(labels, class_weight, label_smoothing, ignore_index)
     targets.check(op, logits, "logits", logits.shape[-1])
 
@@ -205,13 +210,24 @@ class Targets(NamedTuple):
         check_device(op, "labels", labels, rows.device, like)
         if labels.shape != rows.shape[:-1]:
             expected = f"of shape {tuple(rows.shape[:-1])}"
-            fail(ValueError, op, "labels", expected, tuple(labels.shape))
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            fail(ValueError, op, "label_smoothing", "in [0, 1]", self.label_smoothing)
+            hint = f"one class number for each row of {like}"
+            fail(ValueError, op, "labels", expected, tuple(labels.shape), hint)
+        check_number(op, "label_smoothing", self.label_smoothing, at_least=0, at_most=1)
+        _check_ignore_index(op, self.ignore_index)
         if class_weight is not None:
             check_floating(op, "class_weight", class_weight, ndim=1)
             check_length(op, "class_weight", class_weight, classes)
             check_device(op, "class_weight", class_weight, rows.device, like)
         if not labels.is_cuda and not torch.compiler.is_compiling():
+            # in 8 bits without a sign, -100 would be class 156
+            labels = labels.long()
             used = labels[labels != self.ignore_index]
             check_range(op, "labels", used, 0, classes, f"the logits have {classes} classes")
+
+
+def _check_ignore_index(op: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        hint = "pass a whole number, such as torch's -100"
+        fail(TypeError, op, "ignore_index", "an int", describe(value), hint)
+    if not -(2**63) <= int(value) < 2**63:
+        fail(ValueError, op, "ignore_index", "an int of 64 bits", value, "pass torch's -100")

@@ -73,7 +73,7 @@ def cross_entropy(
     rows, flat = logits.flatten(0, -2).contiguous(), labels.flatten()
     losses = _CrossEntropy.apply(rows, flat, ignore_index)
     if class_weight is not None:
-        losses = losses * class_weight[flat.masked_fill(flat == ignore_index, 0)]
+        losses = losses * class_weight.to(losses.dtype)[flat.masked_fill(flat == ignore_index, 0)]
     return reference.mean_of_positions(losses.view(labels.shape), labels, ignore_index)
 
 

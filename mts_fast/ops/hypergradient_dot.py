@@ -108,9 +108,12 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = Non
     check_floating(DOT, "b", b, ndim=3)
     size, positions, inputs = a.shape
     if v.shape[1] != inputs:
-        fail(ValueError, DOT, "v", f"[N, {inputs}] for a of that width", tuple(v.shape))
+        hint = "it has the shape of the layer's weight"
+        fail(ValueError, DOT, "v", f"[N, {inputs}] for a of that width", tuple(v.shape), hint)
     if b.shape != (size, positions, len(v)):
-        fail(ValueError, DOT, "b", f"of shape {(size, positions, len(v))}", tuple(b.shape))
+        expected = f"of shape {(size, positions, len(v))}"
+        hint = "it has the shape of the layer's output"
+        fail(ValueError, DOT, "b", expected, tuple(b.shape), hint)
     given = [a, v, b]
     if bias is not None:
         check_floating(DOT, "bias", bias, ndim=1)
@@ -142,7 +145,7 @@ def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     check_floating(SAMPLE_DOT, "y", y)
     if x.ndim == 0 or x.shape != y.shape:
         expected = f"of x's shape {tuple(x.shape)}, with samples first"
-        fail(ValueError, SAMPLE_DOT, "y", expected, tuple(y.shape))
+        fail(ValueError, SAMPLE_DOT, "y", expected, tuple(y.shape), "flatten both alike")
     check_device(SAMPLE_DOT, "y", y, x.device, "x")
     with torch.no_grad():
         return resolve(SAMPLE_DOT, [x, y])(x, y)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_floating, check_integer, check_length, check_range, fail
+from mts_fast._check import (
+    check_device,
+    check_floating,
+    check_integer,
+    check_length,
+    check_number,
+    check_range,
+    fail,
+)
 from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 from mts_fast.reference.label_agreement import EPSILON
@@ -69,14 +77,20 @@ def label_agreement(
     """
     check_floating(OP, "similarity", similarity, ndim=2)
     if similarity.shape[1] == 0:
-        fail(ValueError, OP, "similarity", "[N, K] with K >= 1", tuple(similarity.shape))
+        hint = "ask for one neighbour at least"
+        fail(ValueError, OP, "similarity", "[N, K] with K >= 1", tuple(similarity.shape), hint)
     check_integer(OP, "neighbors", neighbors, ndim=2)
     if neighbors.shape != similarity.shape:
         expected = f"of similarity's shape {tuple(similarity.shape)}"
-        fail(ValueError, OP, "neighbors", expected, tuple(neighbors.shape))
+        hint = "pass what neighbor_statistics gave"
+        fail(ValueError, OP, "neighbors", expected, tuple(neighbors.shape), hint)
     check_integer(OP, "labels", labels, ndim=1)
     check_length(OP, "labels", labels, len(similarity))
+    for name, value in (("neighbors", neighbors), ("labels", labels)):
+        check_device(OP, name, value, similarity.device, "similarity")
+    check_number(OP, "epsilon", epsilon, at_least=0)
     if not neighbors.is_cuda:
-        check_range(OP, "neighbors", neighbors, 0, len(labels))
+        hint = "they are indices into labels"
+        check_range(OP, "neighbors", neighbors, 0, len(labels), hint)
     function = resolve(OP, [similarity, neighbors, labels])
     return function(similarity, neighbors.long(), labels.long(), epsilon)

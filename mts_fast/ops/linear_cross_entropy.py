@@ -113,12 +113,16 @@ def linear_cross_entropy_tangent(
     Row 6 of a last layer: arguments and errors as `linear_cross_entropy`; without derivatives.
     """
     _check(TANGENT, hidden, weight, bias)
+    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
+    targets.check(TANGENT, hidden, "hidden", len(weight))
     for name, tangent, own in (("weight", weight_tangent, weight), ("bias", bias_tangent, bias)):
         if tangent is None:
             continue
+        check_floating(TANGENT, f"{name}_tangent", tangent)
         if own is None or tangent.shape != own.shape:
             expected = "None" if own is None else f"of shape {tuple(own.shape)} like {name}"
-            fail(ValueError, TANGENT, f"{name}_tangent", expected, tuple(tangent.shape))
+            hint = f"pass a direction of {name}, or None"
+            fail(ValueError, TANGENT, f"{name}_tangent", expected, tuple(tangent.shape), hint)
         check_device(TANGENT, f"{name}_tangent", tangent, hidden.device, "hidden")
     with torch.no_grad():
         return resolve(TANGENT, [hidden.detach(), weight.detach()])(
@@ -134,13 +138,15 @@ def linear_cross_entropy_tangent(
 def _check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(op, "hidden", hidden)
     if hidden.ndim not in (2, 3):
-        fail(ValueError, op, "hidden", "[B, D] or [B, T, D]", tuple(hidden.shape))
+        hint = "put the width last, and flatten the axes between"
+        fail(ValueError, op, "hidden", "[B, D] or [B, T, D]", tuple(hidden.shape), hint)
     check_not_empty(op, "hidden", hidden)
     check_floating(op, "weight", weight, ndim=2)
     check_not_empty(op, "weight", weight)
     if weight.shape[1] != hidden.shape[-1]:
         expected = f"[C, {hidden.shape[-1]}] for hidden of that width"
-        fail(ValueError, op, "weight", expected, tuple(weight.shape))
+        hint = "pass the last layer's own weight and input"
+        fail(ValueError, op, "weight", expected, tuple(weight.shape), hint)
     if bias is not None:
         check_floating(op, "bias", bias, ndim=1)
         check_length(op, "bias", bias, len(weight))

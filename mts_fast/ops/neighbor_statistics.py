@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import (
+    check_device,
     check_finite,
     check_floating,
     check_pool,
     check_positive_int,
     fail,
 )
+from mts_fast.ops.class_numbers import table_numbers
 from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 from mts_fast.reference.neighbor_statistics import (
@@ -69,7 +72,7 @@ def _cpp(
     if rows.unit.is_cuda:
         merge_tiles(torch.ops.mts_fast.merge_neighbors_, lists, rows, columns, tile or CUDA_TILE)
         return
-    num_classes = _num_classes(rows, columns)
+    rows, columns, num_classes = _numbered(rows, columns)
     torch.ops.mts_fast.neighbor_statistics_(
         *(rows.unit, *_sorted(rows, num_classes), rows.start),
         *(columns.unit, *_sorted(columns, num_classes), columns.start),
@@ -78,8 +81,13 @@ def _cpp(
     )
 
 
-def _num_classes(rows: NeighborChunk, columns: NeighborChunk) -> int:
-    return 1 + int(max(rows.labels.max(), columns.labels.max()))
+def _numbered(
+    rows: NeighborChunk, columns: NeighborChunk
+) -> tuple[NeighborChunk, NeighborChunk, int]:
+    """The chunks with class numbers for tables of C, and C."""
+    labels, num_classes = table_numbers(torch.cat([rows.labels, columns.labels]))
+    parts = labels.split([len(rows.labels), len(columns.labels)])
+    return replace(rows, labels=parts[0]), replace(columns, labels=parts[1]), num_classes
 
 
 def merge_tiles(
@@ -91,7 +99,7 @@ def merge_tiles(
 ) -> None:
     """The sweep of a GPU: tiles by matrix product in torch's float32 precision, each merged into
     its rows and, transposed, into its columns."""
-    num_classes = _num_classes(rows, columns)
+    rows, columns, num_classes = _numbered(rows, columns)
     sides = []
     for chunk in (rows, columns):
         order, offsets = _sorted(chunk, num_classes)
@@ -143,16 +151,19 @@ def neighbor_statistics_(
         if chunk.unit.dtype != lists.similarity.dtype or chunk.unit.shape[1] != rows.unit.shape[1]:
             got = f"{chunk.unit.dtype} [n, {chunk.unit.shape[1]}]"
             expected = f"{lists.similarity.dtype} [n, {rows.unit.shape[1]}]"
-            fail(TypeError, OP, f"{name}.unit", expected, got)
+            hint = "make all chunks and lists of one pool"
+            fail(TypeError, OP, f"{name}.unit", expected, got, hint)
         if chunk.start < 0 or chunk.start + size > len(lists.index):
             expected = f"within the lists of {len(lists.index)}"
-            fail(ValueError, OP, name, expected, f"samples {chunk.start} to {chunk.start + size}")
+            got = f"samples {chunk.start} to {chunk.start + size}"
+            fail(ValueError, OP, name, expected, got, "make the lists of the whole pool")
     first, second = sorted((rows, columns), key=lambda chunk: chunk.start)
     if first.start + len(first.unit) > second.start and (
         first.start != second.start or len(first.unit) != len(second.unit)
     ):
         expected = "the same samples as rows, or none of them"
-        fail(ValueError, OP, "columns", expected, f"overlapping from {second.start}")
+        hint = "cut the pool into chunks once"
+        fail(ValueError, OP, "columns", expected, f"overlapping from {second.start}", hint)
     if tile is not None:
         check_positive_int(OP, "tile", tile)
     if len(rows.unit) == 0 or len(columns.unit) == 0:
@@ -176,7 +187,7 @@ def neighbor_statistics(
     Args:
         embeddings: [N, D], floating point, finite; half precision is computed in float32. Rows
             need not have unit length; a zero row has cosine 0 to everything.
-        labels: [N], integers >= 0; consecutive numbers keep the tables small.
+        labels: [N], integers >= 0.
         is_synthetic: [N], bool or 0/1.
         k: how many nearest samples of the class are kept, of each source.
         neighbors: K, how many of the whole pool, with their indices; below N.
@@ -211,14 +222,20 @@ def neighbor_statistics(
     """
     check_floating(OP, "embeddings", embeddings, ndim=2)
     labels, synthetic = check_pool(OP, labels, is_synthetic, len(embeddings))
+    for name, vector in (("labels", labels), ("is_synthetic", synthetic)):
+        check_device(OP, name, vector, embeddings.device, "embeddings")
     for name, value in (("k", k), ("neighbors", neighbors)):
         check_positive_int(OP, name, value)
     if neighbors >= len(embeddings):
-        fail(ValueError, OP, "neighbors", f"below the pool size {len(embeddings)}", neighbors)
+        hint = "a sample is no neighbour of itself"
+        fail(ValueError, OP, "neighbors", f"below the pool size {len(embeddings)}", neighbors, hint)
+    if k > len(embeddings):
+        hint = "no class has so many samples"
+        fail(ValueError, OP, "k", f"at most the pool size {len(embeddings)}", k, hint)
     check_finite(OP, "embeddings", embeddings, "drop or repair these rows")
     if embeddings.dtype not in (torch.float32, torch.float64):
         embeddings = embeddings.float()
-    pool = NeighborChunk(F.normalize(embeddings.detach(), dim=1), labels, synthetic, 0)
+    pool = NeighborChunk(reference.unit_rows(embeddings.detach()), labels, synthetic, 0)
     lists = NeighborLists.empty(len(labels), k=k, neighbors=neighbors, like=pool.unit)
     neighbor_statistics_(lists, pool, pool, tile=tile)
     return lists.statistics()

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_finite, check_floating, check_integer, check_length, check_range
+from mts_fast._check import (
+    check_device,
+    check_finite,
+    check_floating,
+    check_integer,
+    check_length,
+    check_range,
+)
+from mts_fast.ops.class_numbers import table_numbers
 from mts_fast.ops.cpp import reasons_against_cpp
 from mts_fast.ops.registry import register, resolve
 
@@ -21,7 +29,7 @@ def _fake(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _cpp(values: Tensor, labels: Tensor) -> Tensor:
-    return torch.ops.mts_fast.percentile_rank(values, labels, 1 + int(labels.max()))
+    return torch.ops.mts_fast.percentile_rank(values, *table_numbers(labels))
 
 
 register(OP, "reference", reference.percentile_rank)
@@ -58,9 +66,10 @@ def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:
     check_floating(OP, "values", values, ndim=1)
     check_integer(OP, "labels", labels, ndim=1)
     check_length(OP, "labels", labels, len(values))
+    check_device(OP, "labels", labels, values.device, "values")
     if len(values) == 0:
         return torch.empty_like(values)
-    check_finite(OP, "values", values)
+    check_finite(OP, "values", values, "drop or repair these rows")
     labels = labels.long()
     check_range(OP, "labels", labels, 0, 1 + int(labels.max()), "number the classes from 0")
     return resolve(OP, [values, labels])(values.detach(), labels)

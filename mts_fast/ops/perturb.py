@@ -98,12 +98,12 @@ def perturb(
     _check(PERTURB, "parameters", parameters, parameters, "parameters[0]")
     if len(direction) != len(parameters):
         expected = f"one per parameter ({len(parameters)})"
-        fail(ValueError, PERTURB, "direction", expected, len(direction))
+        fail(ValueError, PERTURB, "direction", expected, len(direction), "pass one each")
     _check(PERTURB, "direction", direction, parameters, "parameters")
     for p, v in zip(parameters, direction, strict=True):
         if p.shape != v.shape:
             expected = f"of shape {tuple(p.shape)}"
-            fail(ValueError, PERTURB, "direction", expected, tuple(v.shape))
+            fail(ValueError, PERTURB, "direction", expected, tuple(v.shape), "see its parameter")
     check_floating(PERTURB, "scale", scale, ndim=0)
     check_device(PERTURB, "scale", scale, parameters[0].device, "parameters")
     return resolve(PERTURB, [*parameters, *direction, scale])(parameters, direction, scale)
@@ -112,7 +112,7 @@ def perturb(
 def _check(op: str, arg: str, given: Sequence[Tensor], like: Sequence[Tensor], name: str) -> None:
     """Floating-point tensors, at least one, on the device of the first of `like`."""
     if not given:
-        fail(ValueError, op, arg, "at least one tensor", "none")
+        fail(ValueError, op, arg, "at least one tensor", "none", "pass the parameters")
     for i, tensor in enumerate(given):
         check_floating(op, f"{arg}[{i}]", tensor)
         check_device(op, f"{arg}[{i}]", tensor, like[0].device, name)

@@ -8,18 +8,18 @@ runs the reference.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from mts_fast._check import check_choice
+from mts_fast._check import check_choice, fail
 from mts_fast._extension import extension
 from mts_fast._triton import triton_reasons
 
@@ -31,6 +31,8 @@ PREFERENCE = ("triton", "cpp", "reference")
 ENVIRONMENT_VARIABLE = "MTS_FAST_BACKEND"
 
 Reasons = Callable[[Sequence[Tensor]], list[str]]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def register(
 
 
 def current_backend() -> str:
-    """The backend in force: innermost `use_backend`, else MTS_FAST_BACKEND, else `auto`."""
+    """The backend in force: that of the last `use_backend` which holds, else MTS_FAST_BACKEND, else
+    `auto`."""
     selected = _selected.get()
     if selected is None:
         selected = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -95,9 +98,9 @@ def current_backend() -> str:
     return selected
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend.
+class use_backend:
+    """Run every op on one backend: inside a `with` block, inside a function that it decorates, or,
+    as a call of its own, from then on in this thread.
 
     Args:
         name: "auto", "reference", "triton" or "cpp".
@@ -107,23 +110,47 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: the backend cannot run here, with all the reasons. An op whose kernel cannot
             serve its tensors raises the same when it is called.
 
+    Notes:
+        It takes effect when it is called, as `torch.set_grad_enabled` does, and not when the block
+        is entered. Other threads keep theirs, and new ones begin with MTS_FAST_BACKEND or "auto".
+
     Example:
         >>> import torch, mts_fast
         >>> with mts_fast.use_backend("reference"):
         ...     mts_fast.normalize_weights(torch.zeros(4)).tolist()
         [0.25, 0.25, 0.25, 0.25]
     """
-    check_choice("use_backend", "name", name, BACKENDS)
-    why = backend_reasons(name)
-    if why:
-        raise RuntimeError(
-            f"use_backend: backend {name!r} cannot run: {'; '.join(why)}; use 'auto'"
-        )
-    token = _selected.set(name)
-    try:
-        yield
-    finally:
-        _selected.reset(token)
+
+    def __init__(self, name: str) -> None:
+        check_choice("use_backend", "name", name, BACKENDS)
+        why = backend_reasons(name)
+        if why:
+            raise _cannot_run("use_backend", name, why, "use 'auto'")
+        self.name = name
+        self._before = _selected.get()
+        self._entered = False
+        _selected.set(name)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function with this backend in force in it, and the one before around it."""
+        _selected.set(self._before)
+
+        @functools.wraps(function)
+        def decorated(*args: P.args, **kwargs: P.kwargs) -> R:
+            with use_backend(self.name):
+                return function(*args, **kwargs)
+
+        return decorated
+
+    def __enter__(self) -> None:
+        if self._entered:
+            got = f"use_backend({self.name!r}) for the second time"
+            fail(RuntimeError, "use_backend", "block", "entered once", got, "call it anew")
+        self._entered = True
+        _selected.set(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _selected.set(self._before)
 
 
 def triton_in_force() -> bool:
@@ -150,13 +177,17 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         return kernel.function
     backend = current_backend()
     if backend != "auto":
+        if _selected.get() is None and (why := backend_reasons(backend)):
+            # of the environment, which nothing has checked yet
+            raise _cannot_run(
+                op, backend, why, f"unset {ENVIRONMENT_VARIABLE}, or set it to 'auto'"
+            )
         chosen = available.get(backend, available["reference"])
         if chosen is available["reference"] or not chosen.has_kernel(tensors):
             return available["reference"].function
         why = chosen.reasons(tensors)
         if why:
-            hint = "use backend 'auto' or 'reference'"
-            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
+            raise _cannot_run(op, backend, why, "use backend 'auto' or 'reference'")
         return chosen.function
     faster = (n for n in PREFERENCE if n in available and available[n].serves(tensors))
     name = next(faster, "reference")
@@ -164,6 +195,10 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         _announced.add((op, name))
         logger.info("%s runs on backend %r", op, name)
     return available[name].function
+
+
+def _cannot_run(op: str, backend: str, why: Sequence[str], hint: str) -> RuntimeError:
+    return RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
 
 
 def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:

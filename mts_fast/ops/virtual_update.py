@@ -22,7 +22,6 @@ from mts_fast.ops.virtual_update_door import (
     check_optimizer,
     trainable_parameters,
 )
-from mts_fast.ops.virtual_update_triton import Count
 from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.reference.virtual_update import State, masked_direction
 
@@ -54,11 +53,11 @@ def _directions(
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
     largest: Tensor,
-) -> tuple[list[Tensor], list[Count]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """(kappa^T along, counts of masked entries)."""
     rows = zip(parameters, gradients, states, along, strict=True)
     made = [masked_direction(*row, hypergradient_lr, largest) for row in rows]
-    return [direction for direction, _ in made], [n.sum for _, n in made if n is not None]
+    return [direction for direction, _ in made], [n.sum() for _, n in made if n is not None]
 
 
 def _composed(
@@ -68,7 +67,7 @@ def _composed(
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
     largest: Tensor,
-) -> tuple[list[Tensor], list[Tensor], list[Count]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """By whichever ops serve: what a fused one has to equal."""
     rows = parameters, gradients, states
     updated = resolve(OP, [*parameters, *gradients])(*rows)
@@ -99,19 +98,18 @@ for _op, _function in (
 class ScaledDirection(list[Tensor]):
     """kappa * v, one tensor per parameter: a list that also knows how much of it was masked."""
 
-    def __init__(self, tensors: Sequence[Tensor], counts: Sequence[Count]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self._counts = list(counts)
 
     @functools.cached_property
     def masked_entries(self) -> Tensor:
         """[] int64: entries whose kappa was set to 0, since their gradient is rounding noise or
-        they never had one. 0 under rules without a second moment. Computed when first read, which
-        must be before the real step; nothing waits for a device."""
-        total = torch.zeros((), dtype=torch.int64, device=self[0].device)
-        for count in self._counts:
-            total = total + count().to(total.device)
-        return total
+        they never had one. 0 under rules without a second moment. Nothing waits for a device."""
+        device = self[0].device
+        if not self._counts:
+            return torch.zeros((), dtype=torch.int64, device=device)
+        return torch.stack([c.sum(dtype=torch.int64).to(device) for c in self._counts]).sum()
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class VirtualUpdate:
         check_like("direction", direction, self._before)
         _check_lr(hypergradient_lr)
         scaled: list[Tensor | None] = [None] * len(direction)
-        counts: list[Count] = []
+        counts: list[Tensor] = []
         pairs = zip(self._gradients, direction, strict=True)
         moved = [i for i, pair in enumerate(pairs) if all(t is not None for t in pair)]
         if moved:
@@ -238,7 +236,7 @@ def _run(
     v = [None if t is None else t.detach() for t in along or [None] * len(before)]
     after = [p.clone() if g is None else p for p, g in zip(before, gradients, strict=True)]
     direction: list[Tensor | None] = [None] * len(before)
-    counts: list[Count] = []
+    counts: list[Tensor] = []
     moved = [i for i, g in enumerate(gradients) if g is not None]
     plain, both = ([i for i in moved if (v[i] is None) == absent] for absent in (True, False))
     if plain:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import fail
-from mts_fast._triton import DTYPES, accumulator, reasons_against_triton
+from mts_fast._triton import DTYPES, reasons_against_triton
 from mts_fast.ops.memory_layout import lies_like
-from mts_fast.reference.update_rules.rule import versions
 from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
-
-# the number of masked entries of a tensor, computed when asked for
-Count = Callable[[], Tensor]
 
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
@@ -38,7 +31,7 @@ def hypergradient_direction(
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
     largest: Tensor,
-) -> tuple[list[Tensor], list[Count]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """kappa * along of every parameter, in the parameter's dtype; counts of masked entries."""
     return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=False)[1:]
 
@@ -50,7 +43,7 @@ def virtual_update_along(
     along: Sequence[Tensor],
     hypergradient_lr: float | None,
     largest: Tensor,
-) -> tuple[list[Tensor], list[Tensor], list[Count]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Both and the counts, from one read of what both need."""
     return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=True)
 
@@ -64,7 +57,7 @@ def _run(
     largest: Tensor | None,
     *,
     update: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Count]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """(theta', kappa along), each without entries where not asked for, and counts of the entries
     whose kappa is masked.
 
@@ -76,7 +69,7 @@ def _run(
     rows = list(zip(parameters, gradients, states, along or parameters, strict=True))
     fitting = [_fits(p, g, s, v) for p, g, s, v in rows]  # of each parameter
     served = [row for row, fits in zip(rows, fitting, strict=True) if fits]
-    updated, direction = kernel.virtual_update(
+    updated, direction, counts = kernel.virtual_update(
         [p for p, _, _, _ in served],
         [g for _, g, _, _ in served],
         [s for _, _, s, _ in served if isinstance(s, SGDState | AdamState)],
@@ -86,42 +79,17 @@ def _run(
         largest=largest,
     )
     left, right = iter(updated or ()), iter(direction or ())
-    results: tuple[list[Tensor], list[Tensor], list[Count]] = ([], [], [])
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
     for (p, g, s, v), fits in zip(rows, fitting, strict=True):
         if update:
             results[0].append(next(left) if fits else reference.virtual_update(p, g, s))
-        if along is None or largest is None:
-            continue
-        if fits:
+        if along is not None and fits:
             results[1].append(next(right))
-            if isinstance(s, AdamState):
-                results[2].append(_counted_later(p, g, s, largest))
-        else:
+        elif along is not None:
             scaled, noise = masked_direction(p, g, s, v, hypergradient_lr, largest)
             results[1].append(scaled)
-            results[2].extend([] if noise is None else [noise.sum])
-    return results
-
-
-def _counted_later(parameter: Tensor, gradient: Tensor, state: AdamState, largest: Tensor) -> Count:
-    """The count of masked entries, by the reference where it is asked for: counting in the kernel
-    doubled its registers."""
-    tensors = [t for t in (parameter, gradient, state.exp_avg, state.exp_avg_sq) if t is not None]
-    then = versions(tensors)
-
-    def count() -> Tensor:
-        if versions(tensors) != then:
-            hint = "read masked_entries of the list that scale() returned before optimizer.step()"
-            got = "a parameter, gradient or state that changed since"
-            fail(RuntimeError, "virtual_update", "masked_entries", "read in time", got, hint)
-        # in the kernel's dtype: squares of small float16 entries are 0
-        p, g, *moments = (t.to(accumulator(t.dtype)) for t in tensors)
-        mean, square = moments or (None, None)
-        widened = replace(state, exp_avg=mean, exp_avg_sq=square)
-        _, noise = widened.kappa(p, g, largest, None)
-        return noise.sum() if noise is not None else torch.zeros(())
-
-    return count
+            counts += [] if noise is None else [noise.sum()]
+    return *results, counts
 
 
 def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> bool:

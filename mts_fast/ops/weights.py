@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_floating, check_length, check_not_empty, fail
+from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
+from mts_fast.ops.transforms import under_transform
 
 
 def normalize_weights(
@@ -17,7 +19,7 @@ def normalize_weights(
 
     Args:
         logits: z [B], floating point.
-        class_weight: [B], the weight of each sample's class, already gathered; >= 0.
+        class_weight: [B], the weight of each sample's class, already gathered; finite, >= 0.
         log_total: [], log S where this batch is a part of a larger one (micro-batches, ranks).
 
     Returns:
@@ -25,7 +27,9 @@ def normalize_weights(
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: wrong shapes, or an empty batch.
+        ValueError: wrong shapes, tensors on several devices, an empty batch, class weights that are
+            negative or not finite, a log_total that is NaN or infinite (but for -inf: S = 0). Their
+            values are looked at on the CPU; on a GPU that would wait for the device.
 
     Notes:
         Computed as a softmax over log w, so saturated logits (|z| of 1e4) give exact ratios. Where
@@ -44,6 +48,18 @@ def normalize_weights(
     if class_weight is not None:
         check_floating(op, "class_weight", class_weight, ndim=1)
         check_length(op, "class_weight", class_weight, len(logits))
+        check_device(op, "class_weight", class_weight, logits.device, "logits")
+        if _readable(class_weight):
+            low, high = (float(value) for value in torch.aminmax(class_weight.detach()))
+            if not 0 <= low <= high < torch.inf:  # NaN is in no range
+                hint = "a class without samples has weight 0, not 1 / 0"
+                got = f"values from {low} to {high}"
+                fail(ValueError, op, "class_weight", "finite and at least 0", got, hint)
+    if log_total is not None:
+        check_floating(op, "log_total", log_total, ndim=0)
+        if _readable(log_total) and not float(log_total) < torch.inf:
+            hint = "it is torch.logsumexp of log w over the global batch"
+            fail(ValueError, op, "log_total", "a number or -inf", float(log_total), hint)
     return reference.normalize_weights(reference.log_weights(logits, class_weight), log_total)
 
 
@@ -66,7 +82,7 @@ def selector_gradient(
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: wrong or differing shapes.
+        ValueError: wrong or differing shapes or devices.
 
     Source: row 7 (derivative of the normalised weighted loss by one weight).
 
@@ -80,5 +96,16 @@ def selector_gradient(
     for name, value in (("logits", logits), ("dots", dots), ("p", p)):
         check_floating(op, name, value, ndim=1)
         if value.shape != logits.shape:
-            fail(ValueError, op, name, f"of shape {tuple(logits.shape)}", tuple(value.shape))
+            hint = "pass one number for each of the same samples"
+            expected = f"of shape {tuple(logits.shape)}"
+            fail(ValueError, op, name, expected, tuple(value.shape), hint)
+        check_device(op, name, value, logits.device, "logits")
+    if mean_dot is not None:
+        check_floating(op, "mean_dot", mean_dot, ndim=0)
     return reference.selector_gradient(dots, logits, p, mean_dot)
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether looking at the values neither waits for a device nor breaks a transform."""
+    compiling = torch.compiler.is_compiling()
+    return value.device.type == "cpu" and not compiling and not under_transform()

@@ -31,7 +31,7 @@ from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
 from mts_fast.reference.training_dynamics import forgetting, gradient_norm
-from mts_fast.reference.update_rules import LionRule, UpdateRule, largest_gradient
+from mts_fast.reference.unit_rows import unit_rows
 from mts_fast.reference.virtual_update import (
     AdamState,
     SGDState,
@@ -45,14 +45,12 @@ __all__ = [
     "AdamState",
     "Batch",
     "ClassCentroids",
-    "LionRule",
     "NeighborChunk",
     "NeighborLists",
     "NeighborStatistics",
     "SGDState",
     "SampleStatistics",
     "Trace",
-    "UpdateRule",
     "class_centroids_",
     "class_median",
     "cross_entropy",
@@ -66,7 +64,6 @@ __all__ = [
     "hypergradient_double_backward",
     "kappa",
     "label_agreement",
-    "largest_gradient",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "log_weights",
@@ -82,6 +79,7 @@ __all__ = [
     "sample_statistics",
     "selector_gradient",
     "standardize",
+    "unit_rows",
     "virtual_update",
     "weighted_cross_entropy",
 ]

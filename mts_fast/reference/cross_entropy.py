@@ -33,6 +33,8 @@ def cross_entropy(
     For sequences (logits [B, T, C], labels [B, T]) the loss of a sample is the mean over its
     positions that are not ignored. A sample with nothing but ignored labels has loss 0.
     """
+    if class_weight is not None and not torch.is_autocast_enabled(logits.device.type):
+        class_weight = class_weight.to(logits.dtype)  # autocast computes both in float32
     losses = F.cross_entropy(
         logits.flatten(0, -2),
         labels.flatten(),

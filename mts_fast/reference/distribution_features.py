@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.reference.label_agreement import label_agreement
 from mts_fast.reference.neighbor_statistics import NeighborStatistics, neighbor_statistics
 from mts_fast.reference.percentile_rank import class_median, percentile_rank
+from mts_fast.reference.unit_rows import power_of_two, unit_rows
 
 REAL, SYNTHETIC, BOTH = slice(0, 1), slice(1, 2), slice(0, 2)
 
@@ -18,7 +18,7 @@ def distribution_features(
     embeddings: Tensor, labels: Tensor, is_synthetic: Tensor, *, k: int = 3, neighbors: int = 5
 ) -> dict[str, Tensor]:
     """Every distribution feature, each [N, width]: embeddings [N, D], labels and flags [N]."""
-    unit = F.normalize(embeddings, dim=1)  # [N, D]; a zero vector stays zero: cosine 0 to all
+    unit = unit_rows(embeddings)  # [N, D]; a zero vector stays zero: cosine 0 to all
     found = neighbor_statistics(unit, labels, is_synthetic, k=k, neighbors=neighbors)
     agreement = label_agreement(found.similarity, found.index, labels)
     num_classes = int(labels.max()) + 1
@@ -26,21 +26,24 @@ def distribution_features(
     class_centroids_(centroids, embeddings, labels, is_synthetic)
     cosines, distance = centroid_distances(embeddings, labels, centroids)
     gap = (distance - class_median(distance, labels)).abs()
-    return feature_columns(found, agreement, cosines, percentile_rank(gap, labels))
+    rank = percentile_rank(gap, labels).to(embeddings.dtype)
+    return feature_columns(found, agreement, cosines, rank)
 
 
 def centroid_distances(
     embeddings: Tensor, labels: Tensor, centroids: ClassCentroids
 ) -> tuple[Tensor, Tensor]:
     """(cosines [n, 3], distance [n]) of embeddings [n, D]: cosines to the real, synthetic and joint
-    centroid of one's class, 0 without one; distance to the joint one."""
-    unit = F.normalize(embeddings, dim=1)
+    centroid of one's class, 0 without one; distance to the joint one, in float64."""
+    unit = unit_rows(embeddings)
     means = [centroids.mean(sources) for sources in (REAL, SYNTHETIC, BOTH)]  # [C, D] each
     cosines = [
-        (unit * F.normalize(mean, dim=1).to(unit.dtype)[labels]).sum(1, keepdim=True)
-        for mean in means
+        (unit * unit_rows(mean).to(unit.dtype)[labels]).sum(1, keepdim=True) for mean in means
     ]
-    distance = (embeddings - means[-1].to(embeddings.dtype)[labels]).norm(dim=1)
+    center = means[-1].to(embeddings.dtype)[labels]  # [n, D]
+    # scaled, so that neither differences nor their squares overflow or vanish
+    scale = power_of_two(torch.maximum(embeddings.abs(), center.abs()).amax(1, keepdim=True))
+    distance = (embeddings / scale - center / scale).norm(dim=1).double() * scale[:, 0]
     return torch.cat(cosines, dim=1), distance
 
 

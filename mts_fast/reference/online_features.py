@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from mts_fast.reference.unit_rows import power_of_two, unit_rows
 
 # added to the variance before the root when features are standardised.
 VARIANCE_EPSILON = 1e-8
@@ -13,9 +14,10 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     """(nearest [B, k], centroid [B, 1]): top-k cosines to the validation features, and the cosine
     to their mean. features [B, D] and val_features [V, D] are penultimate activations.
     """
-    unit = F.normalize(features, dim=1)
-    nearest = (unit @ F.normalize(val_features, dim=1).T).topk(k, dim=1).values
-    centroid = unit @ F.normalize(val_features.mean(0), dim=0)
+    unit = unit_rows(features)
+    nearest = (unit @ unit_rows(val_features).T).topk(k, dim=1).values
+    scaled = val_features / power_of_two(val_features.detach().abs().amax())
+    centroid = unit @ unit_rows(scaled.mean(0, keepdim=True))[0]
     return nearest, centroid[:, None]
 
 

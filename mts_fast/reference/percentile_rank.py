@@ -9,7 +9,7 @@ from torch import Tensor
 def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:
     """rank / (n - 1) [N] among the n values of one's class, ascending, ties in order of index; 0
     for a class of one. values [N], labels [N]."""
-    order, first, counts = by_class(values, labels)
+    order, labels, first, counts = by_class(values, labels)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - first[labels[order]]
     return rank.to(values.dtype) / (counts - 1).clamp(min=1)[labels].to(values.dtype)
@@ -17,15 +17,14 @@ def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:
 
 def class_median(values: Tensor, labels: Tensor) -> Tensor:
     """Lower median [N] of the values of one's class. values [N], labels [N]."""
-    order, first, counts = by_class(values, labels)
-    return values[order[first + (counts - 1).clamp(min=0) // 2]][labels]
+    order, labels, first, counts = by_class(values, labels)
+    return values[order[first + (counts - 1) // 2]][labels]
 
 
-def by_class(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(order [N], first [C], counts [C]): samples by class, value, index; where classes begin."""
+def by_class(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order [N], labels [N], first [C], counts [C]): samples by class, value, index; classes
+    numbered from 0 as they occur; where they begin, and their sizes."""
+    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     order = values.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]
-    counts = torch.bincount(labels)
-    # an empty last class would begin behind the end.
-    first = (counts.cumsum(0) - counts).clamp(max=len(values) - 1)
-    return order, first, counts
+    return order, labels, counts.cumsum(0) - counts, counts

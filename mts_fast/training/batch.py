@@ -1,4 +1,4 @@
-"""What one call of MTSStep is given, validated once."""
+"""The batches of one call of MTSStep, validated once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import (
+    check_device,
     check_finite,
     check_flags,
     check_floating,
@@ -16,11 +17,13 @@ from mts_fast._check import (
     check_length,
     check_not_empty,
     check_range,
+    check_readable,
     check_tensor,
     describe,
     fail,
 )
 from mts_fast.hypergradient import LabelledBatch
+from mts_fast.hypergradient.objective import IGNORED
 
 OP = "MTSStep"
 
@@ -49,16 +52,28 @@ class CheckedBatch(LabelledBatch):
     classes: Tensor  # int64 [B]
 
 
+@dataclass(frozen=True)
+class CheckedValidation(LabelledBatch):
+    """The validation batch after validation."""
+
+    weights: Tensor | None  # [V], >= 0
+    groups: Tensor | None  # int64 [V], numbered from 0 without gaps
+
+
 def check_batch(
     batch: SelectorBatch, num_classes: int | None, *, read: bool, prefix: str = ""
 ) -> CheckedBatch:
     """Validate one batch; `read` also looks at the values, which on a GPU waits for them."""
+    if not isinstance(batch, SelectorBatch):
+        hint = "make it with mts_fast.SelectorBatch(inputs, labels, ...)"
+        fail(TypeError, OP, prefix.rstrip("."), "a SelectorBatch", describe(batch), hint)
     labels = check_pair(batch.inputs, batch.labels, prefix)
     size = len(labels)
     features = batch.features
     if features is not None:
         check_floating(OP, f"{prefix}features", features, ndim=2)
         check_length(OP, f"{prefix}features", features, size)
+        check_device(OP, f"{prefix}features", features, labels.device, f"{prefix}labels")
         if read:
             check_finite(OP, f"{prefix}features", features)
     flags = batch.is_synthetic
@@ -73,21 +88,71 @@ def check_batch(
             hint = "pass classes= (zeros where there are none)"
             fail(ValueError, OP, f"{prefix}labels", "class indices [B]", describe(labels), hint)
         classes = labels
-    check_integer(OP, f"{prefix}classes", classes, ndim=1)
-    check_length(OP, f"{prefix}classes", classes, size)
-    if read and num_classes is not None:
-        check_range(OP, f"{prefix}classes", classes, 0, num_classes, "see num_classes of Selector")
-    return CheckedBatch(batch.inputs, labels, features, synthetic, classes.long())
+        arg = f"{prefix}labels"
+    else:
+        arg = f"{prefix}classes"
+    check_integer(OP, arg, classes, ndim=1)
+    check_length(OP, arg, classes, size)
+    check_device(OP, arg, classes, labels.device, f"{prefix}labels")
+    if read:
+        hint = "number the classes from 0; see num_classes of Selector, and class_weight"
+        if arg.endswith("labels"):
+            hint += "; where labels are not the selector's classes, pass classes="
+        most = num_classes if num_classes is not None else torch.iinfo(torch.int64).max
+        check_range(OP, arg, classes, 0, most, hint)
+    name = f"{prefix}labels"
+    return CheckedBatch(batch.inputs, labels, features, synthetic, classes.long(), name=name)
+
+
+def check_validation(
+    inputs: Any,
+    labels: object,
+    weights: object,
+    groups: object,
+    *,
+    needs_groups: bool,
+    own_loss: bool,
+    read: bool,
+) -> CheckedValidation:
+    """Validate the validation batch; `own_loss` where a function of the user's takes the labels."""
+    tensor = check_pair(inputs, labels, "val_")
+    if not own_loss:
+        check_integer(OP, "val_labels", tensor)
+        if read and bool((tensor == IGNORED).all()):
+            hint = "give at least one sample a class"
+            got = f"{IGNORED} for every sample"
+            fail(ValueError, OP, "val_labels", "classes that count something", got, hint)
+    if weights is not None:
+        weights = check_floating(OP, "val_weights", weights, ndim=1)
+        check_length(OP, "val_weights", weights, len(tensor))
+        check_device(OP, "val_weights", weights, tensor.device, "val_labels")
+        if read:
+            check_finite(OP, "val_weights", weights)
+            if bool((weights < 0).any()) or not bool((weights > 0).any()):
+                got = f"values from {float(weights.min()):g} to {float(weights.max()):g}"
+                expected = "0 or more, and positive somewhere"
+                fail(ValueError, OP, "val_weights", expected, got, "they are shares of the loss")
+    if needs_groups and groups is None:
+        hint = "pass the group of each validation sample"
+        fail(ValueError, OP, "val_groups", "given with this val_objective", "none", hint)
+    if groups is not None:
+        numbers = check_integer(OP, "val_groups", groups, ndim=1)
+        check_length(OP, "val_groups", numbers, len(tensor))
+        check_device(OP, "val_groups", numbers, tensor.device, "val_labels")
+        groups = numbers.unique(return_inverse=True)[1] if needs_groups else None
+    return CheckedValidation(inputs, tensor, weights, groups, name="val_labels")
 
 
 def check_pair(inputs: Any, labels: object, prefix: str) -> Tensor:
     """Inputs and labels of the same, positive length; returns the labels."""
     tensor = check_tensor(OP, f"{prefix}labels", labels)
     check_not_empty(OP, f"{prefix}labels", tensor)
+    check_readable(OP, f"{prefix}labels", tensor)
     leaves = LabelledBatch(inputs, tensor).tensors()
     if not leaves:
         expected = "a tensor, or a tuple or dict of tensors"
-        fail(TypeError, OP, f"{prefix}inputs", expected, describe(inputs))
+        hint = "convert it with torch.as_tensor"
+        fail(TypeError, OP, f"{prefix}inputs", expected, describe(inputs), hint)
     for leaf in leaves:
         if leaf.ndim and leaf.shape[0] != len(tensor):
             expected = f"of length {len(tensor)}, as {prefix}labels"

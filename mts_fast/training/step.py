@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mts_fast import ops
-from mts_fast._check import check_choice, check_finite, check_positive_int, fail
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng, restored_on_error
-from mts_fast.diagnostics import selector_gsnr
-from mts_fast.hypergradient import LabelledBatch, Linearization, Loss, Objective, make_engine
-from mts_fast.ops.registry import BACKENDS
-from mts_fast.ops.virtual_update import check_optimizer
-from mts_fast.training.batch import CheckedBatch, SelectorBatch, check_batch, check_pair
-from mts_fast.training.gradients import set_gradients
-from mts_fast.training.inputs import OfflineFeatures, OnlineFeatures
-from mts_fast.training.result import StepResult, invariant_gap
-from mts_fast.training.scoring import EagerTeacher, Lesson, Scorer, Teacher
-from mts_fast.training.selector_graph import SelectorGraph
-from mts_fast.training.validation import validation_gradient
+from mts_fast._check import check_finite
+from mts_fast._isolation import World, preserved_buffers, preserved_rng
+from mts_fast.hypergradient import EngineChoice, Loss, Objective
+from mts_fast.training.algorithm import Call
+from mts_fast.training.arguments import check_class_weight, check_options, check_parts
+from mts_fast.training.batch import SelectorBatch, check_batch, check_validation
+from mts_fast.training.checkpoint import load_state, state_of
+from mts_fast.training.result import StepResult
+from mts_fast.training.running import PendingGap, check_can_run, run_call
+from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
+from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer, SelectorTrainer
+from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
 
 OP = "MTSStep"
 
@@ -39,11 +36,13 @@ class MTSStep:
 
     Args:
         model: the classifier, any nn.Module; run in the mode that you left it in.
-        optimizer: of the model: torch.optim.SGD, Adam or AdamW, any parameter groups.
+        optimizer: of the model, any parameter groups: SGD, Adam, AdamW, or another with an update
+            rule (`register_update_rule`).
         selector: `Selector`, or any module that returns a logit per sample [B] or [B, 1] from
             (features [B, F], classes [B], is_synthetic [B]).
         selector_optimizer: of the selector, any torch optimizer.
-        engine: of row 6: "auto", "ghost", "finite_difference" or "forward_mode"; `explain_engine`.
+        engine: of row 6: "ghost", "forward_mode", "double_backward", "finite_difference", or
+            "auto", the first of these that serves the batch; `explain_engine` says which and why.
         schedule: "exact" weights the classifier's step by the selector as updated in this call (row
             9), "reuse" as it was before (row 2), which saves a backward.
         memory: of the ghost engine: "fast", or "low", which makes output gradients once more
@@ -54,7 +53,10 @@ class MTSStep:
         backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
             `use_backend` and MTS_FAST_BACKEND around the call.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default.
-        class_weight: [C], factor of each class in the weights (row 1).
+        val_loss: likewise for the validation samples; by default that of the training samples.
+        val_objective: "mean" of the validation losses (weighted by val_weights), "group_balanced":
+            the mean over groups of their means, "worst_group": the largest of these.
+        class_weight: [C] finite numbers, factor of each class in the weights (row 1); 0 or more.
         hypergradient_lr: replaces the learning rate in kappa only (the paper's pseudo_lr).
         validation_mode: "eval" or "train", the model's mode for the validation loss.
         online_features: prepend k + 1 features: top-k cosines of the sample's penultimate features
@@ -69,6 +71,14 @@ class MTSStep:
         selector_scheduler: a learning-rate scheduler of selector_optimizer, stepped in every call.
         max_grad_norm: clips the classifier's real gradient to this norm; the virtual step is not
             clipped.
+        scaler: a torch.amp.GradScaler for float16 autocast: every backward runs at its scale, and
+            a step whose gradient overflows is skipped, counted in `skipped_steps` and reported as
+            `result.skipped`. Under float16 autocast without one, the step makes its own, and
+            lowers its scale in place of skipping where it can.
+        atomic: undo the classifier's `optimizer.step()`, too, when it raises or is interrupted,
+            from a copy of parameters and optimizer state taken just before it. None copies where
+            that is at most 256 MB; False never: then the error says so if parameters have moved,
+            and further calls are refused until a state is loaded.
         track_gsnr: estimate the GSNR of the selector's gradient in every selector step.
         cuda_graph: replay the selector's part of the step (rows 1, 2, 7 and 8), dozens of tiny
             launches, as CUDA graphs, recorded after a few calls of each batch size. Needs the
@@ -80,7 +90,18 @@ class MTSStep:
     Notes:
         A call leaves BatchNorm buffers and random generators bitwise as one plain weighted step
         would, and the classifier and its optimizer, too; with the ghost engine their gradient is
-        that step's to rounding. When a call raises, nothing has changed.
+        that step's to rounding. Generators are torch's default ones, numpy's global one and
+        Python's; one of the model's own is not seen. A selector that draws or has BatchNorm moves
+        them by one forward of the batch that it learns from.
+
+        When a call raises, nothing has changed: parameters, `.grad`, buffers, modes, optimizers,
+        selector, scheduler, generators, counters. In the main thread Ctrl-C is held until the step
+        is complete, and raised then; a second one undoes the step at once.
+
+        The dots of calls 1, 2, 4, 8, ... of every kind of batch are compared with the gradient
+        (`StepResult.self_check`) before anything is written: where they differ, "auto" repeats the
+        step with the next engine, and an explicit engine raises. In between, a warning is logged at
+        the next call. Labels of a causal language model are compared as they are: shift them.
 
     Source: DESIGN rows 1 to 9; Du, Zhao, Li, arXiv 2606.00571.
 
@@ -110,6 +131,8 @@ class MTSStep:
         micro_batch: int | None = None,
         backend: str = "auto",
         loss: Loss | None = None,
+        val_loss: Loss | None = None,
+        val_objective: str = "mean",
         class_weight: Tensor | None = None,
         hypergradient_lr: float | None = None,
         validation_mode: str = "eval",
@@ -121,21 +144,39 @@ class MTSStep:
         warmup_steps: int = 0,
         selector_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        atomic: bool | None = None,
         track_gsnr: bool = False,
         cuda_graph: bool = False,
         check: str = "auto",
     ) -> None:
-        check_choice(OP, "schedule", schedule, ("exact", "reuse"))
-        check_choice(OP, "backend", backend, BACKENDS)
-        check_choice(OP, "validation_mode", validation_mode, ("eval", "train"))
-        check_choice(OP, "check", check, ("auto", "always", "never"))
-        check_positive_int(OP, "selector_every", selector_every)
-        check_positive_int(OP, "online_k", online_k)
-        if warmup_steps < 0:
-            fail(ValueError, OP, "warmup_steps", "0 or more", warmup_steps)
-        if hypergradient_lr is not None and not hypergradient_lr > 0:
-            fail(ValueError, OP, "hypergradient_lr", "None or positive", hypergradient_lr)
-        check_optimizer(optimizer)
+        check_options(
+            {
+                "schedule": schedule,
+                "backend": backend,
+                "loss": loss,
+                "val_loss": val_loss,
+                "val_objective": val_objective,
+                "hypergradient_lr": hypergradient_lr,
+                "validation_mode": validation_mode,
+                "online_features": online_features,
+                "online_k": online_k,
+                "online_momentum": online_momentum,
+                "feature_layer": feature_layer,
+                "selector_every": selector_every,
+                "warmup_steps": warmup_steps,
+                "max_grad_norm": max_grad_norm,
+                "scaler": scaler,
+                "atomic": atomic,
+                "track_gsnr": track_gsnr,
+                "cuda_graph": cuda_graph,
+                "check": check,
+            }
+        )
+        objective = Objective(model, loss) if isinstance(model, nn.Module) else None
+        losses = [] if objective is None else list(objective.world.roots[1:])
+        check_parts(model, optimizer, selector, selector_optimizer, selector_scheduler, losses)
+        assert objective is not None
         self.model = model
         self.optimizer = optimizer
         self.selector = selector
@@ -144,30 +185,41 @@ class MTSStep:
         self.backend = backend
         self.hypergradient_lr = hypergradient_lr
         self.validation_mode = validation_mode
+        self.val_objective = val_objective
         self.selector_every = selector_every
         self.warmup_steps = warmup_steps
         self.selector_scheduler = selector_scheduler
         self.max_grad_norm = max_grad_norm
+        self.scaler = scaler
+        self.atomic = atomic
         self.track_gsnr = track_gsnr
         self.check = check
         self.steps = 0
+        self.skipped_steps = 0
         self._scorer = Scorer(selector, None)
         self.class_weight = class_weight
-        self._teacher: Teacher = EagerTeacher(self._scorer, selector_optimizer)
+        trainer: SelectorTrainer = EagerSelectorTrainer(self._scorer, selector_optimizer)
         if cuda_graph:
             scheduled = selector_scheduler is not None
-            self._teacher = SelectorGraph(self._scorer, selector_optimizer, scheduled=scheduled)
-        self._parameters = ops.trainable_parameters(optimizer)
-        self._objective = Objective(model, loss)
-        self._micro_batch = micro_batch
-        self._engine = make_engine(
-            engine, self._objective, self._parameters, memory=memory, micro_batch=micro_batch
+            trainer = GraphedSelectorTrainer(self._scorer, selector_optimizer, scheduled=scheduled)
+        self._trainer = trainer
+        self._objective = objective
+        self._validation = objective if val_loss is None else Objective(model, val_loss)
+        self._world = World(
+            *dict.fromkeys((*objective.world.roots, *self._validation.world.roots, selector))
         )
+        self._micro_batch = micro_batch
+        parameters = ops.trainable_parameters(optimizer)
+        self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
         self._features: OnlineFeatures | OfflineFeatures = OfflineFeatures()
         if online_features:
             self._features = OnlineFeatures(
-                self._objective, feature_layer, online_k, online_momentum, micro_batch
+                objective, feature_layer, online_k, online_momentum, micro_batch
             )
+        self._gap: PendingGap | None = None
+        self._owns_scaler = False
+        self._knows_writes = False  # which parameters a forward writes to
+        self._torn = ""  # what an optimizer that raised had moved already
 
     def __call__(
         self,
@@ -180,6 +232,8 @@ class MTSStep:
         is_synthetic: Tensor | None = None,
         classes: Tensor | None = None,
         selector_batch: SelectorBatch | None = None,
+        val_weights: Tensor | None = None,
+        val_groups: Tensor | None = None,
     ) -> StepResult:
         """Take one step.
 
@@ -191,32 +245,43 @@ class MTSStep:
             is_synthetic: [B] bool or 0/1; all real where left out.
             classes: [B], the selector's class of each sample; by default the labels.
             selector_batch: a second, independent batch for the selector (rows 6 to 8).
+            val_weights: [V], 0 or more, each validation sample's share of its loss.
+            val_groups: [V] integers, the group of each; for val_objective other than "mean".
 
         Raises:
             TypeError, ValueError: bad arguments, labels out of range, NaN features or losses, a
-                loss that is not per sample or depends on no parameter.
-            RuntimeError: an explicit backend or engine that cannot serve, with every reason.
+                loss that is not per sample or depends on no parameter; the first link of the
+                computation that is not finite is named.
+            RuntimeError: an explicit backend or engine that cannot serve, with every reason; a
+                call without gradients enabled, or after a step that was torn (see `atomic`).
         """
+        check_can_run(self)
         read = self._reads(labels)
-        num_classes = getattr(self.selector, "num_classes", None)
+        num_classes = self._num_classes()
         first = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         batch = check_batch(first, num_classes, read=read)
-        validation = LabelledBatch(val_inputs, check_pair(val_inputs, val_labels, "val_"))
-        meta = None
+        second = None
         if selector_batch is not None:
-            meta = check_batch(selector_batch, num_classes, read=read, prefix="selector_batch.")
-        learns = self.steps % self.selector_every == 0
-        backend = ops.current_backend() if self.backend == "auto" else self.backend
-        with ops.use_backend(backend), self._rolled_back_on_error():
-            result, gradient = self._rows(batch, meta, validation, learns, read)
-            set_gradients(self._parameters, gradient)
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
-        self.optimizer.step()
-        if self.selector_scheduler is not None:
-            self.selector_scheduler.step()
-        self.steps += 1
-        return result
+            second = check_batch(selector_batch, num_classes, read=read, prefix="selector_batch.")
+        validation = check_validation(
+            val_inputs,
+            val_labels,
+            val_weights,
+            val_groups,
+            needs_groups=self.val_objective != "mean",
+            own_loss=self._validation.loss is not None,
+            read=read,
+        )
+        call = Call(
+            batch,
+            second,
+            validation,
+            updates_selector=self.steps % self.selector_every == 0,
+            weighted=self.steps >= self.warmup_steps,
+            schedule=self.schedule,
+            check_values=read,
+        )
+        return run_call(self, call)
 
     @torch.no_grad()
     def weights(
@@ -234,12 +299,16 @@ class MTSStep:
         Arguments and errors as for a step. With batch-wise standardised online features
         (online_momentum=None) the weight of a sample depends on the batch it is scored in.
         """
-        num_classes = getattr(self.selector, "num_classes", None)
         given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
-        batch = check_batch(given, num_classes, read=self._reads(labels))
-        with preserved_rng(self.model):
-            self._features.look_at(val_inputs)
-            z = self._scorer.logits(batch, self._features.alone(batch))
+        read = self._reads(labels)
+        batch = check_batch(given, self._num_classes(), read=read)
+        with preserved_rng(self._world), preserved_buffers(self._world):
+            self._features.observe_validation(val_inputs, None)
+            h = self._features.alone(batch)
+            z = self._scorer.logits(batch, h)
+            if read:
+                check_finite(OP, "features of the samples", h, "inputs, val_inputs or the model")
+                check_finite(OP, "selector's output", z, "the selector has diverged")
             return self._scorer.weights(batch, z)
 
     @property
@@ -248,152 +317,33 @@ class MTSStep:
         return self._scorer.class_weight
 
     @class_weight.setter
-    def class_weight(self, value: Tensor | None) -> None:
-        for parameter in self.selector.parameters():
-            value = value if value is None else value.to(parameter.device)
-        self._scorer.class_weight = value
+    def class_weight(self, value: object) -> None:
+        like = next(self.selector.parameters())
+        num_classes = getattr(self.selector, "num_classes", None)
+        self._scorer.class_weight = check_class_weight(value, num_classes, like)
 
-    def _rows(
-        self,
-        batch: CheckedBatch,
-        meta: CheckedBatch | None,
-        validation: LabelledBatch,
-        learns: bool,
-        read: bool,
-    ) -> tuple[StepResult, list[Tensor | None]]:
-        """Rows 1 to 9 but for the real step: its gradient, and what to report."""
-        warm = self.steps < self.warmup_steps
-        reuses = learns and self.schedule == "reuse" and not warm
-        own = learns and meta is None  # the selector learns on this batch
-        start = RngState.capture(self._parameters)
-        self._features.look_at(validation.inputs, meta if learns else None)
-        # the only forward that leaves a trace in buffers and generators
-        h, line = self._features.with_forward(
-            batch,
-            lambda: self._engine.linearize(
-                batch, gradients=2 if learns and not reuses else 1, dots=own
-            ),
-            update=own,
-        )
-        # rows 1, 2
-        with preserved_rng(self.model):
-            z, p = self._teacher.score(batch, h, learns=own)
-        val_loss = dots = self_check = gsnr = None
-        if learns:
-            gradient = self._gradient(line, p, read)  # row 3
-            with preserved_rng(self.model):
-                direction, val_loss = self._look_ahead(gradient, validation, read)
-                if meta is None:
-                    dots = line.dots(direction).to(z.dtype)
-                    self_check = invariant_gap(p, dots, gradient, direction)
-                    gsnr = self._teach(Lesson(batch, h, z, p, dots), read)
-                else:
-                    lesson = self._lesson(meta, direction, start)
-                    dots, gsnr = lesson.dots, self._teach(lesson, read)
-                if not reuses:  # row 9: weights again, with the new phi
-                    z, p = self._teacher.score(batch, h, learns=False)
-        if warm:
-            p = self._scorer.unweighted(batch, z)
-        if not reuses:
-            gradient = self._gradient(line, p, read)
-        z = z.detach()
-        result = StepResult(
-            losses=line.losses,
-            loss=(p * line.losses).sum(),
-            logits=z,
-            weights=self._scorer.weights(batch, z),
-            normalized_weights=p,
-            val_loss=val_loss,
-            dots=dots,
-            self_check=self_check,
-            gsnr=gsnr,
-        )
-        return result, gradient
+    def _num_classes(self) -> int | None:
+        """How many classes the selector or the class weights know."""
+        known = getattr(self.selector, "num_classes", None)
+        weights = self.class_weight
+        return len(weights) if known is None and weights is not None else known
 
-    def _gradient(self, line: Linearization, p: Tensor, read: bool) -> list[Tensor | None]:
-        """sum_i p_i grad l_i, the losses looked at."""
-        gradient = line.gradient(p)
-        if read:
-            hint = "the inputs or the model are broken"
-            check_finite(OP, "the loss of every training sample", line.losses, hint)
-        return gradient
-
-    def _look_ahead(
-        self, gradient: list[Tensor | None], validation: LabelledBatch, read: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """Rows 4 and 5: (kappa v, validation loss at theta')."""
-        virtual = ops.virtual_update(self.optimizer, gradient)
-        val_loss, v = validation_gradient(
-            self._objective,
-            self._parameters,
-            virtual.parameters,
-            validation,
-            train_mode=self.validation_mode == "train",
-            micro_batch=self._micro_batch,
-        )
-        if read:
-            check_finite(OP, "the validation loss", val_loss, "the validation batch is broken")
-        return virtual.scale(v, self.hypergradient_lr), val_loss
-
-    def _lesson(self, meta: CheckedBatch, direction: list[Tensor], start: RngState) -> Lesson:
-        """Rows 1, 2 and 6 on the selector's own batch, with the masks of the training forward."""
-        with preserved_rng(self.model, start), preserved_buffers(self.model):
-            h, line = self._features.with_forward(
-                meta, lambda: self._engine.linearize(meta, gradients=0), update=True
-            )
-        z, p = self._teacher.score(meta, h, learns=True)
-        return Lesson(meta, h, z, p, line.dots(direction).to(z.dtype))
-
-    def _teach(self, lesson: Lesson, read: bool) -> Tensor | None:
-        """Rows 7 and 8; returns the GSNR where it is tracked."""
-        if read:
-            check_finite(OP, "the hypergradient dot of every sample", lesson.dots)
-        gsnr = None
-        if self.track_gsnr:
-            arguments = self._scorer.arguments(lesson.batch, lesson.features)
-            gsnr = selector_gsnr(self.selector, arguments, lesson.cotangent())
-        self._teacher.teach(lesson)
-        return gsnr
-
-    def _reads(self, labels: Tensor) -> bool:
+    def _reads(self, labels: object) -> bool:
         on_gpu = isinstance(labels, Tensor) and labels.is_cuda
         return self.check == "always" or (self.check == "auto" and not on_gpu)
 
-    @contextmanager
-    def _rolled_back_on_error(self) -> Iterator[None]:
-        """Put buffers, generators and running statistics back when something raises inside."""
-        running = self._features.state_dict()
-        try:
-            with restored_on_error(self.model):
-                yield
-        except BaseException:
-            self._features.load_state_dict(running)
-            raise
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs but the data order and the global random generators."""
-        scheduler = self.selector_scheduler
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "selector": self.selector.state_dict(),
-            "selector_optimizer": self.selector_optimizer.state_dict(),
-            "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "online": self._features.state_dict(),
-            "steps": self.steps,
-        }
+        return state_of(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; afterwards the run goes on bit for bit as the saved one would.
 
-        The state is copied: torch's optimizers would go on to write into its tensors.
+        The state is copied: torch's optimizers would go on to write into its tensors. Where it does
+        not fit, nothing has changed.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a state that is not one, is of another version, or
+                of other modules, optimizers or options.
         """
-        state = copy.deepcopy(state)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.selector.load_state_dict(state["selector"])
-        self.selector_optimizer.load_state_dict(state["selector_optimizer"])
-        if self.selector_scheduler is not None:
-            self.selector_scheduler.load_state_dict(state["selector_scheduler"])
-        self._features.load_state_dict(state["online"])
-        self.steps = state["steps"]
+        load_state(self, state)

@@ -6,7 +6,7 @@ from comparison import assert_bitwise
 from pools import POOLS, many, one_class, pool
 
 from mts_fast import reference
-from mts_fast.features import distribution_features
+from mts_fast.features import DistributionSweep, distribution_features
 
 # one by one; neither divides any of the pools; everything at once.
 CHUNKS = (1, 7, 50, 1024)
@@ -161,3 +161,192 @@ def test_largest_k_of_a_class_is_accepted():
     )
     own = found["real_nearest3_cosine"][~BOTH]
     assert (own.diff(dim=1) < 0).all()
+
+
+# squares vanish, or overflow, in the dtype that is computed in; half precision is computed in
+# float32. Powers of two, so that the numbers themselves stay the same.
+SCALES = [
+    (torch.float16, 10),
+    (torch.float32, -100),
+    (torch.float32, 83),
+    (torch.float32, 120),
+    (torch.float64, -1000),
+    (torch.float64, 664),
+    (torch.float64, 1000),
+]
+
+
+@pytest.mark.parametrize(("dtype", "power"), SCALES)
+def test_columns_do_not_depend_on_the_scale(dtype, power, device):
+    x, y, s = (t.to(device) for t in pool(60, 8, 3, dtype=dtype))
+    x[7] = 0  # has cosine 0 to everything at every scale
+    scaled = (x.double() * 2.0**power).to(dtype)
+    options = {"small_class": "pad", "chunk": 25}
+    expected = distribution_features(x, y, s, **options)
+    assert_bitwise(distribution_features(scaled, y, s, **options), expected)
+    assert expected["class_nearest_cosine"][7] == 0
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-30), (torch.float64, 1e200)])
+def test_reference_does_not_depend_on_the_scale(dtype, scale):
+    x, y, s = pool(60, 8, 3)
+    expected = reference.distribution_features(x, y, s)
+    found = reference.distribution_features((x * scale).to(dtype), y, s)
+    # float32 rounds the cosines; observed 1.6e-7. Ranks are the same.
+    for name, column in expected.items():
+        torch.testing.assert_close(found[name].double(), column, rtol=0, atol=1e-6, msg=name)
+
+
+def test_rows_of_very_different_lengths():
+    """Each has the cosines of its direction, beside any other."""
+    x, y, s = pool(60, 8, 3)
+    lengths = 10.0 ** torch.linspace(-150, 150, 60, dtype=torch.float64)
+    found = distribution_features(x * lengths[:, None], y, s, small_class="pad")
+    expected = distribution_features(x, y, s, small_class="pad")
+    for name in ("real_nearest3_cosine", "synthetic_nearest3_cosine", "class_nearest_cosine"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-14)
+
+
+def test_distances_beyond_all_numbers_name_the_embeddings():
+    """Two corners of what float64 holds are further apart than it can say."""
+    x = torch.full((8, 4), 1.7e308, dtype=torch.float64)
+    x[1:2] *= -1
+    message = r"the distance of embeddings .* must be finite, .* 2 rows \(0, 1\); divide all"
+    with pytest.raises(ValueError, match=f"distribution_features: {message}"):
+        distribution_features(x, torch.tensor([0, 0, *range(1, 7)]), S[:8], small_class="pad")
+
+
+class Source:
+    """Rows that come otherwise than their shape says."""
+
+    shape = (24, 4)
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, rows):
+        return self.make(X[rows])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (None, TypeError, "embeddings must be a tensor, got NoneType"),
+        (X.tolist(), TypeError, "embeddings must be a tensor, got list"),
+        (X.to_sparse(), TypeError, "embeddings must be a dense tensor"),
+        (X.to(torch.float8_e4m3fn), TypeError, "embeddings must be a floating-point tensor"),
+        (X.to("meta"), ValueError, "embeddings must be on a device that holds values"),
+        (X.numpy(), TypeError, "embeddings must be a tensor, got ndarray"),
+        (
+            Source(lambda x: x[1:]),
+            ValueError,
+            r"embeddings must be of shape \(24, 4\) in rows 0 to 23, got \(23, 4",
+        ),
+        (
+            Source(lambda x: x[:, :3]),
+            ValueError,
+            r"embeddings must be of shape \(24, 4\) in rows 0 to 23, got",
+        ),
+        (Source(lambda x: x.long()), TypeError, "embeddings must be a floating"),
+    ],
+)
+def test_sources_that_are_none(source, error, message):
+    with pytest.raises(error, match=f"distribution_features: {message}"):
+        DistributionSweep(source, Y, S, small_class="pad")
+
+
+def test_k_beyond_the_pool_is_refused_before_memory_is_asked_for():
+    with pytest.raises(ValueError, match="k must be at most the pool size 24, got 1000000000"):
+        distribution_features(X, Y, S, k=10**9, small_class="pad")
+
+
+def sweep(**options):
+    return DistributionSweep(X, Y, S, chunk=10, small_class="pad", **options)
+
+
+def state_after(units):
+    """Of 12: 3 for the centroids, 6 pairs of chunks, 3 for the distances."""
+    part = sweep()
+    for _ in zip(range(units), part.run(), strict=False):
+        pass
+    return part.state_dict()
+
+
+@pytest.mark.parametrize("units", [0, 2, 7, 11, 12])
+def test_every_state_is_taken(units):
+    resumed = sweep()
+    resumed.load_state_dict(state_after(units))
+    for _ in resumed.run():
+        pass
+    assert_bitwise(resumed.columns(), distribution_features(X, Y, S, chunk=10, small_class="pad"))
+
+
+def edited(name, change):
+    def edit(state):
+        change(state[name])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (
+            edited("progress", lambda t: t[0].fill_(13)),
+            ValueError,
+            r"progress'\] must be in \[0, 12",
+        ),
+        (
+            edited("progress", lambda t: t[0].fill_(-1)),
+            ValueError,
+            r"progress'\] must be in \[0, 12",
+        ),
+        (edited("progress", lambda t: t[0].fill_(2)), ValueError, "must be of 20 samples, got"),
+        (edited("progress", lambda t: t[1].fill_(9)), ValueError, "chunk must be 9, as in the"),
+        (edited("lists/index", lambda t: t.fill_(24)), ValueError, r"must be in \[0, 24\)"),
+        (edited("lists/index", lambda t: t[0].neg_()), ValueError, r"must be in \[0, 24\)"),
+        (edited("lists/real", lambda t: t[3].fill_(torch.nan)), ValueError, "must be of cosines"),
+        (edited("lists/similarity", lambda t: t[0].fill_(9)), ValueError, "must be of cosines"),
+        (edited("cosines", lambda t: t[0].fill_(torch.inf)), ValueError, "must be of cosines"),
+        (edited("distance", lambda t: t[5].fill_(torch.inf)), ValueError, r"finite, .* rows \(5\)"),
+        (edited("centroids/sums", lambda t: t.fill_(torch.nan)), ValueError, "must be finite"),
+        (edited("centroids/counts", lambda t: t.neg_()), ValueError, "must be of 24 samples"),
+        (lambda state: state.pop("distance"), ValueError, "must be torch.float64 .*, got NoneType"),
+        (lambda state: state.update(cosines=3), ValueError, "must be .*, got int 3; start afresh"),
+        (lambda state: state.update(cosines=X), ValueError, r"must be .* got torch.* \(24, 4\)"),
+    ],
+)
+def test_damaged_states_change_nothing(edit, error, message):
+    state, other = state_after(7), sweep()
+    before = other.state_dict()
+    edit(state)
+    with pytest.raises(error, match=f"distribution_features: .*{message}"):
+        other.load_state_dict(state)
+    assert_bitwise(other.state_dict(), before)
+    with pytest.raises(TypeError, match="state must be a mapping, got NoneType"):
+        other.load_state_dict(None)
+
+
+def test_a_state_without_neighbors_is_not_that_of_a_finished_sweep():
+    state = state_after(3)
+    state["progress"][0] = 12
+    with pytest.raises(ValueError, match=r"similarity'\] must be full after 12 units, got empty"):
+        sweep().load_state_dict(state)
+
+
+def test_no_unit_is_done_twice():
+    """By two runs at once, or again after one that broke."""
+    part = sweep()
+    first, second = part.run(), part.run()
+    next(first)
+    next(second)
+    with pytest.raises(
+        RuntimeError, match=r"run\(\) must be alone, got 2 units done, .* 1; exhaust"
+    ):
+        next(first)
+    broken = DistributionSweep(X.clone(), Y, S, chunk=10, small_class="pad")
+    broken.source[15] = torch.nan
+    with pytest.raises(ValueError, match=r"embeddings must be finite, .* 1 rows \(15\)"):
+        list(broken.run())
+    with pytest.raises(RuntimeError, match="a unit was cut short after 1; load the last state"):
+        list(broken.run())

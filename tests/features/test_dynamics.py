@@ -1,4 +1,6 @@
-"""Training dynamics of a pool against a loop over its samples, and the counter of forgetting."""
+"""Training dynamics of a pool against a loop over its samples."""
+
+import types
 
 import pytest
 import torch
@@ -7,8 +9,7 @@ from comparison import assert_bitwise, relative, snapshot
 from models import CLASSES, batchnorm_cnn, dropout_mlp, mlp, norm_and_dropout, partly_frozen
 from torch import nn
 
-from mts_fast import reference
-from mts_fast.features import ForgettingCounter, training_dynamics
+from mts_fast.features import training_dynamics
 
 N = 11
 
@@ -123,7 +124,20 @@ def broken(rows):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((X.tolist(), Y), {}, TypeError, "inputs must be a tensor"),
+        ((X.tolist(), Y), {}, TypeError, "inputs must be a tensor, or a tuple, list or dict"),
+        ((None, Y), {}, TypeError, "inputs must be a tensor, or a tuple, list or dict of tensors"),
+        ((X.to_sparse(), Y), {}, TypeError, "inputs must be dense tensors"),
+        ((X.to("meta"), Y), {}, ValueError, "inputs must be on a device that holds values"),
+        (((X, X[:3]), Y), {}, ValueError, "labels must be of length 3"),
+        ((X, Y.to("meta")), {}, ValueError, "labels must be on cpu like inputs"),
+        ((X, None), {}, TypeError, "labels must be a tensor"),
+        ((X, Y - 1), {}, ValueError, r"labels must be in \[0, 3\), .*; the model's output has 3"),
+        ((X, Y - 100), {}, ValueError, r"labels must be in \[0, 3\), got values from -100 to -98"),
+        ((X, Y[:, None, None]), {}, ValueError, r"labels must be \[N\] or \[N, T\]"),
+        ((X, Y[:, None]), {}, ValueError, r"the model's output must be \[4, 1, C\], got \(4, 3\)"),
+        ((X, Y), {"loss": "mse"}, TypeError, "loss must be callable"),
+        ((X, Y), {"batch_size": 2.0}, TypeError, "batch_size must be a positive int"),
+        ((X, Y), {"gradient_norm": "no"}, TypeError, "gradient_norm must be True or False"),
         ((X[:0], Y[:0]), {}, ValueError, "inputs must be non-empty"),
         ((X, Y.float()), {}, TypeError, "labels must be an integer"),
         ((X, Y[:3]), {}, ValueError, "labels must be of length 4"),
@@ -140,90 +154,121 @@ def test_errors_name_the_argument(arguments, options, error, message):
     assert_bitwise(snapshot(module=model, gradients=True), before)
 
 
+class Spoken(nn.Module):
+    """Inputs and outputs in the ways of other libraries: two inputs, logits among other things."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.body, self.answer = mlp(), answer
+
+    def forward(self, values, scale):
+        return self.answer(self.body(values * scale))
+
+
+ANSWERS = {
+    "tensor": lambda z: z,
+    "mapping": lambda z: {"loss": None, "logits": z},
+    "attribute": lambda z: types.SimpleNamespace(logits=z),
+}
+SCALE = torch.tensor([[2.0], [1.0], [0.5], [3.0]])
+
+
+@pytest.mark.parametrize("inputs", [(X, SCALE), [X, SCALE], {"scale": SCALE, "values": X}])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_everything_that_the_step_takes(answer, inputs):
+    model = Spoken(ANSWERS[answer])
+    found = training_dynamics(model, inputs, Y, batch_size=3)
+    expected = one_at_a_time(model.body, X * SCALE, Y)
+    for column, truth in expected.items():
+        assert relative(found[column], truth) < 1e-6, column  # observed 1e-7
+
+
+def test_sequences_equal_a_loop_over_their_positions():
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)).double()
+    g = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(9, (4, 6), generator=g), torch.randint(3, (4, 6), generator=g)
+    labels[0, 2:], labels[2, 0] = -100, -100
+    found = training_dynamics(model, tokens, labels, batch_size=3)
+    for i, (x, y) in enumerate(zip(tokens, labels, strict=True)):
+        counted = y >= 0
+        logits = model(x)[counted]
+        loss = F.cross_entropy(logits, y[counted])
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        expected = {
+            "loss": loss,
+            "gradient_norm": torch.cat([v.flatten() for v in gradient]).norm(),
+            "error_norm": (logits.softmax(1) - F.one_hot(y[counted], 3)).norm(dim=1).mean(),
+        }
+        for column, truth in expected.items():
+            assert found[column][i].item() == pytest.approx(truth.item(), rel=1e-12), column
+    labels[3] = -100
+    with pytest.raises(ValueError, match=r"such that every sample has one .* none in rows \[3\]"):
+        training_dynamics(model, tokens, labels)
+
+
+def smoothed(output, labels):
+    return F.cross_entropy(output, labels, reduction="none", label_smoothing=0.2)
+
+
+def squared(output, labels):
+    return (output - labels[:, None]).square().mean(1)
+
+
+# classes, whose error norm does not depend on the loss; numbers; integers that are no classes
+@pytest.mark.parametrize(
+    ("loss", "labels", "has_error_norm"),
+    [(smoothed, Y, True), (squared, Y / 3, False), (squared, Y + 1, False)],
+)
+def test_losses_of_the_callers_own(loss, labels, has_error_norm):
+    model = mlp()
+    found = training_dynamics(model, X, labels, loss=loss, batch_size=3)
+    assert set(found) == {"loss", "gradient_norm"} | ({"error_norm"} if has_error_norm else set())
+    for i in range(4):
+        value = loss(model(X[i : i + 1]), labels[i : i + 1])[0]
+        gradient = torch.autograd.grad(value, list(model.parameters()))
+        assert found["loss"][i].item() == pytest.approx(value.item(), rel=1e-6)
+        norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+        assert found["gradient_norm"][i].item() == pytest.approx(norm, rel=1e-5)
+    if has_error_norm:
+        assert_bitwise(found["error_norm"], training_dynamics(model, X, Y)["error_norm"])
+
+
+def test_whether_gradients_are_enabled_does_not_matter():
+    model = mlp()
+    expected = training_dynamics(model, X, Y)
+    with torch.no_grad():
+        assert_bitwise(training_dynamics(model, X, Y), expected)
+    assert not any(column.requires_grad for column in expected.values())
+    with torch.inference_mode():
+        made = X.clone()
+        message = (
+            r"gradient_norm must be False in torch\.inference_mode\(\), got True; call it outs"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            training_dynamics(model, X, Y)
+        found = training_dynamics(model, made, Y, gradient_norm=False)
+        assert_bitwise(found["loss"].clone(), expected["loss"])
+    with pytest.raises(ValueError, match=r"got tensors made in torch\.inference_mode\(\); clone"):
+        training_dynamics(model, made, Y)
+
+
+def test_outputs_without_logits_are_refused():
+    model = Spoken(lambda z: (z, z))
+    with pytest.raises(TypeError, match="the model's output must be logits, got t"):
+        training_dynamics(model, (X, SCALE), Y)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        training_dynamics(None, X, Y)
+
+
+def test_gradients_that_are_not_finite_name_their_rows():
+    """The loss of sample 2 is 0, and the root's slope there is infinite."""
+    loss = lambda output, labels: output.square().sum(1).mul(labels).sqrt()  # noqa: E731
+    labels = torch.tensor([1.0, 2.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match=r"gradient_norm of every sample must be .* 1 rows \(2\)"):
+        training_dynamics(mlp(), X, labels, loss=loss)
+
+
 def test_frozen_model_is_refused():
     model = mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="model must be given trainable parameters"):
         training_dynamics(model, X, Y)
-
-
-def random_history(n=9, epochs=12):
-    return torch.rand(epochs, n, generator=torch.Generator().manual_seed(4)) < 0.5
-
-
-def test_counter_in_parts_equals_reference_on_the_history(device):
-    """In each epoch the samples come shuffled, in parts, and some of the integers narrow."""
-    history = random_history().to(device)
-    counter = ForgettingCounter(9, device)
-    for epoch, correct in enumerate(history):
-        order = torch.randperm(9, generator=torch.Generator().manual_seed(epoch)).to(device)
-        for part in order.split(4):
-            counter.update(part.to(torch.int32), correct[part].int())
-    counts, never = reference.forgetting(history)
-    assert torch.equal(counter.counts, counts) and torch.equal(counter.never_correct, never)
-    columns = counter.columns()
-    assert torch.equal(columns["forgetting_counts"], counts[:, None].float())
-    assert torch.equal(columns["never_correct"], never[:, None].float())
-
-
-def test_samples_seen_at_different_times():
-    """A sample is compared with its own last prediction, however long ago."""
-    counter = ForgettingCounter(3)
-    for indices, correct in (
-        ([0, 1], [1, 1]),
-        ([1], [0]),
-        ([2], [0]),
-        ([0, 1], [0, 1]),
-        ([1], [0]),
-    ):
-        counter.update(torch.tensor(indices), torch.tensor(correct))
-    assert counter.counts.tolist() == [1, 2, 0]
-    assert counter.never_correct.tolist() == [False, False, True]
-
-
-def test_counter_resumes():
-    history = random_history()
-    whole, first, second = (ForgettingCounter(9) for _ in range(3))
-    everyone = torch.arange(9)
-    for correct in history[:5]:
-        first.update(everyone, correct)
-    second.load_state_dict(first.state_dict())
-    for correct in history:
-        whole.update(everyone, correct)
-    kept = first.state_dict()
-    for correct in history[5:]:
-        second.update(everyone, correct)
-    assert_bitwise(second.state_dict(), whole.state_dict())
-    # the two counters share nothing
-    assert_bitwise(first.state_dict(), kept)
-    with pytest.raises(ValueError, match="state must be of 4 samples, got 9"):
-        ForgettingCounter(4).load_state_dict(whole.state_dict())
-
-
-TWO = torch.tensor([0, 1])
-
-
-@pytest.mark.parametrize(
-    ("indices", "correct", "error", "message"),
-    [
-        (TWO.float(), TWO, TypeError, "indices must be an integer"),
-        (TWO[None], TWO, ValueError, "indices must be 1-dim"),
-        (TWO, TWO[:1], ValueError, "correct must be of length 2"),
-        (TWO, [True, False], TypeError, "correct must be a tensor"),
-        (TWO + 2, TWO, ValueError, r"indices must be in \[0, 3\)"),
-        (TWO - 1, TWO, ValueError, r"indices must be in \[0, 3\)"),
-        (TWO * 0, TWO, ValueError, "indices must be distinct"),
-    ],
-)
-def test_refused_updates_count_nothing(indices, correct, error, message):
-    counter = ForgettingCounter(3)
-    counter.update(torch.arange(3), torch.ones(3))
-    before = counter.state_dict()
-    with pytest.raises(error, match=message):
-        counter.update(indices, correct)
-    assert_bitwise(counter.state_dict(), before)
-
-
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError)])
-def test_refused_sizes(size, error):
-    with pytest.raises(error, match="num_samples must be a positive int"):
-        ForgettingCounter(size)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from comparison import assert_bitwise, snapshot
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from mts_fast.features import embed
 
@@ -28,6 +38,145 @@ def classifier():
 
 def batches(size=4, **options):
     return DataLoader(TensorDataset(IMAGES, torch.arange(11)), batch_size=size, **options)
+
+
+ROWS = torch.arange(22.0).view(11, 2)
+DATA = TensorDataset(ROWS, torch.arange(11))
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+class Backwards(SequentialSampler):
+    """Inherits the name of an order that it does not keep."""
+
+    def __iter__(self):
+        return reversed(range(11))
+
+
+# in the order of their samplers, seen through the samplers of batches; streams; lists
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, batch_size=4),
+        DataLoader(DATA, batch_size=4, sampler=SequentialSampler(DATA)),
+        DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 4, False)),
+        DataLoader(DATA, sampler=BatchSampler(SequentialSampler(DATA), 4, False), batch_size=None),
+        DataLoader(DATA, batch_size=1),
+        DataLoader(Streamed(), batch_size=4),
+        list(ROWS.split(4)),
+        tuple(DataLoader(DATA, batch_size=4)),
+    ],
+)
+def test_loaders_of_known_order(loader):
+    assert torch.equal(embed(nn.Identity(), loader), ROWS)
+    assert torch.equal(embed(nn.Identity(), iter(loader)), ROWS)
+
+
+# all of them give every sample once, in some order
+@pytest.mark.parametrize(
+    ("loader", "why"),
+    [
+        (DataLoader(DATA, batch_size=4, shuffle=True), "shuffle=True or .*RandomSampler"),
+        (DataLoader(DATA, sampler=SubsetRandomSampler(range(11))), "SubsetRandomSampler"),
+        (DataLoader(DATA, sampler=WeightedRandomSampler(torch.ones(11), 11)), "WeightedRandomSam"),
+        (DataLoader(DATA, sampler=Backwards(DATA)), "Backwards"),
+        (DataLoader(DATA, sampler=list(range(11))), "list"),
+        (DataLoader(DATA, batch_sampler=[[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), "list"),
+        (DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, False)), "RandomSam"),
+        (DataLoader(DATA, batch_size=4, num_workers=2, in_order=False), "in_order=False"),
+        (
+            DataLoader(Streamed(), batch_size=4, num_workers=2),
+            "IterableDataset with several workers",
+        ),
+        (set(ROWS.split(4)), "a set, which has none"),
+    ],
+)
+def test_loaders_of_another_order(loader, why):
+    message = f"embed: loader must be in a fixed order, got .*{why}.*; pass shuffle=False"
+    with pytest.raises(ValueError, match=message):
+        embed(nn.Identity(), loader)
+
+
+@pytest.mark.parametrize("out", [None, "x.npy"])
+def test_the_caller_vouches_for_an_order(out, tmp_path):
+    out = None if out is None else tmp_path / out
+    ours = DataLoader(DATA, batch_sampler=[list(range(6)), list(range(6, 11))])
+    assert torch.equal(embed(nn.Identity(), ours, ordered=True, out=out), ROWS)
+    with pytest.raises(TypeError, match="ordered must be True or False, got str 'yes'"):
+        embed(nn.Identity(), ours, ordered="yes", out=out)
+
+
+# in memory as well as with a file: fewer samples than there are, or more
+@pytest.mark.parametrize("out", [None, "x.npy"])
+@pytest.mark.parametrize(
+    ("loader", "count"),
+    [
+        (DataLoader(DATA, batch_size=4, drop_last=True), "8;"),
+        (DataLoader(DATA, batch_sampler=[[3, 4]]), "2;"),
+        (DataLoader(DATA, batch_sampler=[list(range(11)), [0, 1]]), "13 or more;"),
+    ],
+)
+def test_samples_left_out_or_repeated(loader, count, out, tmp_path):
+    out = None if out is None else tmp_path / out
+    message = f"loader must be of 11 samples, as its dataset, got {count} pass drop_last=False; emb"
+    with pytest.raises(ValueError, match=message):
+        embed(nn.Identity(), loader, ordered=True, out=out)
+    assert list(tmp_path.iterdir()) == []
+    part = DataLoader(Subset(DATA, [3, 4, 7]), batch_size=2)
+    assert torch.equal(embed(nn.Identity(), part, out=out), ROWS[[3, 4, 7]])
+
+
+@pytest.mark.parametrize("out", [None, "x.npy"])
+@pytest.mark.parametrize(
+    ("last", "got"),
+    [
+        (torch.ones(2, 3), r"a float32 tensor of shape \(2, 3\)"),
+        (torch.ones(2, 2).double(), "float64"),
+    ],
+)
+def test_batches_that_differ(last, got, out, tmp_path):
+    class Sized(list):
+        dataset = range(6)
+
+    out = None if out is None else tmp_path / out
+    message = rf"the model's output must be \[B, 2\] torch.float32 in every batch, got .*{got}"
+    with pytest.raises(ValueError, match=message):
+        embed(nn.Identity(), Sized([ROWS[:4], last]), out=out)
+    assert list(tmp_path.iterdir()) == []
+
+
+INDEX, TOKENS = torch.arange(11), torch.arange(22).view(11, 2) % 7
+
+
+@pytest.mark.parametrize(
+    "rest", [[(ROWS, INDEX)], [{"x": ROWS}], [[ROWS]], [ROWS, INDEX], [TOKENS]]
+)
+def test_indices_are_not_taken_for_inputs(rest):
+    """Which a model of integers would take without a word."""
+    message = r"batches must be inputs first, got a int64 .*, as of indices, before .*; leave the"
+    with pytest.raises(TypeError, match=f"embed: loader's {message}"):
+        embed(nn.Embedding(11, 3), [(INDEX, *rest)])
+
+
+def test_integers_that_are_inputs():
+    model = nn.Embedding(11, 3)
+    expected = model.weight.detach()
+    assert torch.equal(embed(model, [TOKENS, TOKENS]), expected[TOKENS].mean(1).repeat(2, 1))
+    assert torch.equal(embed(model, [(TOKENS, INDEX)]), expected[TOKENS].mean(1))
+    # one number a sample, and a label
+    assert torch.equal(embed(model, [(INDEX, INDEX)]), expected)
+
+
+def test_a_model_on_another_device_comes_back_where_the_call_fails(device):
+    model = classifier()
+    with pytest.raises(OSError, match="image 7 is unreadable"):
+        embed(model, DataLoader(Broken(7), batch_size=2), device=device)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    embed(model, batches(), device=device)
+    assert {t.device.type for t in model.state_dict().values()} == {device.type}
 
 
 def hidden(model):
@@ -108,6 +257,27 @@ def test_old_file_survives(tmp_path):
     [
         (classifier(), batches(shuffle=True), {}, ValueError, "loader must be in a fixed order"),
         (classifier(), [], {}, ValueError, "loader must be non-empty"),
+        (classifier(), None, {}, TypeError, "loader must be an iterable of batches, got NoneType"),
+        (classifier(), "data", {}, TypeError, "loader must be an iterable of batches, got str"),
+        (classifier(), {"x": 1}, {}, TypeError, "loader must be an iterable of batches, got dict"),
+        (classifier(), IMAGES, {}, TypeError, "loader must be batches, got single samples of Ten"),
+        (classifier(), DATA, {}, TypeError, "loader must be batches, got single samples of Tensor"),
+        (classifier(), [torch.tensor(3.0)], {}, ValueError, "loader's batches must be .* B >= 1"),
+        (classifier(), [IMAGES[:0]], {}, ValueError, "loader's batches must be .* B >= 1"),
+        (None, batches(), {}, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        (classifier().to("meta"), batches(), {}, ValueError, "model must be on a device that ho"),
+        (classifier(), batches(), {"device": "gpu"}, ValueError, "device must be a device of this"),
+        (
+            classifier(),
+            batches(),
+            {"device": "meta"},
+            ValueError,
+            "device must be on a device that",
+        ),
+        (classifier(), batches(), {"device": 1.5}, TypeError, "device must be a device of this"),
+        (classifier(), batches(), {"device": "cuda:99"}, ValueError, "device must be a device of"),
+        (classifier(), batches(), {"layer": 5}, TypeError, "layer must be a module path"),
+        (classifier(), batches(), {"out": 5}, TypeError, "out must be a path"),
         (classifier(), [{"x": IMAGES}], {}, TypeError, "loader must be batches of tensors"),
         (classifier(), [IMAGES], {"out": "x.npy"}, ValueError, "loader must be of known length"),
         (classifier(), batches(), {"out": "x.pt"}, ValueError, "out must be a .npy file"),
@@ -149,6 +319,15 @@ def test_pretrained_models_by_name(monkeypatch):
         ("vit_tiny", {"pretrained": True, "num_classes": 0}),
         ("resnet18", {"weights": "DEFAULT"}),
     ]
+
+    def unknown(name, **options):
+        raise RuntimeError(f"Unknown model ({name})")
+
+    timm.create_model = unknown
+    with pytest.raises(
+        ValueError, match=r"model must be one that timm has, got 'timm:x' \(Unknown"
+    ):
+        embed("timm:x", batches())
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="install a timm that fits this torch"):
         embed("timm:vit_tiny", batches())

@@ -30,6 +30,20 @@ def test_online_features_equal_a_loop(k, device):
     assert nearest[2].abs().max() == 0 and centroid[2] == 0
 
 
+# squares vanish, or overflow; powers of two, so that the numbers themselves stay the same.
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(torch.float16, 12), (torch.float32, -100), (torch.float32, 120), (torch.float64, -1000)],
+)
+def test_online_features_do_not_depend_on_the_scale(dtype, power, device):
+    x, val = (t.to(dtype) for t in activations(device))
+    x[2] = 0
+    expected = online_features(x, val)
+    factor = torch.tensor(2.0, dtype=torch.float64).pow(power)
+    scaled = [(t.double() * factor).to(dtype) for t in (x, val)]
+    assert_bitwise(online_features(*scaled), expected)
+
+
 X, V = torch.randn(6, 4), torch.randn(5, 4)
 
 
@@ -120,10 +134,36 @@ def test_standardizer_resumes(device):
     assert_bitwise(resumed.state_dict(), whole.state_dict())
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0])  # below and above the half-open interval
-def test_refused_momentum(momentum):
-    with pytest.raises(ValueError, match=r"online_momentum must be None or in \[0, 1\)"):
+# below and above the half-open interval; what is no number
+@pytest.mark.parametrize(
+    ("momentum", "error"),
+    [
+        *((value, ValueError) for value in (-0.1, 1.0, 2.0, float("nan"))),
+        *((value, TypeError) for value in ("0.9", True, torch.tensor(0.9))),
+    ],
+)
+def test_refused_momentum(momentum, error):
+    with pytest.raises(error, match=r"online_momentum must be None or in \[0, 1\)"):
         OnlineStandardizer(momentum)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (None, TypeError, "state must be a mapping, got NoneType"),
+        ({}, TypeError, r"state\['running'\] must be a mapping, got NoneType"),
+        ({"running": {"a": V[0, :2], "b": 3}}, TypeError, r"\['b'\] must be a tensor"),
+        ({"running": {"a": V[0, :2], "b": V[0]}}, ValueError, r"\['b'\] must be a mean and a var"),
+        ({"running": {"a": V[0, :2].int()}}, TypeError, r"\['a'\] must be a floating-point"),
+    ],
+)
+def test_refused_states_change_nothing(state, error, message):
+    standardize = OnlineStandardizer(0.9)
+    standardize("nearest", V)
+    before = standardize.state_dict()
+    with pytest.raises(error, match=rf"OnlineStandardizer\.load_state_dict: .*{message}"):
+        standardize.load_state_dict(state)
+    assert_bitwise(standardize.state_dict(), before)
 
 
 class TwoHeads(nn.Module):
@@ -165,5 +205,33 @@ def test_penultimate_features(device):
 def test_refused_layers():
     with pytest.raises(ValueError, match=r"feature_layer must be a module path \(conv, out, side"):
         PenultimateFeatures(TwoHeads(), "fc")
+    with pytest.raises(TypeError, match=r"feature_layer must be a module path \(.*, got int 3"):
+        PenultimateFeatures(TwoHeads(), 3)
+    with pytest.raises(TypeError, match=r"MTSStep: model must be a torch\.nn\.Module"):
+        PenultimateFeatures(None)
     with pytest.raises(ValueError, match=r"given for a model without nn\.Linear"):
         PenultimateFeatures(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+
+
+class Words(nn.Module):
+    """A layer that is called by keyword, and one that takes integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        return self.head(input=self.embed(tokens))
+
+
+def test_layers_called_by_keyword_and_layers_without_numbers():
+    model, tokens = Words(), torch.arange(6).view(2, 3)
+    features = PenultimateFeatures(model)
+    with features.capture():
+        model(tokens)
+        assert torch.equal(features.taken(), model.embed(tokens).mean(1))
+    features = PenultimateFeatures(model, "embed")
+    message = "the input of layer 'embed' must be .* numbers, got a int64 tensor of shape"
+    with features.capture(), pytest.raises(TypeError, match=message):
+        model(tokens)

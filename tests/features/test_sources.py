@@ -1,5 +1,7 @@
 """Embeddings in files: every format gives the same rows, and bad files are refused by name."""
 
+import io
+import struct
 import zipfile
 
 import numpy as np
@@ -70,6 +72,14 @@ def test_vectors(dtype, tmp_path):
     assert open_vector(tmp_path / "y.npz", key="y").tolist() == y.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_vectors_are_refused(dtype, tmp_path):
+    np.save(tmp_path / "y.npy", np.array([0, 60_000, 3], dtype=dtype))
+    message = rf"must be an array of signed .*, got dtype {np.dtype(dtype)}; save it as int64"
+    with pytest.raises(ValueError, match=message):
+        open_vector(tmp_path / "y.npy")
+
+
 def truncated(path):
     as_npy(path, X)
     (path / "x.npy").write_bytes((path / "x.npy").read_bytes()[:-8])
@@ -128,9 +138,108 @@ def another_suffix(path):
     return "x.csv"
 
 
+def long_double(path):
+    np.save(path / "x.npy", np.ones((3, 2), dtype=np.longdouble))
+    return "x.npy"
+
+
+def complex_numbers(path):
+    np.save(path / "x.npy", np.ones((3, 2), dtype=np.complex64))
+    return "x.npy"
+
+
+def header(shape, dtype="<f4"):
+    """The header of a .npy file of any shape."""
+    out = io.BytesIO()
+    description = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, description)
+    return out.getvalue()
+
+
+def negative_rows(path):
+    (path / "x.npy").write_bytes(header((-3, 2)) + bytes(24))
+    return "x.npy"
+
+
+def huge(path):
+    (path / "x.npy").write_bytes(header((5 * 10**15, 2)) + bytes(24))
+    return "x.npy"
+
+
+def hostile_header(path):
+    (path / "x.npy").write_bytes(header((3, 2)).replace(b"(3, 2)", b"(3,2),") + bytes(24))
+    return "x.npy"
+
+
+def nested_header(path):
+    text = b"{'descr': " + b"(" * 3000 + b"\n"
+    (path / "x.npy").write_bytes(np.lib.format.magic(1, 0) + struct.pack("<H", len(text)) + text)
+    return "x.npy"
+
+
+def member(path, data, compression):
+    with zipfile.ZipFile(path / "x.npz", "w", compression) as archive:
+        archive.writestr("x.npy", data)
+        archive.writestr("y.npy", header((64, 2)) + bytes(512))
+    return "x.npz"
+
+
+def short_member(path):
+    """Stored: what lies behind it would be read as its rows."""
+    return member(path, header((9, 2)) + bytes(24), zipfile.ZIP_STORED)
+
+
+def long_member(path):
+    return member(path, header((2, 2)) + bytes(24), zipfile.ZIP_STORED)
+
+
+def huge_member(path):
+    return member(path, header((5 * 10**15, 2)) + bytes(24), zipfile.ZIP_DEFLATED)
+
+
+def negative_member(path):
+    return member(path, header((-3, -2)) + bytes(24), zipfile.ZIP_DEFLATED)
+
+
+def encrypted_member(path):
+    name = member(path, header((3, 2)) + bytes(24), zipfile.ZIP_STORED)
+    data = bytearray((path / name).read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + flags] |= 1
+    (path / name).write_bytes(data)
+    return name
+
+
+def damaged_member(path):
+    """The data do not fit their checksum."""
+    name = member(path, header((300, 2)) + bytes(2400), zipfile.ZIP_DEFLATED)
+    data = bytearray((path / name).read_bytes())
+    data[60] ^= 1
+    (path / name).write_bytes(data)
+    return name
+
+
+def eight_bits(path):
+    save_file({"x": torch.ones(3, 2).to(torch.float8_e4m3fn)}, path / "x.safetensors")
+    return "x.safetensors"
+
+
 @pytest.mark.parametrize(
     "write",
     [
+        long_double,
+        complex_numbers,
+        negative_rows,
+        huge,
+        hostile_header,
+        nested_header,
+        short_member,
+        long_member,
+        huge_member,
+        negative_member,
+        encrypted_member,
+        damaged_member,
+        eight_bits,
         truncated,
         truncated_zip,
         truncated_safetensors,
@@ -146,8 +255,9 @@ def another_suffix(path):
 )
 def test_bad_files_are_refused_by_name(write, tmp_path):
     name = write(tmp_path)
-    with pytest.raises(ValueError, match=f"open_embeddings: file '.*{name}' must be .*, got "):
-        open_embeddings(tmp_path / name)
+    key = "x" if name == "x.npz" else None
+    with pytest.raises(ValueError, match=f"open_embeddings: file '.*{name}' must be .*, got .*; "):
+        open_embeddings(tmp_path / name, key=key)
 
 
 def test_other_refusals(tmp_path):
@@ -159,6 +269,15 @@ def test_other_refusals(tmp_path):
     path, _ = as_npz(tmp_path, X)
     with pytest.raises(ValueError, match=r"key must be one of \['labels', 'x'\] in .*, got none"):
         open_embeddings(path)
+    with pytest.raises(TypeError, match=r"open_embeddings: path must be a path \(str or pathlib"):
+        open_embeddings(None)
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(FileNotFoundError, match="must be an existing file, got the folder"):
+        open_embeddings(tmp_path / "folder.npy")
+    with pytest.raises(ValueError, match=r"key must be None for '.*i\.npy', got 'x'; a \.npy file"):
+        open_embeddings(tmp_path / "i.npy", key="x")
+    with pytest.raises(TypeError, match="key must be a name or None, got int 0"):
+        open_embeddings(path, key=0)
     with pytest.raises(ValueError, match=r"key must be one of .*, got 'y'"):
         open_embeddings(path, key="y")
     with pytest.raises(ValueError, match=r"an \[N\] array, got shape \(23, 5\); name another with"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mts_fast
+from mts_fast.hypergradient import ENGINES
 from mts_fast.hypergradient.ghost.rules import LayerRule, _rules
 
 X, Y = torch.linspace(-1, 1, 24).view(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -143,16 +144,26 @@ def lstm():
     return Model()
 
 
+# how each is made, what ghost says, and the engine that serves it
 REFUSED = {
-    "batchnorm": (batchnorm, "1: BatchNorm1d in train mode mixes the samples of a batch"),
-    "bare_batchnorm": (bare_batchnorm, "1: BatchNorm1d in train mode mixes the samples"),
-    "sine": (Sine, "layer.weight is used by sin, which the engine cannot replay"),
-    "patched": (patched, "0.weight is used by exp, which the engine cannot replay"),
-    "lstm": (lstm, "rnn.weight_ih_l0.* is used by lstm"),
-    "checkpoint": (lambda: Checkpointed(True), "body.* reentrant checkpointing"),
+    "batchnorm": (
+        batchnorm,
+        "1: BatchNorm1d in train mode mixes the samples of a batch",
+        "forward_mode",
+    ),
+    "bare_batchnorm": (
+        bare_batchnorm,
+        "1: BatchNorm1d in train mode mixes the samples",
+        "forward_mode",
+    ),
+    "sine": (Sine, "layer.weight is used by sin, which the engine cannot replay", "forward_mode"),
+    "patched": (patched, "0.weight is used by exp, which the engine cannot replay", "forward_mode"),
+    "lstm": (lstm, "rnn.weight_ih_l0.* is used by lstm", "double_backward"),
+    "checkpoint": (lambda: Checkpointed(True), "re-entrant activation checkpointing", "none"),
     "compiled": (
         lambda: torch.compile(nn.Linear(4, 3), backend="eager"),
         "the model: compiled by torch.compile",
+        "forward_mode",
     ),
 }
 SERVED = {
@@ -165,13 +176,13 @@ SERVED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_models_and_their_reasons(case, device):
-    build, reason = REFUSED[case]
+    build, reason, choice = REFUSED[case]
     model = build().to(device)
     found = mts_fast.explain_engine(model, X.to(device), Y.to(device))
-    assert found.choice == "finite_difference"
-    assert found.reasons["finite_difference"] == []
+    assert found.choice == choice
+    assert choice == "none" or found.reasons[choice] == []
     assert any(re.search(reason, why) for why in found.reasons["ghost"]), found.reasons["ghost"]
-    assert "engine='auto' takes finite_difference" in str(found)
+    assert f"engine='auto' takes {choice}" in str(found)
 
 
 @pytest.mark.parametrize("case", SERVED)
@@ -185,7 +196,7 @@ def test_served_models_are_exact(case, device):
 
 def test_without_a_batch_only_what_shows_without():
     found = mts_fast.explain_engine(batchnorm())
-    assert found.choice == "finite_difference" and not found.with_batch
+    assert found.choice == "forward_mode" and not found.with_batch
     assert "what a forward shows is not known" in str(found)
     assert {p.path: p.seen_as for p in found.parameters}["1.weight"] == "in BatchNorm1d"
     assert mts_fast.explain_engine(Sine()).choice == "ghost"
@@ -203,7 +214,7 @@ def test_check_serves_every_model(name, device):
     assert check.ok, str(check)
     assert check.dots["finite_difference"] < 1e-6  # smooth models; observed 4e-9
     served = {name for name, error in check.dots.items() if error is not None}
-    assert set(check.refusals) == {"ghost", "finite_difference", "forward_mode"} - served
+    assert set(check.refusals) == set(ENGINES) - served
 
 
 def test_check_finds_a_wrong_rule(device, monkeypatch):
@@ -271,7 +282,7 @@ def test_loss_that_mixes_samples():
     assert found.reasons["ghost"] == [
         "weight: samples are mixed in, or after, the layer that uses it"
     ]
-    assert found.choice == "finite_difference"
+    assert found.choice == "forward_mode"
 
 
 def test_errors_name_the_argument():

@@ -119,7 +119,7 @@ def test_an_lstm_goes_another_way_and_says_so(device, caplog):
     case.model.eval()
     batch = LabelledBatch(case.inputs, case.labels)
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = GradientNorm(case.model)(batch)
+        found = GradientNorm(Objective(case.model))(batch)
     assert "gradient norms: one sample at a time, since ghost cannot: lstm." in caplog.text
     assert relative(found, one_at_a_time(case.model, batch)) < EXACT
 
@@ -135,7 +135,7 @@ def test_a_wild_use_goes_another_way(caplog):
 
     model, batch = Sine().double(), noise()
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = GradientNorm(model)(batch)
+        found = GradientNorm(Objective(model))(batch)
     assert "layer.weight is used by sin" in caplog.text
     assert relative(found, one_at_a_time(model, batch)) < EXACT
 
@@ -143,5 +143,5 @@ def test_a_wild_use_goes_another_way(caplog):
 def test_no_trace(device):
     case = make_case("transformer", device)
     before = snapshot(module=case.model, device=device, gradients=True)
-    GradientNorm(case.model)(LabelledBatch(case.inputs, case.labels))
+    GradientNorm(Objective(case.model))(LabelledBatch(case.inputs, case.labels))
     assert_bitwise(snapshot(module=case.model, device=device, gradients=True), before)

@@ -10,7 +10,8 @@ from models import make_case
 
 from mts_fast import reference, use_backend
 from mts_fast._triton import recorded_launches
-from mts_fast.hypergradient import LabelledBatch, Objective, make_engine
+from mts_fast.hypergradient import LabelledBatch, Objective
+from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.ops.perturb import global_norm, perturb
 from mts_fast.ops.registry import resolve
 
@@ -126,7 +127,7 @@ def test_finite_difference_engine(device):
     found = {}
     for backend in ("reference", "triton"):
         with use_backend(backend):
-            engine = make_engine("finite_difference", Objective(case.model), parameters)
+            engine = FiniteDifference(Objective(case.model), parameters)
             found[backend] = engine.dots(LabelledBatch(case.inputs, case.labels), direction)
     assert relative(found["triton"], found["reference"]) < 1e-9  # observed 5e-11
 

@@ -312,24 +312,24 @@ def test_tensor_learning_rate(name, device):
 TINY = (0.0, 1e-20, 1e-13, 1e-8, 1.0)
 
 
-@pytest.mark.parametrize("value", TINY)
 @pytest.mark.parametrize("steps", STEPS_TAKEN)
 @pytest.mark.parametrize("name", ["adam", "adam_maximize"])  # as it is; with its sign turned
-def test_gradients_around_eps(name, steps, value, device):
-    """Alone in a call, so that none is noise beside a larger one."""
-    optimizer, _, v = make(name, device, steps=0, shapes=[(1,)])
-    optimizer.param_groups[0]["weight_decay"] = 0.0
-    gradients = [torch.tensor([value], device=device)]
-    for _ in range(steps):
-        step_with(optimizer, [g.clone() for g in gradients])
-    (p,) = trainable_parameters(optimizer)
-    truth = [wide(t) for t in (p.detach(), gradients[0], optimizer_states(optimizer)[p])]
-    found = virtual_update(optimizer, gradients, along=v)
-    torch.testing.assert_close(found.parameters[0].double(), reference.virtual_update(*truth))
-    # were a subnormal square flushed to 0, its kappa would be 0, too
-    assert (found.direction[0] == 0) == (value == 0) == found.direction.masked_entries
-    expected = reference.hypergradient_direction(*truth, v[0].double())
-    assert relative(found.direction[0], expected) <= 4e-6  # observed 8e-7, six roundings
+def test_gradients_around_eps(name, steps, device):
+    for size in TINY:  # each alone: beside a usual one the others would be noise
+        optimizer, _, v = make(name, device, steps=0, shapes=[(1,)])
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+        gradients = [torch.tensor([size], device=device)]
+        for _ in range(steps):
+            step_with(optimizer, [g.clone() for g in gradients])
+        (p,) = trainable_parameters(optimizer)
+        truth = [wide(t) for t in (p.detach(), gradients[0], optimizer_states(optimizer)[p])]
+        found = virtual_update(optimizer, gradients, along=v)
+        torch.testing.assert_close(found.parameters[0].double(), reference.virtual_update(*truth))
+        assert (found.direction[0] == 0.0) == (size == 0.0)
+        assert found.direction.masked_entries == (size == 0.0)
+        # were a subnormal square flushed to 0, its kappa would be 0, too
+        expected = reference.hypergradient_direction(*truth, v[0].double())
+        assert relative(found.direction[0], expected) <= 4e-6  # observed 8e-7, six roundings
 
 
 def test_infinite_parameter_without_decay(device):
@@ -338,6 +338,16 @@ def test_infinite_parameter_without_decay(device):
     for state in (SGDState(0.1), AdamState(0.1)):
         run = resolve("virtual_update", [p, g])
         assert torch.equal(run([p], [g], [state])[0], p)
+
+
+def test_betas_as_tensors_on_the_host_are_read(device):
+    optimizer, gradients, _ = make("adam", device, torch.float64, shapes=[(5,)])
+    expected = virtual_update(optimizer, gradients).parameters[0]
+    optimizer.param_groups[0]["betas"] = tuple(
+        torch.tensor(b, dtype=torch.float64) for b in optimizer.param_groups[0]["betas"]
+    )
+    found = virtual_update(optimizer, gradients).parameters[0]
+    assert relative(found, expected) < 1e-14  # observed 0
 
 
 @pytest.mark.parametrize("option", ["betas", "eps", "weight_decay"])

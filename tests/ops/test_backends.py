@@ -2,6 +2,7 @@
 
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from comparison import assert_bitwise
 from mts_fast import reference, use_backend
 from mts_fast._extension import ExtensionStatus, extension
 from mts_fast._triton import _too_old, triton_reasons
-from mts_fast.ops import cross_entropy, current_backend, label_agreement
+from mts_fast.ops import cross_entropy, current_backend, label_agreement, sample_dot
 from mts_fast.ops import registry as registry_module
 
 op_module = __import__("mts_fast.ops.cpp", fromlist=["extension"])
@@ -35,6 +36,63 @@ def test_blocks_nest(monkeypatch):
             raise ZeroDivisionError
         assert current_backend() == "reference"
     assert current_backend() == "auto"
+
+
+@pytest.fixture
+def nothing_in_force(monkeypatch):
+    """Neither by the environment, nor by a call of a test that failed."""
+    monkeypatch.delenv("MTS_FAST_BACKEND", raising=False)
+    before = registry_module._selected.get()
+    registry_module._selected.set(None)
+    yield
+    registry_module._selected.set(before)
+
+
+def test_a_call_of_its_own_holds_from_then_on(nothing_in_force):
+    use_backend("reference")
+    assert current_backend() == "reference"
+    with use_backend("auto"):
+        assert current_backend() == "auto"
+    assert current_backend() == "reference"
+    with pytest.raises(ValueError, match="use_backend: name must be one of"):
+        use_backend("nonsense")
+    assert current_backend() == "reference"
+
+
+def test_a_block_that_was_made_before_is_undone_by_its_end(nothing_in_force):
+    block = use_backend("reference")
+    with block:
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+    with pytest.raises(RuntimeError, match=r"block must be entered once, .*'reference'\) for the"):
+        block.__enter__()
+
+
+def test_decorated_functions(nothing_in_force):
+    """Also where they call themselves, and where they raise."""
+
+    @use_backend("reference")
+    def countdown(n):
+        """Down to 0."""
+        seen = [current_backend()]
+        with use_backend("auto"):
+            seen += countdown(n - 1) if n else []
+            seen.append(current_backend())
+        return [*seen, current_backend()]
+
+    assert current_backend() == "auto" and countdown.__doc__ == "Down to 0."
+    assert countdown(1) == ["reference", *["reference", "auto", "reference"], "auto", "reference"]
+    with pytest.raises(TypeError):
+        countdown("x")
+    assert current_backend() == "auto"
+
+
+def test_threads_have_their_own(nothing_in_force):
+    use_backend("reference")
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(current_backend).result() == "auto"
+        threads.submit(use_backend, "reference").result()
+        assert threads.submit(current_backend).result() == "reference"
 
 
 def test_environment_variable(monkeypatch):
@@ -242,9 +300,20 @@ def test_explicit_cpp_raises_with_the_reason(no_extension, monkeypatch):
         label_agreement(*pool())
 
 
+def test_environment_that_cannot_run_is_never_ignored(no_extension, monkeypatch):
+    """Also by ops that have no kernel in it, as `use_backend` would not let one come so far."""
+    monkeypatch.setenv("MTS_FAST_BACKEND", "cpp")
+    message = f"sample_dot: backend 'cpp' cannot run: {re.escape(REASON)}; unset MTS_FAST_BACKEND"
+    with pytest.raises(RuntimeError, match=message):
+        sample_dot(torch.ones(2, 3), torch.ones(2, 3))
+    with use_backend("auto"):
+        assert sample_dot(torch.ones(2, 3), torch.ones(2, 3)).tolist() == [3.0, 3.0]
+
+
 def test_op_without_a_kernel_runs_the_reference_under_any_backend(monkeypatch):
     """Also one whose kernel is for another kind of device: `cpp` is for the ops that have one."""
     monkeypatch.setattr(registry_module, "_implementations", {})
+    monkeypatch.setattr(registry_module, "backend_reasons", lambda _: [])
     for op in ("nothing", "gpu only", "slower here"):
         registry_module.register(op, "reference", lambda: "reference")
     registry_module.register("gpu only", "cpp", lambda: "cpp", devices=("cuda",))

@@ -73,6 +73,14 @@ def test_ranks(size, classes, dtype, backend):
     assert class_median(values, labels).tolist() == lower
 
 
+def test_names_of_classes_cost_nothing(backend):
+    """Numbers far apart: tables over all numbers in between would take terabytes."""
+    values, labels = torch.randn(50), torch.randint(3, (50,))
+    far = 10**12 * labels + 7
+    assert_bitwise(percentile_rank(values, far), percentile_rank(values, labels))
+    assert_bitwise(class_median(values, far), class_median(values, labels))
+
+
 def test_ranks_of_views_and_of_nothing(backend):
     values, labels = torch.randn(50), torch.randint(3, (50,))
     strided = torch.stack([values, -values], 1)[:, 0]

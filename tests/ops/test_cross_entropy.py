@@ -115,6 +115,19 @@ def test_extreme_logits_stay_finite(device):
     assert found.tolist() == [2e4, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [4, 1000])  # torch's kernel; the C++ one, where it is built
+def test_class_weights_of_another_dtype(classes, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, classes, generator=g), torch.randint(classes, (9,), generator=g)
+    weight = torch.rand(classes, generator=g).to(dtype)
+    found = cross_entropy(logits, labels, class_weight=weight)
+    assert found.dtype == torch.float32
+    truth = F.cross_entropy(logits.double(), labels, weight=weight.double(), reduction="none")
+    assert relative(found, truth) < 1e-6  # observed 1e-7
+
+
+SMOOTHING = "label_smoothing must be a finite number at least 0 and at most 1"
 LOGITS, LABELS, P = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.ones(3)
 
 
@@ -132,7 +145,22 @@ LOGITS, LABELS, P = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.
         ((LOGITS, LABELS, P[:2]), {}, ValueError, "p must be of length 3"),
         ((LOGITS, LABELS, P), {"class_weight": P}, ValueError, "class_weight must be of length 4"),
         ((LOGITS, LABELS, P), {"class_weight": LABELS}, TypeError, "class_weight must be a float"),
-        ((LOGITS, LABELS, P), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"),
+        ((LOGITS, LABELS, P), {"label_smoothing": 1.5}, ValueError, SMOOTHING),
+        ((LOGITS, LABELS, P), {"label_smoothing": torch.nan}, ValueError, SMOOTHING),
+        ((LOGITS, LABELS, P), {"label_smoothing": "0.1"}, TypeError, SMOOTHING),
+        ((LOGITS, LABELS, P), {"label_smoothing": None}, TypeError, SMOOTHING),
+        ((LOGITS, LABELS, P), {"ignore_index": "x"}, TypeError, "ignore_index must be an int"),
+        ((LOGITS, LABELS, P), {"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
+        ((LOGITS, LABELS, P), {"ignore_index": None}, TypeError, "ignore_index must be an int"),
+        ((LOGITS, LABELS, P), {"ignore_index": True}, TypeError, "ignore_index must be an int"),
+        (
+            (LOGITS, LABELS, P),
+            {"ignore_index": 2**63},
+            ValueError,
+            "ignore_index must be an int of 64 bits",
+        ),
+        # -100 in 8 bits without a sign
+        ((LOGITS, (LABELS + 156).byte(), P), {}, ValueError, r"labels must be in \[0, 4\), .* 156"),
     ],
 )
 def test_errors_name_the_argument(arguments, options, error, message):

@@ -69,6 +69,22 @@ def test_other_counts(k, neighbors, tile, backend):
         assert torch.equal(getattr(found, part), getattr(expected, part)), part
 
 
+@pytest.mark.parametrize("size", [40, 131])
+def test_names_of_classes_cost_nothing(size, backend):
+    """Numbers far apart: tables over all numbers in between would take terabytes."""
+    x, y, s = many()
+    found, expected = (NeighborLists.empty(len(x), **COUNTS, like=x) for _ in range(2))
+    for lists, labels in ((found, 10**12 * y + 7), (expected, y)):
+        chunks = split(x, labels, s, size)
+        for i, a in enumerate(chunks):
+            for b in chunks[i:]:
+                neighbor_statistics_(lists, a, b)
+    assert_bitwise(vars(found), vars(expected))
+    assert_bitwise(
+        vars(neighbor_statistics(x, 10**12 * y + 7, s)), vars(neighbor_statistics(x, y, s))
+    )
+
+
 # depths below, at and above the kernel's runs of 128; sizes around its panels of 6 to 48 rows
 @pytest.mark.parametrize("dimension", [1, 3, 128, 131, 300])
 @pytest.mark.parametrize("size", [6, 47, 48, 49, 193, 401])
@@ -211,6 +227,7 @@ WITH_NAN[[3, 7], 1] = torch.nan
         ((X, Y, S), {"k": 0}, ValueError, "k must be a positive int, got 0"),
         ((X, Y, S), {"k": -1}, ValueError, "k must be a positive int, got -1"),
         ((X, Y, S), {"neighbors": 24}, ValueError, "neighbors must be below the pool size 24"),
+        ((X, Y, S), {"k": 25}, ValueError, "k must be at most the pool size 24, got 25"),
         ((X, Y, S), {"tile": 0}, ValueError, "tile must be a positive int"),
         ((X[:0], Y[:0], S[:0]), {}, ValueError, "neighbors must be below the pool size 0"),
     ],

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 import mts_fast
+from mts_fast.ops import update_rules
 from mts_fast.ops.virtual_update import check_optimizer
 
 optim = torch.optim
 SGD, Adam, AdamW = optim.SGD, optim.Adam, optim.AdamW
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(update_rules, "_rules", dict(update_rules._rules))
 
 
 def ones(*shape):
@@ -79,6 +86,22 @@ def test_a_rule_of_ones_own():
         expected_masked = factor * expected * torch.tensor([1, 0, 1])
         torch.testing.assert_close(closed[0], expected_masked, rtol=1e-14, atol=0)
         assert closed.masked_entries == 1
+
+
+def test_a_whole_step_with_a_rule_of_ones_own():
+    """The dots add up to <kappa v, gradient>, and the real step is the optimizer's."""
+    mts_fast.register_update_rule(Normalized, NormalizedRule())
+    model = torch.nn.Linear(3, 2).double()
+    selector = mts_fast.Selector(0, 2).double()
+    selector_optimizer = AdamW(selector.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Normalized(model.parameters(), lr=0.5)
+    step = mts_fast.MTSStep(model, optimizer, selector, selector_optimizer, online_features=False)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 2
+    result = step(x, y, val_inputs=x[:2], val_labels=y[:2])
+    assert result.dots.abs().max() > 0 and result.self_check < 1e-12
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close((p - old).norm(), torch.tensor(0.5).double())
 
 
 def test_a_class_may_step_like_another():

@@ -8,6 +8,7 @@ from comparison import assert_bitwise, relative, snapshot
 
 import mts_fast
 from mts_fast import reference
+from mts_fast.ops import update_rules
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 
 optim = torch.optim
@@ -40,8 +41,13 @@ class SmallLion(Lion):
     """Served with a soft sign."""
 
 
-mts_fast.register_update_rule(Lion, mts_fast.LionRule())
-mts_fast.register_update_rule(SmallLion, mts_fast.LionRule(softness=0.5))
+@pytest.fixture(autouse=True)
+def registered_lions(monkeypatch):
+    """For these tests alone."""
+    monkeypatch.setattr(update_rules, "_rules", dict(update_rules._rules))
+    mts_fast.register_update_rule(Lion, mts_fast.LionRule())
+    mts_fast.register_update_rule(SmallLion, mts_fast.LionRule(softness=0.5))
+
 
 # every option once alone, then what meets in one line of a formula
 RULES = {

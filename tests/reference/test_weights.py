@@ -126,6 +126,21 @@ def test_row_seven_in_terms_of_raw_weights(device):
 
 
 Z, ONES = torch.zeros(3), torch.ones(3)
+WEIGHTS = "normalize_weights: class_weight must be finite and at least 0, got values from"
+
+
+def weights(class_weight, log_total=None):
+    return mts_fast.normalize_weights(Z, class_weight=class_weight, log_total=log_total)
+
+
+def test_values_are_not_looked_at_under_transforms():
+    """vmap and torch.compile could not go on past a value that is read."""
+    z, c = torch.randn(4, 3), torch.rand(4, 3)
+    call = lambda z, c: mts_fast.normalize_weights(z, class_weight=c)  # noqa: E731
+    expected = torch.stack([call(*rows) for rows in zip(z, c, strict=True)])
+    assert relative(torch.vmap(call)(z, c), expected) < 1e-6  # observed 1e-7
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    assert relative(compiled(z[0], c[0]), expected[0]) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -144,6 +159,24 @@ Z, ONES = torch.zeros(3), torch.ones(3)
             lambda: mts_fast.normalize_weights(Z, class_weight=ONES[:2]),
             ValueError,
             "class_weight must be of length 3",
+        ),
+        (lambda: weights(ONES * torch.tensor([1, -1, 1])), ValueError, WEIGHTS),
+        (lambda: weights(ONES * torch.tensor([1, torch.nan, 1])), ValueError, WEIGHTS),
+        (lambda: weights(ONES / 0), ValueError, WEIGHTS + ".*weight 0, not 1 / 0"),
+        (lambda: weights(ONES.to("meta")), ValueError, "class_weight must be on cpu like logits"),
+        (lambda: weights(None, 0.5), TypeError, "log_total must be a tensor, got float 0.5"),
+        (lambda: weights(None, ONES), ValueError, "log_total must be 0-dim"),
+        (lambda: weights(None, ONES[0] / 0), ValueError, "log_total must be a number or -inf"),
+        (lambda: weights(None, ONES[0] * torch.nan), ValueError, "log_total must be a number"),
+        (
+            lambda: mts_fast.selector_gradient(Z.to("meta"), Z, Z),
+            ValueError,
+            "dots must be on cpu like logits",
+        ),
+        (
+            lambda: mts_fast.selector_gradient(Z, Z, Z, mean_dot=0.5),
+            TypeError,
+            "mean_dot must be a tensor",
         ),
         (lambda: mts_fast.selector_gradient(Z, Z, Z.int()), TypeError, "p must be a floating"),
         (lambda: mts_fast.selector_gradient(Z[:2], Z, Z), ValueError, "dots must be of shape"),

@@ -121,7 +121,11 @@ def test_self_check_is_small(engine, device):
     for seed in range(3):
         # observed 2e-10 for finite differences, 5e-16
         assert world.step(**world.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
-    assert world.step(**world.arguments(4, two_batches=True)).self_check is None
+    # with a batch of its own only in calls 1, 2, 4, ...: it takes a backward more
+    assert world.step(**world.arguments(4, two_batches=True)).self_check is not None
+    world.step(**world.arguments(5))
+    world.step(**world.arguments(6))
+    assert world.step(**world.arguments(7, two_batches=True)).self_check is None
 
 
 def test_selector_every_third_step(device):
@@ -357,12 +361,24 @@ def test_weights_stay_float32_under_autocast(device):
         ({"backend": "magic"}, ValueError, "backend must be one of 'auto', 'reference'"),
         ({"validation_mode": "both"}, ValueError, "validation_mode must be one of 'eval', 'train'"),
         ({"check": "maybe"}, ValueError, "check must be one of 'auto', 'always', 'never'"),
-        ({"selector_every": 0}, ValueError, "selector_every must be a positive int, got 0"),
-        ({"selector_every": 1.5}, TypeError, "selector_every must be a positive int, got float"),
-        ({"warmup_steps": -1}, ValueError, "warmup_steps must be 0 or more, got -1"),
-        ({"hypergradient_lr": 0.0}, ValueError, "hypergradient_lr must be None or positive"),
+        ({"selector_every": 0}, ValueError, "selector_every must be an int of 1 or more, got 0"),
+        (
+            {"selector_every": 1.5},
+            TypeError,
+            "selector_every must be an int of 1 or more, got float",
+        ),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be an int of 0 or more, got -1"),
+        (
+            {"hypergradient_lr": 0.0},
+            ValueError,
+            "hypergradient_lr must be a finite number above 0, got 0.0",
+        ),
         ({"feature_layer": "fc"}, ValueError, r"feature_layer must be a module path \(0, 1, 2"),
-        ({"online_momentum": 1.0}, ValueError, r"online_momentum must be None or in \[0, 1\)"),
+        (
+            {"online_momentum": 1.0},
+            ValueError,
+            "online_momentum must be a finite number at least 0 and below 1, got 1.0",
+        ),
     ],
 )
 def test_refused_options(options, error, message):

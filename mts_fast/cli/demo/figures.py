@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mts_fast._files import replaced_file, writing
 from mts_fast.cli.demo.arms import SeedResult
 from mts_fast.cli.demo.scenario import CLASSES, KINDS, REAL, Scenario, make_scenario
 
@@ -132,6 +133,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path, *, tight: bool = True) -> Path:
     if tight:
         figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replaced_file("demo", path) as part, writing("demo", path):
+        figure.savefig(part, dpi=110)
     _pyplot().close(figure)
     return path

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast._check import fail
+
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
-# third byte of an IDX file: unsigned bytes
-IDX_UNSIGNED_BYTE = 8
+FASHION_SIDE, FASHION_CLASSES = 28, 10
+# real and validation images are ten of each class, and others serve as base images and tests
+LEAST_PER_CLASS = 21
+# an IDX file: 4 bytes, of which the third says unsigned bytes and the fourth counts axes, then 4
+# bytes for the length of each axis
+IDX_MAGIC, IDX_UNSIGNED_BYTE, IDX_AXIS = 4, 8, 4
 DIGITS_MAXIMUM = 16.0
 
 
@@ -50,31 +59,55 @@ def load_fashion(root: str | None = None) -> tuple[LabelledImages, LabelledImage
 
     Raises:
         FileNotFoundError: no IDX files under `root`; says how to get them.
+        ValueError: a damaged or foreign file.
     """
-    folder = Path(root or FASHION_ROOT)
+    folder = Path(FASHION_ROOT if root is None else root)
     sets = []
-    for part in ("train", "t10k"):
-        pixels = _read_idx(folder, f"{part}-images-idx3-ubyte")
+    for part, least in (("train", LEAST_PER_CLASS), ("t10k", 1)):
+        name = f"{part}-images-idx3-ubyte"
+        pixels = _read_idx(folder, name)
+        if pixels.shape[1:] != (FASHION_SIDE, FASHION_SIDE):
+            expected = f"of images of {FASHION_SIDE} x {FASHION_SIDE}"
+            _refuse(folder / name, expected, f"shape {pixels.shape}")
         images = F.avg_pool2d(torch.from_numpy(pixels).float()[:, None] / 255, 2)
-        labels = torch.from_numpy(_read_idx(folder, f"{part}-labels-idx1-ubyte")).long()
-        sets.append(LabelledImages(images, labels))
+        name = f"{part}-labels-idx1-ubyte"
+        labels = _read_idx(folder, name)
+        if labels.shape != pixels.shape[:1]:
+            expected = f"of a label for each of the {len(pixels)} images"
+            _refuse(folder / name, expected, f"shape {labels.shape}")
+        counts = np.bincount(labels, minlength=FASHION_CLASSES)
+        if len(counts) > FASHION_CLASSES or counts.min() < least:
+            expected = f"of classes 0 to 9, {least} images of each or more"
+            _refuse(folder / name, expected, f"counts {counts[: FASHION_CLASSES + 1].tolist()}")
+        sets.append(LabelledImages(images, torch.from_numpy(labels).long()))
     return sets[0], sets[1]
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
     """One IDX file, plain or gzipped."""
-    for path, opener in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
-        if path.exists():
-            with opener(path, "rb") as file:
-                data = file.read()
-            break
-    else:
-        raise FileNotFoundError(
-            f"demo: root must be a folder with Fashion-MNIST's IDX files, got {str(folder)!r} "
-            f"without {name}[.gz]; on Debian `apt-get install dataset-fashion-mnist`"
-        )
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != IDX_UNSIGNED_BYTE:
-        raise ValueError(f"demo: {name} must be an IDX file of unsigned bytes, got other content")
-    axes = data[3]
-    shape = np.frombuffer(data, ">i4", axes, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    paths = [path for path in (folder / f"{name}.gz", folder / name) if path.exists()]
+    if not paths:
+        expected = "a folder with Fashion-MNIST's IDX files"
+        got = f"{str(folder)!r} without {name}[.gz]"
+        hint = "on Debian `apt-get install dataset-fashion-mnist`"
+        fail(FileNotFoundError, "demo", "--root", expected, got, hint)
+    path = paths[0]
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        _refuse(path, "a complete gzip file", error)
+    if len(data) < IDX_MAGIC or data[:2] != b"\0\0" or data[2] != IDX_UNSIGNED_BYTE:
+        _refuse(path, "an IDX file of unsigned bytes", "other content")
+    start = IDX_MAGIC + IDX_AXIS * data[3]
+    if len(data) < start:
+        _refuse(path, "a complete IDX file", f"{len(data)} bytes")
+    shape = np.frombuffer(data, ">u4", data[3], IDX_MAGIC).tolist()
+    if len(data) != start + math.prod(shape):
+        expected = f"of {start + math.prod(shape)} bytes, for shape {shape}"
+        _refuse(path, expected, f"{len(data)} bytes")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+
+
+def _refuse(path: Path, expected: str, got: object) -> NoReturn:
+    fail(ValueError, "demo", f"file {str(path)!r}", expected, got, "fetch it once more")

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
-import queue
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from mts_fast._files import replaced_file, writing
 from mts_fast.cli.demo.arms import ARMS, SeedResult, run_seed
 from mts_fast.cli.demo.classifiers import SETTINGS, Settings
 from mts_fast.cli.demo.figures import draw_figures
+from mts_fast.cli.demo.tables import plus_minus, print_table
+from mts_fast.cli.demo.workers import run_seeds, tell
+from mts_fast.cli.outputs import output_folder
 
 # steps reported to the progress bar at once
 REPORT_EVERY = 20
@@ -30,61 +31,65 @@ REPORT_EVERY = 20
 def run_demo(
     data: str, seeds: Sequence[int], out: Path, root: str | None, steps: int | None
 ) -> list[SeedResult]:
-    """Train all arms for all seeds, print the table and fill `out`."""
-    console = Console()
+    """Train all arms for all seeds, fill `out` and print the table."""
     settings = SETTINGS[data]
     if steps is not None:
         settings = Settings(**{**asdict(settings), "steps": steps})
-    results = _train(data, seeds, root, settings, console)
-    rows = summarize(results)
-    console.print(render(data, rows, len(seeds)))
-    _explain(console, rows)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "data": data,
-        "seeds": list(seeds),
-        "settings": asdict(settings),
-        "machine": machine(),
-        "summary": rows,
-        "runs": [
-            {k: v for k, v in asdict(r).items() if k not in ("weights", "curves")} for r in results
-        ],
-    }
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    pictures = draw_figures(data, results, root, out)
-    console.print(f"Written to {out}/: results.json, " + ", ".join(p.name for p in pictures))
+    with output_folder("demo", "--out", out):
+        results = _train(data, seeds, root, settings)
+        rows = summarize(results)
+        record = {
+            "data": data,
+            "seeds": list(seeds),
+            "settings": asdict(settings),
+            "machine": machine(),
+            "summary": rows,
+            "runs": [
+                {k: v for k, v in asdict(r).items() if k not in ("weights", "curves")}
+                for r in results
+            ],
+        }
+        console = Console()
+        try:
+            save_record(record, out)
+            pictures = draw_figures(data, results, root, out)
+        finally:  # on a disk that has filled up meanwhile the table is all that is left
+            print_table(console, *render(data, rows, len(seeds), plus_minus(console)))
+            _explain(console, rows)
+    names = ", ".join(["results.json", *(path.name for path in pictures)])
+    console.print(f"Written to {out}/: {names}", markup=False)
     return results
 
 
+def save_record(record: dict[str, Any], out: Path) -> None:
+    """Write results.json, whole or not at all."""
+    path = out / "results.json"
+    with replaced_file("demo", path) as part, writing("demo", path):
+        part.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _train(
-    data: str, seeds: Sequence[int], root: str | None, settings: Settings, console: Console
+    data: str, seeds: Sequence[int], root: str | None, settings: Settings
 ) -> list[SeedResult]:
     """One process per core; each works through whole seeds with one thread."""
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(seeds), os.cpu_count() or 1)
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-        ) as bars,
-    ):
-        messages = manager.Queue()
-        futures = [pool.submit(_work, data, s, root, settings, messages) for s in seeds]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         total = len(ARMS) * settings.steps
         tasks = {s: bars.add_task(f"seed {s}: waiting", total=total) for s in seeds}
-        while not all(f.done() for f in futures):
-            try:
-                seed, arm, taken = messages.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            bars.update(tasks[seed], advance=taken, description=f"seed {seed}: {arm:<30}")
-        for seed, task in tasks.items():
-            bars.update(task, completed=total, description=f"seed {seed}: done")
-        return [f.result() for f in futures]
+
+        def report(seed: int, arm: str, steps: int) -> None:
+            bars.update(tasks[seed], advance=steps, description=f"seed {seed}: {arm:<30}")
+
+        def ended(seed: int, well: bool) -> None:
+            if well:
+                bars.update(tasks[seed], completed=total, description=f"seed {seed}: done")
+            else:
+                bars.update(tasks[seed], description=f"seed {seed}: failed")
+
+        return run_seeds(partial(_work, data, root, settings), seeds, report, ended)
 
 
-def _work(data: str, seed: int, root: str | None, settings: Settings, messages: Any) -> SeedResult:
+def _work(data: str, root: str | None, settings: Settings, seed: int) -> SeedResult:
     torch.set_num_threads(1)
     counted = 0
 
@@ -92,7 +97,7 @@ def _work(data: str, seed: int, root: str | None, settings: Settings, messages: 
         nonlocal counted
         counted += steps
         if counted >= REPORT_EVERY:
-            messages.put((seed, arm, counted))
+            tell(seed, arm, counted)
             counted = 0
 
     return run_seed(data, seed, root, settings, report)
@@ -118,17 +123,17 @@ def summarize(results: Sequence[SeedResult]) -> dict[str, dict[str, float | None
     return rows
 
 
-def render(data: str, rows: dict[str, dict[str, float | None]], seeds: int) -> Table:
-    """The table for the terminal."""
-    table = Table(title=f"{data}: mean and spread over {seeds} seeds")
-    table.add_column("trained on")
-    for column in ("test accuracy %", "AUC of weights", "seconds"):
-        table.add_column(column, justify="right")
+def render(
+    data: str, rows: dict[str, dict[str, float | None]], seeds: int, sign: str
+) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of the table; `sign` stands between a mean and its spread."""
+    lines = []
     for arm, row in rows.items():
-        auc = "" if row["auc"] is None else f"{row['auc']:.2f} ± {row['auc_spread']:.2f}"
-        accuracy = f"{row['accuracy']:.1f} ± {row['accuracy_spread']:.1f}"
-        table.add_row(arm, accuracy, auc, f"{row['seconds']:.1f}")
-    return table
+        auc = "" if row["auc"] is None else f"{row['auc']:.2f} {sign} {row['auc_spread']:.2f}"
+        accuracy = f"{row['accuracy']:.1f} {sign} {row['accuracy_spread']:.1f}"
+        lines.append([arm, accuracy, auc, f"{row['seconds']:.1f}"])
+    columns = ["trained on", "test accuracy %", "AUC of weights", "seconds"]
+    return f"{data}: mean and spread over {seeds} seeds", columns, lines
 
 
 def _explain(console: Console, rows: dict[str, dict[str, float | None]]) -> None:

@@ -7,20 +7,20 @@ mid-training; only the batch is drawn again.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mts_fast.cli.demo.classifiers import SETTINGS, train_weighted
 from mts_fast.cli.demo.figures import draw_batch_size_study
-from mts_fast.cli.demo.run import machine
+from mts_fast.cli.demo.run import machine, save_record
 from mts_fast.cli.demo.scenario import Scenario, make_scenario
 from mts_fast.cli.demo.selection import MTSRun, pool_features
+from mts_fast.cli.demo.tables import print_table
+from mts_fast.cli.outputs import output_folder
 from mts_fast.diagnostics import GSNRMeter
 from mts_fast.features import ForgettingCounter
 
@@ -32,34 +32,41 @@ STOP_SHARE = 0.4
 
 def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> list[dict]:
     """Train to mid-way, then measure; writes results.json and gsnr_by_batch_size.png."""
-    console = Console()
-    scenario = make_scenario(data, seed, root)
-    run = _mid_training(scenario, data, seed, console)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        _measure(run, size, generator) for size in track(BATCH_SIZES, "measuring", console=console)
-    ]
-    table = Table(title=f"{data}: GSNR of the selector gradient, {DRAWS} draws, parameters fixed")
-    for column in ("selector batch", "GSNR over draws", "GSNR within one batch (mean)"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        values = (row["gsnr_over_draws"], row["gsnr_within_batch"])
-        table.add_row(str(row["batch_size"]), *(f"{v:.3f}" for v in values))
-    console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "data": data,
-        "seed": seed,
-        "draws": DRAWS,
-        "stop_share": STOP_SHARE,
-        "settings": asdict(SETTINGS[data]),
-        "machine": machine(),
-        "rows": rows,
-    }
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
-    console.print(f"Written to {out}/: results.json, {picture.name}")
+    with output_folder("demo", "--out", out):
+        progress = Console(stderr=True)
+        scenario = make_scenario(data, seed, root)
+        run = _mid_training(scenario, data, seed, progress)
+        generator = torch.Generator().manual_seed(seed)
+        sizes = track(BATCH_SIZES, "measuring", console=progress)
+        rows = [_measure(run, size, generator) for size in sizes]
+        record = {
+            "data": data,
+            "seed": seed,
+            "draws": DRAWS,
+            "stop_share": STOP_SHARE,
+            "settings": asdict(SETTINGS[data]),
+            "machine": machine(),
+            "rows": rows,
+        }
+        console = Console()
+        try:
+            save_record(record, out)
+            picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
+        finally:  # on a disk that has filled up meanwhile the table is all that is left
+            print_table(console, *_table(data, rows))
+    console.print(f"Written to {out}/: results.json, {picture.name}", markup=False)
     return rows
+
+
+def _table(data: str, rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows."""
+    title = f"{data}: GSNR of the selector gradient, {DRAWS} draws, parameters fixed"
+    columns = ["selector batch", "GSNR over draws", "GSNR within one batch (mean)"]
+    values = [
+        [str(r["batch_size"]), f"{r['gsnr_over_draws']:.3f}", f"{r['gsnr_within_batch']:.3f}"]
+        for r in rows
+    ]
+    return title, columns, values
 
 
 def _mid_training(scenario: Scenario, data: str, seed: int, console: Console) -> MTSRun:

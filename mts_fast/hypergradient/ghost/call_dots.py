@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.capture import Recorded
+from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.ops import kernel_for
@@ -22,8 +22,8 @@ def call_dots(
     go, and other replays are dotted without writing the products.
     """
     if use.call is not None:
-        own = {n: s.image(tangents[id(s.parameter)]) for n, s in use.sources.items()}
-        matrices = _as_matrices(use.call, own, axis, b, size)
+        images = {n: s.image(tangents[id(s.parameter)]) for n, s in use.sources.items()}
+        matrices = _as_matrices(use.call, images, axis, b, size)
         if matrices is not None:
             present = [t for t in matrices if t is not None]
             run = kernel_for("hypergradient_dot", present)
@@ -34,18 +34,19 @@ def call_dots(
         run = kernel_for("sample_dot", [tangent, b])
         if run is not None:
             return run(tangent, b)
-    # a replay may be lost, v itself not
+    # the replayed output is a temporary and may be overwritten. Without a call the tangent is a
+    # view of v, which may not
     return axis.dot(tangent, b, size, overwrite=use.call is not None)
 
 
 def _as_matrices(
-    call: LayerCall, own: Mapping[str, Tensor], axis: SampleAxis, b: Tensor, size: int
+    call: LayerCall, images: Mapping[str, Tensor], axis: SampleAxis, b: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """(a [B, T, K], v [N, K], b [B, T, N], direction of the bias) of a call that is a product."""
     function = call.rule.function
-    if "weight" not in own:
+    if "weight" not in images:
         return None
-    v, bias, a = own["weight"], own.get("bias"), call.input.detach()
+    v, bias, a = images["weight"], images.get("bias"), call.input.detach()
     if function is F.linear and axis.axis < b.ndim - 1 and v.ndim == 2:
         rows = [axis.samples(t, size).reshape(size, -1, t.shape[-1]) for t in (a, b)]
         return rows[0], v, rows[1], bias

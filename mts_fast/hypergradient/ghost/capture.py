@@ -3,25 +3,29 @@
 It works on function calls, not modules: functional code, tied weights, layers called twice and
 attention's packed projections are all seen. A parameter that meets other tensors elementwise (a
 position embedding, a class token, a layer scale) is handed on as one copy per sample, whose
-gradient is then the per-sample gradient.
+gradient is then the per-sample gradient. A use without a gradient (under torch.no_grad, as of a
+momentum encoder) is none: autograd has no part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
+from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.ghost.watch import may_mix, move_of, plain_name
 
 # linear maps of one tensor that move or cast its entries
 VIEWS = {
@@ -37,84 +41,43 @@ ELEMENTWISE = {
 SPREAD = {"expand", "expand_as", "repeat"}
 
 
-class Unsupported(RuntimeError):
-    """The ghost engine cannot serve this forward; `reasons` say why."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = sorted(set(reasons))
-        hint = "engine='auto' takes one that serves the model"
-        super().__init__(
-            f"MTSStep: engine must be able to serve the model, got 'ghost'; "
-            f"{'; '.join([*self.reasons, hint])}"
-        )
-
-
-@dataclass
-class Recorded:
-    """One recorded use: a layer call, or (call None) a copy per sample of a parameter's image."""
-
-    call: LayerCall | None
-    sources: dict[str, Source]  # argument name -> its origin; "value" for a copy
-    output: GradientEdge | None  # None once the graph is released
-    shape: torch.Size
-    path: str  # of a parameter in use
-    value: Tensor | None = None  # what was copied
-    _input: tuple[Tensor, int] | None = None  # layer input and its version when it was used
-
-    @property
-    def edge(self) -> GradientEdge:
-        """Where b arrives in the graph."""
-        assert self.output is not None
-        return self.output
-
-    def release(self) -> None:
-        """Let go of the call and its input."""
-        self.call = self._input = None
-
-    def is_first(self) -> bool:
-        """Whether no gradient goes on from here."""
-        return self._input is None or not self._input[0].requires_grad
-
-    def input_was_changed(self) -> bool:
-        """Whether something wrote into the layer's input after the call."""
-        return self._input is not None and self._input[0]._version != self._input[1]
-
-    def output_tangent(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """The output's tangent for parameter tangents, given by id of the parameter."""
-        own = {n: s.image(tangents[id(s.parameter)]) for n, s in self.sources.items()}
-        return own["value"] if self.call is None else self.call.replay(own)
-
-    def parameter_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, gradient) pairs for the output cotangent b."""
-        call = self.call
-        found = call.weight_gradients(b) if call is not None else {"value": self._summed(b)}
-        return [(s.parameter, s.pullback(found[n])) for n, s in self.sources.items()]
-
-    def _summed(self, b: Tensor) -> Tensor:
-        """The gradient of all copies, in the shape of what was copied."""
-        assert self.value is not None
-        if b.ndim == self.value.ndim:
-            return b.sum(0, keepdim=True)
-        return b.sum(list(range(b.ndim - self.value.ndim)))
+# what identifies a forward: its recorded calls, and the order in which axes were moved
+Layout = tuple[object, ...]
 
 
 class Capture(TorchFunctionMode):
-    """Active during one forward of `batch_size` samples."""
+    """Active during one forward of `batch_size` samples.
+
+    `shared_rows` holds the turns of embedding calls whose index of B entries is one of positions,
+    the same for all samples, and not one entry a sample.
+    """
 
     def __init__(
-        self, names: Mapping[Tensor, str], batch_size: int, shared_rows: Sequence[bool] = ()
+        self,
+        names: Mapping[Tensor, str],
+        batch_size: int,
+        shared_rows: Iterable[int] = (),
     ) -> None:
         super().__init__()
-        # of every embedding call, whether its rows serve all samples alike; given from another
-        # batch where the index could be either
-        self.shared_rows: list[bool] = []
-        self._given_shared_rows = shared_rows
         self.names = names  # parameter -> its dotted path
         self.batch_size = batch_size
         self.recorded: list[Recorded] = []
         self.reasons: list[str] = []
+        # whether a call might exchange entries of samples, depending on values
+        self.may_mix = False
+        # position of a recorded embedding -> its turn, where the index could be either kind
+        self.ambiguous_rows: dict[int, int] = {}
+        self._shared_rows = set(shared_rows)
+        self._embeddings = 0
+        self._moves: list[object] = []
         self._sources = {id(parameter): Source(parameter) for parameter in names}
         self._alive: list[Any] = []  # ids stay unique only while their tensors live
+        self._ranges: set[int] = set()  # ids of what torch.arange made
+
+    def layout(self) -> Layout:
+        """What a check of this forward holds for."""
+        calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
+        return (*calls, *self._moves, *sorted(self._shared_rows))
 
     def __torch_function__(
         self,
@@ -127,27 +90,78 @@ class Capture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         used = [t for t in _tensors((args, kwargs)) if id(t) in self._sources]
+        if torch.is_grad_enabled():  # a view that was taken under no_grad is a constant
+            used = [t for t in used if t.requires_grad]
         rule = rule_of(func)
         if rule is not None:
-            return self._layer(LayerCall(rule, args, kwargs), used)
+            y = self._layer(LayerCall(rule, args, kwargs), used)
+            if not used:
+                self._watch(func, args, kwargs, y)
+            return y
         if not used:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._watch(func, args, kwargs, result)
+            return result
         name = getattr(func, "__name__", str(func))
         if name in VIEWS and len(used) == 1 and args and args[0] is used[0]:
             return self._view(func, args, kwargs)
         if name == "__get__":
-            found = func(*args, **kwargs)
-            if isinstance(found, Tensor) and found.requires_grad:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.requires_grad:
                 return self._view(func, args, kwargs)
-            return found
+            return result
         spread = self._spread(name, args, used)
         if spread is not None:
             return func(*spread, **kwargs)
         result = func(*args, **kwargs)
+        paths = ", ".join(sorted({self._path(t) for t in used}))
         if any(t.requires_grad for t in _tensors(result)):
-            paths = ", ".join(sorted({self._path(t) for t in used}))
             self.reasons.append(f"{paths} is used by {name}, which the engine cannot replay")
+        elif _tensors(result):
+            self._without_gradient(paths)
         return result
+
+    def _watch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Note moves of axes, and calls between layers that might exchange entries of samples."""
+        if func is torch.arange:
+            self._ranges.add(id(result))
+            self._alive.append(result)
+        name = plain_name(func)
+        changed = args[:1] if name == "__setitem__" else result
+        if not any(t.requires_grad for t in _tensors(changed)):
+            self._watch_inside(name, args, kwargs)
+            return
+        move = move_of(name, args, kwargs)
+        if move is not None:
+            self._moves.append(move)
+        elif not self.may_mix:
+            self.may_mix = self._may_mix(name, args, kwargs)
+
+    def _watch_inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same for calls on the inputs of an autograd function, whose results show no graph."""
+        if (
+            not self.may_mix
+            and not torch.is_grad_enabled()
+            and any(t.requires_grad for t in _tensors((args, kwargs)))
+            and self._may_mix(name, args, kwargs)
+        ):
+            self.may_mix = _surrounding_function() is not None
+
+    def _may_mix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        size = self.batch_size
+        return may_mix(name, args, kwargs, size, lambda index: id(index) in self._ranges)
+
+    def _without_gradient(self, paths: str) -> None:
+        """A use under no_grad. It counts only inside an autograd function with its own backward."""
+        if torch.is_grad_enabled():
+            return
+        function = _surrounding_function()
+        if function is None:
+            return
+        name = type(function).__name__.removesuffix("Backward")
+        self.reasons.append(f"{paths} is used inside {name}")
 
     def _path(self, tensor: Tensor) -> str:
         return self.names[self._sources[id(tensor)].parameter]
@@ -158,26 +172,36 @@ class Capture(TorchFunctionMode):
         why = call.rule.couples_samples(call)
         if why is not None:
             self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
-        if function is F.embedding and used and self._serves_all_samples(call):
+        shared = False
+        if function is F.embedding and used:
+            shared = self._serves_all_samples(call)
+        if shared:
             return self._rows(call, used[0])
         y = function(*call.args, **call.kwargs)
         if not used:
             return y
         for name in call.rule.parameters:
-            source = self._sources.get(id(call.argument(name)))
-            if source is not None:
-                call.sources[name] = source
-        own = {id(call.argument(name)) for name in call.sources}
-        if any(id(t) not in own for t in used):
-            self.reasons.append(f"{path} is an input of {function.__name__}")
+            argument = call.argument(name)
+            if any(argument is t for t in used):
+                call.sources[name] = self._sources[id(argument)]
         if not y.requires_grad:
-            self.reasons.append(f"{path} is used under torch.no_grad or reentrant checkpointing")
+            self._without_gradient(path)
+            return y
+        held = {id(call.argument(name)) for name in call.sources}
+        if any(id(t) not in held for t in used):
+            self.reasons.append(f"{path} is an input of {function.__name__}")
+            return y
+        why = call.unsupported()
+        if why is not None:
+            self.reasons.append(f"{path}: {why}")
             return y
         if y._is_view():
             # an in-place activation on a view would cut this node out of the graph.
             y = torch.ops.aten._unsafe_view(y, y.shape)
         a = call.input
         edge = get_gradient_edge(y)
+        if function is F.embedding and a.shape == (self.batch_size,):
+            self.ambiguous_rows[len(self.recorded)] = self._embeddings - 1
         self.recorded.append(
             Recorded(call, call.sources, edge, y.shape, path, _input=(a, a._version))
         )
@@ -185,17 +209,17 @@ class Capture(TorchFunctionMode):
 
     def _serves_all_samples(self, call: LayerCall) -> bool:
         """Whether an embedding's index has no batch axis, as of positions."""
-        shape, turn = call.input.shape, len(self.shared_rows)
-        shared = shape[:1] != (self.batch_size,)
-        if not shared and len(shape) == 1 and turn < len(self._given_shared_rows):
-            shared = self._given_shared_rows[turn]
-        self.shared_rows.append(shared)
-        return shared
+        turn, shape = self._embeddings, call.input.shape
+        self._embeddings += 1
+        if shape[:1] != (self.batch_size,):
+            return True
+        return len(shape) == 1 and turn in self._shared_rows
 
     def _rows(self, call: LayerCall, table: Tensor) -> Tensor:
         """Such rows are a view of the table."""
         rows = call.run({})
-        self._sources[id(rows)] = self._sources[id(table)].then(lambda t: call.run({"weight": t}))
+        source = self._sources[id(table)]
+        self._sources[id(rows)] = source.then(lambda t: call.replay({"weight": t}))
         self._alive.append(rows)
         return rows
 
@@ -206,8 +230,8 @@ class Capture(TorchFunctionMode):
         for i, result in enumerate(results if several else [results]):
 
             def apply(t: Tensor, i: int = i) -> Tensor:
-                found = func(t, *rest, **kwargs)
-                return found[i] if several else found
+                image = func(t, *rest, **kwargs)
+                return image[i] if several else image
 
             if result is not args[0]:
                 self._sources[id(result)] = source.then(apply)
@@ -276,6 +300,17 @@ class Capture(TorchFunctionMode):
         """
         with self, mock.patch.object(F, "has_torch_function", return_value=False):
             return F.multi_head_attention_forward(*args, **kwargs)
+
+
+def _surrounding_function() -> FunctionCtx | None:
+    """The context of the autograd function whose forward is running, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
+        if isinstance(context, FunctionCtx):
+            return context
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _tensors(value: Any) -> list[Tensor]:

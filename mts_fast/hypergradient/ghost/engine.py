@@ -3,21 +3,49 @@ once more with v in the place of its weights. No second derivative, no differenc
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mts_fast._isolation import RngState, restored_on_error
+from mts_fast._isolation import (
+    RngState,
+    preserved_buffers,
+    preserved_rng,
+    restored_on_error,
+)
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
-from mts_fast.hypergradient.ghost.capture import Capture, Unsupported
+from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
     FastLinearization,
     GhostLinearization,
     LeanLinearization,
 )
-from mts_fast.hypergradient.ghost.probe import Layout, Probe, layout_of, probe
+from mts_fast.hypergradient.ghost.recorded import Unsupported
+from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.hypergradient.ghost.sample_check import (
+    Knowledge,
+    check_samples,
+    has_gradients,
+)
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
+
+# layouts that are remembered; beyond them (layers left out at random) the oldest is forgotten,
+# and checked again when it comes back
+MOST_LAYOUTS = 256
+
+
+@dataclass
+class _History:
+    """Forwards of one layout: how many, and what they told of every use."""
+
+    knowledge: list[Knowledge]
+    forwards: int = 0
+
+    def check_is_due(self) -> bool:
+        """At the first forward and whenever their number has doubled."""
+        number = self.forwards + 1
+        return number & (number - 1) == 0
 
 
 class Ghost(Engine):
@@ -25,6 +53,12 @@ class Ghost(Engine):
 
     memory "fast" keeps every b from the first backward on, "low" makes them once more when v is
     known and drops each as it is used.
+
+    Where the samples lie in every layer's output, and that they are not mixed, is checked on the
+    graph of the forward itself, before anything of it is used: at the forwards 1, 2, 4, 8, ... of
+    a layout, and at every forward with calls that might exchange entries of samples (see `watch`).
+    A check costs two or three backward passes. What it cannot exclude is mixing inside an autograd
+    function of the user's own that begins, or changes, between two checks.
     """
 
     name = "ghost"
@@ -36,11 +70,12 @@ class Ghost(Engine):
         self.memory = memory
         paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
         self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
-        self._probes: dict[Layout, Probe] = {}
-        self._shared_rows: list[bool] = []
+        self._histories: dict[Layout, _History] = {}
+        self._shared_rows: set[int] = set()  # see Capture
+        self._checks = 0
 
     def reasons(self) -> list[str]:
-        return [*coupling(self.objective.model), *_compiled(self.objective.model)]
+        return [*coupling(self.objective.model), *_compiled(self.objective)]
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
@@ -48,82 +83,121 @@ class Ghost(Engine):
         """As for every engine.
 
         Raises:
-            Unsupported: (a RuntimeError) with every reason that the model and this forward give.
+            Unsupported: (a RuntimeError) with every reason that the model and this forward give;
+                buffers and generators are as they were.
         """
         if not dots and (gradients == 1 or self.memory == "low"):
             return RetainedGraph(self, batch, gradients)
-        reasons = self.reasons()
-        # a probe leaves no trace, but whoever listens to the model's forwards hears it: it comes
-        # before the forward that counts, which is the last one
-        finals = [found.final for found in self._probes.values()]
-        if not reasons and not (finals and all(finals)):
-            self._probe(batch)
+        world = self.objective.world
         try:
-            with restored_on_error(self.objective.model):
-                return self._captured(batch, gradients, reasons)
-        except _UnknownLayout:
-            self._probe(batch)
-        return self._captured(batch, gradients, reasons)
+            with restored_on_error(world):
+                return self._captured(batch, gradients, self._shared_rows)
+        except _SharedRows as refused:
+            try:
+                with restored_on_error(world):
+                    return self._captured(batch, gradients, self._shared_rows | refused.turns)
+            except Unsupported:
+                raise Unsupported(refused.reasons) from None
 
     def _captured(
-        self, batch: LabelledBatch, gradients: int, reasons: list[str]
+        self, batch: LabelledBatch, gradients: int, shared_rows: set[int]
     ) -> GhostLinearization:
-        with Capture(self.names, len(batch), self._shared_rows) as capture:
+        capture = Capture(self.names, len(batch), shared_rows)
+        with capture:
             graph = self.objective.losses(batch)
-        recorded = capture.recorded
-        reasons = [*reasons, *capture.reasons]
+        reasons = [*self.reasons(), *capture.reasons]
         reasons += [
             f"{use.path}: its layer's input was changed in place after use"
-            for use in recorded
+            for use in capture.recorded
             if use.input_was_changed()
         ]
+        if not graph.requires_grad:
+            reasons.append("the losses depend on no parameter, or gradients are switched off")
         if reasons:
             raise Unsupported(reasons)
-        layout = layout_of(recorded)
-        if layout not in self._probes:
-            raise _UnknownLayout(["the model calls other layers for other samples"])
-        uses = list(zip(recorded, self._probes[layout].axes, strict=True))
-        for use, axis in uses:
-            if not axis.fits(use.shape, len(batch)):
-                raise Unsupported([f"{use.path}: its layer's output does not hold B samples"])
+        layout = capture.layout()
+        history = self._histories.get(layout)
+        if history is None:
+            history = _History([Knowledge.before(use) for use in capture.recorded])
+        axes = self._axes(graph, capture, history)
+        # from here on nothing raises: what was learned stands
+        history.forwards += 1
+        self._shared_rows = shared_rows
+        self._histories[layout] = history
+        if len(self._histories) > MOST_LAYOUTS:
+            del self._histories[next(iter(self._histories))]
+        uses = list(zip(capture.recorded, axes, strict=True))
         # dots alone need no b twice
         if self.memory == "low" or not gradients:
             return LeanLinearization(self, batch, gradients, graph, uses)
         return FastLinearization(self, batch, gradients, graph, uses)
 
-    def _probe(self, batch: LabelledBatch) -> None:
-        found = probe(self.objective, self.names, batch)
-        self._probes[found.layout] = found
-        self._shared_rows = found.shared_rows
+    def _axes(self, graph: Tensor, capture: Capture, history: _History) -> list[SampleAxis | None]:
+        """The sample axis of every use; None where the gradient is exactly 0 in this forward.
+
+        Raises:
+            Unsupported: samples are mixed, uses were not seen, or cannot be replayed.
+            _SharedRows: an index of B entries turned out to be one of positions.
+        """
+        uses, size = capture.recorded, len(graph)
+        axes = [k.axis(use.shape, size) for use, k in zip(uses, history.knowledge, strict=True)]
+        due = history.check_is_due()
+        unsettled = [use for use, axis in zip(uses, axes, strict=True) if axis is None]
+        if not due and not capture.may_mix and not unsettled:
+            return axes
+        world = self.objective.world
+        # backward passes may run parts of the forward again (checkpointing)
+        with preserved_rng(world), preserved_buffers(world):
+            self._checks += 1
+            suspect = due or capture.may_mix or has_gradients(graph, unsettled, self._checks)
+            if not suspect:
+                return axes
+            names = self.names if due else None
+            try:
+                axes, history.knowledge = check_samples(
+                    graph, uses, history.knowledge, names, self._checks
+                )
+            except Unsupported as refused:
+                turns = {
+                    turn
+                    for position, turn in capture.ambiguous_rows.items()
+                    if any(uses[position].path in reason for reason in refused.reasons)
+                }
+                if turns:
+                    raise _SharedRows(refused.reasons, turns) from refused
+                raise
+        return axes
 
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
-        raise AssertionError("dots need what a forward recorded")
+        raise AssertionError(
+            "dots need what a forward recorded; call linearize(batch).dots(direction)"
+        )
 
 
-class _UnknownLayout(Unsupported):
-    """A sequence of layer calls that has not been probed."""
+class _SharedRows(Unsupported):
+    """Some embeddings with an index of B entries may be positions; their turns."""
+
+    def __init__(self, reasons: Iterable[str], turns: set[int]) -> None:
+        super().__init__(reasons)
+        self.turns = turns
 
 
 def coupling(model: nn.Module) -> list[str]:
     """Modules that mix the samples of a batch in their present mode."""
     return [
         f"{path or 'the model'}: {type(module).__name__} in train mode mixes the samples of a batch"
-        " (freeze it with .eval(), or use engine='finite_difference')"
+        " (freeze it with .eval(), or use another engine)"
         for path, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and (module.training or module.running_mean is None)
     ]
 
 
-def _compiled(model: nn.Module) -> list[str]:
-    # where dynamo was never imported, nothing is wrapped; importing it here would take seconds
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    wrapper = () if dynamo is None else dynamo.OptimizedModule
+def _compiled(objective: Objective) -> list[str]:
     return [
-        f"{path or 'the model'}: compiled by torch.compile, which hides the calls of its layers"
-        " (pass the module as it was, or use engine='finite_difference')"
-        for path, module in model.named_modules()
-        if isinstance(module, wrapper) or module._compiled_call_impl is not None
+        f"{path}: compiled by torch.compile, which hides the calls of its layers"
+        " (pass the module as it was)"
+        for path in objective.compiled_modules()
     ]

@@ -7,10 +7,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.capture import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.ghost.sample_parts import Part, inner, sample_parts
 from mts_fast.hypergradient.ghost.source import Source
 from mts_fast.hypergradient.objective import LabelledBatch
@@ -32,17 +33,16 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
     several: dict[Tensor, list[tuple[Source, Part]]] = defaultdict(list)
 
     def add(use: Recorded, axis: SampleAxis, b: Tensor) -> None:
-        for name, part in sample_parts(use, axis, b, len(batch)).items():
+        with failure_named(use):
+            parts = sample_parts(use, axis, b, len(batch))
+        for name, part in parts.items():
             source = use.sources[name]
             if times[source.parameter] > 1 or source.maps:
                 several[source.parameter].append((source, part))
             else:
                 squares.add_(part.squares().to(squares.dtype))
 
-    try:
-        line.visit(add)
-    except NotImplementedError as missing:
-        raise Unsupported([str(missing)]) from missing
+    line.visit(add)
     for parameter, parts in several.items():
         squares += _square(parts, engine.names[parameter]).to(squares.dtype)
     return squares.clamp(min=0).sqrt()

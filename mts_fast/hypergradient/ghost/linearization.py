@@ -1,4 +1,5 @@
-"""A captured forward, read in two orders: everything kept at once, or each b used as it comes."""
+"""Gradients and dots of a captured forward, in two ways: every output gradient b is stored, or made
+again and used at once."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
-from mts_fast.hypergradient.ghost.capture import Recorded
-from mts_fast.hypergradient.ghost.probe import sum_gradients
+from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
+from mts_fast.hypergradient.ghost.recorded import Recorded, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.objective import LabelledBatch
 
 # weights below this share of the largest are taken as this share in backward passes: b of such a
@@ -23,7 +25,10 @@ SMALLEST_SHARE = 2.0**-60
 
 
 class GhostLinearization(Linearization):
-    """Losses, graph and recorded calls of one forward."""
+    """Losses, graph and recorded calls of one forward.
+
+    A use whose axis is None has no gradient in this forward: it has no part of the dots.
+    """
 
     def __init__(
         self,
@@ -31,7 +36,7 @@ class GhostLinearization(Linearization):
         batch: LabelledBatch,
         gradients: int,
         graph: Tensor,
-        uses: list[tuple[Recorded, SampleAxis]],
+        uses: list[tuple[Recorded, SampleAxis | None]],
     ) -> None:
         super().__init__(engine, batch, gradients)
         self._graph: Tensor | None = graph
@@ -44,7 +49,8 @@ class GhostLinearization(Linearization):
 
     def _dots(self, use: Recorded, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
         """This call's part of b's cotangent times d [B]."""
-        dots = call_dots(use, axis, b, tangents, len(self._losses))
+        with failure_named(use):
+            dots = call_dots(use, axis, b, tangents, len(self._losses))
         return dots.to(self._losses.dtype)
 
     def times_used(self) -> Counter[Tensor]:
@@ -55,37 +61,49 @@ class GhostLinearization(Linearization):
         return {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
 
     def _with_copies(
-        self, found: Sequence[Tensor | None], copies: Sequence[tuple[Recorded, Tensor | None]]
+        self, autograds: Sequence[Tensor | None], copies: Sequence[tuple[Recorded, Tensor | None]]
     ) -> list[Tensor | None]:
-        """Autograd's gradients, and those of parameters that entered the graph as copies."""
-        gradients = list(found)
-        extra = sum_gradients([use for use, _ in copies], [b for _, b in copies])
-        for i, parameter in enumerate(self.engine.parameters):
-            g, more = gradients[i], extra.get(parameter)
-            gradients[i] = more if g is None else g if more is None else g + more
+        """Autograd's gradients, and those of parameters that entered the graph as copies.
+
+        All dense, as the gradients are that are made from b.
+        """
+        extra: dict[Tensor, Tensor] = {}
+        for use, b in copies:
+            if b is not None:
+                add_gradients(extra, use.parameter_gradients(b))
+        gradients: list[Tensor | None] = []
+        for parameter, g in zip(self.engine.parameters, autograds, strict=True):
+            if g is not None and g.layout is not torch.strided:
+                g = g.to_dense()
+            more = extra.get(parameter)
+            gradients.append(more if g is None else g if more is None else g + more)
         return gradients
 
 
 @dataclass
-class Kept:
+class Record:
     """What the backward left of one use: p b and its layer, or every sample's own gradients.
 
     The latter [B, *argument] by name, times p; then neither input nor output gradient is held.
     """
 
     use: Recorded
-    axis: SampleAxis
+    axis: SampleAxis | None
     b: Tensor | None = None
-    own: dict[str, Tensor] | None = None
+    sample_gradients: dict[str, Tensor] | None = None
 
     def scaled_gradients(self, ratio: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
-        if self.own is not None:
-            sums = {n: torch.tensordot(ratio.to(g.dtype), g, 1) for n, g in self.own.items()}
+        if self.sample_gradients is not None:
+            sums = {
+                n: torch.tensordot(ratio.to(g.dtype), g, 1)
+                for n, g in self.sample_gradients.items()
+            }
             return [(s.parameter, s.pullback(sums[n])) for n, s in self.use.sources.items()]
         if self.b is None:
             return []
-        return self.use.parameter_gradients(self.b * self.axis.expand(ratio, self.b))
+        b = self.b if self.axis is None else self.b * self.axis.expand(ratio, self.b)
+        return self.use.parameter_gradients(b)
 
 
 class FastLinearization(GhostLinearization):
@@ -96,7 +114,7 @@ class FastLinearization(GhostLinearization):
     """
 
     _p: Tensor | None = None  # the cotangent of the backward
-    _kept: list[Kept]
+    _records: list[Record]
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
@@ -105,10 +123,8 @@ class FastLinearization(GhostLinearization):
             return self._backward(p)
         ratio = self._over_p(p)
         total: dict[Tensor, Tensor] = {}
-        for kept in self._consumed():
-            for parameter, g in kept.scaled_gradients(ratio):
-                g = g.to(parameter.dtype)
-                total[parameter] = total[parameter] + g if parameter in total else g
+        for record in self._consumed():
+            add_gradients(total, record.scaled_gradients(ratio))
         return [total.get(p) for p in self.engine.parameters]
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
@@ -117,14 +133,14 @@ class FastLinearization(GhostLinearization):
         tangents = self._tangents(direction)
         total = torch.zeros_like(self._losses)  # [B], p_i d_i
         with torch.no_grad():
-            for kept in self._consumed():
-                if kept.own is not None:
-                    for name, g in kept.own.items():
-                        source = kept.use.sources[name]
+            for record in self._consumed():
+                if record.sample_gradients is not None:
+                    for name, g in record.sample_gradients.items():
+                        source = record.use.sources[name]
                         v = source.image(tangents[id(source.parameter)])
                         total += (g.flatten(1) @ v.flatten().to(g.dtype)).to(total.dtype)
-                elif kept.b is not None:
-                    total += self._dots(kept.use, kept.axis, kept.b, tangents)
+                elif record.b is not None and record.axis is not None:
+                    total += self._dots(record.use, record.axis, record.b, tangents)
         return self._over_p(total)
 
     def _backward(self, p: Tensor) -> list[Tensor | None]:
@@ -132,49 +148,62 @@ class FastLinearization(GhostLinearization):
         parameters = self.engine.parameters
         graph, self._graph = self._graph, None
         assert graph is not None
-        kept = [Kept(use, axis) for use, axis in self._uses]
-        few = [k for k in kept if self._has_few_parameters(k.use)]
-        rest = [k for k in kept if not self._has_few_parameters(k.use)]
+        records = [Record(use, axis) for use, axis in self._uses]
+        few = [r for r in records if self._has_few_parameters(r)]
+        rest = [r for r in records if not self._has_few_parameters(r)]
         with ExitStack() as hooks:
-            for k in few:
-                hooks.callback(k.use.edge.node.register_prehook(self._keeper(k)).remove)
-            edges: list = [k.use.edge for k in rest]
-            found = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
-        for k, b in zip(rest, found[len(parameters) :], strict=True):
-            k.b = b
-        self._p, self._kept, self._uses = p, kept, []
-        for k in kept:
-            k.use.output = None  # an edge holds the graph
-        copies = [(k.use, k.b) for k in rest if k.use.call is None]
-        return self._with_copies(found[: len(parameters)], copies)
+            for r in few:
+                hooks.callback(r.use.edge.node.register_prehook(self._keeper(r)).remove)
+            edges: list = [r.use.edge for r in rest]
+            gradients = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
+        for r, b in zip(rest, gradients[len(parameters) :], strict=True):
+            r.b = b
+        self._p, self._records, self._uses = p, records, []
+        for r in records:
+            r.use.output = None  # an edge holds the graph
+        copies = [(r.use, r.b) for r in rest if r.use.call is None]
+        return self._with_copies(gradients[: len(parameters)], copies)
 
-    def _has_few_parameters(self, use: Recorded) -> bool:
-        return use.call is not None and use.call.rule.sample_gradients is not None
+    def _has_few_parameters(self, record: Record) -> bool:
+        call = record.use.call
+        return (
+            call is not None and call.rule.sample_gradients is not None and record.axis is not None
+        )
 
-    def _keeper(self, kept: Kept) -> Callable[[tuple[Tensor, ...]], None]:
-        """Turns b into every sample's own gradients as the backward passes, and lets go of a."""
+    def _keeper(self, record: Record) -> Callable[[tuple[Tensor | None, ...]], None]:
+        """Turns b into every sample's own gradients during the backward, and releases a."""
 
-        def keep(b: tuple[Tensor, ...]) -> None:
-            call = kept.use.call
+        def store(_: int, b: Tensor) -> None:
+            call, axis = record.use.call, record.axis
             assert call is not None and call.rule.sample_gradients is not None
-            own = b[kept.use.edge.output_nr]
-            kept.own = call.rule.sample_gradients(call, own, kept.axis, len(self._losses))
-            kept.use.release()
+            assert axis is not None
+            with failure_named(record.use):
+                record.sample_gradients = call.rule.sample_gradients(
+                    call, b, axis, len(self._losses)
+                )
+            record.use.release()
+
+        store_here = in_callers_context(store, self._losses.device)
+
+        def keep(b: tuple[Tensor | None, ...]) -> None:
+            gradient = b[record.use.edge.output_nr]
+            if gradient is not None:
+                store_here(0, gradient)
 
         return keep
 
     def _over_p(self, values: Tensor) -> Tensor:
-        """values / p; where all weights are 0, nothing is known of b, and nothing asked."""
+        """values / p. p is 0 only where all weights are 0; the result is then 0."""
         assert self._p is not None
         return torch.where(self._p > 0, values / self._p, torch.zeros_like(values))
 
-    def _consumed(self) -> Iterator[Kept]:
-        """What was kept; dropped one by one unless a gradient is still to come."""
+    def _consumed(self) -> Iterator[Record]:
+        """The records; dropped one by one unless a gradient is still to come."""
         if self._gradients_left:
-            yield from self._kept
+            yield from self._records
             return
-        while self._kept:
-            yield self._kept.pop()
+        while self._records:
+            yield self._records.pop()
 
 
 class LeanLinearization(GhostLinearization):
@@ -186,10 +215,20 @@ class LeanLinearization(GhostLinearization):
         self._count_gradient()
         copies = [use for use, _ in self._uses if use.call is None]
         parameters = self.engine.parameters
-        edges = [use.edge for use in copies]
-        found = self._backward([*parameters, *edges], p.to(self._losses.dtype))
-        pairs = list(zip(copies, found[len(parameters) :], strict=True))
-        return self._with_copies(found[: len(parameters)], pairs)
+        leaves: list = [*parameters, *(use.edge for use in copies)]
+        graph, retain = self._graph, self._dots_are_due or self._gradients_left > 0
+        assert graph is not None
+        gradients = torch.autograd.grad(
+            graph,
+            leaves,
+            p.to(self._losses.dtype),
+            retain_graph=retain,
+            allow_unused=True,
+        )
+        if not retain:
+            self._graph, self._uses = None, []
+        pairs = list(zip(copies, gradients[len(parameters) :], strict=True))
+        return self._with_copies(gradients[: len(parameters)], pairs)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         tangents = self._tangents(direction)
@@ -199,48 +238,16 @@ class LeanLinearization(GhostLinearization):
 
     def visit(self, consume: Callable[[Recorded, SampleAxis, Tensor], object]) -> None:
         """Hand over every use with the output gradient b of sum_i l_i, as it comes."""
-        # the backward has to reach the uses with nothing recorded before them
-        first = {i for i, (use, _) in enumerate(self._uses) if use.is_first()}
-        unmet = set(range(len(self._uses))) - first
-        self._dots_are_due = not self._reaches_all()
-
-        def meet(i: int, b: Tensor | None) -> None:
-            unmet.discard(i)
-            if b is not None:
-                with torch.no_grad():
-                    consume(*self._uses[i], b)
-
-        with ExitStack() as hooks:
-            for i in unmet:
-                edge = self._uses[i][0].edge
-                handle = edge.node.register_prehook(lambda b, i=i, k=edge.output_nr: meet(i, b[k]))
-                hooks.callback(handle.remove)
-            self._meet_captured(first, meet)
-        self._dots_are_due = False
-        # what depends on gradients of its input that nobody recorded
-        self._meet_captured(set(unmet), meet)
+        graph, pairs = self._graph, self._uses
+        assert graph is not None
         if not self._gradients_left:
             self._graph, self._uses = None, []
 
-    def _reaches_all(self) -> bool:
-        """Whether all gradients of layer inputs come from recorded uses."""
-        mine = {id(p) for p in self.engine.parameters}
-        others = self.engine.objective.model.parameters()
-        return not any(
-            t.requires_grad for t in [*others, *self.batch.tensors()] if id(t) not in mine
-        )
+        def meet(i: int, b: Tensor) -> None:
+            use, axis = pairs[i]
+            if axis is not None:
+                consume(use, axis, b)
 
-    def _meet_captured(self, which: set[int], meet: Callable[[int, Tensor | None], None]) -> None:
-        edges = [self._uses[i][0].edge for i in which]
-        if edges:
-            found = self._backward(edges, torch.ones_like(self._losses))
-            for i, b in zip(which, found, strict=True):
-                meet(i, b)
-
-    def _backward(self, leaves: list, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        keep = self._dots_are_due or self._gradients_left > 0
-        graph = self._graph
-        assert graph is not None
-        if not keep:
-            self._graph = None
-        return torch.autograd.grad(graph, leaves, cotangent, retain_graph=keep, allow_unused=True)
+        self._dots_are_due = False
+        uses, ones = [use for use, _ in pairs], torch.ones_like(self._losses)
+        visit_output_gradients(graph, uses, ones, meet, retain=self._gradients_left > 0)

@@ -22,7 +22,7 @@ def _terms(call: LayerCall, name: str, b: Tensor) -> Tensor:
     if name == "bias":
         return b
     # without parameters a norm gives x^, in a tensor of its own
-    normalized = call.run(dict.fromkeys(call.rule.parameters))
+    normalized = call.replay_with(dict.fromkeys(call.rule.parameters))
     return normalized.mul_(b) if normalized.dtype == b.dtype else normalized * b
 
 
@@ -33,27 +33,29 @@ def _sum(rows: Tensor) -> Tensor:
 
 def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
     """Layer and RMS norm."""
-    found = {}
+    gradients = {}
     for name in call.sources:
         shape = call.argument(name).shape
         rows = axis.samples(_terms(call, name, b), size).reshape(size, -1, *shape)
-        found[name] = _sum(rows)
-    return found
+        gradients[name] = _sum(rows)
+    return gradients
 
 
 def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
     """Group, instance and batch norm: the channels on axis 1."""
-    found = {}
+    gradients = {}
     for name in call.sources:
         terms = _terms(call, name, b)
         if axis.axis != 0:
             # samples first; then come r, the rows of axis 0, and the channels
             rows = axis.samples(terms, size).movedim(3, 1)
-            found[name] = rows.flatten(2).sum(2, dtype=torch.promote_types(b.dtype, torch.float32))
+            gradients[name] = rows.flatten(2).sum(
+                2, dtype=torch.promote_types(b.dtype, torch.float32)
+            )
             continue
         per_row = _sum(terms.flatten(2).transpose(1, 2)) if terms.ndim > 2 else terms  # [B r, C]
-        found[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))
-    return found
+        gradients[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))
+    return gradients
 
 
 def _batch_norm_couples(call: LayerCall) -> str | None:
@@ -61,22 +63,34 @@ def _batch_norm_couples(call: LayerCall) -> str | None:
     return "BatchNorm in train mode mixes the samples of a batch" if training else None
 
 
+def _without_statistics(call: LayerCall) -> dict[str, tuple[int, Any]]:
+    """Instance norm moves its running statistics where it does not read them."""
+    if call.option("use_input_stats", 5, True):
+        return {"running_mean": (1, None), "running_var": (2, None)}
+    return {}
+
+
 def _register(
-    function: Callable[..., Any], own: SampleGradients, parameters: dict, **rule: Any
+    function: Callable[..., Any], per_sample: SampleGradients, parameters: dict, **rule: Any
 ) -> None:
-    """Gradients over all samples are sums of those over the entries of axis 0, whatever lies there.
+    """Register a normalisation layer. Its weight gradient is `per_sample` summed over axis 0,
+    wherever the samples lie.
 
     Not by autograd: torch's group norm backward without an input gradient crashes on channels_last.
     """
 
     def gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
-        return {name: g.sum(0) for name, g in own(call, b, SampleAxis(), len(b)).items()}
+        return {name: g.sum(0) for name, g in per_sample(call, b, SampleAxis(), len(b)).items()}
 
-    register_layer(function, parameters, sample_gradients=own, weight_gradient=gradient, **rule)
+    register_layer(
+        function, parameters, sample_gradients=per_sample, weight_gradient=gradient, **rule
+    )
 
 
 _register(F.layer_norm, _of_last_axes, {"weight": 2, "bias": 3})
 _register(F.rms_norm, _of_last_axes, {"weight": 2})
 _register(F.group_norm, _of_channels, {"weight": 2, "bias": 3})
-_register(F.instance_norm, _of_channels, {"weight": 3, "bias": 4})
+_register(
+    F.instance_norm, _of_channels, {"weight": 3, "bias": 4}, replay_options=_without_statistics
+)
 _register(F.batch_norm, _of_channels, {"weight": 3, "bias": 4}, couples_samples=_batch_norm_couples)

@@ -24,6 +24,10 @@ WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
 # (call, output cotangent b, where its samples lie, B) -> [B, *parameter] by name
 SampleGradients = Callable[["LayerCall", Tensor, SampleAxis, int], dict[str, Tensor]]
 
+# option name -> (position, its value in replays), or a function of the call that gives them
+Options = Mapping[str, tuple[int, Any]]
+ReplayOptions = Options | Callable[["LayerCall"], Options]
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -38,8 +42,11 @@ class LayerRule:
     sample_gradients: SampleGradients | None = None
     # (call, tangents by name) -> the output's tangent, of a function that is not linear in them
     tangent: Callable[[LayerCall, Mapping[str, Tensor]], Tensor] | None = None
-    # (call, tangents by name) -> the tangents without entries that get no gradient in this call
-    without_fixed: Callable[[LayerCall, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    # (call, replayed output) -> the output, where autograd drops or scales entries of the gradient
+    adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None
+    refuses: Callable[[LayerCall], str | None] = lambda call: None
+    # of options that write to tensors, or change nothing but the form of the gradient
+    replay_options: ReplayOptions = field(default_factory=dict)
 
 
 @dataclass
@@ -64,11 +71,36 @@ class LayerCall:
             return self.args[position]
         return self.kwargs.get(name, default)
 
+    def option(self, name: str, position: int, default: Any) -> Any:
+        """Another argument as it was passed."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def unsupported(self) -> str | None:
+        """Why the rule does not hold for this call, or None."""
+        tensors = {"input": self.input} | {name: self.argument(name) for name in self.sources}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and (
+                tensor.layout is not torch.strided or tensor.is_nested
+            ):
+                return f"the {name} of its {self.rule.function.__name__} is not a dense tensor"
+        return self.rule.refuses(self)
+
     def run(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
         """The function with other tensors in place of its parameters."""
+        positions = self.rule.parameters
+        return self._with({name: (positions[name], value) for name, value in replaced.items()})
+
+    def replay_with(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
+        """The same under the options of replays."""
+        options, positions = self.rule.replay_options, self.rule.parameters
+        fixed = options(self) if callable(options) else options
+        parameters = {name: (positions[name], value) for name, value in replaced.items()}
+        return self._with({**fixed, **parameters})
+
+    def _with(self, replaced: Mapping[str, tuple[int, Any]]) -> Tensor:
+        """The function with other arguments, name -> (position, value)."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        for name, value in replaced.items():
-            position = self.rule.parameters[name]
+        for name, (position, value) in replaced.items():
             if position < len(args):
                 args[position] = value
             elif value is not None or name in kwargs:
@@ -76,11 +108,9 @@ class LayerCall:
         return self.rule.function(*args, **kwargs)
 
     def replay(self, tangents: Mapping[str, Tensor]) -> Tensor:
-        """f(a; V): the output's tangent; parameters without a tangent stand still (zero)."""
+        """f(a; V): the output's tangent; parameters without a tangent count as zero."""
         if self.rule.tangent is not None:
             return self.rule.tangent(self, tangents)
-        if self.rule.without_fixed is not None:
-            tangents = self.rule.without_fixed(self, tangents)
         replaced: dict[str, Tensor | None] = {}
         for name in self.rule.parameters:
             present = self.argument(name)
@@ -89,7 +119,8 @@ class LayerCall:
             elif isinstance(present, Tensor):
                 absent = name in self.rule.nullable
                 replaced[name] = None if absent else torch.zeros_like(present)
-        return self.run(replaced)
+        y = self.replay_with(replaced)
+        return y if self.rule.adjusted is None else self.rule.adjusted(self, y)
 
     def weight_gradients(self, b: Tensor) -> dict[str, Tensor]:
         """Gradient of each argument that stems from a parameter, for the output cotangent b."""
@@ -97,9 +128,9 @@ class LayerCall:
             return self.rule.weight_gradient(self, b)
         with torch.enable_grad():
             leaves = {n: self.argument(n).detach().requires_grad_() for n in self.sources}
-            y = self.run(leaves)
-        found = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype))
-        return dict(zip(leaves, found, strict=True))
+            y = self.replay(leaves) if self.rule.tangent is None else self.run(leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype))
+        return dict(zip(leaves, gradients, strict=True))
 
 
 _rules: dict[Callable[..., Any], LayerRule] = {}
@@ -114,6 +145,8 @@ def register_layer(
     weight_gradient: WeightGradient | None = None,
     couples_samples: Callable[[LayerCall], str | None] | None = None,
     sample_gradients: SampleGradients | None = None,
+    refuses: Callable[[LayerCall], str | None] | None = None,
+    replay_options: ReplayOptions | None = None,
 ) -> None:
     """Teach the ghost engine a function that is linear in its parameters.
 
@@ -128,12 +161,16 @@ def register_layer(
         couples_samples: (call) -> why this call mixes samples, or None.
         sample_gradients: (call, b, axis, B) -> every sample's own gradients [B, *parameter] by
             name, for layers with few parameters; they replace the replay.
+        refuses: (call) -> why the function is not linear in its parameters with the options of this
+            call (`call.option(name, position, default)`), or None.
+        replay_options: option name -> (position, value that replays use), or a function of the call
+            that gives them: needed for options under which the function writes to its parameters
+            (a replay passes the caller's direction in their place) or to a buffer.
 
     Example:
         >>> import torch
         >>> from mts_fast.hypergradient import register_layer
-        >>> register_layer(
-        ...     torch.nn.functional.embedding_bag, {"weight": 1}, nullable=())
+        >>> register_layer(torch.nn.functional.bilinear, {"weight": 2, "bias": 3})
     """
     _rules[function] = LayerRule(
         function,
@@ -143,6 +180,8 @@ def register_layer(
         weight_gradient,
         couples_samples or (lambda call: None),
         sample_gradients,
+        refuses=refuses or (lambda call: None),
+        replay_options=replay_options or {},
     )
 
 
@@ -153,14 +192,16 @@ def rule_of(function: Callable[..., Any]) -> LayerRule | None:
 
 def _linear_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     """dW = b^T a and db = sum b, over all rows."""
-    a = call.input.detach()
+    a, gradients = call.input.detach(), {}
+    if call.argument("weight").ndim == 1:  # one output, without an axis of its own
+        b = b.unsqueeze(-1)
     rows = b.reshape(-1, b.shape[-1])
-    found = {}
     if "weight" in call.sources:
-        found["weight"] = rows.T @ a.reshape(-1, a.shape[-1]).to(rows.dtype)
+        dw = rows.T @ a.reshape(-1, a.shape[-1]).to(rows.dtype)
+        gradients["weight"] = dw.view(call.argument("weight").shape)
     if "bias" in call.sources:
-        found["bias"] = rows.sum(0)
-    return found
+        gradients["bias"] = rows.sum(0).view(call.argument("bias").shape)
+    return gradients
 
 
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -168,7 +209,10 @@ _TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d:
 
 
 def convolution_options(call: LayerCall) -> dict[str, Any] | None:
-    """What torch's convolution backward is called with; None for padding given by name."""
+    """What torch's convolution backward is called with.
+
+    None for padding by name, and for an input without a batch axis.
+    """
     function = call.rule.function
     transposed = function in _TRANSPOSED
     axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
@@ -176,9 +220,9 @@ def convolution_options(call: LayerCall) -> dict[str, Any] | None:
     order = "stride padding dilation groups"
     if transposed:
         order = "stride padding output_padding groups dilation"
-    given = dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
-    option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | given
-    if isinstance(option["padding"], str):
+    option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    option |= dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
+    if isinstance(option["padding"], str) or call.input.ndim != axes + 2:
         return None
 
     def per_axis(name: str) -> list[int]:
@@ -204,23 +248,37 @@ def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
         **options,
         output_mask=wanted,
     )
-    found = {"weight": dw, "bias": db}
-    return {n: g for n, g in found.items() if n in call.sources}
+    return {n: g for n, g in {"weight": dw, "bias": db}.items() if n in call.sources}
 
 
 def padding_row(call: LayerCall) -> int | None:
     """The row of an embedding's table that gets no gradient."""
-    index = call.args[2] if len(call.args) > 2 else call.kwargs.get("padding_idx")
+    index = call.option("padding_idx", 2, None)
     return None if index is None else index % len(call.argument("weight"))
 
 
-def _without_padding(call: LayerCall, tangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    row = padding_row(call)
-    if row is None or "weight" not in tangents:
-        return tangents
-    table = tangents["weight"].clone()
-    table[row] = 0
-    return {**tangents, "weight": table}
+def scaled_by_frequency(call: LayerCall) -> bool:
+    """Whether autograd divides an embedding's gradient by how often its index is in the batch."""
+    return bool(call.option("scale_grad_by_freq", 5, False))
+
+
+def _as_autograd_has_it(call: LayerCall, y: Tensor) -> Tensor:
+    """Without rows of the padding index, which get no gradient; over the frequency if it counts."""
+    padding, index = padding_row(call), call.input
+    if padding is not None:
+        y = y.masked_fill((index == padding)[..., None], 0)
+    if scaled_by_frequency(call):
+        times = torch.bincount(index.flatten(), minlength=len(call.argument("weight")))
+        y = y / times[index][..., None].to(y.dtype)
+    return y
+
+
+def _bag_is_not_linear(call: LayerCall) -> str | None:
+    if call.option("mode", 6, "mean") == "max":
+        return "EmbeddingBag with mode='max' is not linear in its table"
+    if call.option("scale_grad_by_freq", 5, False):
+        return "EmbeddingBag with scale_grad_by_freq=True has a gradient of its own"
+    return None
 
 
 register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
@@ -231,8 +289,25 @@ for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
     register_layer(_function, {"weight": 1})
 register_layer(torch.einsum, {"weight": 2}, input=1)
 register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
-# autograd gives the row of the padding index no gradient here, though a tied head may
-_rules[F.embedding] = LayerRule(F.embedding, {"weight": 1}, without_fixed=_without_padding)
+# autograd gives the row of the padding index no gradient here, though a tied head may; the forward
+# has already renormalised the table with max_norm
+_rules[F.embedding] = LayerRule(
+    F.embedding,
+    {"weight": 1},
+    adjusted=_as_autograd_has_it,
+    replay_options={
+        "max_norm": (3, None),
+        "scale_grad_by_freq": (5, False),
+        "sparse": (6, False),
+    },
+)
+register_layer(
+    F.embedding_bag,
+    {"weight": 1},
+    nullable=(),
+    refuses=_bag_is_not_linear,
+    replay_options={"max_norm": (3, None), "sparse": (7, False)},
+)
 
 
 def _losses_tangent(call: LayerCall, tangents: Mapping[str, Tensor]) -> Tensor:

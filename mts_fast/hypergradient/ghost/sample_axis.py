@@ -1,16 +1,28 @@
-"""Where the samples lie in a layer's output, found by signing the samples' cotangents."""
+"""Where the samples lie in a layer's output, told apart by a factor on each sample's cotangent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# b of a signed batch may differ from the signed b by so many roundings, and by no more than that
-# share in all: where samples are independent the factors, powers of two, commute with rounding.
+# b of a scaled sample may differ from the scaled b by this many roundings, and by no more than
+# LARGEST_GAP in all. Where samples are independent the factors, powers of two, commute with
+# rounding, so that the gap is 0 but for kernels that add in a changing order.
 ROUNDINGS = 1000
 LARGEST_GAP = 0.05
+# gaps below this many roundings of the largest sample's b are noise, whatever the sample's own b
+NOISE = 16
+
+# factors of the samples' cotangents: distinct, of both signs, and exact in any precision
+FACTORS = (1.0, -1.0, 2.0, -2.0, 4.0, -4.0, 8.0, -8.0)
+
+# numbers that stand for one sample's b: signed sums of its entries. Their norm is that of b to
+# about 1 / sqrt(2 x 16) = 18 %.
+SKETCH_SIZE = 16
 
 
 def rounding_share(dtype: torch.dtype) -> float:
@@ -32,6 +44,12 @@ class SampleAxis:
     def fits(self, shape: torch.Size, batch_size: int) -> bool:
         """Whether a tensor of that shape can have its samples there."""
         return self.axis < len(shape) and shape[self.axis] % batch_size == 0
+
+    def simplest(self, shape: torch.Size, batch_size: int) -> SampleAxis:
+        """The first of all layouts that give the same entries to each sample in that shape."""
+        if batch_size == 1:
+            return SampleAxis()
+        return SampleAxis(self.axis) if shape[self.axis] == batch_size else self
 
     def expand(self, per_sample: Tensor, like: Tensor) -> Tensor:
         """per_sample [B] as a tensor that broadcasts against `like`."""
@@ -63,18 +81,50 @@ class SampleAxis:
         return self.samples(product, batch_size).flatten(1).sum(1)
 
 
-def find_axis(b: Tensor, signed_b: Tensor, signs: Tensor) -> SampleAxis | None:
-    """The layout in which signed_b is b with each sample's entries times its sign.
+def layouts(shape: torch.Size) -> tuple[SampleAxis, ...]:
+    """Every place where a tensor with that many axes can have its samples, the likeliest first."""
+    return tuple(SampleAxis(axis, last) for last in (False, True) for axis in range(len(shape)))
 
-    b is the output's gradient of sum_i l_i, signed_b that of sum_i signs_i l_i. None where there is
-    no such layout: samples are mixed.
+
+def distinct(candidates: Iterable[SampleAxis], shape: torch.Size, size: int) -> list[SampleAxis]:
+    """The candidates that fit the shape, one of each way to share the entries among B samples."""
+    fitting = (c.simplest(shape, size) for c in candidates if c.fits(shape, size))
+    return list(dict.fromkeys(fitting))
+
+
+def factor_rounds(size: int, like: Tensor, seed: int) -> Iterator[Tensor]:
+    """Factors [B], round after round until the rounds together tell any two samples apart.
+
+    Sample i has the digits of a number of its own as the positions of its factors.
     """
-    allowed = rounding_share(b.dtype)
-    for interleaved in (False, True):
-        for axis in range(b.ndim):
-            layout = SampleAxis(axis, interleaved)
-            if layout.fits(b.shape, len(signs)):
-                gap = (signed_b - b * layout.expand(signs, b)).norm()
-                if gap <= allowed * signed_b.norm():
-                    return layout
-    return None
+    numbers = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    values = torch.tensor(FACTORS, dtype=like.dtype)
+    while True:
+        yield values[numbers % len(FACTORS)].to(like.device)
+        numbers = numbers // len(FACTORS)
+        if not numbers.any():
+            return
+
+
+def sketch(b: Tensor, axis: SampleAxis, size: int, seed: int) -> Tensor:
+    """Sums of each sample's entries under random signs, [B, SKETCH_SIZE]; linear in b."""
+    rows = axis.samples(b, size).reshape(size, -1)
+    rows = rows.to(torch.promote_types(b.dtype, torch.float32))
+    generator = torch.Generator(b.device).manual_seed(seed)
+    signs = torch.randint(2, rows.shape[1:], generator=generator, device=b.device)
+    signed = rows * (2 * signs - 1)
+    padded = F.pad(signed, (0, -signed.shape[1] % SKETCH_SIZE))
+    return padded.view(size, -1, SKETCH_SIZE).sum(1)
+
+
+def agrees(plain: Tensor, scaled: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether `scaled` [B, n] is `plain` times each sample's factor, up to rounding of `dtype`.
+
+    A bool tensor without axes. Samples with NaN or infinity tell nothing and are left out.
+    """
+    back = scaled / factors[:, None].to(scaled.dtype)
+    gap = (back - plain).norm(dim=1)
+    norm = torch.maximum(back.norm(dim=1), plain.norm(dim=1))  # NaN where either is
+    finite = torch.isfinite(norm)
+    noise = NOISE * torch.finfo(plain.dtype).eps * torch.where(finite, norm, 0).max()
+    return ((gap <= rounding_share(dtype) * norm + noise) | ~finite).all()

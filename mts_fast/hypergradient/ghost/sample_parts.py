@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import ops
-from mts_fast.hypergradient.ghost.capture import Recorded
-from mts_fast.hypergradient.ghost.rules import LayerCall, convolution_options, padding_row
+from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
+from mts_fast.hypergradient.ghost.rules import (
+    LayerCall,
+    convolution_options,
+    padding_row,
+    scaled_by_frequency,
+)
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
@@ -103,9 +108,9 @@ def sample_parts(use: Recorded, axis: SampleAxis, b: Tensor, size: int) -> dict[
         return {"value": Dense(b.reshape(size, -1))}
     function = call.rule.function
     if call.rule.sample_gradients is not None:
-        own = call.rule.sample_gradients(call, b, axis, size)
-        return {name: Dense(g.flatten(1)) for name, g in own.items()}
-    if function is F.linear:
+        by_name = call.rule.sample_gradients(call, b, axis, size)
+        return {name: Dense(g.flatten(1)) for name, g in by_name.items()}
+    if function is F.linear and call.argument("weight").ndim == 2:
         left, right = _positions(b, axis, size), _positions(call.input, axis, size)
         return _named(call, Outer(left, right), left)
     if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.addmm):
@@ -114,32 +119,28 @@ def sample_parts(use: Recorded, axis: SampleAxis, b: Tensor, size: int) -> dict[
         if weight.ndim == 2 and (bias is None or bias.ndim == 1):
             left, right = _positions(b, axis, size), _positions(call.input, axis, size)
             return _named(call, Outer(right, left), left)
-    if function is F.embedding and axis == SampleAxis() and not _scaled_by_frequency(call):
+    if function is F.embedding and axis == SampleAxis() and not scaled_by_frequency(call):
         return {"weight": _embedding(call, b, size)}
     options = convolution_options(call) if "conv" in function.__name__ else None
     if options is not None and axis == SampleAxis() and len(b) == size:
         return _convolution(call, b, options)
     if function is ops.linear_cross_entropy:
-        raise NotImplementedError(f"{use.path}: linear_cross_entropy has no logits to look at")
+        raise Unsupported([f"{use.path}: linear_cross_entropy has no logits to look at"])
     if axis != SampleAxis() or len(b) != size or len(call.input) != size:
-        raise NotImplementedError(f"{use.path}: {function.__name__} with its batch elsewhere")
+        raise Unsupported([f"{use.path}: {function.__name__} with its batch elsewhere"])
     return _one_by_one(call, b, size)
 
 
 def _named(call: LayerCall, weight: Part, b: Tensor) -> dict[str, Part]:
     """The parts that are asked for; b [B, T, R] sums to the bias's."""
-    found: dict[str, Part] = {"weight": weight, "bias": Dense(b.sum(1))}
-    return {name: part for name, part in found.items() if name in call.sources}
+    parts: dict[str, Part] = {"weight": weight, "bias": Dense(b.sum(1))}
+    return {name: part for name, part in parts.items() if name in call.sources}
 
 
 def _positions(values: Tensor, axis: SampleAxis, size: int) -> Tensor:
     """[B, T, D] of a layer's input or output gradient."""
     rows = axis.samples(values.detach(), size)
     return rows.reshape(size, -1, values.shape[-1])
-
-
-def _scaled_by_frequency(call: LayerCall) -> bool:
-    return bool(call.args[5] if len(call.args) > 5 else call.kwargs.get("scale_grad_by_freq"))
 
 
 def _embedding(call: LayerCall, b: Tensor, size: int) -> Rows:
@@ -156,14 +157,14 @@ def _convolution(call: LayerCall, b: Tensor, options: dict) -> dict[str, Part]:
     """Gram matrices where positions are few, else one convolution with a group per sample."""
     size, a, weight = len(b), call.input.detach().to(b.dtype), call.argument("weight").detach()
     flat = b.flatten(2).transpose(1, 2)  # [B, L, O]
-    found: dict[str, Part] = {"bias": Dense(flat.sum(1))}
+    parts: dict[str, Part] = {"bias": Dense(flat.sum(1))}
     if "weight" in call.sources:
         entries, positions = weight[0].numel(), flat.shape[1]
         plain = a.ndim == 4 and not options["transposed"] and options["groups"] == 1
         if plain and positions * (entries + len(weight)) < entries * len(weight):
             named = {n: options[n] for n in ("dilation", "padding", "stride")}
             patches = F.unfold(a, tuple(weight.shape[2:]), **named).transpose(1, 2)  # [B, L, C k]
-            found["weight"] = Outer(flat, patches)
+            parts["weight"] = Outer(flat, patches)
         else:
             groups = options["groups"] * size
             _, dw, _ = torch.ops.aten.convolution_backward(
@@ -174,8 +175,8 @@ def _convolution(call: LayerCall, b: Tensor, options: dict) -> dict[str, Part]:
                 **{**options, "groups": groups},
                 output_mask=[False, True, False],
             )
-            found["weight"] = Dense(dw.reshape(size, -1))
-    return {name: part for name, part in found.items() if name in call.sources}
+            parts["weight"] = Dense(dw.reshape(size, -1))
+    return {name: part for name, part in parts.items() if name in call.sources}
 
 
 def _one_by_one(call: LayerCall, b: Tensor, size: int) -> dict[str, Part]:

@@ -25,10 +25,10 @@ ADAMW_RMS = 0.2
 class MuonRule(UpdateRule):
     """torch.optim.Muon: momentum, nesterov, decoupled weight decay, any adjust_lr_fn.
 
-    theta' orthogonalises in bfloat16, as torch does, bit for bit. kappa v is the exact derivative
-    of the same Newton-Schulz iteration in the parameter's dtype (float32 of 16-bit ones): the
-    derivative of the rounded one is 0 or a step. Entries of a matrix mix, so that kappa is no
-    diagonal, and no entry is taken for noise: the matrix is divided by its norm as a whole.
+    theta' orthogonalises in bfloat16, as torch does, to a rounding of the sum. kappa v is the exact
+    derivative of the same Newton-Schulz iteration in the parameter's dtype (float32 of 16-bit
+    ones): the derivative of the rounded one is 0 or a step. Entries of a matrix mix, so that kappa
+    is no diagonal, and no entry is taken for noise: the matrix is divided by its norm as a whole.
     """
 
     numbers: ClassVar[Mapping[str, Bounds]] = {

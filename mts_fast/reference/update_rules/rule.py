@@ -199,8 +199,9 @@ class RuleState(State):
         return torch.where(noise, 0.0 * along, product), noise
 
     def _versions(self, *tensors: Tensor) -> list[int]:
-        """Of what the rule may only read."""
-        return versions([*tensors, *(t for t in self.state.values() if isinstance(t, Tensor))])
+        """Counts of in-place writes to what the rule may only read."""
+        held = [*tensors, *(t for t in self.state.values() if isinstance(t, Tensor))]
+        return [0 if t.is_inference() else t._version for t in held]
 
     def _looked_at(
         self, method: str, made: Tensor, versions: list[int], *tensors: Tensor
@@ -243,8 +244,3 @@ def effective_gradient(
     """What torch's optimizers take for the gradient: its sign turned, decay added."""
     g = -gradient if maximize else gradient
     return g + weight_decay * parameter if weight_decay else g
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """Counts of in-place writes to each tensor; those made in inference mode have none."""
-    return [0 if t.is_inference() else t._version for t in tensors]

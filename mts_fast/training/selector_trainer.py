@@ -1,16 +1,19 @@
-"""The selector's side of a step: weights of a batch (rows 1, 2) and its lesson (rows 7, 8)."""
+"""The selector's part of a step: sample weights (rows 1, 2) and its own optimizer step (7, 8)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mts_fast import ops, reference
-from mts_fast._check import fail
+from mts_fast._check import describe, fail
+from mts_fast._isolation import World
 from mts_fast.training.batch import CheckedBatch
+
+OP = "MTSStep"
 
 
 @dataclass
@@ -19,13 +22,27 @@ class Scorer:
 
     selector: nn.Module
     class_weight: Tensor | None  # [C]
+    world: World = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.world = World(self.selector)
 
     def logits(self, batch: CheckedBatch, h: Tensor) -> Tensor:
         """z [B], in float32 at least: autocast would round p to 3 digits."""
         z = self.selector(*self.arguments(batch, h))
         expected = (len(batch),)
+        shapes = f"floating-point logits {expected} or {(*expected, 1)}"
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            hint = "return one logit per sample, before the sigmoid"
+            fail(TypeError, OP, "selector's output", shapes, describe(z), hint)
         if z.shape not in (expected, (*expected, 1)):
-            fail(ValueError, "MTSStep", "selector's output", f"logits {expected}", tuple(z.shape))
+            hint = "return one logit per sample"
+            fail(ValueError, OP, "selector's output", shapes, describe(z), hint)
+        if torch.is_grad_enabled() and not z.requires_grad:
+            hint = "do not detach it, and leave the selector's parameters requires_grad"
+            got = "logits without a graph"
+            expected_graph = "dependent on the selector's trainable parameters"
+            fail(ValueError, OP, "selector's output", expected_graph, got, hint)
         return z.reshape(expected).to(torch.promote_types(z.dtype, torch.float32))
 
     def arguments(self, batch: CheckedBatch, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +69,8 @@ class Scorer:
         return self.class_weight.to(batch.classes.device)[batch.classes]
 
 
-class Lesson(NamedTuple):
-    """What the selector learns from: a batch as it scored it, and the dots of row 6."""
+class SelectorUpdate(NamedTuple):
+    """What the selector's step is made of: a batch as it was scored, and the dots of row 6."""
 
     batch: CheckedBatch
     features: Tensor  # h [B, F]
@@ -66,31 +83,33 @@ class Lesson(NamedTuple):
         return ops.selector_gradient(self.dots, self.logits.detach(), self.p)
 
 
-class Teacher(Protocol):
+class SelectorTrainer(Protocol):
     """Scores batches and takes the selector's steps."""
 
-    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
-        """(z [B], p [B]) of a batch with features h; where it `learns`, for a lesson."""
+    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]) of a batch with features h; `updates` where a `step` follows."""
 
-    def teach(self, lesson: Lesson) -> None:
+    def step(self, update: SelectorUpdate) -> None:
         """One step of the selector's optimizer."""
 
 
 @dataclass(frozen=True)
-class EagerTeacher:
-    """Call by call; z carries the graph that the lesson goes back through."""
+class EagerSelectorTrainer:
+    """Call by call; z carries the graph that the step goes back through."""
 
     scorer: Scorer
     optimizer: torch.optim.Optimizer
 
-    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
         """(z [B], p [B])."""
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(updates):
             z = self.scorer.logits(batch, h)
         return z, self.scorer.normalized(batch, z)
 
-    def teach(self, lesson: Lesson) -> None:
+    def step(self, update: SelectorUpdate) -> None:
         """Backward with the closed-form cotangent, and the optimizer's step."""
         self.optimizer.zero_grad(set_to_none=True)
-        lesson.logits.backward(lesson.cotangent())
+        update.logits.backward(update.cotangent())
         self.optimizer.step()
+        # autocast keeps low-precision copies of the weights, which are now of other values
+        torch.clear_autocast_cache()

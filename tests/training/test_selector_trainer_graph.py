@@ -10,8 +10,8 @@ from comparison import assert_bitwise, relative
 from torch import nn
 
 import mts_fast
-from mts_fast.training import selector_graph as module
-from mts_fast.training.selector_graph import EAGER_CALLS, Replayed
+from mts_fast.training import selector_trainer_graph as module
+from mts_fast.training.selector_trainer_graph import EAGER_CALLS, Replayed
 
 CLASSES, FEATURES = 3, 5
 
@@ -157,7 +157,7 @@ def test_steps_are_those_without_graphs(name, autocast, device, recorder):
     for a, b in zip(*(step.selector.parameters() for step in steps), strict=True):
         assert relative(a, b) < 1e-5
     if recorder is not None:
-        assert recorder.recordings >= 2  # one to score, one to teach
+        assert recorder.recordings >= 2  # one for forward, one for step
         states = [step.state_dict() for step in steps]
         assert_bitwise(states[0]["selector"], states[1]["selector"])
 
@@ -220,7 +220,13 @@ def test_refused_optimizers_that_cannot_be_captured(make, message):
     selector = mts_fast.Selector(4, CLASSES)
     expected = f"MTSStep: selector_optimizer must be capturable with cuda_graph, got {message}"
     with pytest.raises(ValueError, match=expected):
-        build(torch.device("cpu"), selector, make(selector.parameters()))
+        module._check_capturable(make(selector.parameters()))
+
+
+def test_a_selector_on_the_cpu_is_refused_before_its_optimizer():
+    selector = mts_fast.Selector(4, CLASSES)
+    with pytest.raises(RuntimeError, match="cuda_graph must be given with the selector on a GPU"):
+        build(torch.device("cpu"), selector, torch.optim.AdamW(selector.parameters()))
 
 
 def test_refused_learning_rates_that_a_scheduler_would_change_in_vain(device, recorder):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
 from mts_fast.training.batch import CheckedBatch
-from mts_fast.training.scoring import EagerTeacher, Lesson, Scorer
+from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer, SelectorUpdate
 
 OP = "MTSStep"
-# real steps that set up what a recording must find there: optimizer state, library workspaces
+# eager calls before a recording: they allocate optimizer state and library workspaces, which must
+# exist then
 EAGER_CALLS = 3
-# of devices whose autocast a recording has taken in
+# device types whose autocast settings a recording holds
 KINDS = ("cpu", "cuda")
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -46,12 +47,12 @@ class CudaRecorder:
     """torch.cuda.graph, after runs on a stream beside the current one, as torch asks for."""
 
     def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-        _check_capturable(optimizer)
         elsewhere = sorted({p.device.type for p in scorer.selector.parameters()} - {"cuda"})
         if elsewhere:
             hint = "leave it out, or move the selector to the GPU before its optimizer is made"
             got = f"a selector on {', '.join(elsewhere)}"
             fail(RuntimeError, OP, "cuda_graph", "given with the selector on a GPU", got, hint)
+        _check_capturable(optimizer)
 
     def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.cuda.device(inputs[0].device):
@@ -115,8 +116,8 @@ class Replayed:
         return tuple(t.clone() for t in replay())
 
 
-class SelectorGraph:
-    """Rows 1 and 2 (`score`) and rows 7 and 8 (`teach`) by replay.
+class GraphedSelectorTrainer:
+    """Rows 1 and 2 (`forward`) and rows 7 and 8 (`step`) by replay.
 
     Raises:
         RuntimeError, ValueError: a selector that is not on a GPU, or has dropout or BatchNorm; an
@@ -132,34 +133,34 @@ class SelectorGraph:
         scheduled: bool,
     ) -> None:
         recorder = CudaRecorder()
-        _check(scorer, optimizer, scheduled=scheduled)
         recorder.check(scorer, optimizer)
+        _check(scorer, optimizer, scheduled=scheduled)
         self._scorer = scorer
         self._optimizer = optimizer
-        self._eager = EagerTeacher(scorer, optimizer)
-        self._score = Replayed(self._score_tensors, self._state, recorder)
-        self._teach = Replayed(self._teach_tensors, self._state, recorder)
+        self._eager = EagerSelectorTrainer(scorer, optimizer)
+        self._forward = Replayed(self._forward_tensors, self._state, recorder)
+        self._step = Replayed(self._step_tensors, self._state, recorder)
 
-    def score(self, batch: CheckedBatch, h: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
-        """(z [B], p [B]); a lesson makes z once more, with its graph."""
-        z, p = self._score(*self._scorer.arguments(batch, h))
+    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]); `step` makes z once more, with its graph."""
+        z, p = self._forward(*self._scorer.arguments(batch, h))
         return z, p
 
-    def teach(self, lesson: Lesson) -> None:
+    def step(self, update: SelectorUpdate) -> None:
         """One step of the selector's optimizer."""
-        self._teach(*self._scorer.arguments(lesson.batch, lesson.features), lesson.dots)
+        self._step(*self._scorer.arguments(update.batch, update.features), update.dots)
 
-    def _score_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
+    def _forward_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
         with _autocast_without_cache(h.device.type):
-            return self._eager.score(_batch(classes, flags), h, learns=False)
+            return self._eager.forward(_batch(classes, flags), h, updates=False)
 
-    def _teach_tensors(
+    def _step_tensors(
         self, h: Tensor, classes: Tensor, flags: Tensor, dots: Tensor
     ) -> tuple[Tensor, ...]:
         batch = _batch(classes, flags)
         with _autocast_without_cache(h.device.type):
-            z, p = self._eager.score(batch, h, learns=True)
-            self._eager.teach(Lesson(batch, h, z, p, dots))
+            z, p = self._eager.forward(batch, h, updates=True)
+            self._eager.step(SelectorUpdate(batch, h, z, p, dots))
         return ()
 
     def _state(self) -> object:
@@ -180,8 +181,8 @@ class SelectorGraph:
 
 
 def _autocast_without_cache(kind: str) -> torch.autocast:
-    """Autocast as it is, but weights are cast whenever they are used: a cached cast would be of the
-    weights before the lesson, and a recording would go on reading it when it is long gone."""
+    """The current autocast settings without the weight cache. A cached low-precision copy is stale
+    after the selector's update, and a captured graph would keep reading its freed memory."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
@@ -212,7 +213,7 @@ def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
     found = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
     if found:
-        hint = "a lesson runs the selector once more"
+        hint = "the recorded step runs the selector once more"
         expected = "free of dropout and BatchNorm with cuda_graph"
         fail(ValueError, OP, "selector", expected, found, hint)
     rates = [group["lr"] for group in optimizer.param_groups]

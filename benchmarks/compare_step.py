@@ -1,0 +1,142 @@
+"""The step of this checkout against that of another commit, turn by turn in one run.
+
+    python benchmarks/compare_step.py --before 5476895          # make bench-compare BEFORE=...
+
+Each side is a process of its own, with its own mts_fast and the benchmarks of this checkout; they
+take steps in turns, never at the same time. Ratios are medians over rounds of after / before.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "results" / "step_compared.json"
+MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp", "gpt")
+OPTIMIZERS = ("momentum", "adamw")
+ROUNDS, WARM_UP = 15, 3
+MIB = 2**20
+# options of MTSStep by arm; the older side takes those that it knows
+ARMS = {
+    "exact": {"atomic": False},
+    "exact, atomic": {"atomic": True},
+    "reuse": {"schedule": "reuse", "atomic": False},
+}
+
+
+def serve():
+    """Makes arms and takes their steps, as standard input says."""
+    import inspect
+
+    import torch
+    from measure import peak_bytes
+    from step_arms import Ours
+    from step_models import make_task
+
+    import mts_fast
+
+    known = inspect.signature(mts_fast.MTSStep).parameters
+    arm = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer = {"package": mts_fast.__file__, "threads": torch.get_num_threads()}
+        if order["do"] == "make":
+            options = {k: v for k, v in order["options"].items() if k in known}
+            torch.manual_seed(0)
+            arm = Ours(make_task(order["model"]), optimizer=order["optimizer"], **options)
+            for _ in range(WARM_UP):
+                arm.step()
+        elif order["do"] == "step":
+            start = time.perf_counter()
+            arm.step()
+            answer["seconds"] = time.perf_counter() - start
+        else:
+            answer["peak"] = peak_bytes(arm.step)
+        print(json.dumps(answer), flush=True)
+
+
+class Side:
+    """One checkout in a process of its own."""
+
+    def __init__(self, package):
+        path = os.pathsep.join([str(package), str(ROOT / "benchmarks")])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=package,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def ask(self, **order):
+        """Send an order and wait for its answer."""
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"compare_step: a side ended at {order}")
+        return json.loads(answer)
+
+
+def checked_out(commit):
+    """The other commit in build/, with this checkout's compiled library."""
+    folder = ROOT / "build" / f"before-{commit}"
+    if not folder.exists():
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(folder), commit], cwd=ROOT, check=True
+        )
+    for built in [*(ROOT / "mts_fast").glob("*.so"), ROOT / "mts_fast" / "_build.json"]:
+        shutil.copy(built, folder / "mts_fast")
+    return folder
+
+
+def compared(before, after, **order):
+    """Medians and ratios of one arm."""
+    sides = {"before": before, "after": after}
+    for side in sides.values():
+        side.ask(do="make", **order)
+    seconds = {name: [] for name in sides}
+    for turn in range(ROUNDS):
+        for name in sorted(sides, reverse=bool(turn % 2)):
+            seconds[name].append(sides[name].ask(do="step")["seconds"])
+    pairs = zip(seconds["after"], seconds["before"], strict=True)
+    peak = {name: side.ask(do="peak")["peak"] for name, side in sides.items()}
+    return {
+        "milliseconds": {n: round(1e3 * statistics.median(s), 2) for n, s in seconds.items()},
+        "time": round(statistics.median(a / b for a, b in pairs), 3),
+        "peak_mib": {n: round(p / MIB) for n, p in peak.items()},
+    }
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", default="5476895", help="commit to compare with")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve()
+        return
+    before, after = Side(checked_out(arguments.before)), Side(ROOT)
+    rows = {}
+    for model in arguments.models:
+        for optimizer in OPTIMIZERS:
+            for label, options in ARMS.items():
+                row = compared(before, after, model=model, optimizer=optimizer, options=options)
+                rows[f"{model}, {optimizer}, {label}"] = row
+                print(f"{model}, {optimizer}, {label}: {row}", flush=True)
+    command = f"python benchmarks/compare_step.py --before {arguments.before}"
+    result = {"command": command, "rounds": ROUNDS, "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Processes of the demo: one works through a whole seed, and none outlives the main one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from mts_fast._check import fail
+from mts_fast.cli.process import postponed
+
+# how often the main process looks whether a seed has ended
+LOOK_SECONDS = 0.2
+# a terminal sends these to all processes; the main one ends the others
+SENT_TO_ALL = (signal.SIGINT, signal.SIGHUP)
+
+# where a worker's reports go
+_messages: Any = None
+
+
+def run_seeds(
+    work: Callable[[int], Any],
+    seeds: Sequence[int],
+    report: Callable[[int, str, int], None],
+    ended: Callable[[int, bool], None],
+) -> list[Any]:
+    """work(seed) of every seed in processes, one per core; the results in order.
+
+    `report` gets what the workers tell by `tell`; `ended` a seed, and whether it succeeded. The
+    first that fails, or an interrupt, ends all processes.
+
+    Raises:
+        RuntimeError: a process was killed.
+        Exception: what `work` raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    with _blocked(SENT_TO_ALL):  # starts multiprocessing's resource tracker
+        messages = context.Queue()
+    workers = min(len(seeds), os.cpu_count() or 1)
+    before = {*multiprocessing.active_children()}
+    with ProcessPoolExecutor(workers, context, _join, (messages,)) as pool:
+        try:
+            with _blocked(SENT_TO_ALL):
+                futures = {pool.submit(work, seed): seed for seed in seeds}
+            return _collect(futures, messages, report, ended)
+        except BaseException:
+            with postponed():
+                _kill({*multiprocessing.active_children()} - before)
+            raise
+
+
+def tell(*message: Any) -> None:
+    """Send a message from a worker to `report`."""
+    _messages.put(message)
+
+
+def _collect(
+    futures: dict[Future, int],
+    messages: Any,
+    report: Callable[[int, str, int], None],
+    ended: Callable[[int, bool], None],
+) -> list[Any]:
+    running = dict(futures)
+    while running:
+        for future in [future for future in running if future.done()]:
+            seed = running.pop(future)
+            error = future.exception()
+            ended(seed, error is None)
+            if isinstance(error, BrokenProcessPool):
+                expected = "alive until its seed is done"
+                hint = "it may have had too little memory: close other programs, run fewer --seeds"
+                fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)
+            if error is not None:
+                raise error
+        try:
+            seed, arm, steps = messages.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            continue
+        if seed in running.values():
+            report(seed, arm, steps)
+    return [future.result() for future in futures]
+
+
+def _join(messages: Any) -> None:
+    """First thing in a worker: reports have a way, and it ends when the main process does."""
+    global _messages
+    _messages = messages
+    # reports that nobody reads are not waited for
+    messages.cancel_join_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _blocked(signals: Sequence[int]) -> Iterator[None]:
+    """Processes that start inside never see these signals; they reach this one afterwards."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _kill(processes: set[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()

@@ -1,0 +1,167 @@
+"""Files of `mts-fast features`: errors name the flags, changed embeddings are noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mts_fast._check import INTEGER_DTYPES, check_range, describe, fail
+from mts_fast.features import open_embeddings, open_vector
+from mts_fast.features.sweep import EmbeddingSource
+
+OP = "features"
+EMBEDDINGS = "FILE"
+# what the library calls a thing, and how it is asked for on the command line
+FLAGS = {
+    "embeddings": EMBEDDINGS,
+    "labels": "--labels",
+    "is_synthetic": "--is-synthetic",
+    "neighbors": "--neighbors",
+    "k": "-k",
+    "chunk": "--chunk",
+    "path": "--out",
+}
+DIGEST = hashlib.sha256
+DIGEST_BYTES = 32
+
+
+@contextmanager
+def by_flags() -> Iterator[None]:
+    """Errors of the library inside name what was given on the command line."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        name = re.match(r"\w+: (\w+) must be ", str(error))
+        if name is None or name[1] not in FLAGS:
+            raise
+        message = f"{OP}: {FLAGS[name[1]]}" + str(error)[name.end(1) :]
+        message = message.replace("small_class='pad'", "--small-class pad")
+        raise _same_kind(error, message) from error
+
+
+@contextmanager
+def of_file(flag: str, spec: str) -> Iterator[None]:
+    """Errors of opening a file name the flag that it was given for."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        message = re.sub(r"^\w+: ", "", str(error))
+        if message.startswith("path must be an existing file"):
+            fail(FileNotFoundError, OP, flag, "an existing file", repr(spec), "check the name")
+        key = re.sub(r"^key must be", "KEY must be", message)
+        hint = f"; name one as {flag} FILE:KEY" if key != message else ""
+        raise _same_kind(error, f"{OP}: {flag} {spec}: {key}{hint}") from error
+
+
+def _same_kind(error: Exception, message: str) -> Exception:
+    """Some subclasses take other arguments than a message."""
+    kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(error, kind))
+    return kind(message)
+
+
+def split_key(spec: str) -> tuple[str, str | None]:
+    """FILE or FILE:KEY; a file of that whole name comes first."""
+    path, colon, key = spec.rpartition(":")
+    return (path, key) if colon and not os.path.exists(spec) else (spec, None)
+
+
+def open_labels(spec: str, length: int) -> Tensor:
+    """Classes [length], int64 >= 0."""
+    flag = "--labels"
+    labels = _open_numbers(flag, spec, length)
+    hint = "number the classes from 0"
+    check_range(OP, f"{flag} {spec}", labels, 0, torch.iinfo(torch.int64).max, hint)
+    return labels
+
+
+def open_flags(spec: str, length: int) -> Tensor:
+    """Flags [length], bool."""
+    flag = "--is-synthetic"
+    flags = _open_numbers(flag, spec, length, torch.bool)
+    check_range(OP, f"{flag} {spec}", flags, 0, 2, "0 is a real sample, 1 a synthetic one")
+    return flags.bool()
+
+
+def _open_numbers(flag: str, spec: str, length: int, *others: torch.dtype) -> Tensor:
+    """Whole numbers [length] as int64, in memory of their own."""
+    path, key = split_key(spec)
+    with of_file(flag, spec):
+        values = open_vector(path, key=key)
+    name = f"{flag} {spec}"
+    if values.dtype not in (*INTEGER_DTYPES, *others):
+        hint = "save them as int64, in numpy by .astype('int64')"
+        fail(TypeError, OP, name, "of whole numbers", describe(values), hint)
+    if len(values) != length:
+        expected = f"of length {length}, one number for each row of the embeddings"
+        fail(ValueError, OP, name, expected, len(values), "name the file that belongs to them")
+    return values.to(torch.int64, copy=True)
+
+
+class PoolFile:
+    """Embeddings [N, D] of a file, read in chunks, each of which has to be the same every time.
+
+    The first reading of a chunk leaves a hash. Later ones are compared with it where the file's
+    time has changed, and all of them when a sweep goes on with `digests` of an earlier process.
+    Rows are copies: of a file that is cut off while it is mapped, a page kills the process.
+    """
+
+    def __init__(self, spec: str, chunk: int) -> None:
+        path, key = split_key(spec)
+        self.spec = spec
+        with of_file(EMBEDDINGS, spec):
+            self.source: EmbeddingSource = open_embeddings(path, key=key)
+            # this very file, whatever takes its name later
+            self._handle = os.open(path, os.O_RDONLY)
+        self._opened = os.fstat(self._handle)
+        self.shape = tuple(self.source.shape)
+        self.chunk = chunk
+        count = len(range(0, self.shape[0], chunk))
+        self.digests = torch.zeros(count, DIGEST_BYTES, dtype=torch.uint8)  # 0 where not yet read
+
+    def __enter__(self) -> PoolFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        size = os.fstat(self._handle).st_size
+        if size < self._opened.st_size:
+            got = f"{size} of {self._opened.st_size} bytes"
+            hint = "restore it, and run the same command again"
+            fail(OSError, OP, f"{EMBEDDINGS} {self.spec}", "whole while it is read", got, hint)
+        part = self.source[rows].clone()
+        known = self.digests[rows.start // self.chunk]
+        changed = os.fstat(self._handle).st_mtime_ns != self._opened.st_mtime_ns
+        if changed or not known.any():
+            self._compare(rows, part, known)
+        return part
+
+    def go_on_with(self, digests: Tensor) -> None:
+        """Take the hashes of an earlier process, after a look at all the rows that it has read.
+
+        Raises:
+            ValueError: some of them are no longer what they were.
+        """
+        for index in digests.any(1).nonzero().flatten().tolist():
+            start = index * self.chunk
+            rows = slice(start, min(start + self.chunk, self.shape[0]))
+            self._compare(rows, self[rows], digests[index])
+        self.digests.copy_(digests)
+
+    def _compare(self, rows: slice, part: Tensor, known: Tensor) -> None:
+        """The hash of `part` with the `known` one [32], which it becomes where there is none."""
+        data = part.contiguous().view(torch.uint8).numpy().data
+        digest = torch.frombuffer(bytearray(DIGEST(data).digest()), dtype=torch.uint8)
+        if not known.any():
+            known.copy_(digest)
+        elif not torch.equal(known, digest):
+            got = f"other values in rows {rows.start} to {rows.stop - 1}"
+            hint = "restore it, or start afresh with --no-resume"
+            fail(ValueError, OP, f"{EMBEDDINGS} {self.spec}", "as the sweep began it", got, hint)

@@ -1,0 +1,64 @@
+"""The invariant that every engine's dots must meet: sum_i p_i d_i = <kappa v, grad L>.
+
+It sees missed parameters, replayed masks that differ, differences below rounding, and derivatives
+that autograd does not take; it does not see coupled samples or a wrong sample axis, whose sums are
+right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mts_fast.hypergradient.precision import is_low_precision
+
+# |sum p d - <u, g>| / sum p |d| was at most 5e-5 (exact engines, float32), 4e-3 (16 bits) and
+# 5.5e-3 (differences) of right dots, and 0.012 to 0.7 of wrong ones (CPU, 2026).
+EXACT, EXACT_16_BIT, DIFFERENCES = 1e-3, 2e-2, 1e-2
+# in float64 right dots were at most 1e-12 off, and differences 1e-9 (a kink may add its step, 1e-5)
+EXACT_64_BIT, DIFFERENCES_64_BIT = 1e-7, 1e-4
+# roundings of the largest term that the two sums may differ by where everything cancels
+ROUNDINGS = 64
+
+
+def invariant_gap(
+    p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+) -> Tensor:
+    """|sum p d - <u, g>| / sum p |d| [], u = kappa v; 0 where both sides are 0."""
+    pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
+    expected = torch.stack([(g * u).sum().to(dots.dtype) for g, u in pairs]).sum()
+    gap = ((p * dots).sum() - expected).abs()
+    scale = (p * dots).abs().sum()
+    return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
+def is_rounding(
+    p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+) -> bool:
+    """Whether rounding of the two sums explains a gap: all of d may be noise. Waits."""
+    pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
+    terms = [p * dots, *(g * u for g, u in pairs)]
+    found, *along = [t.double().sum() for t in terms]
+    size = torch.stack([t.double().norm() for t in terms]).norm()
+    gap = (found - torch.stack(along).sum()).abs()
+    return bool(gap <= ROUNDINGS * torch.finfo(dots.dtype).eps * size)
+
+
+def bound(engine: str, parameters: Sequence[Tensor]) -> float:
+    """The largest gap that right dots of an engine may have."""
+    wide = all(p.dtype == torch.float64 for p in parameters)
+    if engine == "finite_difference":
+        return DIFFERENCES_64_BIT if wide else DIFFERENCES
+    if is_low_precision(parameters):
+        return EXACT_16_BIT
+    return EXACT_64_BIT if wide else EXACT
+
+
+def random_signs(p: Tensor, number: int) -> Tensor:
+    """+1 or -1 for each sample [B], drawn aside from all generators: of differences the sum over
+    the batch alone may be right by chance, where autograd's gradient is another one."""
+    generator = torch.Generator().manual_seed(number)
+    signs = torch.randint(2, p.shape, generator=generator).to(p.device, p.dtype)
+    return 2 * signs - 1

@@ -1,0 +1,210 @@
+"""What MTSStep is built from, checked before anything is run: types, ranges, ownership."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mts_fast._check import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_int,
+    check_module,
+    check_number,
+    describe,
+    fail,
+)
+from mts_fast.ops.registry import BACKENDS
+from mts_fast.ops.virtual_update_door import check_optimizer
+from mts_fast.training.validation import VALIDATION_OBJECTIVES
+
+OP = "MTSStep"
+# wrappers whose hooks torch.autograd.grad does not run, by name of the class: importing them here
+# would import torch.distributed
+DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+CHOICES = {
+    "schedule": ("exact", "reuse"),
+    "backend": BACKENDS,
+    "validation_mode": ("eval", "train"),
+    "val_objective": VALIDATION_OBJECTIVES,
+    "check": ("auto", "always", "never"),
+}
+COUNTS = {"selector_every": 1, "online_k": 1, "warmup_steps": 0}  # the least of each
+FLAGS = ("online_features", "track_gsnr", "cuda_graph")
+# bounds of numbers that may be None
+NUMBERS: dict[str, dict[str, float]] = {
+    "hypergradient_lr": {"above": 0.0},
+    "max_grad_norm": {"above": 0.0},
+    "online_momentum": {"at_least": 0.0, "below": 1.0},
+}
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Every option of MTSStep by name, alone."""
+    for name, choices in CHOICES.items():
+        check_choice(OP, name, options[name], choices)
+    for name, low in COUNTS.items():
+        check_int(OP, name, options[name], low=low, hint="pass a number of calls or samples")
+    for name in FLAGS:
+        check_bool(OP, name, options[name])
+    for name, bounds in NUMBERS.items():
+        if options[name] is not None:
+            check_number(OP, name, options[name], **bounds)  # type: ignore[arg-type]
+    for name in ("loss", "val_loss"):
+        if options[name] is not None:
+            check_callable(OP, name, options[name])
+    if options["atomic"] is not None:
+        check_bool(OP, "atomic", options["atomic"])
+    layer, scaler = options["feature_layer"], options["scaler"]
+    if layer is not None and not isinstance(layer, str):
+        hint = "see model.named_modules()"
+        fail(TypeError, OP, "feature_layer", "None or a module path", describe(layer), hint)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        hint = "make one with torch.amp.GradScaler()"
+        fail(TypeError, OP, "scaler", "None or a torch.amp.GradScaler", describe(scaler), hint)
+
+
+def check_parts(
+    model: object,
+    optimizer: object,
+    selector: object,
+    selector_optimizer: object,
+    selector_scheduler: object,
+    loss_modules: list[nn.Module],
+) -> None:
+    """Refuse what cannot be trained, or could not be undone when a step raises."""
+    module, chooser = check_module(OP, "model", model), check_module(OP, "selector", selector)
+    check_not_distributed(module)
+    if module is chooser:
+        hint = "build a Selector of its own"
+        fail(ValueError, OP, "selector", "another module than model", "the model itself", hint)
+    first = _check_torch_optimizer("optimizer", optimizer)
+    check_optimizer(first, op=OP)
+    second = _check_torch_optimizer("selector_optimizer", selector_optimizer)
+    _check_undoable(second)
+    own = {id(p) for m in (module, *loss_modules) for p in m.parameters()}
+    _check_owner(first, own, "optimizer", "model")
+    learning = {id(p) for p in chooser.parameters() if p.requires_grad}
+    if not learning:
+        hint = "set requires_grad on what shall learn"
+        fail(ValueError, OP, "selector", "given trainable parameters", "none", hint)
+    _check_owner(second, learning, "selector_optimizer", "selector")
+    shared = {id(p) for p in _held(first)} & {id(p) for p in _held(second)}
+    if shared:
+        hint = "give each optimizer the parameters of its own module"
+        got = f"{len(shared)} parameters that optimizer holds, too"
+        fail(ValueError, OP, "selector_optimizer", "apart from optimizer", got, hint)
+    if selector_scheduler is not None:
+        check_scheduler(selector_scheduler, second)
+
+
+def check_not_distributed(model: nn.Module) -> None:
+    """Refuse wrappers and process groups whose ranks a step would let drift apart."""
+    for path, module in model.named_modules():
+        names = {cls.__name__ for cls in type(module).__mro__}
+        for name in DISTRIBUTED:
+            if name in names:
+                where = f" at {path!r}" if path else ""
+                hint = "train on one device for now: pass the module inside"
+                expected = "free of data-parallel wrappers over processes"
+                fail(RuntimeError, OP, "model", expected, f"{name}{where}", hint)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        hint = "gradients are not reduced over ranks: run one process"
+        got = f"a process group of {ranks} ranks (DistributedDataParallel and the like)"
+        fail(RuntimeError, OP, "model", "trained by one process", got, hint)
+
+
+def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
+    """A scheduler of that optimizer whose step() takes no metric."""
+    arg = "selector_scheduler"
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        hint = "make one of torch.optim.lr_scheduler, or step your own outside"
+        fail(TypeError, OP, arg, "a torch LRScheduler", describe(scheduler), hint)
+    required = [
+        name
+        for name, p in inspect.signature(scheduler.step).parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if required:
+        hint = "step it yourself, after the call"
+        got = f"{type(scheduler).__name__}, whose step wants {', '.join(required)}"
+        fail(ValueError, OP, arg, "stepped without arguments", got, hint)
+    if scheduler.optimizer is not optimizer:
+        hint = "build it with selector_optimizer"
+        fail(ValueError, OP, arg, "of selector_optimizer", "one of another optimizer", hint)
+
+
+def check_class_weight(value: object, num_classes: int | None, like: Tensor) -> Tensor | None:
+    """[C] on the device and in the dtype of the selector: finite, 0 or more."""
+    if value is None:
+        return None
+    arg = "class_weight"
+    expected = "[C] numbers, one per class"
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = f"{OP}: {arg} must be {expected}, got {describe(value)} ({error}); pass a tensor"
+        raise TypeError(message) from error
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        fail(TypeError, OP, arg, expected, describe(tensor), "pass real numbers")
+    if tensor.ndim != 1 or not len(tensor):
+        fail(ValueError, OP, arg, expected, describe(tensor), "pass a vector")
+    if num_classes is not None and len(tensor) != num_classes:
+        hint = "see num_classes of Selector"
+        fail(ValueError, OP, arg, f"of length {num_classes}", describe(tensor), hint)
+    check_finite(OP, arg, tensor.double(), "give an absent class 0 or 1 (not 1 / 0)")
+    if bool((tensor < 0).any()):
+        got = f"values from {float(tensor.min()):g} to {float(tensor.max()):g}"
+        fail(ValueError, OP, arg, "0 or more", got, "a class of weight 0 is left out")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return tensor.detach().to(like.device, dtype, copy=True)
+
+
+def _check_torch_optimizer(arg: str, value: object) -> torch.optim.Optimizer:
+    if not isinstance(value, torch.optim.Optimizer):
+        hint = "pass one of torch.optim; of a wrapper, the optimizer inside"
+        fail(TypeError, OP, arg, "a torch.optim.Optimizer", describe(value), hint)
+    return value
+
+
+def _check_undoable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a selector's optimizer whose step is known to raise, or wants a closure."""
+    arg, name = "selector_optimizer", type(optimizer).__name__
+    step: Callable[..., object] = optimizer.step
+    closure = inspect.signature(step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (
+        closure is not None and closure.default is inspect.Parameter.empty
+    ):
+        hint = "take AdamW, or another that steps without a closure"
+        fail(ValueError, OP, arg, "stepped without a closure", name, hint)
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            hint = f"make it with {name}(..., differentiable=False)"
+            fail(ValueError, OP, arg, "without differentiable", "differentiable=True", hint)
+        on_cpu = any(p.device.type == "cpu" for p in group["params"])
+        if group.get("capturable") and on_cpu:
+            hint = f"make it with {name}(..., capturable=False), or move the selector to a GPU"
+            fail(ValueError, OP, arg, "capturable on a GPU only", "parameters on the CPU", hint)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_owner(optimizer: torch.optim.Optimizer, own: set[int], arg: str, owner: str) -> None:
+    if not any(id(p) in own for p in _held(optimizer)):
+        hint = f"build it with {owner}.parameters()"
+        got = "one that holds none of them"
+        fail(ValueError, OP, arg, f"of the trainable parameters of {owner}", got, hint)

@@ -1,0 +1,180 @@
+"""A step's state as a dict, and its return: all is checked before anything is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mts_fast._check import describe, fail
+
+if TYPE_CHECKING:
+    from mts_fast.training.step import MTSStep
+
+OP = "MTSStep.load_state_dict"
+VERSION = 2
+# what a state of version 1, without "version", holds
+REQUIRED = {
+    "model": Mapping,
+    "optimizer": Mapping,
+    "selector": Mapping,
+    "selector_optimizer": Mapping,
+    "selector_scheduler": (Mapping, type(None)),
+    "online": Mapping,
+    "steps": int,
+}
+ADDED = {"class_weight": (Tensor, type(None)), "engines": Mapping, "skipped_steps": int}
+
+
+def state_of(step: MTSStep) -> dict[str, Any]:
+    """All that a resumed run needs."""
+    scheduler, scaler = step.selector_scheduler, step.scaler
+    return {
+        "version": VERSION,
+        "model": step.model.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "optimizer_class": type(step.optimizer).__name__,
+        "selector": step.selector.state_dict(),
+        "selector_optimizer": step.selector_optimizer.state_dict(),
+        "selector_optimizer_class": type(step.selector_optimizer).__name__,
+        "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
+        "online": step._features.state_dict(),
+        "class_weight": step.class_weight,
+        "engines": step._engines.state_dict(),
+        "losses": [module.state_dict() for module in _loss_modules(step)],
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "steps": step.steps,
+        "skipped_steps": step.skipped_steps,
+    }
+
+
+def load_state(step: MTSStep, state: object) -> None:
+    """Check a state, then take it over; a failure in between puts the old one back."""
+    entries = copy.deepcopy(check_state(state, has_scheduler=step.selector_scheduler is not None))
+    check_module_state("model", step.model, entries["model"])
+    check_module_state("selector", step.selector, entries["selector"])
+    for arg in ("optimizer", "selector_optimizer"):
+        own: torch.optim.Optimizer = getattr(step, arg)
+        check_optimizer_state(arg, own, entries[arg], entries.get(f"{arg}_class"))
+    losses = _loss_modules(step)
+    saved_losses = entries.get("losses", [])
+    if losses and len(saved_losses) == len(losses):
+        for i, (module, saved) in enumerate(zip(losses, saved_losses, strict=True)):
+            check_module_state(f"losses[{i}]", module, saved)
+    old = copy.deepcopy(state_of(step))
+    try:
+        _write(step, entries)
+    except BaseException:
+        _write(step, old)
+        raise
+    step._torn = ""
+    step._gap = None
+
+
+def _write(step: MTSStep, entries: dict[str, Any]) -> None:
+    step.model.load_state_dict(entries["model"])
+    step.optimizer.load_state_dict(entries["optimizer"])
+    step.selector.load_state_dict(entries["selector"])
+    step.selector_optimizer.load_state_dict(entries["selector_optimizer"])
+    if step.selector_scheduler is not None:
+        step.selector_scheduler.load_state_dict(entries["selector_scheduler"])
+    step._features.load_state_dict(entries["online"])
+    for module, saved in zip(_loss_modules(step), entries.get("losses", []), strict=False):
+        module.load_state_dict(saved)
+    if "class_weight" in entries:
+        step.class_weight = entries["class_weight"]
+    step._engines.load_state_dict(entries.get("engines", {}))
+    if entries.get("scaler") is not None:
+        if step.scaler is None:  # one that float16 autocast had asked for
+            step.scaler = torch.amp.GradScaler(next(step.model.parameters()).device.type)
+            step._owns_scaler = True
+        step.scaler.load_state_dict(entries["scaler"])
+    step.steps = entries["steps"]
+    step.skipped_steps = entries.get("skipped_steps", 0)
+
+
+def _loss_modules(step: MTSStep) -> list[nn.Module]:
+    """The modules among the losses, whose buffers a step moves."""
+    roots = (*step._objective.world.roots[1:], *step._validation.world.roots[1:])
+    return list(dict.fromkeys(roots))
+
+
+def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
+    """The entries of a state, by type; of an older one, those that it has."""
+    hint = "pass what MTSStep.state_dict() gave"
+    if not isinstance(state, Mapping):
+        fail(TypeError, OP, "state", "a mapping", describe(state), hint)
+    version = state.get("version", 1)
+    if version not in (1, VERSION):
+        newer = "load it with the mts_fast that saved it, or a later one"
+        fail(ValueError, OP, "state['version']", f"1 or {VERSION}", repr(version), newer)
+    kinds: dict[str, Any] = {**REQUIRED, **(ADDED if version == VERSION else {})}
+    for name, kind in kinds.items():
+        if name not in state:
+            present = ", ".join(map(str, state)) or "nothing"
+            fail(ValueError, OP, "state", f"given the entry {name!r}", f"{present[:80]}", hint)
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            fail(TypeError, OP, f"state[{name!r}]", "as saved", describe(state[name]), hint)
+    saved = state["selector_scheduler"] is not None
+    if saved != has_scheduler:
+        got = "one with a scheduler" if saved else "one without"
+        expected = "of a step " + ("with a selector_scheduler" if has_scheduler else "without one")
+        fail(ValueError, OP, "state", expected, got, "build MTSStep as it was saved")
+    return dict(state)
+
+
+def check_module_state(arg: str, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Names and shapes of a module's state, as `load_state_dict` would want them."""
+    own = module.state_dict()
+    hint = "build the module as it was saved (unwrapped, if it was wrapped then)"
+    missing = [n for n in own if n not in state]
+    unexpected = [n for n in state if n not in own]
+    if missing or unexpected:
+        got = "; ".join(
+            f"{kind} {', '.join(map(str, names[:3]))}"
+            for kind, names in (("without", missing), ("with", unexpected))
+            if names
+        )
+        fail(RuntimeError, OP, f"state[{arg!r}]", "of the same module", got, hint)
+    for name, value in state.items():
+        if isinstance(own[name], Tensor) and isinstance(value, Tensor):
+            if own[name].shape != value.shape:
+                expected = f"of shape {tuple(own[name].shape)}"
+                fail(RuntimeError, OP, f"{arg} {name!r}", expected, tuple(value.shape), hint)
+        elif type(own[name]) is not type(value):
+            fail(TypeError, OP, f"{arg} {name!r}", describe(own[name]), describe(value), hint)
+
+
+def check_optimizer_state(
+    arg: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], name: object
+) -> None:
+    """Class, groups and shapes of an optimizer's state; `name` is that of the class saved."""
+    own = optimizer.state_dict()
+    hint = f"build {arg} as it was saved"
+    if name is not None and name != type(optimizer).__name__:
+        fail(ValueError, OP, f"state[{arg!r}]", f"of {type(optimizer).__name__}", name, hint)
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(state.get("state"), Mapping):
+        fail(TypeError, OP, f"state[{arg!r}]", "of an optimizer", describe(state), hint)
+    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in own["param_groups"]]
+    if sizes[0] != sizes[1]:
+        expected = f"of groups of {sizes[1]} parameters"
+        fail(ValueError, OP, f"state[{arg!r}]", expected, sizes[0], hint)
+    for saved, present in zip(groups, own["param_groups"], strict=True):
+        # options that later versions of torch add get their defaults
+        lost = [key for key in ("betas", "momentum") if (key in saved) != (key in present)]
+        if lost:
+            got = "one with other options (" + ", ".join(lost) + ")"
+            expected = f"of {type(optimizer).__name__}"
+            fail(ValueError, OP, f"state[{arg!r}]", expected, got, hint)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in groups for i in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                expected = f"of shape {tuple(parameter.shape)}"
+                got = f"{key} of shape {tuple(value.shape)}"
+                fail(ValueError, OP, f"state[{arg!r}] of parameter {number}", expected, got, hint)

@@ -1,0 +1,278 @@
+"""Runs one call of a step: complete, or undone to the last bit."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mts_fast import ops
+from mts_fast._check import fail
+from mts_fast._interrupts import HeldInterrupts
+from mts_fast._isolation import insist
+from mts_fast.hypergradient import Refused
+from mts_fast.hypergradient.guard import bound
+from mts_fast.ops.virtual_update_door import check_optimizer
+from mts_fast.training.algorithm import Algorithm, Call
+from mts_fast.training.arguments import check_not_distributed
+from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
+from mts_fast.training.gradients import set_gradients
+from mts_fast.training.result import StepResult
+from mts_fast.training.transaction import (
+    Transaction,
+    Versions,
+    restore_dict,
+    saved_dict,
+    state_bytes,
+)
+
+if TYPE_CHECKING:
+    from mts_fast.training.step import MTSStep
+
+OP = "MTSStep"
+logger = logging.getLogger("mts_fast")
+# up to this size the copy that makes `optimizer.step()` undoable is taken by default: a ResNet-50
+# with momentum (two tensors of 102 MB) is just within
+ATOMIC_BYTES = 256 * 2**20
+
+
+# the step's own loss scale, torch's default, and by how much it is lowered where float16 overflows
+OWN_SCALE, OWN_BACKOFF = 2.0**16, 16.0
+
+
+class PendingGap:
+    """The guard's figure of a call that did not wait for it, looked at in the next one."""
+
+    def __init__(self, gap: Tensor, allowed: float, engine: str) -> None:
+        self._allowed, self._engine = allowed, engine
+        self._event: torch.cuda.Event | None = None
+        self._gap = gap.detach()
+        if gap.is_cuda:
+            self._gap = torch.empty((), dtype=gap.dtype, pin_memory=True)
+            self._gap.copy_(gap.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def report(self) -> None:
+        """Warn where it is beyond its bound; one that has not arrived yet is let go."""
+        if self._event is not None and not self._event.query():
+            return
+        gap = float(self._gap)
+        if gap > self._allowed:
+            logger.warning(
+                "%s: dots of engine %s in the last call missed sum p d = <kappa v, grad L> by %.1e"
+                " of sum p |d| (allowed %.0e); see mts_fast.check_engine",
+                OP,
+                self._engine,
+                gap,
+                self._allowed,
+            )
+
+
+def check_can_run(step: MTSStep) -> None:
+    """Gradients on, one process, and no earlier call that left parameters half stepped."""
+    if step._torn:
+        raise RuntimeError(_torn_message(step._torn))
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        hint = "leave torch.no_grad() or torch.inference_mode() around the call"
+        got = "a call without gradients"
+        fail(RuntimeError, OP, "the call", "made with gradients enabled", got, hint)
+    check_not_distributed(step.model)
+
+
+def run_call(step: MTSStep, call: Call) -> StepResult:
+    """Take the step; whatever raises, everything is as it was."""
+    step._world.refresh()
+    step._objective.world.refresh()
+    _follow_parameters(step)
+    _adopt_scaler(step)
+    # an optimizer may have stepped since autocast last cast the weights
+    torch.clear_autocast_cache()
+    if step._gap is not None:
+        step._gap.report()
+        step._gap = None
+    backend = ops.current_backend() if step.backend == "auto" else step.backend
+    with HeldInterrupts(), ops.use_backend(backend):
+        transaction = Transaction(
+            step._world,
+            step.optimizer,
+            step.selector_optimizer,
+            lambda: _counters(step),
+            lambda saved: _restore_counters(step, saved),
+        )
+        try:
+            try:
+                return _complete(step, call, transaction)
+            except BaseException:
+                insist(transaction.roll_back)
+                raise
+        except BaseException:  # for an exception that came before the first clean-up had begun
+            transaction.roll_back()
+            raise
+
+
+def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult:
+    """Rows 1 to 9 and the optimizer's step; whole when the transaction is committed."""
+    algorithm = _algorithm(step)
+    engines = step._engines
+    layout = engines.layout_of(call.batch)
+    engines.begin()
+    if not step._knows_writes:
+        transaction.save_parameters()
+    while True:
+        scaling = GradientScaling(step.scaler)
+        try:
+            looked = algorithm.look(call, layout, scaling)
+        except Refused as refused:
+            transaction.rewind()
+            engines.refuse(layout, refused)
+            continue
+        scale = _own_scale(step) if looked.overflow else 1.0
+        if scale > 1.0:
+            # nobody asked for steps to be skipped: again, at a scale that fits
+            transaction.rewind()
+            _take_own_scaler(step, max(1.0, scale / OWN_BACKOFF))
+            continue
+        written = transaction.written_parameters()
+        if not written:
+            break
+        _note_written(step, written)
+        transaction.rewind()
+    transaction.forget_parameters()
+    step._knows_writes = True
+    outcome = algorithm.finish(call, looked, scaling)
+    set_gradients(step.optimizer, engines.parameters, outcome.gradient)
+    if step.selector_scheduler is not None:
+        step.selector_scheduler.step()
+    taken = _step_optimizer(step, scaling, transaction, overflow=looked.overflow)
+    if looked.gap is not None and not looked.guarded:
+        allowed = bound(looked.engine, engines.parameters)
+        step._gap = PendingGap(looked.gap, allowed, looked.engine)
+    step.steps += 1
+    step.skipped_steps += not taken
+    engines.commit()
+    result = outcome.result if taken else outcome.result.as_skipped()
+    transaction.committed = True
+    return result
+
+
+def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
+    """A forward writes to these parameters: every forward but the one that counts is to leave them
+    as they were. After the first call there is no copy to begin again from."""
+    if step._knows_writes:
+        names: dict[Tensor, str] = {p: n for n, p in step.model.named_parameters()}
+        got = f"a write to {names.get(parameters[0], 'one')!r}, which earlier calls did not make"
+        hint = "keep what forward writes in a buffer, or build a new MTSStep"
+        fail(RuntimeError, OP, "model", "as it was in writing to its parameters", got, hint)
+    for world in (step._world, step._objective.world, step._validation.world):
+        world.note_written(parameters)
+
+
+def _step_optimizer(
+    step: MTSStep, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
+) -> bool:
+    """The classifier's optimizer, undone with the rest where it raises; whether it stepped."""
+    copies = step.atomic
+    if copies is None:
+        copies = state_bytes(step.optimizer) <= ATOMIC_BYTES
+    versions = None
+    if copies:
+        transaction.save_optimizer()
+    else:
+        versions = Versions(step.optimizer, {p: n for n, p in step.model.named_parameters()})
+    try:
+        parameters = step._engines.parameters
+        return scaling.step(step.optimizer, parameters, step.max_grad_norm, overflow=overflow)
+    except BaseException as error:
+        moved = [] if versions is None else versions.moved()
+        if not moved:
+            raise
+        step._torn = moved[0]
+        if isinstance(error, Exception):
+            raise RuntimeError(_torn_message(step._torn)) from error
+        error.add_note(_torn_message(step._torn))
+        raise
+
+
+def _torn_message(moved: str) -> str:
+    return (
+        f"{OP}: optimizer must be whole, got a step that raised after it had moved {moved!r} and"
+        " perhaps more; load a state with load_state_dict, and build MTSStep with atomic=True to"
+        " have such a step undone"
+    )
+
+
+def _follow_parameters(step: MTSStep) -> None:
+    """Parameters may have been frozen, unfrozen or added since the last call."""
+    check_optimizer(step.optimizer, op=OP)
+    present = ops.trainable_parameters(step.optimizer)
+    before = step._engines.parameters
+    if len(present) == len(before) and all(map(operator.is_, present, before)):
+        return
+    step._engines = step._engines.with_parameters(present)
+
+
+def _adopt_scaler(step: MTSStep) -> None:
+    """Without a scale float16 rounds small gradients to 0."""
+    parameters = step._engines.parameters
+    if step.scaler is None and needs_scaler(parameters):
+        logger.info("%s: float16 autocast without scaler=: taking a GradScaler of its own", OP)
+        _take_own_scaler(step, OWN_SCALE)
+
+
+def _take_own_scaler(step: MTSStep, scale: float) -> None:
+    device = step._engines.parameters[0].device.type
+    step.scaler = torch.amp.GradScaler(device, init_scale=scale)
+    step._owns_scaler = True
+
+
+def _own_scale(step: MTSStep) -> float:
+    """The scale where it is the step's own to choose; 1 where it is the caller's."""
+    return step.scaler.get_scale() if step._owns_scaler and step.scaler is not None else 1.0
+
+
+def _algorithm(step: MTSStep) -> Algorithm:
+    return Algorithm(
+        step._objective,
+        step._validation,
+        step.optimizer,
+        step._engines,
+        step._features,
+        step._scorer,
+        step._trainer,
+        validation_mode=step.validation_mode,
+        val_objective=step.val_objective,
+        hypergradient_lr=step.hypergradient_lr,
+        micro_batch=step._micro_batch,
+        track_gsnr=step.track_gsnr,
+    )
+
+
+def _counters(step: MTSStep) -> dict[str, Any]:
+    """What a step moves beside tensors and generators."""
+    scheduler = step.selector_scheduler
+    scaler = step.scaler
+    return {
+        "features": step._features.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scaler": None if scaler is None else saved_dict(vars(scaler)),
+        "steps": step.steps,
+        "skipped_steps": step.skipped_steps,
+        "gap": step._gap,
+        "engines": step._engines.state_dict(),
+    }
+
+
+def _restore_counters(step: MTSStep, saved: dict[str, Any]) -> None:
+    step._features.load_state_dict(saved["features"])
+    if step.selector_scheduler is not None:
+        step.selector_scheduler.load_state_dict(saved["scheduler"])
+    if step.scaler is not None:
+        restore_dict(vars(step.scaler), saved["scaler"])
+    step.steps = saved["steps"]
+    step.skipped_steps = saved["skipped_steps"]
+    step._gap = saved["gap"]
+    step._engines.load_state_dict(saved["engines"])

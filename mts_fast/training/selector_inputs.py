@@ -1,0 +1,216 @@
+"""Builds the selector's input: online features, then the caller's.
+
+Online features need an eval-mode forward. Where the training forward gives the same penultimate
+features (compared once per combination of module modes), it is used instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mts_fast._check import fail
+from mts_fast._isolation import RngState, World, preserved_buffers, preserved_rng, training_mode
+from mts_fast.features import OnlineStandardizer, PenultimateFeatures, online_features
+from mts_fast.hypergradient import LabelledBatch, Linearization, Objective
+from mts_fast.training.batch import CheckedBatch
+
+
+class OfflineForward:
+    """The training forward of a batch whose selector input is the caller's features alone."""
+
+    def __init__(self, batch: CheckedBatch) -> None:
+        self._batch = batch
+
+    def ran(self, linearization: Linearization) -> None:
+        """Nothing is read of the forward."""
+
+    def features(self, *, update: bool) -> Tensor:
+        """[B, F]."""
+        return _offline(self._batch)
+
+
+class OfflineFeatures:
+    """Only what the caller passes."""
+
+    def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
+        """Nothing is read of the validation batch."""
+
+    @contextmanager
+    def beside_forward(self, batch: CheckedBatch) -> Iterator[OfflineForward]:
+        """Inside, the training forward of the batch is run."""
+        yield OfflineForward(batch)
+
+    def alone(self, batch: CheckedBatch) -> Tensor:
+        """[B, F]."""
+        return _offline(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+
+class OnlineForward:
+    """The training forward of a batch, watched for its penultimate features."""
+
+    def __init__(
+        self, owner: OnlineFeatures, batch: CheckedBatch, precomputed: Tensor | None
+    ) -> None:
+        self._owner = owner
+        self._batch = batch
+        self._eval_features = precomputed  # [B, D]
+        self._training_features: Tensor | None = None  # [B, D]
+        self.watched: PenultimateFeatures | None = None
+
+    def ran(self, linearization: Linearization) -> None:
+        """The forward has been run, or is run now where it is watched."""
+        if self.watched is not None:
+            linearization.run()
+            self._training_features = self.watched.taken(len(self._batch))
+
+    def compare(self, unmoved: bool) -> bool:
+        """Whether the training forward gave what eval mode gives."""
+        own, other = self._training_features, self._eval_features
+        assert own is not None
+        same = unmoved and (other is None or _equal(other, own))
+        if same:
+            self._eval_features = own
+        return same
+
+    def features(self, *, update: bool) -> Tensor:
+        """[B, k + 1 + F]; `update` moves running statistics."""
+        features = self._eval_features
+        if features is None:
+            features = self._owner.penultimate(self._batch)
+        return self._owner.join(self._batch, features, update=update)
+
+
+class OnlineFeatures:
+    """k + 1 cosines to the validation batch that was observed last, then the caller's features."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        layer: str | None,
+        k: int,
+        momentum: float | None,
+        micro_batch: int | None,
+    ) -> None:
+        self._objective = objective
+        self._penultimate = PenultimateFeatures(objective.model, layer)
+        self._k = k
+        self._micro_batch = micro_batch
+        self._standardizer = OnlineStandardizer(momentum)
+        self._val_features: Tensor | None = None  # [V, D]
+        self._precomputed: tuple[CheckedBatch, Tensor] | None = None  # a batch and its [B, D]
+        # modes of all modules -> whether a training forward gives the features, too
+        self._shared: dict[tuple[bool, ...], bool] = {}
+
+    def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
+        """Take the features of the validation batch, under parameters and buffers as they are.
+
+        Those of the selector's batch, too, unless its own forward will give them.
+        """
+        self._val_features = self._in_eval_mode([val_inputs])
+        self._precomputed = None
+        if selector_batch is not None and not self._shared.get(self._objective.world.modes()):
+            self._precomputed = selector_batch, self.penultimate(selector_batch)
+
+    @contextmanager
+    def beside_forward(self, batch: CheckedBatch) -> Iterator[OnlineForward]:
+        """Inside, the training forward of the batch is run, and reported by `ran`."""
+        modes = self._objective.world.modes()
+        shared = self._shared.get(modes)
+        precomputed = None
+        if self._precomputed is not None and self._precomputed[0] is batch:
+            precomputed = self._precomputed[1]
+        elif not shared:
+            precomputed = self.penultimate(batch)
+        forward = OnlineForward(self, batch, precomputed)
+        if shared is False:
+            yield forward
+            return
+        before = _Trace(self._objective.world)
+        with self._penultimate.capture() as forward.watched:
+            yield forward
+        self._shared[modes] = forward.compare(before.unmoved())
+
+    def alone(self, batch: CheckedBatch) -> Tensor:
+        """[B, k + 1 + F]; nothing moves."""
+        return self.join(batch, self.penultimate(batch), update=False)
+
+    def penultimate(self, batch: LabelledBatch) -> Tensor:
+        """Penultimate features [B, D] in eval mode."""
+        return self._in_eval_mode([part.inputs for part in batch.split(self._micro_batch)])
+
+    def _in_eval_mode(self, parts: list[Any]) -> Tensor:
+        world = self._objective.world
+        with (
+            torch.no_grad(),
+            training_mode(world, False),
+            preserved_buffers(world),
+            preserved_rng(world),
+            self._penultimate.capture() as capture,
+        ):
+            for inputs in parts:
+                self._objective.forward(inputs)
+            return capture.taken()
+
+    def join(self, batch: CheckedBatch, features: Tensor, *, update: bool) -> Tensor:
+        """[B, k + 1 + F]: cosines to the validation batch, standardised, then the caller's."""
+        assert self._val_features is not None
+        if len(features) != len(batch):
+            hint = "name a layer whose input has the batch first, with feature_layer="
+            expected = f"[{len(batch)}, D]"
+            got = tuple(features.shape)
+            fail(ValueError, "MTSStep", "penultimate features", expected, got, hint)
+        nearest, centroid = online_features(features, self._val_features, k=self._k)
+        columns = [
+            self._standardizer("nearest", nearest, update=update),
+            self._standardizer("centroid", centroid, update=update),
+            _offline(batch),
+        ]
+        return torch.cat([c.to(nearest.dtype) for c in columns], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics."""
+        return self._standardizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over running statistics."""
+        self._standardizer.load_state_dict(state)
+
+
+class _Trace:
+    """Generators and buffers before a forward, to tell whether it moved them."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rng = RngState.capture(world)
+        self._buffers = self._versions()
+
+    def unmoved(self) -> bool:
+        """Whether what ran since left buffers and generators alone, as in eval mode."""
+        return self._buffers == self._versions() and self._rng.equals(RngState.capture(self._world))
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer._version) for buffer in self._world.buffers()]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Up to the rounding of fused layers."""
+    return a.shape == b.shape and bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * a.norm())
+
+
+def _offline(batch: CheckedBatch) -> Tensor:
+    """The caller's features [B, F]; of width 0 where there are none."""
+    if batch.features is not None:
+        return batch.features
+    return torch.zeros(len(batch), 0, device=batch.labels.device)

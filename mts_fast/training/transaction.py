@@ -1,0 +1,165 @@
+"""Undoes a step that raises: every piece of state that it may touch, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mts_fast._isolation import RngState, SavedBuffers, World, open_count, restore_open
+
+
+class SavedOptimizer:
+    """Parameters, state and groups of an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = [(group, saved_dict(group)) for group in optimizer.param_groups]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = [(p, p.detach().clone()) for p in parameters]
+        self._state = {p: (state, saved_dict(state)) for p, state in optimizer.state.items()}
+
+    def restore(self) -> None:
+        """Put everything back, into the tensors that held it."""
+        optimizer = self._optimizer
+        optimizer.param_groups[:] = [group for group, _ in self._groups]
+        for group, saved in self._groups:
+            restore_dict(group, saved)
+        for parameter, before in self._parameters:
+            parameter.data.copy_(before)
+        for parameter in [p for p in optimizer.state if p not in self._state]:
+            del optimizer.state[parameter]
+        for parameter, (state, saved) in self._state.items():
+            optimizer.state[parameter] = state
+            restore_dict(state, saved)
+
+
+def saved_dict(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (the object, a copy of its value)."""
+    return {
+        name: (v, v.detach().clone() if isinstance(v, Tensor) else copy.copy(v))
+        for name, v in values.items()
+    }
+
+
+def restore_dict(values: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
+    """Put objects and values back, into the tensors that held them."""
+    for name in [n for n in values if n not in saved]:
+        del values[name]
+    for name, (original, before) in saved.items():
+        if isinstance(original, Tensor):
+            original.data.copy_(before)
+            values[name] = original
+        else:
+            values[name] = before
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What a `SavedOptimizer` holds: parameters and state tensors."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for state in optimizer.state.values():
+        tensors += [v for v in state.values() if isinstance(v, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Versions:
+    """Tells which tensors of an optimizer were written to, by autograd's version counters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> None:
+        self._optimizer = optimizer
+        self._names = names
+        self._before = self._now()
+
+    def moved(self) -> list[str]:
+        """Names of what was written to or added since, parameters first."""
+        now = self._now()
+        return [
+            name for key, (name, version) in now.items() if self._before.get(key) != (name, version)
+        ]
+
+    def _now(self) -> dict[int, tuple[str, int]]:
+        found: dict[int, tuple[str, int]] = {}
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters):
+            found[id(p)] = self._names.get(p, f"parameter {i}"), p._version
+        for i, p in enumerate(parameters):
+            for key, value in self._optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    name = f"{key} of {self._names.get(p, f'parameter {i}')}"
+                    found[id(value)] = name, value._version
+        return found
+
+
+class Transaction:
+    """Snapshot at the start of a call; `roll_back` restores it until `committed` is set."""
+
+    def __init__(
+        self,
+        world: World,
+        optimizer: torch.optim.Optimizer,
+        selector_optimizer: torch.optim.Optimizer,
+        counters: Callable[[], Any],
+        restore_counters: Callable[[Any], None],
+    ) -> None:
+        self.committed = False
+        self._open = open_count()
+        self._modes = [(module, module.training) for module in world.modules]
+        self._world = world
+        self._buffers = SavedBuffers(world)
+        # of a first call: a forward may turn out to write to parameters
+        self._parameters: list[tuple[Tensor, Tensor]] = []
+        self._versions = [(p, p._version) for p in world.parameters()]
+        self._rng = RngState.capture(world)
+        self._selector = SavedOptimizer(selector_optimizer)
+        parameters = _parameters(optimizer) + _parameters(selector_optimizer)
+        self._gradients = [(p, p.grad) for p in parameters]
+        self._optimizer = optimizer
+        self._saved: SavedOptimizer | None = None
+        self._counters = counters()
+        self._restore_counters = restore_counters
+
+    def save_parameters(self) -> None:
+        """Copy all parameters, until it is known which of them the forwards write to."""
+        self._parameters = [(p, p.detach().clone()) for p in self._world.parameters()]
+
+    def written_parameters(self) -> list[Tensor]:
+        """Parameters that forwards have written to, and that were not known to be."""
+        known = {id(p) for p in self._world.written}
+        return [p for p, v in self._versions if p._version != v and id(p) not in known]
+
+    def forget_parameters(self) -> None:
+        """Free the copies of `save_parameters`."""
+        self._parameters = []
+
+    def save_optimizer(self) -> None:
+        """Copy the classifier's parameters and optimizer state, which its step moves."""
+        self._saved = SavedOptimizer(self._optimizer)
+
+    def rewind(self) -> None:
+        """Back to the start, so that the rows up to the selector's step can be run again."""
+        restore_open(self._open)
+        for module, mode in self._modes:
+            module.training = mode
+        self._buffers.restore()
+        for parameter, before in self._parameters:
+            parameter.data.copy_(before)
+        self._rng.restore()
+        self._restore_counters(self._counters)
+
+    def roll_back(self) -> None:
+        """Undo the call, unless it is complete. May be repeated."""
+        if self.committed:
+            return
+        self.rewind()
+        self._selector.restore()
+        if self._saved is not None:
+            self._saved.restore()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

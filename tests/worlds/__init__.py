@@ -1,0 +1,1 @@
+"""Random worlds: models, losses, optimizers and options that an MTSStep is searched with."""

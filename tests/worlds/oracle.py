@@ -1,0 +1,433 @@
+"""One MTS step in plain torch, written without mts_fast: the truth that worlds are judged by.
+
+Every sample's gradient is one backward of its own loss, so nothing is linearised, replayed or
+differentiated twice; kappa is autograd's derivative of update_rules.py. The same code in the
+world's own dtype says how exact torch itself is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from worlds.builders import Batch, Objects
+from worlds.generators import Generators, drawing_from
+from worlds.layers import Checkpointed
+from worlds.losses import logits_of
+from worlds.models import PRECISIONS
+from worlds.update_rules import updated
+from worlds.world import World
+
+# kappa is 0 where the root of the second moment is below this many roundings of the largest
+# gradient: such a gradient is rounding noise
+NOISE = 8
+# entries whose second moment lies this near to that bound may fall on either side of it
+NEAR = 16
+VARIANCE_EPSILON = 1e-8
+Gradients = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A world before a call; `running` are the online features' statistics, if they run."""
+
+    world: World
+    objects: Objects
+    generators: Generators
+    running: dict[str, Tensor]
+    steps: int
+
+    @classmethod
+    def take(cls, world: World, objects: Objects, running: dict[str, Tensor], steps: int) -> Any:
+        """Copies of everything."""
+        return cls(world, copied(objects), Generators.now(), dict(running), steps)
+
+
+def copied(objects: Objects) -> Objects:
+    """Copies that belong together; the scheduler is left out."""
+    parts = objects.model, objects.optimizer, objects.loss
+    selector = objects.selector, objects.selector_optimizer
+    return Objects(*copy.deepcopy((*parts, *selector)))
+
+
+def in_double(objects: Objects) -> Objects:
+    """Copies in float64."""
+    objects = copied(objects)
+    for module in (objects.model, objects.loss, objects.selector):
+        if isinstance(module, nn.Module):
+            module.double()
+    for optimizer in (objects.optimizer, objects.selector_optimizer):
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and name not in ("step", "mu_product"):
+                    state[name] = value.double()
+    return objects
+
+
+def cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    """Per sample [B]; of a sequence the mean over what is not ignored (-100), or 0."""
+    logits = logits_of(output)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = labels != -100
+    target = labels.masked_fill(~counted, 0)[..., None]
+    loss = logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]
+    loss = loss * counted
+    return loss if labels.ndim == 1 else loss.sum(1) / counted.sum(1).clamp(min=1)
+
+
+def score(selector: nn.Module, h: Tensor, classes: Tensor, synthetic: Tensor) -> Tensor:
+    """z [B] of a selector's parameters, by their names."""
+    named = dict(selector.named_parameters())
+    parts = [h.to(next(iter(named.values())).dtype)]
+    for name, rows in (("class_embed", classes), ("group_embed", synthetic.long())):
+        if f"{name}.weight" in named:
+            parts.append(named[f"{name}.weight"][rows])
+    x = torch.cat(parts, 1)
+    layers = sorted({int(n.split(".")[1]) for n in named if n.startswith("mlp.")})
+    for k in layers:
+        x = x if k == layers[0] else x.relu()
+        x = F.linear(x, named[f"mlp.{k}.weight"], named[f"mlp.{k}.bias"])
+    z = x.reshape(-1)
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+class Truth:
+    """Rows 1 to 7 of a call, and rows 8 and 9 for whoever asks."""
+
+    def __init__(
+        self,
+        before: Snapshot,
+        train: Batch,
+        val: Batch,
+        meta: Batch | None,
+        *,
+        double: bool,
+        rounded: tuple[float, int] | None = None,
+    ) -> None:
+        """`rounded` (eps, seed): parameters off by a random rounding, to see what that does."""
+        self.world, self.start, self.steps = before.world, before.generators, before.steps
+        objects = in_double(before.objects) if double else copied(before.objects)
+        self.objects, self.double = objects, double
+        self.model, self.optimizer, self.loss = objects.model, objects.optimizer, objects.loss
+        for module in self.model.modules():
+            if isinstance(module, Checkpointed):
+                module.enabled = False
+        if rounded is not None:
+            eps, seed = rounded
+            g = torch.Generator().manual_seed(seed)
+            for parameter in self.model.parameters():
+                noise = 2 * torch.rand(parameter.shape, generator=g, dtype=torch.float64) - 1
+                parameter.data.mul_(1 + eps * noise)
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.running = {n: v.double() for n, v in before.running.items()}
+        if double:
+            train, val = train.double(), val.double()
+            meta = None if meta is None else meta.double()
+        self.train, self.val = train, val
+        o = self.world.step
+        self.learns = self.steps % o["selector_every"] == 0
+        self.warm = self.steps < o["warmup_steps"]
+        self.reuses = self.learns and o["schedule"] == "reuse" and not self.warm
+        self.meta = meta if self.learns else None
+        self.rows = [
+            (p, group, self.optimizer.state.get(p, {}))
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        with drawing_from(self.start), self._autocast():
+            self._compute()
+
+    def _compute(self) -> None:
+        pupil = self.train if self.meta is None else self.meta
+        self.h = self._features(self.train, self.learns and self.meta is None)
+        self.h_pupil = self.h if self.meta is None else self._features(self.meta, True)
+        self.z, self.p = self.weigh(self.objects.selector, self.h, self.train)
+        self.losses, self.G = self._linearized(self.train, self.model, self.loss)  # rows 3 and 9
+        self.after_forward = Generators.now()
+        # a forward may write into parameters, too (max_norm)
+        self.theta = [p.detach().clone() for p, *_ in self.rows]
+        if not self.learns:
+            return
+        self.g = self.combined(self.p)
+        self.ahead = [
+            t if g is None else self._updated(i, t, g)[0]
+            for i, (t, g) in enumerate(zip(self.theta, self.g, strict=True))
+        ]
+        self.val_loss, self.v = self.validation(self.ahead)  # row 5
+        self.z_pupil, self.p_pupil, self.G_pupil = self.z, self.p, self.G
+        if self.meta is not None:
+            # the masks of the training forward, buffers as it left them
+            with drawing_from(self.start):
+                _, self.G_pupil = self._linearized(self.meta, *self._copies())
+            self.z_pupil, self.p_pupil = self.weigh(self.objects.selector, self.h_pupil, self.meta)
+        self.kappa, self.near = self._kappa()
+        self.dots = self.dots_along(self.v)  # row 6
+        self.pupil = pupil
+        z, self.Z = self.selector_gradients(self.h_pupil)
+        # row 7: d val_loss/d z by autograd, and every logit's own gradient by phi
+        leaf = z.detach().requires_grad_()
+        surrogate = -(self.dots * self._p(leaf, pupil)).sum()
+        self.cotangent = grad(surrogate, leaf)[0]
+        self.phi_gradient = self._phi_gradient()
+
+    def selector_gradients(self, h: Tensor) -> tuple[Tensor, Gradients]:
+        """z [B] of the selector's batch and the gradient of each by phi."""
+        selector = self.objects.selector
+        z = score(selector, h, self.pupil.selector_classes, self.pupil.is_synthetic)
+        return z, per_sample(z, list(selector.parameters()))
+
+    def _phi_gradient(self) -> list[Tensor]:
+        """d val_loss/d phi in one backward, as training would take it."""
+        selector, pupil = self.objects.selector, self.pupil
+        z = score(selector, self.h_pupil, pupil.selector_classes, pupil.is_synthetic)
+        phi = list(selector.parameters())
+        return list(
+            grad(z, phi, self.cotangent.to(z.dtype), allow_unused=True, materialize_grads=True)
+        )
+
+    def _autocast(self) -> Any:
+        if self.double or not self.world.precision.startswith("autocast"):
+            return contextlib.nullcontext()
+        dtype = getattr(torch, self.world.precision.split()[1])
+        return torch.autocast("cpu", dtype)
+
+    def losses_of(self, model: nn.Module, loss: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """[B]."""
+        if isinstance(inputs, dict):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return (loss or cross_entropy)(output, labels)
+
+    def chunks(self, batch: Batch) -> list[tuple[Any, Tensor]]:
+        """Fresh copies of the micro-batches."""
+        size = self.world.step["micro_batch"] or len(batch)
+        return [batch.rows(slice(i, i + size)) for i in range(0, len(batch), size)]
+
+    def _copies(self) -> tuple[nn.Module, Any]:
+        """Of model and loss as they are, to be run without a trace."""
+        return copy.deepcopy((self.model, self.loss))
+
+    def _linearized(self, batch: Batch, model: nn.Module, loss: Any) -> tuple[Tensor, Gradients]:
+        """Losses [B] of one forward, and every sample's gradient."""
+        parameters = self._parameters(model)
+        losses, parts = [], []
+        for chunk in self.chunks(batch):
+            value = self.losses_of(model, loss, *chunk)
+            parts.append((len(value), per_sample(value, parameters)))
+            losses.append(value.detach())
+        joined: Gradients = []
+        for k, p in enumerate(parameters):
+            pieces = [part[k] for _, part in parts]
+            if all(piece is None for piece in pieces):
+                joined.append(None)
+                continue
+            rows = [
+                p.new_zeros(n, *p.shape) if x is None else x
+                for (n, _), x in zip(parts, pieces, strict=True)
+            ]
+            joined.append(torch.cat(rows))
+        return torch.cat(losses), joined
+
+    def _parameters(self, model: nn.Module) -> list[Tensor]:
+        """Those that the optimizer trains, of the model or a copy of it."""
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        named = dict(model.named_parameters())
+        return [named[names[id(p)]] for p, *_ in self.rows]
+
+    def combined(self, p: Tensor, size: bool = False) -> Gradients:
+        """sum_i p_i grad l_i; with `size` the sum of absolute values."""
+        return [
+            None
+            if G is None
+            else torch.tensordot(p.to(G.dtype), G.abs() if size else G, dims=([0], [0]))
+            for G in self.G
+        ]
+
+    def _updated(self, i: int, theta: Tensor, g: Tensor, lr: float | None = None) -> Any:
+        _, group, state = self.rows[i]
+        group = {**group, "lr": float(group["lr"]) if lr is None else lr}
+        return updated(theta, g.to(theta.dtype), group, state, self.world.optimizer["kind"])
+
+    def kappa_at(self, gradients: Gradients) -> Gradients:
+        """-d theta'/d g at other gradients."""
+        slopes: Gradients = []
+        for i, (theta, g) in enumerate(zip(self.theta, gradients, strict=True)):
+            if g is None:
+                slopes.append(None)
+                continue
+            leaf = g.detach().requires_grad_()
+            ahead = self._updated(i, theta, leaf, self.world.step["hypergradient_lr"])[0]
+            slopes.append(-grad(ahead.sum(), leaf)[0])
+        return slopes
+
+    def _kappa(self) -> tuple[Gradients, Gradients]:
+        """-d theta'/d g, and the same where rounding decides whether it is 0."""
+        largest = max(g.abs().max().item() for g in self.g if g is not None)
+        eps = torch.finfo(PRECISIONS.get(self.world.precision, torch.float32)).eps
+        kappa: Gradients = []
+        near: Gradients = []
+        for i, (theta, g) in enumerate(zip(self.theta, self.g, strict=True)):
+            if g is None:
+                kappa.append(None)
+                near.append(None)
+                continue
+            leaf = g.detach().requires_grad_()
+            theta_ahead, _, root = self._updated(
+                i, theta, leaf, self.world.step["hypergradient_lr"]
+            )
+            slope = -grad(theta_ahead.sum(), leaf)[0]
+            edge = torch.zeros_like(slope)
+            if root is not None:
+                bound = NOISE * eps * largest
+                unsure = (root > bound / NEAR) & (root < bound * NEAR)
+                edge = slope.abs() * unsure
+                slope = slope * (root >= bound) * (root > 0)
+            kappa.append(slope)
+            near.append(edge)
+        return kappa, near
+
+    def dots_along(self, v: Sequence[Tensor | None]) -> Tensor:
+        """d_i = <kappa v, grad l_i> [B]."""
+        return self.summed(self.kappa, v, size=False)
+
+    def summed(
+        self, kappa: Sequence[Tensor | None], v: Sequence[Tensor | None], *, size: bool
+    ) -> Tensor:
+        """sum_k kappa_k v_k G_ik [B]; with `size` of absolute values."""
+        dtype = torch.promote_types(self.losses.dtype, torch.float32)
+        total = torch.zeros(len(self.z_pupil), dtype=dtype)
+        for k, v_k, G in zip(kappa, v, self.G_pupil, strict=True):
+            if k is None or v_k is None or G is None:
+                continue
+            terms = (k * v_k).to(total.dtype) * G.to(total.dtype)
+            total = total + (terms.abs() if size else terms).flatten(1).sum(1)
+        return total
+
+    def validation(self, theta: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
+        """Mean validation loss at theta and its gradient, by a copy that is thrown away."""
+        model, loss = self._copies()
+        parameters = self._parameters(model)
+        for parameter, value in zip(parameters, theta, strict=True):
+            parameter.data.copy_(value)
+        mode = self.world.step["validation_mode"] == "train"
+        for module in (model, loss):
+            if isinstance(module, nn.Module):
+                module.train(mode)
+        total = torch.zeros(())
+        v: Gradients = [None] * len(parameters)
+        with drawing_from(self.after_forward):
+            for chunk in self.chunks(self.val):
+                part = self.losses_of(model, loss, *chunk).sum() / len(self.val)
+                total = total + part.detach()
+                for k, new in enumerate(grad(part, parameters, allow_unused=True)):
+                    old, new = v[k], None if new is None else new.to_dense()
+                    v[k] = old if new is None else new if old is None else old + new
+        return total, v
+
+    def _features(self, batch: Batch, update: bool) -> Tensor:
+        """h [B, F]: the online features before the caller's."""
+        o = self.world.step
+        x = val = None
+        if o["online_features"]:
+            x, val = self._penultimate(batch), self._penultimate(self.val)
+            self._seen[id(batch)] = x, val
+        return self._composed(batch, x, val, update)
+
+    def noisy_features(self, batch: Batch, eps: float, seed: int) -> Tensor:
+        """h [B, F] of a batch, penultimate features off by a random rounding."""
+        if not self.world.step["online_features"]:
+            return self.h if batch is self.train else self.h_pupil
+        g = torch.Generator().manual_seed(seed)
+        x, val = (
+            t * (1 + eps * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1))
+            for t in self._seen[id(batch)]
+        )
+        return self._composed(batch, x, val, False)
+
+    def _composed(self, batch: Batch, x: Tensor | None, val: Tensor | None, update: bool) -> Tensor:
+        o = self.world.step
+        parts = []
+        if x is not None and val is not None:
+            unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            others = val / val.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            centre = val.mean(0) / val.mean(0).norm().clamp(min=1e-12)
+            nearest = (unit @ others.T).sort(1, descending=True).values[:, : o["online_k"]]
+            for name, values in (("nearest", nearest), ("centroid", (unit @ centre)[:, None])):
+                statistics = torch.stack([values.mean(), values.var(correction=0)]).double()
+                m = o["online_momentum"]
+                if m is not None:
+                    old = self.running.get(name, statistics)
+                    if update:
+                        self.running[name] = m * old + (1 - m) * statistics
+                    statistics = self.running.get(name, statistics)
+                mean, variance = statistics
+                parts.append((values - mean) / (variance + VARIANCE_EPSILON).sqrt())
+        if batch.features is not None:
+            parts.append(batch.features)
+        if not parts:
+            return torch.zeros(len(batch), 0)
+        dtype = torch.float64 if self.double else parts[-1].dtype
+        return torch.cat([x.to(dtype) for x in parts], 1)
+
+    def _penultimate(self, batch: Batch) -> Tensor:
+        """What goes into the head [B, D], in eval mode."""
+        model = copy.deepcopy(self.model).eval()
+        seen: list[Tensor] = []
+        model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with torch.no_grad(), drawing_from(self.start):
+            for inputs, labels in self.chunks(batch):
+                self.losses_of(model, lambda output, labels: output, inputs, labels)
+        x = torch.cat(seen)
+        return x if x.ndim == 2 else x.mean(1)
+
+    def _p(self, z: Tensor, batch: Batch) -> Tensor:
+        log_w = F.logsigmoid(z)
+        if self.world.step["class_weight"] is not None:
+            log_w = log_w + self._class_weight(batch).to(z.dtype).log()
+        return log_w.softmax(0)
+
+    def _class_weight(self, batch: Batch) -> Tensor:
+        weight = self.world.step["class_weight"]
+        table = torch.tensor(weight or [1.0], dtype=torch.float64)
+        return table[batch.selector_classes] if weight else torch.ones(len(batch))
+
+    @torch.no_grad()
+    def weigh(self, selector: nn.Module, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]) of rows 1 and 2."""
+        z = score(selector, h, batch.selector_classes, batch.is_synthetic)
+        return z, self._p(z, batch)
+
+    def final_weights(self, selector: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, w, p) of row 9, by the selector as it is after the call."""
+        with self._autocast():
+            z, p = (self.z, self.p) if self.reuses else self.weigh(selector, self.h, self.train)
+        w = torch.sigmoid(z) * self._class_weight(self.train)
+        if self.warm:
+            with self._autocast():
+                p = self._p(torch.full_like(z, 0.0), self.train)
+        return z, w, p
+
+
+def per_sample(values: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    """The gradient of every value [B] by each parameter: [B, *shape], or None where unused."""
+    rows = []
+    for i in range(len(values)):
+        unit = torch.zeros_like(values)
+        unit[i] = 1
+        if not values.requires_grad:
+            return [None] * len(parameters)
+        found = grad(values, parameters, unit, retain_graph=True, allow_unused=True)
+        rows.append([None if g is None else g.to_dense() for g in found])
+    return [
+        None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+    ]

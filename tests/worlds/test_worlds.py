@@ -1,0 +1,34 @@
+"""MTSStep on random worlds: computed right, or refused by name with nothing changed.
+
+`make worlds` searches further. What a failure prints is a world: save it and
+`python scripts/search_worlds.py --replay FILE --shrink` runs it again.
+"""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from worlds.runner import FAILURES, run
+from worlds.sampling import RUN
+from worlds.strategy import worlds
+
+PARTS = 15
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_worlds_are_computed_right_or_refused(part):
+    @seed(part)
+    @settings(
+        max_examples=RUN,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        # a failure prints its world, which the script makes smaller: here that would take minutes
+        phases=[Phase.generate],
+    )
+    @given(worlds())
+    def search(world):
+        report = run(world)
+        assert report.verdict not in FAILURES, f"{report}\n{world.to_json()}"
+
+    search()
