@@ -91,11 +91,13 @@ def bench_triton_hypergradient_direction(benchmark, model, optimizer):
     torch.compiler.reset()
     update = draw_update(shapes_of(model), optimizer, DEVICE)
     along = [torch.randn_like(p) for p in update.parameters]
-    traced = compiled(lambda p, g, v: directions_one_by_one(p, g, update.states, v))
+    # nothing but exact zeros is masked, as in the foreach way
+    largest = torch.zeros((), device=DEVICE)
+    traced = compiled(lambda p, g, v: directions_one_by_one(p, g, update.states, v, largest))
     foreach = FOREACH_DIRECTION[optimizer]
     calls = {
-        OURS: lambda: kernel.hypergradient_direction(*update.arguments, along, None),
-        "reference": lambda: directions_one_by_one(*update.arguments, along),
+        OURS: lambda: kernel.hypergradient_direction(*update.arguments, along, None, largest)[0],
+        "reference": lambda: directions_one_by_one(*update.arguments, along, largest),
         "foreach": lambda: foreach(*update.arguments, along),
         "torch.compile": lambda: traced(update.parameters, update.gradients, along),
     }

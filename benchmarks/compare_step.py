@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "step_compared.json"
 MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp", "gpt")
 OPTIMIZERS = ("momentum", "adamw")
-ROUNDS, WARM_UP = 15, 3
+ROUNDS, WARM_UP = 9, 2
 MIB = 2**20
 # options of MTSStep by arm; the older side takes those that it knows
 ARMS = {
@@ -132,10 +132,10 @@ def main():
             for label, options in ARMS.items():
                 row = compared(before, after, model=model, optimizer=optimizer, options=options)
                 rows[f"{model}, {optimizer}, {label}"] = row
+                command = f"python benchmarks/compare_step.py --before {arguments.before}"
+                result = {"command": command, "rounds": ROUNDS, "rows": rows}
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
                 print(f"{model}, {optimizer}, {label}: {row}", flush=True)
-    command = f"python benchmarks/compare_step.py --before {arguments.before}"
-    result = {"command": command, "rounds": ROUNDS, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,9 @@ def one_by_one(parameters, gradients, states):
     return list(map(reference.virtual_update, parameters, gradients, states))
 
 
-def directions_one_by_one(parameters, gradients, states, along):
-    return list(map(reference.hypergradient_direction, parameters, gradients, states, along))
+def directions_one_by_one(parameters, gradients, states, along, largest):
+    rows = zip(parameters, gradients, states, along, strict=True)
+    return [reference.hypergradient_direction(*row, None, largest) for row in rows]
 
 
 def foreach_sgd(parameters, gradients, states):

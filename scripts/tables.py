@@ -61,9 +61,9 @@ def compared_table(_: str) -> str:
         f"|---|{'---:|' * (len(arms) + 1)}",
     ]
     for model, optimizer in dict.fromkeys(key[:2] for key in split):
-        mine = [rows[f"{model}, {optimizer}, {arm}"] for arm in arms]
-        peak = mine[0]["peak_mib"]
-        cells = [f"{row['time']:.2f}" for row in mine]
+        mine = [rows.get(f"{model}, {optimizer}, {arm}") for arm in arms]
+        peak = next(row for row in mine if row)["peak_mib"]
+        cells = [f"{row['time']:.2f}" if row else "" for row in mine]
         name = f"{model.replace('_', ' ')}, {optimizer}"
         lines.append(f"| {name} | {' | '.join(cells)} | {peak['before']} → {peak['after']} |")
     return "\n".join(lines)

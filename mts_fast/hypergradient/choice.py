@@ -139,6 +139,8 @@ class EngineChoice:
         self._choices = {
             layout: Choice(c["engine"], c["calls"], tuple(c["refusals"]))
             for layout, c in state.items()
+            # an engine that was named decides for itself
+            if c["engine"] in ENGINES and self.name in ("auto", c["engine"])
         }
 
     def with_parameters(self, parameters: Sequence[Tensor]) -> EngineChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,8 @@ class Objective:
         self.model = model
         self.loss = loss
         self.op = op  # as errors name the caller
-        self.world = World(model, *_modules_of(loss))
+        inside = set(model.modules())
+        self.world = World(model, *(m for m in _modules_of(loss) if m not in inside))
         # modes and grad mode -> whether the arguments of a forward are written to
         self._writes: dict[object, bool] = {}
         self._inspected: set[object] = set()
@@ -246,11 +248,18 @@ class Objective:
 
 
 def _modules_of(loss: Loss | None) -> list[nn.Module]:
-    """The module that a loss is, or is a method of."""
+    """The modules that a loss is, is a method of, or carries as arguments or in its closure."""
+    found: list[Any] = []
     while isinstance(loss, functools.partial):
+        found += [*loss.args, *loss.keywords.values()]
         loss = loss.func
-    owner = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
-    return [owner] if isinstance(owner, nn.Module) else []
+    found += [loss, getattr(loss, "__self__", None)]
+    # what a function closes over, as a lambda does
+    for cell in getattr(loss, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # one that is not filled yet
+            found.append(cell.cell_contents)
+    modules = [m for m in found if isinstance(m, nn.Module)]
+    return list(dict.fromkeys(modules))
 
 
 def _structure(nest: Any) -> object:

@@ -81,7 +81,7 @@ def register_update_rule(
     if isinstance(rule, type) and issubclass(rule, _OPTIMIZER):
         same = _rules.get(rule)
         if same is None:
-            hint = f"one of {rule_names()}, or an UpdateRule"
+            hint = f"give one of {rule_names()}, or an UpdateRule"
             fail(ValueError, op, "rule", "a class that has a rule", rule.__name__, hint)
         rule = same
     if not isinstance(rule, UpdateRule):
@@ -124,9 +124,10 @@ def rule_names() -> str:
 
 def _unwrapped(step: Callable[..., Any]) -> Callable[..., Any]:
     """The function beneath what torch and others put around an optimizer's step: torch's hooks (on
-    the class) and LRScheduler (on the object) wrap it by functools.wraps, accelerate puts the bound
-    method itself back on the object."""
-    return inspect.unwrap(getattr(step, "__func__", step))
+    the class), LRScheduler and torch.compile (on the object) wrap it by functools.wraps, accelerate
+    puts the bound method itself back on the object."""
+    beneath = inspect.unwrap(getattr(step, "__func__", step))
+    return beneath if beneath is step else _unwrapped(beneath)
 
 
 _OPTIMIZER = torch.optim.Optimizer

@@ -181,10 +181,11 @@ def virtual_update(
         Never writes: parameters, `.grad`, momentum buffers and moments stay as they are.
 
         kappa is the exact derivative, but 0 where it would multiply rounding noise: where the root
-        of the second moment, sqrt(v_hat), is below 8 eps(dtype of g) max |g|, the maximum over all
-        gradients of the call, or is 0. A bias before BatchNorm is the common case: its gradient is
-        0 but for rounding, its kappa about lr / eps. `.scale(v).masked_entries` counts them. Where
-        a gradient is NaN or infinite, only exact zeros are masked, so that the NaN shows.
+        of the second moment, sqrt(v_hat), is below 8 eps max |g|, the maximum over all gradients of
+        the call, or is 0; eps is that of the gradient's dtype, float32's for 16-bit ones. A bias
+        before BatchNorm is the common case: its gradient is 0 but for rounding, its kappa about
+        lr / eps. `.scale(v).masked_entries` counts them. Where a gradient is NaN or infinite, only
+        exact zeros are masked, so that the NaN shows.
 
         With eps=0 an entry whose second moment is 0 has theta' = 0/0, NaN, as torch's step has.
 

@@ -48,29 +48,28 @@ def virtual_update(
     steps. A tensor whose rule has no kernel, or that does not lie in memory like its gradient and
     state, takes the reference.
     """
-    together: dict[tuple, list[int]] = defaultdict(list)
+    together: dict[tuple, list[tuple[int, SGDState | AdamState]]] = defaultdict(list)
     out: list[Tensor | None] = [None] * len(parameters)
     for i, (p, g, state) in enumerate(zip(parameters, gradients, states, strict=True)):
-        if _fits(p, g, state):
-            together[_key(p, state)].append(i)
+        if isinstance(state, SGDState | AdamState) and _fits(p, g, state):
+            together[_key(p, state)].append((i, state))
         else:
             out[i] = reference.virtual_update(p, g, state)
     for members in together.values():
-        found = _call(
-            [parameters[i] for i in members],
-            [gradients[i] for i in members],
-            [states[i] for i in members],
+        updates = _call(
+            [parameters[i] for i, _ in members],
+            [gradients[i] for i, _ in members],
+            [state for _, state in members],
         )
-        for i, updated in zip(members, found, strict=True):
+        for (i, _), updated in zip(members, updates, strict=True):
             out[i] = updated
     return [t for t in out if t is not None]
 
 
 def _call(
-    parameters: list[Tensor], gradients: list[Tensor], states: Sequence[State]
+    parameters: list[Tensor], gradients: list[Tensor], states: Sequence[SGDState | AdamState]
 ) -> list[Tensor]:
     s = states[0]
-    assert isinstance(s, SGDState | AdamState)
     held = [list(column) for column in zip(*map(_state_tensors, states), strict=True)]
     if isinstance(s, SGDState):
         return torch.ops.mts_fast.virtual_update_sgd(
@@ -83,19 +82,18 @@ def _call(
     )
 
 
-def _state_tensors(state: State) -> list[Tensor]:
+def _state_tensors(state: SGDState | AdamState) -> list[Tensor]:
     """What the update reads besides parameter and gradient: nothing before the first step."""
-    held = [state.buffer if state.momentum else None] if isinstance(state, SGDState) else []
-    if isinstance(state, AdamState):
+    if isinstance(state, SGDState):
+        held = [state.buffer if state.momentum else None]
+    else:
         held = [state.exp_avg, state.exp_avg_sq]
     return [t for t in held if t is not None]
 
 
-def _fits(parameter: Tensor, gradient: Tensor, state: State) -> bool:
-    """Whether the kernel knows the rule, has its numbers, and can walk through all tensors side by
-    side: of one dtype, in the same order in memory, without gaps."""
-    if not isinstance(state, SGDState | AdamState):
-        return False
+def _fits(parameter: Tensor, gradient: Tensor, state: SGDState | AdamState) -> bool:
+    """Whether the kernel has the rule's options and numbers, and can walk through all tensors side
+    by side: of one dtype, in the same order in memory, without gaps."""
     if isinstance(state, AdamState) and state.amsgrad:
         return False
     if any(isinstance(number, Tensor) for number in _numbers(state)):
@@ -104,18 +102,15 @@ def _fits(parameter: Tensor, gradient: Tensor, state: State) -> bool:
     return all(t.dtype == parameter.dtype and lies_like(parameter, t) for t in tensors)
 
 
-def _numbers(state: State) -> list[float | Tensor]:
+def _numbers(state: SGDState | AdamState) -> list[float | Tensor]:
     """All hyper-parameters; those on a device are tensors."""
     if isinstance(state, SGDState):
         return [state.lr, state.momentum, state.dampening, state.weight_decay]
-    if isinstance(state, AdamState):
-        return [state.lr, *state.betas, state.eps, state.weight_decay, state.step]
-    return []
+    return [state.lr, *state.betas, state.eps, state.weight_decay, state.step]
 
 
-def _key(parameter: Tensor, state: State) -> tuple:
+def _key(parameter: Tensor, state: SGDState | AdamState) -> tuple:
     """What tensors of one call share."""
-    assert isinstance(state, SGDState | AdamState)
     flags = (state.nesterov,) if isinstance(state, SGDState) else (state.decoupled,)
     started = bool(_state_tensors(state))
     return type(state), parameter.dtype, started, *flags, state.maximize, *_numbers(state)

@@ -17,7 +17,7 @@ from mts_fast._check import (
 )
 from mts_fast.ops.update_rules import rule_of
 from mts_fast.reference.update_rules import UpdateRule
-from mts_fast.reference.update_rules.rule import Bounds
+from mts_fast.reference.update_rules.rule import NOT_NEGATIVE, Bounds
 
 OP = "virtual_update"
 # kinds of devices whose step torch refuses under capturable=True
@@ -65,7 +65,7 @@ def check_optimizer(
 def _check_numbers(
     op: str, where: str, group: Mapping[str, Any], numbers: Mapping[str, Bounds]
 ) -> None:
-    """Options that the rule calculates with: finite, within bounds, read where that is free."""
+    """Options that the rule calculates with: finite and within bounds, read where that is free."""
     for name, bounds in numbers.items():
         hint = f"set group[{name!r}] to a number"
         arg = f"{where}[{name!r}]"
@@ -73,16 +73,19 @@ def _check_numbers(
             hint = "load a state_dict of this optimizer class"
             fail(ValueError, op, where, f"a group with {name!r}", "one without", hint)
         value = group[name]
-        entries = value if isinstance(value, list | tuple) else (value,)
-        for entry in entries:
-            number = entry
-            if isinstance(entry, Tensor):
-                if entry.numel() != 1:
-                    fail(ValueError, op, arg, "a tensor of one element", describe(entry), hint)
-                if entry.device.type != "cpu":
-                    continue  # reading it would wait for the device
-                number = entry.item()
-            check_number(op, arg, number, **bounds, hint=hint)
+        for entry in value if isinstance(value, list | tuple) else (value,):
+            _check_number(op, arg, entry, bounds, hint)
+
+
+def _check_number(op: str, arg: str, value: object, bounds: Bounds, hint: str) -> None:
+    """A number within bounds, or a tensor of one; on a device it is not read, which would wait."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            fail(ValueError, op, arg, "a tensor of one element", describe(value), hint)
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    check_number(op, arg, value, **bounds, hint=hint)
 
 
 def _check_state(
@@ -107,6 +110,8 @@ def _check_state(
             expected = f"of shape {shape} on {parameter.device} like its parameter"
             got = f"{describe(tensor)} on {tensor.device}"
             fail(ValueError, op, f"{arg}.state[...][{name!r}]", expected, got, hint)
+    for name in rule.state_numbers if state else ():
+        _check_number(op, f"{arg}.state[...][{name!r}]", state.get(name), NOT_NEGATIVE, hint)
     reasons = rule.reasons(group, state)
     if reasons:
         hint = "change these options, or take another optimizer"

@@ -99,11 +99,17 @@ def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> b
 
     if not isinstance(state, SGDState | AdamState):
         return False
+    # lr and the steps taken may be on the device, other numbers not
+    numbers: tuple[float | Tensor, ...]
     if isinstance(state, AdamState):
-        if state.amsgrad or any(isinstance(beta, Tensor) for beta in state.betas):
+        numbers = (*state.betas, state.eps, state.weight_decay)
+        moments = {m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}
+        if state.amsgrad or len(moments) > 1:
             return False
-        if len({m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}) > 1:
-            return False
+    else:
+        numbers = state.momentum, state.dampening, state.weight_decay
+    if any(isinstance(number, Tensor) for number in numbers):
+        return False
     tensors = [t for t in (gradient, along, *state_tensors(state)) if t is not None]
     known = all(t.dtype in DTYPES for t in tensors)
     return known and all(lies_like(parameter, t) for t in (parameter, *tensors))

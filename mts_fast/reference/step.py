@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from mts_fast.reference.cross_entropy import cross_entropy
 from mts_fast.reference.hypergradient import hypergradient_dots
-from mts_fast.reference.virtual_update import State, kappa, virtual_update
+from mts_fast.reference.update_rules import State, largest_gradient
+from mts_fast.reference.virtual_update import hypergradient_direction, virtual_update
 from mts_fast.reference.weights import log_weights, normalize_weights, selector_gradient
 
 
@@ -77,8 +78,11 @@ def mts_step(
     v = grad(cross_entropy(val_output, val[1]).mean(), list(virtual.values()))
     model.train()
     # row 6: d_i = <kappa v, grad l_i>, on the selector's batch
-    scales = [kappa(t, dt, s, hypergradient_lr) for _, t, dt, s in rows]
-    direction = [k * dv for k, dv in zip(scales, v, strict=True)]
+    largest = largest_gradient(g)
+    direction = [
+        hypergradient_direction(t, dt, s, dv, hypergradient_lr, largest)
+        for (_, t, dt, s), dv in zip(rows, v, strict=True)
+    ]
     meta, z_meta, losses_meta = batch, z, losses
     if selector_batch is not None:
         meta, z_meta = selector_batch, logits(selector_batch)

@@ -87,10 +87,14 @@ def _write(step: MTSStep, entries: dict[str, Any]) -> None:
     if "class_weight" in entries:
         step.class_weight = entries["class_weight"]
     step._engines.load_state_dict(entries.get("engines", {}))
-    if entries.get("scaler") is not None:
+    if not entries.get("scaler"):  # of a step without one, or with a disabled one
+        if step._owns_scaler:
+            step.scaler, step._owns_scaler = None, False
+    else:
         if step.scaler is None:  # one that float16 autocast had asked for
             step.scaler = torch.amp.GradScaler(next(step.model.parameters()).device.type)
             step._owns_scaler = True
+        assert step.scaler is not None
         step.scaler.load_state_dict(entries["scaler"])
     step.steps = entries["steps"]
     step.skipped_steps = entries.get("skipped_steps", 0)

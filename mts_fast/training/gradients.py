@@ -20,10 +20,20 @@ def set_gradients(
         for parameter in group["params"]:
             if id(parameter) not in taking_part:
                 parameter.grad = None
-    shared: set[int] = set()
+    used: set[int] = set()
     for parameter, g in zip(parameters, gradients, strict=True):
-        if g is not None and g.layout == torch.strided:
-            if g.data_ptr() in shared:
-                g = g.clone()  # autograd hands one tensor out twice, and clipping scales in place
-            shared.add(g.data_ptr())
+        if g is not None:
+            # autograd hands out one tensor twice, views of one, or an expanded one; clipping and
+            # unscaling write in place
+            storage = g.untyped_storage().data_ptr()
+            if storage in used or not _is_dense(g):
+                g = g.clone(memory_format=torch.contiguous_format)
+            used.add(g.untyped_storage().data_ptr())
         parameter.grad = g
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether every entry has memory of its own."""
+    return all(
+        step != 0 or size == 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )

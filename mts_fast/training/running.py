@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,7 @@ def check_can_run(step: MTSStep) -> None:
 
 def run_call(step: MTSStep, call: Call) -> StepResult:
     """Take the step; whatever raises, everything is as it was."""
-    step._world.refresh()
-    step._objective.world.refresh()
+    refresh_worlds(step)
     _follow_parameters(step)
     _adopt_scaler(step)
     # an optimizer may have stepped since autocast last cast the weights
@@ -112,6 +112,17 @@ def run_call(step: MTSStep, call: Call) -> StepResult:
         except BaseException:  # for an exception that came before the first clean-up had begun
             transaction.roll_back()
             raise
+
+
+def refresh_worlds(step: MTSStep) -> None:
+    """Look for modules that were added or replaced since the last call."""
+    for world in (
+        step._world,
+        step._objective.world,
+        step._validation.world,
+        step._scorer.world,
+    ):
+        world.refresh()
 
 
 def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult:
@@ -257,7 +268,7 @@ def _counters(step: MTSStep) -> dict[str, Any]:
     scaler = step.scaler
     return {
         "features": step._features.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
         "scaler": None if scaler is None else saved_dict(vars(scaler)),
         "steps": step.steps,
         "skipped_steps": step.skipped_steps,
@@ -269,7 +280,7 @@ def _counters(step: MTSStep) -> dict[str, Any]:
 def _restore_counters(step: MTSStep, saved: dict[str, Any]) -> None:
     step._features.load_state_dict(saved["features"])
     if step.selector_scheduler is not None:
-        step.selector_scheduler.load_state_dict(saved["scheduler"])
+        step.selector_scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
     if step.scaler is not None:
         restore_dict(vars(step.scaler), saved["scaler"])
     step.steps = saved["steps"]

@@ -109,7 +109,9 @@ class EagerSelectorTrainer:
     def step(self, update: SelectorUpdate) -> None:
         """Backward with the closed-form cotangent, and the optimizer's step."""
         self.optimizer.zero_grad(set_to_none=True)
-        update.logits.backward(update.cotangent())
+        # into the parameters of this optimizer alone: features may carry a graph of the caller's
+        held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+        update.logits.backward(update.cotangent(), inputs=held)
         self.optimizer.step()
         # autocast keeps low-precision copies of the weights, which are now of other values
         torch.clear_autocast_cache()

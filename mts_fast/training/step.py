@@ -17,7 +17,12 @@ from mts_fast.training.arguments import check_class_weight, check_options, check
 from mts_fast.training.batch import SelectorBatch, check_batch, check_validation
 from mts_fast.training.checkpoint import load_state, state_of
 from mts_fast.training.result import StepResult
-from mts_fast.training.running import PendingGap, check_can_run, run_call
+from mts_fast.training.running import (
+    PendingGap,
+    check_can_run,
+    refresh_worlds,
+    run_call,
+)
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer, SelectorTrainer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
@@ -302,6 +307,7 @@ class MTSStep:
         given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         read = self._reads(labels)
         batch = check_batch(given, self._num_classes(), read=read)
+        refresh_worlds(self)
         with preserved_rng(self._world), preserved_buffers(self._world):
             self._features.observe_validation(val_inputs, None)
             h = self._features.alone(batch)

@@ -40,9 +40,16 @@ class SavedOptimizer:
 def saved_dict(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (the object, a copy of its value)."""
     return {
-        name: (v, v.detach().clone() if isinstance(v, Tensor) else copy.copy(v))
+        name: (v, v.detach().clone() if isinstance(v, Tensor) else _copied(v))
         for name, v in values.items()
     }
+
+
+def _copied(value: Any) -> Any:
+    """A copy that nothing else writes to; of a group's list of parameters the list alone."""
+    if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+        return list(value)
+    return copy.deepcopy(value)
 
 
 def restore_dict(values: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
@@ -54,7 +61,7 @@ def restore_dict(values: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> N
             original.data.copy_(before)
             values[name] = original
         else:
-            values[name] = before
+            values[name] = _copied(before)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mts_fast._isolation import preserved_buffers, replaced_parameters, training_mode
+from mts_fast._isolation import (
+    preserved_buffers,
+    preserved_rng,
+    replaced_parameters,
+    training_mode,
+)
 from mts_fast.hypergradient import Objective
 from mts_fast.hypergradient.engine import dense
 from mts_fast.training.batch import CheckedValidation
@@ -45,7 +50,8 @@ def validation_gradient(
     ):
         q = None
         if objective_name == "worst_group" and len(parts) > 1:
-            with torch.no_grad():
+            # under the masks that the passes below will draw
+            with torch.no_grad(), preserved_rng(world):
                 q = shares(batch, torch.cat([objective.losses(p) for p in parts]), objective_name)
         done = 0
         for part in parts:

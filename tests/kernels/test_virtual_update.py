@@ -348,3 +348,19 @@ def test_betas_as_tensors_on_the_host_are_read(device):
     )
     found = virtual_update(optimizer, gradients).parameters[0]
     assert relative(found, expected) < 1e-14  # observed 0
+
+
+@pytest.mark.parametrize("option", ["betas", "eps", "weight_decay"])
+def test_numbers_on_a_device_take_the_reference(option, device):
+    """But for lr and the steps taken, which the kernel reads there."""
+    optimizer, gradients, _ = make("adamw", device, torch.float64, shapes=[(5,)])
+    (p,) = trainable_parameters(optimizer)
+    state = optimizer_states(optimizer)[p]
+    value = getattr(state, option)
+    on_device = lambda x: torch.tensor(x, dtype=torch.float64, device=device)  # noqa: E731
+    moved = tuple(map(on_device, value)) if option == "betas" else on_device(value)
+    run = resolve("virtual_update", [p.detach(), *gradients])
+    (expected,) = run([p.detach()], gradients, [state])
+    with recorded_launches() as launches:
+        (found,) = run([p.detach()], gradients, [dataclasses.replace(state, **{option: moved})])
+    assert relative(found, expected) < 1e-14 and not launches  # observed 0

@@ -245,11 +245,6 @@ def test_nothing_of_the_optimizer_changes(name, steps, device):
     assert_bitwise(gradients, gradients_like(parameters, 9))
 
 
-class Overridden(SGD):
-    def step(self, closure=None):
-        return super().step(closure)
-
-
 class Renamed(Adam):
     """Adds nothing to Adam."""
 
@@ -264,55 +259,6 @@ def test_subclass_that_keeps_step_is_served(device):
     assert torch.equal(
         found, mts_fast.virtual_update(Adam([parameter], lr=0.1), [gradient]).parameters[0]
     )
-
-
-def _replaced(parameters):
-    optimizer = SGD(parameters, lr=0.1)
-    optimizer.step = lambda closure=None: None
-    return optimizer
-
-
-def _with_rate(rate):
-    def make(parameters):
-        optimizer = Adam(parameters)
-        optimizer.param_groups[0]["lr"] = rate
-        return optimizer
-
-    return make
-
-
-REFUSED = {
-    "unknown": (torch.optim.Adagrad, TypeError, "optimizer must be .* got Adagrad"),
-    "closure": (torch.optim.LBFGS, TypeError, "got LBFGS; it evaluates the model several times"),
-    "differentiable": (
-        lambda p: SGD(p, lr=0.1, differentiable=True),
-        ValueError,
-        r"param_groups\[0\] must be without differentiable",
-    ),
-    "capturable": (
-        lambda p: Adam(p, capturable=True, foreach=False),
-        ValueError,
-        r"param_groups\[0\] must be without capturable off a GPU",
-    ),
-    "replaced": (_replaced, TypeError, r"with a step\(\) replaced on the object"),
-    "nan": (_with_rate(float("nan")), ValueError, r"param_groups\[0\]\['lr'\] must be a finite"),
-    "text": (_with_rate("0.1"), TypeError, r"param_groups\[0\]\['lr'\] must be a finite number"),
-    "negative": (_with_rate(-0.1), ValueError, r"param_groups\[0\]\['lr'\] must be .* at least 0"),
-    "override": (lambda p: Overridden(p, lr=0.1), TypeError, "optimizer .*overrides step"),
-    "frozen": (
-        lambda p: SGD([q.requires_grad_(False) for q in p], lr=0.1),
-        ValueError,
-        "optimizer must be given trainable parameters",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_optimizers(case, device):
-    build, error, message = REFUSED[case]
-    parameters = [torch.nn.Parameter(torch.ones(2, device=device))]
-    with pytest.raises(error, match=message):
-        mts_fast.virtual_update(build(parameters), [torch.ones(2, device=device)])
 
 
 @pytest.mark.parametrize(

@@ -295,3 +295,124 @@ def test_autocast_does_not_weigh_with_the_old_selector():
         first = step(**given).losses.mean()
         second = step(**given).losses.mean()
     assert first != second and losses > second
+
+
+class Overlapping(nn.Module):
+    """Gradients of the biases are views of one tensor, that of q an expanded one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(4, 3, bias=False)
+        self.b0, self.b1 = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))
+        self.b2, self.q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(5))
+        self.double()
+
+    def forward(self, x):
+        return self.lin(x) + torch.cat([self.b1, self.b2]) + self.b0 + self.q.sum()
+
+
+@pytest.mark.parametrize("engine", ["auto", "forward_mode", "double_backward"])
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_gradients_that_share_memory_are_clipped_and_unscaled_once(clip, engine):
+    model = Overlapping()
+    plain = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step = step_of(model, engine=engine, max_grad_norm=clip, scaler=scaler)
+    given = batch(0)
+    result = step(**given)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    (result.normalized_weights * losses).sum().backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+    optimizer.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_modules_that_are_put_in_between_calls_are_seen():
+    model = plain_model()
+    step = step_of(model, val_loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
+    step(**batch(0))
+    model[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    step(**batch(1))
+    assert model[1][1].training
+    model[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    step.weights(batch(2)["inputs"], batch(2)["labels"], val_inputs=batch(2)["val_inputs"])
+    assert model[1][1].training
+
+
+def test_a_selector_updates_its_optimizers_parameters_alone():
+    selector = nn.ModuleDict({"a": nn.Embedding(CLASSES, 4), "b": nn.Linear(4, 1)}).double()
+    selector.forward = lambda h, y, s: selector["b"](selector["a"](y) + h.sum(1, keepdim=True))
+    model = plain_model()
+    step = mts_fast.MTSStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        selector,
+        torch.optim.AdamW(selector["b"].parameters(), lr=0.05),
+        online_features=False,
+    )
+    features = torch.randn(SIZE, 2, dtype=torch.float64, requires_grad=True)
+    for seed in range(2):
+        step(**batch(seed), features=features)
+        assert selector["a"].weight.grad is None and features.grad is None
+
+
+@pytest.mark.parametrize("kind", ["module", "partial", "lambda"])
+def test_a_loss_module_is_found_wherever_it_is_carried(kind):
+    import functools
+
+    def call(module, logits, labels):
+        return module(logits, labels)
+
+    loss = RunningNorm()
+    carried = {
+        "module": loss,
+        "partial": functools.partial(call, loss),
+        "lambda": lambda logits, labels: loss(logits, labels),
+    }[kind]
+    plain, model = copy.deepcopy(loss), plain_model()
+    step = step_of(model, loss=carried)
+    given = batch(0)
+    plain(model(given["inputs"]), given["labels"])
+    step(**given)
+    assert relative(loss.mean_norm, plain.mean_norm) < 1e-12
+
+
+def test_an_engine_that_is_named_is_not_overridden_by_a_state():
+    other, step = step_of(plain_model(), engine="double_backward"), step_of(plain_model())
+    other(**batch(0))
+    for engine in ("ghost", "forward_mode"):
+        named = step_of(plain_model(), engine=engine)
+        named.load_state_dict(other.state_dict())
+        assert named(**batch(1)).engine == engine
+    step.load_state_dict(other.state_dict())
+    assert step(**batch(1)).engine == "double_backward"
+
+
+def test_a_scaler_is_usable_after_a_step_that_was_undone():
+    class Refusing(Base):
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return self.b(h) + h @ (self.b.weight.T @ torch.eye(3).double()).roll(1, 0)
+
+    step = step_of(Refusing(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    failures = [KeyError]
+
+    def once(*_):
+        if failures:
+            raise failures.pop()
+
+    step.optimizer.register_step_pre_hook(once)
+    with pytest.raises(KeyError):
+        step(**batch(0))
+    for seed in range(3):
+        assert not step(**batch(seed)).skipped
+    state = step.state_dict()
+    off = step_of(plain_model(), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    off(**batch(0))
+    fresh = step_of(plain_model())
+    fresh.load_state_dict(off.state_dict())
+    assert fresh.scaler is None and state["scaler"]["scale"] == 8.0

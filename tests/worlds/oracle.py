@@ -282,7 +282,9 @@ class Truth:
     def _kappa(self) -> tuple[Gradients, Gradients]:
         """-d theta'/d g, and the same where rounding decides whether it is 0."""
         largest = max(g.abs().max().item() for g in self.g if g is not None)
-        eps = torch.finfo(PRECISIONS.get(self.world.precision, torch.float32)).eps
+        dtype = PRECISIONS.get(self.world.precision, torch.float32)
+        # gradients of 16 bits are summed up in float32
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         kappa: Gradients = []
         near: Gradients = []
         for i, (theta, g) in enumerate(zip(self.theta, self.g, strict=True)):

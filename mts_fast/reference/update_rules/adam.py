@@ -80,10 +80,10 @@ class AdamState(ElementwiseState):
         return torch.maximum(older, second).sqrt(), second > older
 
 
-def correction(beta: Number, taken: Number) -> Number:
+def correction(beta: Number, before: Number) -> Number:
     """1 - beta^(steps taken + 1), by which a running mean that began at 0 is divided."""
     # float32 would round beta^step
-    steps = (taken.double() if isinstance(taken, Tensor) else taken) + 1
+    steps = (before.double() if isinstance(before, Tensor) else before) + 1
     return 1 - beta**steps
 
 
@@ -100,6 +100,7 @@ class AdamRule(ReadRule):
         "eps": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
     }
+    state_numbers = ("step",)
 
     def state_tensors(self, group: Options) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")

@@ -57,8 +57,8 @@ class LionRule(UpdateRule):
         self, parameter: Tensor, gradient: Tensor, group: Options, state: Options
     ) -> Tensor:
         lr = number(group["lr"])
-        kept = parameter * (1 - lr * number(group["weight_decay"]))
-        return kept - lr * _mean(gradient, group, state).sign()
+        decayed = parameter * (1 - lr * number(group["weight_decay"]))
+        return decayed - lr * _mean(gradient, group, state).sign()
 
     def direction(
         self,

@@ -38,14 +38,14 @@ class MuonRule(UpdateRule):
         "eps": NOT_NEGATIVE,
         "ns_coefficients": {},
     }
-    optional_state_tensors: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    optional_state_tensors = ("momentum_buffer",)
 
     def updated(
         self, parameter: Tensor, gradient: Tensor, group: Options, state: Options
     ) -> Tensor:
-        kept = parameter * (1 - number(group["lr"]) * number(group["weight_decay"]))
+        decayed = parameter * (1 - number(group["lr"]) * number(group["weight_decay"]))
         matrix = _momentum(gradient, group, state).bfloat16()
-        return kept - _lr(parameter, group) * _orthogonalized(matrix, group).to(parameter.dtype)
+        return decayed - _lr(parameter, group) * _orthogonalized(matrix, group).to(parameter.dtype)
 
     def direction(
         self,
@@ -56,10 +56,10 @@ class MuonRule(UpdateRule):
         along: Tensor,
     ) -> Tensor:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        wide = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in state.items()}
+        widened = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in state.items()}
         with torch.enable_grad():
             g = gradient.detach().to(dtype, copy=True).requires_grad_()
-            step = _orthogonalized(_momentum(g, group, wide), group)
+            step = _orthogonalized(_momentum(g, group, widened), group)
             (product,) = torch.autograd.grad(
                 step, g, along.to(dtype), create_graph=along.requires_grad
             )

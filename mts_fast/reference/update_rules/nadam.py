@@ -40,7 +40,7 @@ class NAdamState(ElementwiseState):
     maximize: bool = False
     exp_avg: Tensor | None = None  # None before the first step
     exp_avg_sq: Tensor | None = None
-    mu_product: Tensor | None = None  # of the mu of all steps taken
+    mu_product: Number | None = None  # of the mu of all steps taken
     step: Number = 0.0  # steps taken so far
 
     def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -79,10 +79,7 @@ class NAdamState(ElementwiseState):
 
     def _product(self, mu: Number) -> Number:
         """Of all mu, rounded as torch does, which keeps it in a tensor of its default dtype."""
-        before = self.mu_product
-        if before is None:
-            default = torch.get_default_dtype()
-            before = torch.ones((), dtype=torch.promote_types(default, torch.float32))
+        before = torch.as_tensor(1.0 if self.mu_product is None else self.mu_product)
         return number((before * mu).to(before.dtype))
 
 
@@ -96,14 +93,10 @@ class NAdamRule(ReadRule):
         "weight_decay": NOT_NEGATIVE,
         "momentum_decay": NOT_NEGATIVE,
     }
+    state_numbers = "step", "mu_product"
 
     def state_tensors(self, group: Options) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
-
-    def reasons(self, group: Options, state: Options) -> list[str]:
-        if state and not isinstance(state.get("mu_product"), Tensor):
-            return ["its state has no tensor 'mu_product': load a state that NAdam saved"]
-        return []
 
     def read(self, group: Options, state: Options) -> NAdamState:
         beta1, beta2 = map(number, group["betas"])

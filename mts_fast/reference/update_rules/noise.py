@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# of eps(dtype of g) max |g|: sums of gradients that cancel were seen to leave one to three
+# of eps max |g|: sums of gradients that cancel were seen to leave one to three
 NOISE_PLACES = 8
 
 
@@ -33,12 +33,18 @@ def largest_gradient(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def noise_share(dtype: torch.dtype) -> float:
-    """The part of max |g| that gradients of this dtype may have by rounding alone."""
-    return NOISE_PLACES * torch.finfo(dtype).eps
+    """The part of max |g| that gradients of this dtype may have by rounding alone: 8 eps, for
+    16-bit ones that of float32, in which they are summed up.
+
+    8 eps of bfloat16 are 6 % of the largest gradient. Tried on an MLP and a transformer with
+    bfloat16 parameters, after 5 and 60 steps of AdamW: it masked 87 to 99 % of the entries and left
+    kappa v a cosine of 0.00 to 0.01 to float64's; with float32's eps the cosine is 0.93 to 1.00.
+    """
+    return NOISE_PLACES * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def is_noise(root: Tensor, gradient: Tensor, largest: Tensor) -> Tensor:
-    """Where sqrt(v_hat) < 8 eps(dtype of g) max |g|, or is 0; bool of the root's shape."""
+    """Where sqrt(v_hat) < noise_share(dtype of g) max |g|, or is 0; bool of the root's shape."""
     root = root.to(torch.promote_types(root.dtype, torch.float32))
     floor = noise_share(gradient.dtype) * largest.to(root.device)
     return (root < floor) | (root == 0)

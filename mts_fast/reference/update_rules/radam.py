@@ -114,6 +114,7 @@ class RAdamRule(ReadRule):
         "eps": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
     }
+    state_numbers = ("step",)
 
     def state_tensors(self, group: Options) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"

@@ -92,6 +92,7 @@ class RMSpropRule(ReadRule):
         "weight_decay": NOT_NEGATIVE,
         "momentum": NOT_NEGATIVE,
     }
+    state_numbers = ("step",)
 
     def state_tensors(self, group: Options) -> tuple[str, ...]:
         names = ["square_avg"]

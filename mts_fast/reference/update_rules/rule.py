@@ -108,6 +108,8 @@ class UpdateRule(ABC):
     #: options of a group that must be finite numbers (or tuples of them) within bounds, as
     #: `at_least`, `above`, `at_most`, `below`; looked at in every call
     numbers: ClassVar[Mapping[str, Bounds]] = {"lr": NOT_NEGATIVE}
+    #: names of single numbers, such as a count of steps, that a state which is not empty holds
+    state_numbers: ClassVar[tuple[str, ...]] = ()
     #: names of state tensors of the parameter's shape that need not be there
     optional_state_tensors: ClassVar[tuple[str, ...]] = ()
 
@@ -132,7 +134,8 @@ class UpdateRule(ABC):
             if not updated.requires_grad:
                 got = "a tensor that autograd cannot follow to the gradient"
                 hint = "use differentiable operations without no_grad, or override direction()"
-                fail(ValueError, OP, f"{type(self).__name__}.updated()", "a function", got, hint)
+                arg = f"{type(self).__name__}.updated()"
+                fail(ValueError, OP, arg, "differentiable in the gradient", got, hint)
             (product,) = torch.autograd.grad(
                 updated, g, along.to(updated.dtype), create_graph=along.requires_grad
             )

@@ -65,8 +65,9 @@ class SGDRule(ReadRule):
         "lr": NOT_NEGATIVE,
         "momentum": NOT_NEGATIVE,
         "weight_decay": NOT_NEGATIVE,
-    } | {"dampening": {}}
-    optional_state_tensors: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+        "dampening": {},
+    }
+    optional_state_tensors = ("momentum_buffer",)
 
     def read(self, group: Options, state: Options) -> SGDState:
         return SGDState(
