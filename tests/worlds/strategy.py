@@ -31,21 +31,21 @@ ANYWHERE = {
     "matmul": 4,
     "einsum": 4,
     "tied": 4,
-    "lora": 4,
+    "lora": 6,
     "experts": 4,
     "branch": 4,
     "numpy_dropout": 4,
     "python_dropout": 4,
-    "weight_norm": 3,
-    "spectral_norm": 3,
-    "symmetric": 3,
-    "ternary": 3,
-    "reversal": 3,
-    "detach": 3,
+    "weight_norm": 6,
+    "spectral_norm": 8,
+    "symmetric": 6,
+    "ternary": 8,
+    "reversal": 8,
+    "detach": 6,
     "mixup": 3,
     "batch_centred": 3,
     "running_centre": 6,
-    "unused": 3,
+    "unused": 5,
     "checkpoint": 7,
 }
 IMAGES = {
@@ -55,7 +55,7 @@ IMAGES = {
     "batch_norm": 30,
     "conv_residual": 10,
     "conv_transpose": 16,
-    "instance_norm": 14,
+    "instance_norm": 18,
     "dropout": 5,
     "dropout_channels": 8,
     "scale": 5,
@@ -78,8 +78,8 @@ LAYERS: dict[str, dict[str, int]] = {
         "class_token": 12,
         "causal_attention": 12,
         "over_time": 8,
-        "gru": 9,
-        "lstm": 9,
+        "gru": 13,
+        "lstm": 16,
     },
 }
 LAYERS["tokens"] = LAYERS["sequence"]
@@ -165,7 +165,7 @@ def _layers(draw: Draw, source: str, precision: str) -> list[Options]:
         # nor has this CPU an LSTM of 16 bits
         weights.pop("lstm", None)
     kinds = [weighted(draw, weights) for _ in range(draw(st.integers(1, 5)))]
-    if source != "tokens" and chance(draw, 4):
+    if source != "tokens" and chance(draw, 7):
         kinds.insert(0, "writes_input")
     layers = [_layer(draw, kind, source) for kind in kinds]
     if not any(o["kind"] in TRAINED and not o.get("frozen") for o in layers):
@@ -206,15 +206,15 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
         o["frozen_statistics"] = chance(draw, 40)
         o["cumulative"] = chance(draw, 25)
     elif kind == "instance_norm":
-        o["tracked"] = chance(draw, 40)
+        o["tracked"] = chance(draw, 50)
     elif kind == "running_centre":
         o["reassigned"] = chance(draw, 50)
     elif kind == "checkpoint":
-        o["reentrant"] = chance(draw, 40)
+        o["reentrant"] = chance(draw, 20)
     elif kind == "conv":
         o["stride"] = weighted(draw, {1: 3, 2: 1 if source == "image" else 0})
         o["groups"] = weighted(draw, {1: 3, 2: 1})
-        o["padding_mode"] = weighted(draw, {"zeros": 5, "circular": 1, "reflect": 1})
+        o["padding_mode"] = weighted(draw, {"zeros": 3, "circular": 1, "reflect": 1})
     elif kind == "attention":
         o["dropout"] = weighted(draw, {0.0: 2, 0.2: 1})
         o["weights"] = chance(draw, 30)
@@ -222,8 +222,8 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
         o["dropout"] = weighted(draw, {0.0: 2, 0.2: 1})
         o["norm_first"] = chance(draw, 50)
     elif kind in RECURRENT:
-        o["packed"] = chance(draw, 50)
-        o["bidirectional"] = chance(draw, 40)
+        o["packed"] = chance(draw, 60)
+        o["bidirectional"] = chance(draw, 50)
     elif kind == "positions":
         o["by_index"] = chance(draw, 40)
     if kind in TRAINED and chance(draw, 10):
@@ -242,7 +242,7 @@ def _head(draw: Draw, source: str, time_first: bool) -> tuple[Options, str]:
             {"sparse": True},
             {"scale_grad_by_freq": True},
         ]
-        at = weighted(draw, {0: 5, 1: 3, 2: 2, 3: 3, 4: 2})
+        at = weighted(draw, {0: 4, 1: 3, 2: 3, 3: 3, 4: 4})
         head["embedding"] = choices[at]
     losses = {
         "cross_entropy": 50,
@@ -256,11 +256,11 @@ def _head(draw: Draw, source: str, time_first: bool) -> tuple[Options, str]:
     }
     loss = weighted(draw, losses)
     if source in SEQUENCES:
-        if chance(draw, 30):
+        if chance(draw, 35):
             loss = "tokens"
             head["pool"] = "none"
             plain = not head["embedding"].get("sparse")
-            if source == "tokens" and plain and chance(draw, 40):
+            if source == "tokens" and plain and chance(draw, 60):
                 head["kind"] = "tied"
         else:
             head["pool"] = weighted(draw, {"mean": 3, "last": 1, "first": 1})
@@ -271,7 +271,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
     calls = draw(st.integers(2, 4))
     family = weighted(
         draw,
-        {"none": 70, "learning_rate": 6, "freeze": 8, "unfreeze": 5, "add_group": 6, "eval": 5},
+        {"none": 70, "learning_rate": 6, "freeze": 8, "unfreeze": 5, "add_group": 6, "eval": 9},
     )
     if family == "freeze" and any(o.get("reentrant") for o in layers):
         family = "none"
@@ -291,7 +291,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
 def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
     kind = weighted(
         draw,
-        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 3, "NAdam": 3, "RAdam": 3},
+        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 5, "NAdam": 3, "RAdam": 3},
     )
     o: Options = {"kind": kind, "lr": 0.01, "weight_decay": weighted(draw, {0.0: 2, 0.05: 1})}
     sparse = head["embedding"].get("sparse")
@@ -304,7 +304,7 @@ def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
         o["nesterov"] = bool(o["momentum"]) and chance(draw, 30)
         o["dampening"] = 0.3 if o["momentum"] and not o["nesterov"] and chance(draw, 30) else 0.0
     elif kind == "RMSprop":
-        o["centered"] = chance(draw, 30)
+        o["centered"] = chance(draw, 55)
         o["momentum"] = weighted(draw, {0.0: 2, 0.9: 1})
     elif kind in ("Adam", "AdamW"):
         o["amsgrad"] = chance(draw, 9)
@@ -329,8 +329,8 @@ def _selector(draw: Draw) -> Options:
 
 
 def _step(draw: Draw, kinds: set[str], coupled: bool, precision: str) -> Options:
-    engines = {"auto": 80, "ghost": 6, "forward_mode": 5, "double_backward": 5}
-    engines["finite_difference"] = 5
+    engines = {"auto": 76, "ghost": 10, "forward_mode": 5, "double_backward": 5}
+    engines["finite_difference"] = 7
     if coupled:
         engines.pop("ghost")
     if kinds & ESTIMATORS:

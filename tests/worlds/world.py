@@ -74,8 +74,8 @@ def _words(world: World) -> Iterator[str]:
     for layer in world.layers:
         yield f"layer: {layer['kind']}"
         for name, value in layer.items():
-            if name == "frozen" and value:
-                yield "layer: frozen"
+            if name in ("frozen", "packed", "bidirectional") and value:
+                yield f"layer: {name}"
             elif name != "kind" and value not in (False, 0, 0.0, None):
                 yield f"layer: {layer['kind']}: {name}" + ("" if value is True else f" {value}")
     parts = {
