@@ -65,9 +65,12 @@ def second_call(world):
 def in_float64(world):
     """The world in float64, every call of it a lesson on its own batch."""
     step = {**world.step, "hypergradient_lr": None, "selector_every": 1, "online_features": False}
-    return replace(
-        world, precision="float64", step=step, batches={**world.batches, "selector_batch": 0}
-    )
+    optimizer = dict(world.optimizer)
+    if optimizer["kind"] != "SGD":
+        # a gradient of rounding noise (a bias before BatchNorm) is multiplied by lr / eps
+        optimizer["eps"] = 1e-4
+    batches = {**world.batches, "selector_batch": 0}
+    return replace(world, precision="float64", step=step, optimizer=optimizer, batches=batches)
 
 
 def is_derivative(world):
