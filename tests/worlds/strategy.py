@@ -23,19 +23,19 @@ ANYWHERE = {
     "mlp": 12,
     "layer_norm": 10,
     "dropout": 7,
-    "rms_norm": 4,
+    "rms_norm": 5,
     "scale": 4,
     "one_plus": 4,
     "exp_scale": 4,
     "shift": 4,
-    "matmul": 4,
-    "einsum": 4,
+    "matmul": 5,
+    "einsum": 5,
     "tied": 4,
     "lora": 6,
     "experts": 4,
-    "branch": 4,
+    "branch": 6,
     "numpy_dropout": 4,
-    "python_dropout": 4,
+    "python_dropout": 6,
     "weight_norm": 6,
     "spectral_norm": 8,
     "symmetric": 6,
@@ -44,7 +44,7 @@ ANYWHERE = {
     "detach": 6,
     "mixup": 3,
     "batch_centred": 3,
-    "running_centre": 6,
+    "running_centre": 7,
     "unused": 5,
     "checkpoint": 7,
 }
@@ -75,9 +75,9 @@ LAYERS: dict[str, dict[str, int]] = {
         "attention": 25,
         "encoder": 25,
         "positions": 20,
-        "class_token": 12,
+        "class_token": 15,
         "causal_attention": 12,
-        "over_time": 8,
+        "over_time": 11,
         "gru": 13,
         "lstm": 16,
     },
@@ -107,7 +107,7 @@ def chance(draw: Draw, percent: int) -> bool:
 @st.composite
 def worlds(draw: Draw) -> World:
     """Any world."""
-    source = weighted(draw, {"vector": 30, "sequence": 25, "tokens": 22, "image": 18, "signal": 10})
+    source = weighted(draw, {"vector": 30, "sequence": 24, "tokens": 25, "image": 18, "signal": 10})
     precision = weighted(
         draw,
         {
@@ -200,7 +200,7 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
     if kind == "linear":
         o["bias"] = not chance(draw, 20)
     elif kind == "activation":
-        o["function"] = weighted(draw, {"gelu": 3, "tanh": 2, "silu": 2, "relu": 2})
+        o["function"] = weighted(draw, {"gelu": 3, "tanh": 2, "silu": 2, "relu": 3})
     elif kind == "batch_norm":
         # statistics that are frozen, as in fine-tuning, let samples be independent
         o["frozen_statistics"] = chance(draw, 40)
@@ -212,14 +212,14 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
     elif kind == "checkpoint":
         o["reentrant"] = chance(draw, 20)
     elif kind == "conv":
-        o["stride"] = weighted(draw, {1: 3, 2: 1 if source == "image" else 0})
+        o["stride"] = weighted(draw, {1: 2, 2: 1 if source == "image" else 0})
         o["groups"] = weighted(draw, {1: 3, 2: 1})
-        o["padding_mode"] = weighted(draw, {"zeros": 3, "circular": 1, "reflect": 1})
+        o["padding_mode"] = weighted(draw, {"zeros": 5, "circular": 2, "reflect": 2})
     elif kind == "attention":
         o["dropout"] = weighted(draw, {0.0: 2, 0.2: 1})
         o["weights"] = chance(draw, 30)
     elif kind == "encoder":
-        o["dropout"] = weighted(draw, {0.0: 2, 0.2: 1})
+        o["dropout"] = weighted(draw, {0.0: 1, 0.2: 1})
         o["norm_first"] = chance(draw, 50)
     elif kind in RECURRENT:
         o["packed"] = chance(draw, 60)
@@ -242,7 +242,7 @@ def _head(draw: Draw, source: str, time_first: bool) -> tuple[Options, str]:
             {"sparse": True},
             {"scale_grad_by_freq": True},
         ]
-        at = weighted(draw, {0: 4, 1: 3, 2: 3, 3: 3, 4: 4})
+        at = weighted(draw, {0: 3, 1: 3, 2: 3, 3: 3, 4: 4})
         head["embedding"] = choices[at]
     losses = {
         "cross_entropy": 50,
@@ -273,7 +273,9 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
         draw,
         {"none": 70, "learning_rate": 6, "freeze": 8, "unfreeze": 5, "add_group": 6, "eval": 9},
     )
-    if family == "freeze" and any(o.get("reentrant") for o in layers):
+    # with a tied head, all that is trained is frozen
+    reentrant = any(o.get("reentrant") for o in layers)
+    if family == "freeze" and (reentrant or head["kind"] == "tied"):
         family = "none"
     if family == "add_group" and (head["kind"] == "tied" or layers[0].get("frozen")):
         family = "none"
@@ -291,7 +293,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
 def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
     kind = weighted(
         draw,
-        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 5, "NAdam": 3, "RAdam": 3},
+        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 7, "NAdam": 4, "RAdam": 4},
     )
     o: Options = {"kind": kind, "lr": 0.01, "weight_decay": weighted(draw, {0.0: 2, 0.05: 1})}
     sparse = head["embedding"].get("sparse")
@@ -307,7 +309,7 @@ def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
         o["centered"] = chance(draw, 55)
         o["momentum"] = weighted(draw, {0.0: 2, 0.9: 1})
     elif kind in ("Adam", "AdamW"):
-        o["amsgrad"] = chance(draw, 9)
+        o["amsgrad"] = chance(draw, 12)
         o["betas"] = list(weighted(draw, {(0.9, 0.999): 3, (0.8, 0.95): 1}))
         o["eps"] = weighted(draw, {1e-8: 3, 1e-4: 1})
     if kind in ("SGD", "Adam", "AdamW"):
