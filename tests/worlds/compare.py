@@ -137,12 +137,14 @@ class Comparison:
             "weights", result.weights, w, [w_plain], self.share, rounding * _largest(w)
         )
         yield self._vector("p", result.normalized_weights, p, [p_plain], self.share, 2 * rounding)
+        # judged by now: what follows from p is judged by the p that was given
+        p = result.normalized_weights.double()
         loss = (p * truth.losses).sum()
-        loss_plain = (p_plain * plain.losses).sum()
+        loss_plain = (p * plain.losses).sum()
         floor = self.share * truth.losses.abs().max().item()
         yield self._vector("loss", result.loss, loss, [loss_plain], self.share, floor)
         yield from self._selector(call)
-        yield from self._classifier(call, p, p_plain)
+        yield from self._classifier(call, p)
 
     def _skipped(self, call: Call) -> Iterator[Fault]:
         """A step whose gradient overflowed under loss scaling: no parameter has moved."""
@@ -311,10 +313,10 @@ class Comparison:
                 new = new_of[id(parameter)]
                 yield from step.faults("selector", new, optimizer.state[new], self.selector_eps)
 
-    def _classifier(self, call: Call, p: Tensor, p_plain: Tensor) -> Iterator[Fault]:
+    def _classifier(self, call: Call, p: Tensor) -> Iterator[Fault]:
         truth = self.truth
         gradient = truth.combined(p)
-        others = [o.combined(p_plain if o is self.plain else p) for o in self.others]
+        others = [o.combined(p) for o in self.others]
         bounds = self._noise_of(gradient, truth.combined(p, size=True), others)
         clip = truth.world.step["max_grad_norm"]
         if clip is not None:
