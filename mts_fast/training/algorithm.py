@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -105,12 +106,13 @@ class Algorithm:
         Raises:
             Refused: the engine cannot serve this batch, or its dots fail the guard.
         """
+        world = self.objective.world
         engine = self.engines.engine_for(layout)
         probing = call.updates_selector and self.engines.is_probing(layout)
         # differences are checked with random signs, too, which takes a gradient more
         signed = probing and engine.name == FiniteDifference.name
         own = call.updates_on_own_batch
-        start = RngState.capture(self.objective.world)
+        start = RngState.capture(world)
         self.features.observe_validation(
             call.validation.inputs, call.selector_batch if call.updates_selector else None
         )
@@ -140,9 +142,11 @@ class Algorithm:
         looked.overflow = scaling.overflowed(looked.gradient)
         if looked.overflow:
             return looked
-        after_forward = RngState.capture(self.objective.world)
+        after_forward = RngState.capture(world)
         after_scoring = after_forward
-        with preserved_rng(self.objective.world):
+        # what the selector's batch writes stays until its graph is done with
+        beside = nullcontext() if call.selector_batch is None else preserved_buffers(world)
+        with preserved_rng(world), beside:
             # rows 4, 5
             virtual = ops.virtual_update(self.optimizer, looked.gradient)
             looked.val_loss, v = validation_gradient(
@@ -174,8 +178,8 @@ class Algorithm:
                 # the selector's masks follow those of the training forward
                 after_forward.restore()
                 z, p = self.trainer.forward(call.selector_batch, h_own, updates=True)
-                after_scoring = RngState.capture(self.objective.world)
-                with preserved_buffers(self.objective.world):
+                after_scoring = RngState.capture(world)
+                with preserved_buffers(world):
                     compared = checked.gradient(p) if probing else []
                     dots = checked.dots(direction).to(z.dtype)
                 looked.update = SelectorUpdate(call.selector_batch, h_own, z, p, dots)
@@ -183,7 +187,7 @@ class Algorithm:
                     looked.gap = invariant_gap(p, dots, compared, direction)
             if signed:
                 p = looked.update.p * random_signs(looked.update.p, self.engines.calls(layout))
-                with preserved_buffers(self.objective.world):
+                with preserved_buffers(world):
                     by_signs = checked.gradient(p)
         after_scoring.restore()
         if call.check_values:
@@ -273,7 +277,7 @@ class Algorithm:
         features h [B2, F]; `gradients` are for the guard."""
         batch, world = call.selector_batch, self.objective.world
         assert batch is not None
-        with preserved_rng(world, start), preserved_buffers(world):
+        with preserved_rng(world, start):
             with self.features.beside_forward(batch) as forward:
                 linearization = engine.linearize(batch, gradients=gradients)
                 linearization.begin()

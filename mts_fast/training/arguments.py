@@ -83,6 +83,8 @@ def check_parts(
     """Refuse what cannot be trained, or could not be undone when a step raises."""
     module, chooser = check_module(OP, "model", model), check_module(OP, "selector", selector)
     check_not_distributed(module)
+    for arg, part in (("model", module), ("selector", chooser)):
+        _check_initialised(arg, part)
     if module is chooser:
         hint = "build a Selector of its own"
         fail(ValueError, OP, "selector", "another module than model", "the model itself", hint)
@@ -124,6 +126,13 @@ def check_not_distributed(model: nn.Module) -> None:
         hint = "gradients are not reduced over ranks: run one process"
         got = f"a process group of {ranks} ranks (DistributedDataParallel and the like)"
         fail(RuntimeError, OP, "model", "trained by one process", got, hint)
+
+
+def _check_initialised(arg: str, module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            hint = "run it on a batch first, before its optimizer is made"
+            fail(ValueError, OP, arg, "initialised", f"{name!r} without a shape", hint)
 
 
 def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:

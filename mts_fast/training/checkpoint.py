@@ -26,7 +26,17 @@ REQUIRED = {
     "online": Mapping,
     "steps": int,
 }
-ADDED = {"class_weight": (Tensor, type(None)), "engines": Mapping, "skipped_steps": int}
+ADDED = {
+    "class_weight": (Tensor, type(None)),
+    "engines": Mapping,
+    "losses": list,
+    "skipped_steps": int,
+}
+# options of optimizers that came with later versions of torch, which fills them in
+LATER_OPTIONS = {
+    "amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused",
+    "initial_lr", "maximize", "nesterov", "param_names",
+}  # fmt: skip
 
 
 def state_of(step: MTSStep) -> dict[str, Any]:
@@ -41,6 +51,7 @@ def state_of(step: MTSStep) -> dict[str, Any]:
         "selector_optimizer": step.selector_optimizer.state_dict(),
         "selector_optimizer_class": type(step.selector_optimizer).__name__,
         "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
+        "selector_scheduler_class": None if scheduler is None else type(scheduler).__name__,
         "online": step._features.state_dict(),
         "class_weight": step.class_weight,
         "engines": step._engines.state_dict(),
@@ -59,11 +70,13 @@ def load_state(step: MTSStep, state: object) -> None:
     for arg in ("optimizer", "selector_optimizer"):
         own: torch.optim.Optimizer = getattr(step, arg)
         check_optimizer_state(arg, own, entries[arg], entries.get(f"{arg}_class"))
-    losses = _loss_modules(step)
-    saved_losses = entries.get("losses", [])
-    if losses and len(saved_losses) == len(losses):
-        for i, (module, saved) in enumerate(zip(losses, saved_losses, strict=True)):
-            check_module_state(f"losses[{i}]", module, saved)
+    scheduler = type(step.selector_scheduler).__name__
+    if entries.get("selector_scheduler_class") not in (None, scheduler):
+        got = entries["selector_scheduler_class"]
+        hint = "build selector_scheduler as it was saved"
+        fail(ValueError, OP, "state['selector_scheduler']", f"of {scheduler}", got, hint)
+    if "losses" in entries:
+        _check_losses(_loss_modules(step), entries["losses"])
     old = copy.deepcopy(state_of(step))
     try:
         _write(step, entries)
@@ -104,6 +117,15 @@ def _loss_modules(step: MTSStep) -> list[nn.Module]:
     """The modules among the losses, whose buffers a step moves."""
     roots = (*step._objective.world.roots[1:], *step._validation.world.roots[1:])
     return list(dict.fromkeys(roots))
+
+
+def _check_losses(losses: list[nn.Module], saved: list[Any]) -> None:
+    if len(saved) != len(losses):
+        hint = "build loss and val_loss as they were saved"
+        expected = f"of {len(losses)} modules among the losses"
+        fail(ValueError, OP, "state['losses']", expected, len(saved), hint)
+    for i, (module, state) in enumerate(zip(losses, saved, strict=True)):
+        check_module_state(f"losses[{i}]", module, state)
 
 
 def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
@@ -168,12 +190,14 @@ def check_optimizer_state(
         expected = f"of groups of {sizes[1]} parameters"
         fail(ValueError, OP, f"state[{arg!r}]", expected, sizes[0], hint)
     for saved, present in zip(groups, own["param_groups"], strict=True):
-        # options that later versions of torch add get their defaults
-        lost = [key for key in ("betas", "momentum") if (key in saved) != (key in present)]
+        lost = [key for key in present if key not in saved and key not in LATER_OPTIONS]
+        lost += [key for key in ("betas", "momentum") if key in saved and key not in present]
         if lost:
             got = "one with other options (" + ", ".join(lost) + ")"
             expected = f"of {type(optimizer).__name__}"
             fail(ValueError, OP, f"state[{arg!r}]", expected, got, hint)
+    if type(optimizer).__module__.startswith("torch.optim"):
+        _check_complete(arg, state["state"], hint)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in groups for i in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
@@ -182,3 +206,13 @@ def check_optimizer_state(
                 expected = f"of shape {tuple(parameter.shape)}"
                 got = f"{key} of shape {tuple(value.shape)}"
                 fail(ValueError, OP, f"state[{arg!r}] of parameter {number}", expected, got, hint)
+
+
+def _check_complete(arg: str, states: Mapping[Any, Any], hint: str) -> None:
+    """Every parameter that has state has all of it: torch's optimizers treat all alike."""
+    entries = {key for state in states.values() for key in state}
+    for number, state in states.items():
+        missing = sorted(entries - {*state}) if state else []
+        if missing:
+            name = f"state[{arg!r}] of parameter {number}"
+            fail(ValueError, OP, name, "complete", f"one without {', '.join(missing)}", hint)

@@ -133,9 +133,12 @@ class Transaction:
         self._parameters = [(p, p.detach().clone()) for p in self._world.parameters()]
 
     def written_parameters(self) -> list[Tensor]:
-        """Parameters that forwards have written to, and that were not known to be."""
+        """Parameters that forwards have written to, and that were not known to be. Of a first call
+        their values tell, too: writes through `.data` are not counted."""
         known = {id(p) for p in self._world.written}
-        return [p for p, v in self._versions if p._version != v and id(p) not in known]
+        seen = {id(p) for p, version in self._versions if p._version != version}
+        seen |= {id(p) for p, before in self._parameters if not torch.equal(p, before)}
+        return [p for p, _ in self._versions if id(p) in seen - known]
 
     def forget_parameters(self) -> None:
         """Free the copies of `save_parameters`."""

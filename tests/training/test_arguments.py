@@ -47,6 +47,12 @@ WRONG_PARTS = {
     "no model": ("model", lambda p: None, TypeError, r"model must be a torch\.nn\.Module"),
     "function": ("model", lambda p: torch.tanh, TypeError, "model must be a torch"),
     "class": ("model", lambda p: nn.Linear, TypeError, "call the class to make one"),
+    "lazy": (
+        "model",
+        lambda p: nn.Sequential(nn.LazyLinear(3)),
+        ValueError,
+        "model must be initialised, got '0.weight' without a shape; run it on a batch first",
+    ),
     "no selector": ("selector", lambda p: None, TypeError, "selector must be a torch"),
     "model as selector": ("selector", lambda p: p["model"], ValueError, "another module than mod"),
     "no optimizer": ("optimizer", lambda p: None, TypeError, "optimizer must be a torch.optim"),

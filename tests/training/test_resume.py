@@ -1,5 +1,6 @@
 """A run that was saved and resumed goes on bit for bit as the one that never stopped."""
 
+import copy
 import io
 
 import pytest
@@ -78,3 +79,45 @@ def test_loading_does_not_tie_two_runs_together(device):
     after = everything(first)[:2]
     # the second run drew no random numbers and must have touched nothing of the first
     assert_bitwise(after, before)
+
+
+def without_group_option(state):
+    del state["optimizer"]["param_groups"][0]["lr"]
+
+
+def without_moment(state):
+    del state["optimizer"]["state"][0]["exp_avg"]
+
+
+def of_another_scheduler(state):
+    state["selector_scheduler_class"] = "StepLR"
+
+
+def with_another_loss(state):
+    state["losses"] = [{}]
+
+
+def of_another_optimizer(state):
+    state["selector_optimizer_class"] = "SGD"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_group_option, r"state\['optimizer'\] must be of AdamW, got .*\(lr\)"),
+        (without_moment, r"state\['optimizer'\] of parameter 0 must be complete.*exp_avg"),
+        (of_another_scheduler, r"state\['selector_scheduler'\] must be of LambdaLR, got StepLR"),
+        (with_another_loss, r"state\['losses'\] must be of 0 modules among the losses, got 1"),
+        (of_another_optimizer, r"state\['selector_optimizer'\] must be of AdamW, got SGD"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_whole(spoil, message, device):
+    world = World(device, optimizer="adamw", **OPTIONS)
+    run(world, range(2))
+    state = copy.deepcopy(world.step.state_dict())
+    run(world, range(2, 3))
+    before = copy.deepcopy(everything(world))
+    spoil(state)
+    with pytest.raises(ValueError, match=message):
+        world.step.load_state_dict(state)
+    assert_bitwise(everything(world), before)

@@ -416,3 +416,34 @@ def test_a_scaler_is_usable_after_a_step_that_was_undone():
     fresh = step_of(plain_model())
     fresh.load_state_dict(off.state_dict())
     assert fresh.scaler is None and state["scaler"]["scale"] == 8.0
+
+
+class Decaying(Base):
+    """A forward that shrinks a weight, in a way that version counters see or do not see."""
+
+    def __init__(self, *, counted):
+        super().__init__()
+        self.counted = counted
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                (self.a.weight if self.counted else self.a.weight.data).mul_(0.9)
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_forward_that_writes_to_a_parameter(counted):
+    model = Decaying(counted=counted)
+    plain = copy.deepcopy(model)
+    step = step_of(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for seed in range(3):
+        given = batch(seed)
+        p = step(**given).normalized_weights
+        losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+        optimizer.zero_grad()
+        (p * losses).sum().backward()
+        optimizer.step()
+        for name, parameter in plain.named_parameters():
+            assert relative(model.get_parameter(name), parameter) < 1e-12, (seed, name)

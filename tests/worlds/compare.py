@@ -33,7 +33,7 @@ SHARES = {
 }
 TORCH_ERRORS = 3
 # where within its bounds a gradient is tried: Adam's step is not monotone in it
-CORNERS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
+CORNERS = tuple(s * x for s in (-1.0, 1.0) for x in (1.0, 0.75, 0.5, 0.25, 0.1, 0.03, 0.01))
 # what a step may exceed its largest value at these corners by
 BETWEEN_CORNERS = 1.25
 # a gradient that is noise may be this share of its bound, and its kappa that much larger
@@ -382,19 +382,20 @@ class _Step:
             for s in (0, *CORNERS)
         ]
         true, state, _ = runs[0]
-        truths: list[tuple[str, Tensor, Any, list[Any]]] = [
-            (f"{who} parameter", new, true, [r[0] for r in runs[1:]])
-        ]
+        start: Tensor | float = self.theta.abs().max()
+        truths = [(f"{who} parameter", new, true, [r[0] for r in runs[1:]], start)]
         for name, value in state.items():
             if name not in new_state or new_state[name] is None:
                 yield Fault(f"{who} optimizer's {name} is missing", 1.0, 0.0)
                 continue
             others = [r[1][name] for r in runs[1:]]
-            truths.append((f"{who} optimizer's {name}", new_state[name], value, others))
-        for name, found, value, others in truths:
+            start = self.state.get(name, 0.0)
+            truths.append((f"{who} optimizer's {name}", new_state[name], value, others, start))
+        for name, found, value, others, start in truths:
             value = torch.as_tensor(value, dtype=torch.float64)
             spread = [(torch.as_tensor(o, dtype=torch.float64) - value).abs() for o in others]
-            size = value.abs() + self.theta.abs().max() * name.endswith("parameter")
+            # of the terms, which may cancel
+            size = value.abs() + torch.as_tensor(start, dtype=torch.float64).abs()
             allowed = torch.stack(spread).amax(0) * BETWEEN_CORNERS + 8 * eps * size
             allowed = allowed.expand(unknown.shape) if allowed.ndim == 0 else allowed
             if allowed.shape == unknown.shape:

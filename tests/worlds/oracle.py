@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -355,17 +355,25 @@ class Truth:
         return self._composed(batch, x, val, update)
 
     def noisy_features(self, batch: Batch, eps: float, seed: int) -> Tensor:
-        """h [B, F] of a batch, penultimate features off by a random rounding."""
+        """h [B, F] of a batch, penultimate features and their cosines off by a random rounding."""
         if not self.world.step["online_features"]:
             return self.h if batch is self.train else self.h_pupil
         g = torch.Generator().manual_seed(seed)
-        x, val = (
-            t * (1 + eps * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1))
-            for t in self._seen[id(batch)]
-        )
-        return self._composed(batch, x, val, False)
 
-    def _composed(self, batch: Batch, x: Tensor | None, val: Tensor | None, update: bool) -> Tensor:
+        def rounded(t: Tensor) -> Tensor:
+            return t * (1 + eps * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1))
+
+        x, val = (rounded(t) for t in self._seen[id(batch)])
+        return self._composed(batch, x, val, False, rounded)
+
+    def _composed(
+        self,
+        batch: Batch,
+        x: Tensor | None,
+        val: Tensor | None,
+        update: bool,
+        rounded: Callable[[Tensor], Tensor] = lambda t: t,
+    ) -> Tensor:
         o = self.world.step
         parts = []
         if x is not None and val is not None:
@@ -373,7 +381,8 @@ class Truth:
             others = val / val.norm(dim=1, keepdim=True).clamp(min=1e-12)
             centre = val.mean(0) / val.mean(0).norm().clamp(min=1e-12)
             nearest = (unit @ others.T).sort(1, descending=True).values[:, : o["online_k"]]
-            for name, values in (("nearest", nearest), ("centroid", (unit @ centre)[:, None])):
+            for name, cosines in (("nearest", nearest), ("centroid", (unit @ centre)[:, None])):
+                values = rounded(cosines)
                 statistics = torch.stack([values.mean(), values.var(correction=0)]).double()
                 m = o["online_momentum"]
                 if m is not None:

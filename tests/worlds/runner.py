@@ -226,7 +226,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _last_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:4000]
 
 
 def _package_frame(error: Exception) -> str:

@@ -23,28 +23,20 @@ ANYWHERE = {
     "mlp": 12,
     "layer_norm": 10,
     "dropout": 7,
-    "rms_norm": 5,
+    "rms_norm": 8,
     "scale": 4,
-    "one_plus": 4,
-    "exp_scale": 4,
     "shift": 4,
-    "matmul": 5,
-    "einsum": 5,
-    "tied": 4,
-    "lora": 6,
-    "experts": 4,
+    "matmul": 8,
+    "einsum": 8,
+    "tied": 7,
+    "lora": 9,
+    "experts": 8,
     "branch": 6,
-    "numpy_dropout": 4,
+    "numpy_dropout": 8,
     "python_dropout": 6,
-    "weight_norm": 6,
-    "spectral_norm": 8,
-    "symmetric": 6,
-    "ternary": 8,
     "reversal": 8,
     "detach": 6,
-    "mixup": 3,
-    "batch_centred": 3,
-    "running_centre": 7,
+    "running_centre": 10,
     "unused": 5,
     "checkpoint": 7,
 }
@@ -59,12 +51,8 @@ IMAGES = {
     "dropout": 5,
     "dropout_channels": 8,
     "scale": 5,
-    "one_plus": 3,
-    "exp_scale": 3,
     "shift": 4,
     "unused": 2,
-    "mixup": 2,
-    "batch_centred": 2,
 }
 LAYERS: dict[str, dict[str, int]] = {
     "vector": {**ANYWHERE, "batch_norm": 14, "group_norm": 5, "addmm": 14},
@@ -74,15 +62,31 @@ LAYERS: dict[str, dict[str, int]] = {
         **ANYWHERE,
         "attention": 25,
         "encoder": 25,
-        "positions": 20,
-        "class_token": 15,
+        "positions": 26,
         "causal_attention": 12,
-        "over_time": 11,
-        "gru": 13,
-        "lstm": 16,
+        "over_time": 15,
     },
 }
 LAYERS["tokens"] = LAYERS["sequence"]
+# layers that ghost hands to another engine, for the odd worlds
+ODD_ANYWHERE = {
+    "exp_scale": 45,
+    "one_plus": 39,
+    "weight_norm": 39,
+    "spectral_norm": 60,
+    "symmetric": 45,
+    "ternary": 57,
+    "mixup": 30,
+    "batch_centred": 36,
+}
+ODD_IMAGES = {"exp_scale": 22, "one_plus": 22, "mixup": 30, "batch_centred": 30, "batch_norm": 60}
+ODD: dict[str, dict[str, int]] = {
+    "vector": ODD_ANYWHERE,
+    "image": ODD_IMAGES,
+    "signal": ODD_IMAGES,
+    "sequence": {**ODD_ANYWHERE, "class_token": 128, "gru": 190, "lstm": 210},
+}
+ODD["tokens"] = ODD["sequence"]
 # layers with parameters that a plain step trains
 TRAINED = {
     "linear", "mlp", "matmul", "einsum", "addmm", "tied", "experts", "attention", "encoder",
@@ -120,13 +124,15 @@ def worlds(draw: Draw) -> World:
     )
     sequence = source in SEQUENCES
     time_first = sequence and chance(draw, 25)
-    layers = _layers(draw, source, precision)
+    # ghost serves what people train; to it come worlds that it has to hand on, and other engines
+    character = weighted(draw, {"plain": 52, "odd": 36, "engine": 12})
+    layers = _layers(draw, source, precision, character)
     kinds = {layer["kind"] for layer in layers}
-    head, loss = _head(draw, source, time_first)
+    head, loss = _head(draw, source, time_first, character)
     events = _events(draw, layers, head)
     coupled = loss == "contrastive" or bool(kinds & MIXING) or _live_batch_norm(layers)
     optimizer = _optimizer(draw, layers, head)
-    step = _step(draw, kinds, coupled, precision)
+    step = _step(draw, kinds, coupled, precision, character)
     batches = _batches(draw, source, loss, kinds, len(events))
     if _live_batch_norm(layers):
         batches, step = _without_single_samples(batches, step)
@@ -154,8 +160,8 @@ def _live_batch_norm(layers: list[Options]) -> bool:
     return any(o["kind"] == "batch_norm" and not o.get("frozen_statistics") for o in layers)
 
 
-def _layers(draw: Draw, source: str, precision: str) -> list[Options]:
-    weights = dict(LAYERS[source])
+def _layers(draw: Draw, source: str, precision: str, character: str) -> list[Options]:
+    weights = LAYERS[source] | (ODD[source] if character == "odd" else {})
     if precision not in ("float32", "float64"):
         # torch's own spectral_norm writes its vectors with out=, which 16 bits do not take
         weights.pop("spectral_norm", None)
@@ -165,13 +171,17 @@ def _layers(draw: Draw, source: str, precision: str) -> list[Options]:
         # nor has this CPU an LSTM of 16 bits
         weights.pop("lstm", None)
     kinds = [weighted(draw, weights) for _ in range(draw(st.integers(1, 5)))]
-    if source != "tokens" and chance(draw, 7):
+    if source != "tokens" and chance(draw, 9):
         kinds.insert(0, "writes_input")
     layers = [_layer(draw, kind, source) for kind in kinds]
     if not any(o["kind"] in TRAINED and not o.get("frozen") for o in layers):
         layers.insert(0, {"kind": "conv" if source in ("image", "signal") else "linear"})
     if layers[0]["kind"] != "writes_input":
         layers = [o for o in layers if o["kind"] != "writes_input"]
+    if character == "plain":
+        for o in layers:
+            if o["kind"] == "batch_norm":
+                o["frozen_statistics"] = True
     # the mean of normalised channels is rounding noise, until something bends it
     layers = [
         x
@@ -204,34 +214,34 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
     elif kind == "batch_norm":
         # statistics that are frozen, as in fine-tuning, let samples be independent
         o["frozen_statistics"] = chance(draw, 40)
-        o["cumulative"] = chance(draw, 25)
+        o["cumulative"] = chance(draw, 40)
     elif kind == "instance_norm":
-        o["tracked"] = chance(draw, 50)
+        o["tracked"] = chance(draw, 60)
     elif kind == "running_centre":
         o["reassigned"] = chance(draw, 50)
     elif kind == "checkpoint":
         o["reentrant"] = chance(draw, 20)
     elif kind == "conv":
-        o["stride"] = weighted(draw, {1: 2, 2: 1 if source == "image" else 0})
+        o["stride"] = weighted(draw, {1: 1, 2: 1 if source == "image" else 0})
         o["groups"] = weighted(draw, {1: 3, 2: 1})
-        o["padding_mode"] = weighted(draw, {"zeros": 5, "circular": 2, "reflect": 2})
+        o["padding_mode"] = weighted(draw, {"zeros": 4, "circular": 3, "reflect": 3})
     elif kind == "attention":
-        o["dropout"] = weighted(draw, {0.0: 2, 0.2: 1})
-        o["weights"] = chance(draw, 30)
+        o["dropout"] = weighted(draw, {0.0: 1, 0.2: 1})
+        o["weights"] = chance(draw, 45)
     elif kind == "encoder":
         o["dropout"] = weighted(draw, {0.0: 1, 0.2: 1})
         o["norm_first"] = chance(draw, 50)
     elif kind in RECURRENT:
         o["packed"] = chance(draw, 60)
-        o["bidirectional"] = chance(draw, 50)
+        o["bidirectional"] = chance(draw, 60)
     elif kind == "positions":
-        o["by_index"] = chance(draw, 40)
+        o["by_index"] = chance(draw, 50)
     if kind in TRAINED and chance(draw, 10):
         o["frozen"] = True
     return o
 
 
-def _head(draw: Draw, source: str, time_first: bool) -> tuple[Options, str]:
+def _head(draw: Draw, source: str, time_first: bool, character: str) -> tuple[Options, str]:
     head: Options = {"pool": "mean", "kind": "linear", "embedding": {}}
     head["output"] = weighted(draw, {"tensor": 8, "dict": 1, "object": 1})
     if source == "tokens":
@@ -252,7 +262,7 @@ def _head(draw: Draw, source: str, time_first: bool) -> tuple[Options, str]:
         "running_reassigned": 4,
         "squares": 5,
         "multi_label": 5,
-        "contrastive": 4,
+        "contrastive": 14 if character == "odd" else 0,
     }
     loss = weighted(draw, losses)
     if source in SEQUENCES:
@@ -293,7 +303,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
 def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
     kind = weighted(
         draw,
-        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 7, "NAdam": 4, "RAdam": 4},
+        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 9, "NAdam": 4, "RAdam": 4},
     )
     o: Options = {"kind": kind, "lr": 0.01, "weight_decay": weighted(draw, {0.0: 2, 0.05: 1})}
     sparse = head["embedding"].get("sparse")
@@ -306,7 +316,7 @@ def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
         o["nesterov"] = bool(o["momentum"]) and chance(draw, 30)
         o["dampening"] = 0.3 if o["momentum"] and not o["nesterov"] and chance(draw, 30) else 0.0
     elif kind == "RMSprop":
-        o["centered"] = chance(draw, 55)
+        o["centered"] = chance(draw, 50)
         o["momentum"] = weighted(draw, {0.0: 2, 0.9: 1})
     elif kind in ("Adam", "AdamW"):
         o["amsgrad"] = chance(draw, 12)
@@ -330,17 +340,20 @@ def _selector(draw: Draw) -> Options:
     return {"own": chance(draw, 25), "optimizer": optimizer, "scheduler": chance(draw, 12)}
 
 
-def _step(draw: Draw, kinds: set[str], coupled: bool, precision: str) -> Options:
-    engines = {"auto": 76, "ghost": 10, "forward_mode": 5, "double_backward": 5}
-    engines["finite_difference"] = 7
+def _step(draw: Draw, kinds: set[str], coupled: bool, precision: str, character: str) -> Options:
+    if character == "engine":
+        engines = {"forward_mode": 3, "double_backward": 3, "finite_difference": 6}
+    else:
+        engines = {"auto": 88, "ghost": 12 if character == "plain" else 0}
+        engines |= {"double_backward": 4, "forward_mode": 4} if character == "odd" else {}
     if coupled:
-        engines.pop("ghost")
+        engines.pop("ghost", None)
     if kinds & ESTIMATORS:
         # they differentiate the forward, which is not what a plain step descends there
-        engines.pop("forward_mode")
-        engines.pop("finite_difference")
+        engines.pop("forward_mode", None)
+        engines.pop("finite_difference", None)
     elif precision not in ("float32", "float64"):
-        engines.pop("finite_difference")
+        engines.pop("finite_difference", None)
     if kinds & RECURRENT:
         engines.pop("forward_mode", None)
     online = chance(draw, 45)

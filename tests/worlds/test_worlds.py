@@ -4,14 +4,19 @@
 `python scripts/search_worlds.py --replay FILE --shrink` runs it again.
 """
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from worlds.runner import FAILURES, run
 from worlds.sampling import RUN
 from worlds.strategy import worlds
+from worlds.world import World
 
 PARTS = 15
+# worlds that a search found wrong, one a line
+ONCE_WRONG = (Path(__file__).parent / "once_wrong.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -32,3 +37,9 @@ def test_worlds_are_computed_right_or_refused(part):
         assert report.verdict not in FAILURES, f"{report}\n{world.to_json()}"
 
     search()
+
+
+@pytest.mark.parametrize("line", range(len(ONCE_WRONG)))
+def test_worlds_that_were_once_wrong(line):
+    report = run(World.from_json(ONCE_WRONG[line]))
+    assert report.verdict not in FAILURES, str(report)

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from mts_fast._check import fail
 from mts_fast.cli.process import postponed
@@ -45,13 +45,14 @@ def run_seeds(
     context = multiprocessing.get_context("spawn")
     with _blocked(SENT_TO_ALL):  # starts multiprocessing's resource tracker
         messages = context.Queue()
-    workers = min(len(seeds), os.cpu_count() or 1)
+    count = min(len(seeds), os.cpu_count() or 1)
     before = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(workers, context, _join, (messages,)) as pool:
+    with ProcessPoolExecutor(count, context, _join, (messages,)) as pool:
         try:
             with _blocked(SENT_TO_ALL):
                 futures = {pool.submit(work, seed): seed for seed in seeds}
-            return _collect(futures, messages, report, ended)
+            workers = {*multiprocessing.active_children()} - before
+            return _collect(futures, workers, messages, report, ended)
         except BaseException:
             with postponed():
                 _kill({*multiprocessing.active_children()} - before)
@@ -65,6 +66,7 @@ def tell(*message: Any) -> None:
 
 def _collect(
     futures: dict[Future, int],
+    workers: set[BaseProcess],
     messages: Any,
     report: Callable[[int, str, int], None],
     ended: Callable[[int, bool], None],
@@ -76,11 +78,14 @@ def _collect(
             error = future.exception()
             ended(seed, error is None)
             if isinstance(error, BrokenProcessPool):
-                expected = "alive until its seed is done"
-                hint = "it may have had too little memory: close other programs, run fewer --seeds"
-                fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)
+                _fail_of_killed()
             if error is not None:
                 raise error
+        # the pool does not watch a process that started while it was already waiting
+        if not all(worker.is_alive() for worker in workers):
+            for future in running:
+                ended(running[future], False)
+            _fail_of_killed()
         try:
             seed, arm, steps = messages.get(timeout=LOOK_SECONDS)
         except queue.Empty:
@@ -88,6 +93,12 @@ def _collect(
         if seed in running.values():
             report(seed, arm, steps)
     return [future.result() for future in futures]
+
+
+def _fail_of_killed() -> NoReturn:
+    expected = "alive until its seed is done"
+    hint = "it may have had too little memory: close other programs, run fewer --seeds"
+    fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)
 
 
 def _join(messages: Any) -> None:
