@@ -69,6 +69,21 @@ def compared_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def worlds_table(_: str) -> str:
+    """What became of the random worlds, and by which engine."""
+    record = json.loads((RESULTS / "worlds.json").read_text())
+    count = record["count"]
+    columns = {
+        "computed": record["verdicts"]["computed"],
+        **{f"by {engine}": n for engine, n in record["engines"].items()},
+        "refused by name": record["verdicts"].get("refused", 0),
+        "wrong, torn or a raw error": len(record["failures"]),
+    }
+    shares = [f"{n} ({100 * n / count:.1f} %)" for n in columns.values()]
+    head = f"| {count} worlds | {' | '.join(columns)} |"
+    return f"{head}\n|---|{'---:|' * len(columns)}\n| | {' | '.join(shares)} |"
+
+
 def gradient_norm_table(_: str) -> str:
     """How many times longer other ways take than ours, by model."""
     models = _runs("gradient_norm", "bench_gradient_norm")
@@ -155,6 +170,7 @@ TABLES = {
         "step-time": step_table("time"),
         "step-memory": step_table("peak_mib"),
         "step-compared": compared_table,
+        "worlds": worlds_table,
         "gradient-norm": gradient_norm_table,
         "neighbor-statistics": neighbor_table("ratios"),
         "neighbor-memory": neighbor_table("peak_mib"),

@@ -19,7 +19,7 @@ ROWS = (
     ("hypergradient", "diagnostics"),
     ("ops",),
     ("reference", "kernels"),
-    ("_extension", "_triton", "_check", "_files", "_interrupts", "_isolation"),
+    ("_ambient", "_extension", "_triton", "_check", "_files", "_interrupts", "_isolation"),
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

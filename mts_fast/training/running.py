@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mts_fast import ops
+from mts_fast._ambient import Ambient
 from mts_fast._check import fail
 from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import insist
@@ -74,7 +75,12 @@ class PendingGap:
 
 
 def check_can_run(step: MTSStep) -> None:
-    """Gradients on, one process, and no earlier call that left parameters half stepped."""
+    """One call at a time, gradients on, one process, and no call that left parameters half
+    stepped."""
+    if step._running is not None:
+        hint = "build one MTSStep for each thread or inner loop"
+        got = "a call from inside another (a hook?), or from a second thread"
+        fail(RuntimeError, OP, "the call", "complete before the next one", got, hint)
     if step._torn:
         raise RuntimeError(_torn_message(step._torn))
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -86,6 +92,24 @@ def check_can_run(step: MTSStep) -> None:
 
 def run_call(step: MTSStep, call: Call) -> StepResult:
     """Take the step; whatever raises, everything is as it was."""
+    ambient = Ambient.capture()
+    try:
+        try:
+            step._running = ambient
+            return _run(step, call)
+        finally:
+            _ended(step, ambient)
+    finally:  # for an exception in the first clean-up
+        _ended(step, ambient)
+
+
+def _ended(step: MTSStep, ambient: Ambient) -> None:
+    ambient.restore()
+    if step._running is ambient:
+        step._running = None
+
+
+def _run(step: MTSStep, call: Call) -> StepResult:
     refresh_worlds(step)
     _follow_parameters(step)
     _adopt_scaler(step)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mts_fast._ambient import Ambient
 from mts_fast._isolation import RngState, SavedBuffers, World, open_count, restore_open
 
 
@@ -113,6 +114,7 @@ class Transaction:
     ) -> None:
         self.committed = False
         self._open = open_count()
+        self._ambient = Ambient.capture()
         self._modes = [(module, module.training) for module in world.modules]
         self._world = world
         self._buffers = SavedBuffers(world)
@@ -150,6 +152,7 @@ class Transaction:
 
     def rewind(self) -> None:
         """Back to the start, so that the rows up to the selector's step can be run again."""
+        self._ambient.restore()
         restore_open(self._open)
         for module, mode in self._modes:
             module.training = mode

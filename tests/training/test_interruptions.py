@@ -302,3 +302,25 @@ def _through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return file
+
+
+def test_a_call_inside_a_call_of_the_same_step_is_refused():
+    """From a hook of the model or of the optimizer; and nothing of it stays."""
+    for owner in ("model", "optimizer"):
+        world = begun("adamw_scheduler", atomic=True)
+        before = whole_state(world)
+        register = {
+            "model": world.model.register_forward_hook,
+            "optimizer": world.optimizer.register_step_post_hook,
+        }[owner]
+        handle = register(lambda *_, world=world: world.step(**world.arguments(3)) and None)
+        with pytest.raises(RuntimeError, match="must be complete before the next one"):
+            world.step(**world.arguments(2))
+        assert not differences(before, whole_state(world))
+        handle.remove()
+        world.step(**world.arguments(2))
+    other, world = begun("ghost"), begun("ghost")
+    handle = world.model.register_forward_hook(lambda *_: other.step(**other.arguments(2)) and None)
+    world.step(**world.arguments(2))
+    handle.remove()
+    assert other.step.steps > 2 and world.step.steps == 3

@@ -45,17 +45,17 @@ IMAGES = {
     "activation": 15,
     "group_norm": 10,
     "batch_norm": 30,
-    "conv_residual": 10,
+    "conv_residual": 14,
     "conv_transpose": 16,
     "instance_norm": 18,
     "dropout": 5,
-    "dropout_channels": 8,
+    "dropout_channels": 12,
     "scale": 5,
     "shift": 4,
     "unused": 2,
 }
 LAYERS: dict[str, dict[str, int]] = {
-    "vector": {**ANYWHERE, "batch_norm": 14, "group_norm": 5, "addmm": 14},
+    "vector": {**ANYWHERE, "batch_norm": 14, "group_norm": 5, "addmm": 17},
     "image": IMAGES,
     "signal": IMAGES,
     "sequence": {
@@ -72,10 +72,10 @@ LAYERS["tokens"] = LAYERS["sequence"]
 ODD_ANYWHERE = {
     "exp_scale": 45,
     "one_plus": 39,
-    "weight_norm": 39,
-    "spectral_norm": 60,
-    "symmetric": 45,
-    "ternary": 57,
+    "weight_norm": 55,
+    "spectral_norm": 85,
+    "symmetric": 56,
+    "ternary": 84,
     "mixup": 30,
     "batch_centred": 36,
 }
@@ -84,7 +84,7 @@ ODD: dict[str, dict[str, int]] = {
     "vector": ODD_ANYWHERE,
     "image": ODD_IMAGES,
     "signal": ODD_IMAGES,
-    "sequence": {**ODD_ANYWHERE, "class_token": 128, "gru": 190, "lstm": 210},
+    "sequence": {**ODD_ANYWHERE, "class_token": 200, "gru": 210, "lstm": 420},
 }
 ODD["tokens"] = ODD["sequence"]
 # layers with parameters that a plain step trains
@@ -170,7 +170,9 @@ def _layers(draw: Draw, source: str, precision: str, character: str) -> list[Opt
     if precision.startswith("autocast"):
         # nor has this CPU an LSTM of 16 bits
         weights.pop("lstm", None)
-    kinds = [weighted(draw, weights) for _ in range(draw(st.integers(1, 5)))]
+    kinds = [
+        weighted(draw, weights) for _ in range(draw(st.integers(2 if character == "odd" else 1, 5)))
+    ]
     if source != "tokens" and chance(draw, 9):
         kinds.insert(0, "writes_input")
     layers = [_layer(draw, kind, source) for kind in kinds]
@@ -210,7 +212,7 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
     if kind == "linear":
         o["bias"] = not chance(draw, 20)
     elif kind == "activation":
-        o["function"] = weighted(draw, {"gelu": 3, "tanh": 2, "silu": 2, "relu": 3})
+        o["function"] = weighted(draw, {"gelu": 1, "tanh": 1, "silu": 1, "relu": 1})
     elif kind == "batch_norm":
         # statistics that are frozen, as in fine-tuning, let samples be independent
         o["frozen_statistics"] = chance(draw, 40)
@@ -232,7 +234,7 @@ def _layer(draw: Draw, kind: str, source: str) -> Options:
         o["dropout"] = weighted(draw, {0.0: 1, 0.2: 1})
         o["norm_first"] = chance(draw, 50)
     elif kind in RECURRENT:
-        o["packed"] = chance(draw, 60)
+        o["packed"] = chance(draw, 75)
         o["bidirectional"] = chance(draw, 60)
     elif kind == "positions":
         o["by_index"] = chance(draw, 50)
@@ -258,7 +260,7 @@ def _head(draw: Draw, source: str, time_first: bool, character: str) -> tuple[Op
         "cross_entropy": 50,
         "smoothed": 6,
         "focal": 6,
-        "running": 4,
+        "running": 5,
         "running_reassigned": 4,
         "squares": 5,
         "multi_label": 5,
@@ -270,7 +272,7 @@ def _head(draw: Draw, source: str, time_first: bool, character: str) -> tuple[Op
             loss = "tokens"
             head["pool"] = "none"
             plain = not head["embedding"].get("sparse")
-            if source == "tokens" and plain and chance(draw, 60):
+            if source == "tokens" and plain and chance(draw, 85):
                 head["kind"] = "tied"
         else:
             head["pool"] = weighted(draw, {"mean": 3, "last": 1, "first": 1})
@@ -281,7 +283,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
     calls = draw(st.integers(2, 4))
     family = weighted(
         draw,
-        {"none": 70, "learning_rate": 6, "freeze": 8, "unfreeze": 5, "add_group": 6, "eval": 9},
+        {"none": 70, "learning_rate": 6, "freeze": 8, "unfreeze": 5, "add_group": 6, "eval": 11},
     )
     # with a tied head, all that is trained is frozen
     reentrant = any(o.get("reentrant") for o in layers)
@@ -303,7 +305,7 @@ def _events(draw: Draw, layers: list[Options], head: Options) -> list[str]:
 def _optimizer(draw: Draw, layers: list[Options], head: Options) -> Options:
     kind = weighted(
         draw,
-        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 9, "NAdam": 4, "RAdam": 4},
+        {"SGD": 46, "AdamW": 22, "Adam": 18, "RMSprop": 10, "NAdam": 6, "RAdam": 6},
     )
     o: Options = {"kind": kind, "lr": 0.01, "weight_decay": weighted(draw, {0.0: 2, 0.05: 1})}
     sparse = head["embedding"].get("sparse")
@@ -342,7 +344,7 @@ def _selector(draw: Draw) -> Options:
 
 def _step(draw: Draw, kinds: set[str], coupled: bool, precision: str, character: str) -> Options:
     if character == "engine":
-        engines = {"forward_mode": 3, "double_backward": 3, "finite_difference": 6}
+        engines = {"forward_mode": 4, "double_backward": 4, "finite_difference": 10}
     else:
         engines = {"auto": 88, "ghost": 12 if character == "plain" else 0}
         engines |= {"double_backward": 4, "forward_mode": 4} if character == "odd" else {}
