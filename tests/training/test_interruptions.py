@@ -320,7 +320,12 @@ def test_a_call_inside_a_call_of_the_same_step_is_refused():
         handle.remove()
         world.step(**world.arguments(2))
     other, world = begun("ghost"), begun("ghost")
-    handle = world.model.register_forward_hook(lambda *_: other.step(**other.arguments(2)) and None)
+
+    def step_of_another(*_):
+        with torch.enable_grad():
+            other.step(**other.arguments(2))
+
+    handle = world.model.register_forward_hook(step_of_another)
     world.step(**world.arguments(2))
     handle.remove()
     assert other.step.steps > 2 and world.step.steps == 3
