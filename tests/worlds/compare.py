@@ -22,8 +22,8 @@ from worlds.generators import Generators
 from worlds.oracle import Gradients, Truth
 from worlds.update_rules import updated
 
-# precision -> (dots of an exact engine, dots by differences, everything else); rule of the house
-# for 16 bits: three times torch's own error, and these floors of a few roundings
+# precision -> (dots of an exact engine, dots by differences, everything else); for 16 bits
+# floors of a few roundings: what counts there is torch's own error
 SHARES = {
     "float64": (1e-7, 1e-3, 1e-9),
     "float32": (2e-3, 2e-2, 1e-4),
@@ -34,6 +34,8 @@ SHARES = {
 TORCH_ERRORS = 3
 # where within its bounds a gradient is tried: Adam's step is not monotone in it
 CORNERS = tuple(s * x for s in (-1.0, 1.0) for x in (1.0, 0.75, 0.5, 0.25, 0.1, 0.03, 0.01))
+NEAR = 4.0
+NEAR_CORNERS = (-1.0, -0.5, 0.5, 1.0)
 # what a step may exceed its largest value at these corners by
 BETWEEN_CORNERS = 1.25
 # a gradient that is noise may be this share of its bound, and its kappa that much larger
@@ -317,6 +319,8 @@ class Comparison:
         truth = self.truth
         gradient = truth.combined(p)
         others = [o.combined(p) for o in self.others]
+        if "16" in truth.world.precision:
+            others.append(self.plain.together(p))
         bounds = self._noise_of(gradient, truth.combined(p, size=True), others)
         clip = truth.world.step["max_grad_norm"]
         if clip is not None:
@@ -377,10 +381,11 @@ class _Step:
         # plain torch itself is not finite there
         unknown = ~self.bound.isfinite()
         bound = self.bound.masked_fill(unknown, 0.0)
-        runs = [
-            updated(self.theta, self.g + s * bound, group, self.state, self.kind)
-            for s in (0, *CORNERS)
-        ]
+        # a bound far beyond the gradient passes over what is between
+        near = torch.minimum(bound, NEAR * self.g.abs())
+        offsets = [torch.zeros_like(bound), *(s * bound for s in CORNERS)]
+        offsets += [s * near for s in NEAR_CORNERS]
+        runs = [updated(self.theta, self.g + x, group, self.state, self.kind) for x in offsets]
         true, state, _ = runs[0]
         start: Tensor | float = self.theta.abs().max()
         truths = [(f"{who} parameter", new, true, [r[0] for r in runs[1:]], start)]

@@ -131,6 +131,7 @@ class Truth:
                 noise = 2 * torch.rand(parameter.shape, generator=g, dtype=torch.float64) - 1
                 parameter.data.mul_(1 + eps * noise)
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs: list[Tensor] = []  # losses of the forward that was differentiated last
         self.running = {n: v.double() for n, v in before.running.items()}
         if double:
             train, val = train.double(), val.double()
@@ -156,6 +157,7 @@ class Truth:
         self.h_pupil = self.h if self.meta is None else self._features(self.meta, True)
         self.z, self.p = self.weigh(self.objects.selector, self.h, self.train)
         self.losses, self.G = self._linearized(self.train, self.model, self.loss)  # rows 3 and 9
+        self._train_graphs = self._graphs
         self.after_forward = Generators.now()
         # a forward may write into parameters, too (max_norm)
         self.theta = [p.detach().clone() for p, *_ in self.rows]
@@ -230,9 +232,11 @@ class Truth:
         """Losses [B] of one forward, and every sample's gradient."""
         parameters = self._parameters(model)
         losses, parts = [], []
+        self._graphs = []
         for chunk in self.chunks(batch):
             value = self.losses_of(model, loss, *chunk)
             parts.append((len(value), per_sample(value, parameters)))
+            self._graphs.append(value)
             losses.append(value.detach())
         joined: Gradients = []
         for k, p in enumerate(parameters):
@@ -261,6 +265,24 @@ class Truth:
             else torch.tensordot(p.to(G.dtype), G.abs() if size else G, dims=([0], [0]))
             for G in self.G
         ]
+
+    def together(self, p: Tensor) -> Gradients:
+        """The same as training takes it: by one backward, which rounds otherwise in 16 bits."""
+        parameters = self._parameters(self.model)
+        total: Gradients = [None] * len(parameters)
+        for losses, share in zip(
+            self._train_graphs, p.split([len(x) for x in self._train_graphs]), strict=True
+        ):
+            if not losses.requires_grad:
+                continue
+            weights = share.to(losses.dtype)
+            found = grad(losses, parameters, weights, retain_graph=True, allow_unused=True)
+            for k, g in enumerate(found):
+                if g is not None:
+                    before = total[k]
+                    g = g.to_dense().double()
+                    total[k] = g if before is None else before + g
+        return total
 
     def _updated(self, i: int, theta: Tensor, g: Tensor, lr: float | None = None) -> Any:
         _, group, state = self.rows[i]

@@ -125,7 +125,7 @@ def worlds(draw: Draw) -> World:
     sequence = source in SEQUENCES
     time_first = sequence and chance(draw, 25)
     # ghost serves what people train; to it come worlds that it has to hand on, and other engines
-    character = weighted(draw, {"plain": 52, "odd": 36, "engine": 12})
+    character = weighted(draw, {"plain": 55, "odd": 34, "engine": 11})
     layers = _layers(draw, source, precision, character)
     kinds = {layer["kind"] for layer in layers}
     head, loss = _head(draw, source, time_first, character)
@@ -254,7 +254,7 @@ def _head(draw: Draw, source: str, time_first: bool, character: str) -> tuple[Op
             {"sparse": True},
             {"scale_grad_by_freq": True},
         ]
-        at = weighted(draw, {0: 3, 1: 3, 2: 3, 3: 3, 4: 4})
+        at = weighted(draw, {0: 6, 1: 6, 2: 6, 3: 6, 4: 11})
         head["embedding"] = choices[at]
     losses = {
         "cross_entropy": 50,
