@@ -17,6 +17,7 @@ from mts_fast import reference
 from mts_fast._isolation import RngState
 from mts_fast.hypergradient.engine import Engine, Linearization, dense, scaled_by_frequency
 from mts_fast.hypergradient.objective import LabelledBatch
+from mts_fast.hypergradient.precision import is_low_precision
 from mts_fast.hypergradient.serving import eager, serving
 
 
@@ -46,6 +47,9 @@ class DoubleBackwardLinearization(Linearization):
         super().__init__(engine, batch, gradients)
         self._dots_are_due = dots
         self._first: tuple[Tensor, list[Tensor | None]] | None = None  # p and its gradient
+        # with a graph of its own torch takes the gradient of a norm in single 16-bit operations:
+        # errors of 20 % were seen, so there the gradient to train on is one without
+        self._coarse = is_low_precision(engine.parameters)
         objective = engine.objective
         # fused attention and cuDNN's recurrent layers have no second derivative
         recurrent = any(isinstance(m, nn.RNNBase) for m in objective.world.modules)
@@ -66,7 +70,7 @@ class DoubleBackwardLinearization(Linearization):
         graph, parameters = self._graph, self.engine.parameters
         assert graph is not None
         p = p.detach().to(graph.dtype)
-        if self._dots_are_due and self._first is None:
+        if self._dots_are_due and self._first is None and not self._coarse:
             p = p.clone().requires_grad_()
             with serving(self.engine.name):
                 found = torch.autograd.grad(

@@ -319,8 +319,8 @@ class Comparison:
         truth = self.truth
         gradient = truth.combined(p)
         others = [o.combined(p) for o in self.others]
-        if "16" in truth.world.precision:
-            others.append(self.plain.together(p))
+        if "16" in truth.world.precision and (together := self.plain.together(p)):
+            others.append(together)
         bounds = self._noise_of(gradient, truth.combined(p, size=True), others)
         clip = truth.world.step["max_grad_norm"]
         if clip is not None:

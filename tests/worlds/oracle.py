@@ -266,8 +266,12 @@ class Truth:
             for G in self.G
         ]
 
-    def together(self, p: Tensor) -> Gradients:
-        """The same as training takes it: by one backward, which rounds otherwise in 16 bits."""
+    def together(self, p: Tensor) -> Gradients | None:
+        """The same as training takes it: by one backward, which rounds otherwise in 16 bits.
+
+        None where forwards have written to parameters since, which the graph has saved."""
+        if "max_norm" in self.world.head["embedding"]:
+            return None
         parameters = self._parameters(self.model)
         total: Gradients = [None] * len(parameters)
         for losses, share in zip(

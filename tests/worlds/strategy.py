@@ -75,7 +75,7 @@ ODD_ANYWHERE = {
     "weight_norm": 55,
     "spectral_norm": 85,
     "symmetric": 56,
-    "ternary": 84,
+    "ternary": 100,
     "mixup": 30,
     "batch_centred": 36,
 }
@@ -84,7 +84,7 @@ ODD: dict[str, dict[str, int]] = {
     "vector": ODD_ANYWHERE,
     "image": ODD_IMAGES,
     "signal": ODD_IMAGES,
-    "sequence": {**ODD_ANYWHERE, "class_token": 200, "gru": 210, "lstm": 420},
+    "sequence": {**ODD_ANYWHERE, "class_token": 200, "gru": 240, "lstm": 420},
 }
 ODD["tokens"] = ODD["sequence"]
 # layers with parameters that a plain step trains
@@ -125,7 +125,7 @@ def worlds(draw: Draw) -> World:
     sequence = source in SEQUENCES
     time_first = sequence and chance(draw, 25)
     # ghost serves what people train; to it come worlds that it has to hand on, and other engines
-    character = weighted(draw, {"plain": 55, "odd": 34, "engine": 11})
+    character = weighted(draw, {"plain": 53, "odd": 36, "engine": 11})
     layers = _layers(draw, source, precision, character)
     kinds = {layer["kind"] for layer in layers}
     head, loss = _head(draw, source, time_first, character)
@@ -254,7 +254,7 @@ def _head(draw: Draw, source: str, time_first: bool, character: str) -> tuple[Op
             {"sparse": True},
             {"scale_grad_by_freq": True},
         ]
-        at = weighted(draw, {0: 6, 1: 6, 2: 6, 3: 6, 4: 11})
+        at = weighted(draw, {0: 6, 1: 6, 2: 6, 3: 6, 4: 10})
         head["embedding"] = choices[at]
     losses = {
         "cross_entropy": 50,
