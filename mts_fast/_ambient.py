@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import _len_torch_function_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
+
+
+class FunctionMode(TorchFunctionMode):
+    """A function mode that leaves without complaint where an exception has taken it off the stack:
+    torch does that for the time of every call that the mode sees."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        stack = _get_current_function_mode_stack()
+        if stack and stack[-1] is self:
+            super().__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True)
 class Ambient:
-    """Whether gradients are recorded, and how deep function modes and forward AD are nested."""
+    """Whether gradients are recorded, the function modes, and how deep forward AD is nested."""
 
     grad_enabled: bool
-    modes: int
+    modes: list[TorchFunctionMode]
     level: int
 
     @classmethod
     def capture(cls) -> Ambient:
         """As they are now."""
-        return cls(torch.is_grad_enabled(), _len_torch_function_stack(), forward_ad._current_level)
+        level = forward_ad._current_level
+        return cls(torch.is_grad_enabled(), _get_current_function_mode_stack(), level)
 
     def restore(self) -> None:
-        """Leave what was entered since. May be repeated."""
-        while forward_ad._current_level > self.level:
-            forward_ad.exit_dual_level()
-        while _len_torch_function_stack() > self.modes:
-            torch._C._pop_torch_function_stack()
+        """After an exception: leave what was entered since, and enter what was left. May be
+        repeated."""
+        # torch counts the levels twice, and the two counts may be apart
+        for level in range(max(forward_ad._current_level, self.level + 1), self.level, -1):
+            with suppress(RuntimeError):
+                torch._C._exit_dual_level(level=level)
+        forward_ad._current_level = self.level
+        present = _get_current_function_mode_stack()
+        if [*map(id, present)] != [*map(id, self.modes)]:
+            for _ in present:
+                _pop_torch_function_stack()
+            for mode in self.modes:
+                _push_on_torch_function_stack(mode)
         if torch.is_grad_enabled() != self.grad_enabled:
             torch._C._set_grad_enabled(self.grad_enabled)

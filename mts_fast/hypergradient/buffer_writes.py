@@ -13,15 +13,15 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
-from torch.overrides import TorchFunctionMode
 
+from mts_fast._ambient import FunctionMode
 from mts_fast._isolation import World
 
 # a write: the value after it, or None where it carries a graph and is no constant
 Written = Tensor | None
 
 
-class _Watch(TorchFunctionMode, ABC):
+class _Watch(FunctionMode, ABC):
     """Sees every buffer that is assigned, and every function that writes into one."""
 
     def __init__(self, world: World) -> None:

@@ -97,14 +97,19 @@ def run_call(step: MTSStep, call: Call) -> StepResult:
         try:
             step._running = ambient
             return _run(step, call)
+        except BaseException:
+            insist(ambient.restore)
+            raise
         finally:
             _ended(step, ambient)
-    finally:  # for an exception in the first clean-up
+    except BaseException:  # for an exception in the first clean-up
+        ambient.restore()
+        raise
+    finally:
         _ended(step, ambient)
 
 
 def _ended(step: MTSStep, ambient: Ambient) -> None:
-    ambient.restore()
     if step._running is ambient:
         step._running = None
 

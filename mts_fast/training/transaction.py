@@ -116,6 +116,8 @@ class Transaction:
         self._open = open_count()
         self._ambient = Ambient.capture()
         self._modes = [(module, module.training) for module in world.modules]
+        # functional_call puts other tensors in their place for a while
+        self._named = [(module, dict(module._parameters)) for module in world.modules]
         self._world = world
         self._buffers = SavedBuffers(world)
         # of a first call: a forward may turn out to write to parameters
@@ -156,6 +158,9 @@ class Transaction:
         restore_open(self._open)
         for module, mode in self._modes:
             module.training = mode
+        for module, named in self._named:
+            if any(module._parameters.get(name) is not p for name, p in named.items()):
+                module._parameters.update(named)
         self._buffers.restore()
         for parameter, before in self._parameters:
             parameter.data.copy_(before)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
+from mts_fast._ambient import FunctionMode
 from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
 from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
@@ -45,7 +45,7 @@ SPREAD = {"expand", "expand_as", "repeat"}
 Layout = tuple[object, ...]
 
 
-class Capture(TorchFunctionMode):
+class Capture(FunctionMode):
     """Active during one forward of `batch_size` samples.
 
     `shared_rows` holds the turns of embedding calls whose index of B entries is one of positions,
