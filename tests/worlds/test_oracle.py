@@ -116,7 +116,9 @@ def test_dots_are_central_differences_of_the_whole_step():
         assert error < 1e-4 * truth.dots.abs().max().item() + 20 * rounding, world.to_json()
         at_p, _ = plain_val_loss(truth, before, truth.p)
         # torch computes with a learning rate in a tensor, and NAdam's momenta, in float32
-        torch.testing.assert_close(at_p, truth.val_loss, rtol=1e-8, atol=1e-10)
+        single = world.optimizer["lr_tensor"] or world.optimizer["kind"] == "NAdam"
+        rtol = 1e-6 if single else 1e-10
+        torch.testing.assert_close(at_p, truth.val_loss, rtol=rtol, atol=1e-10)
 
 
 def test_dots_are_the_second_derivative_where_gradients_are_estimates():
