@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch.autograd import forward_ad
@@ -20,15 +19,10 @@ class FunctionMode(TorchFunctionMode):
     """A function mode that leaves without complaint where an exception has taken it off the stack:
     torch does that for the time of every call that the mode sees."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         stack = _get_current_function_mode_stack()
         if stack and stack[-1] is self:
-            super().__exit__(kind, error, traceback)
+            super().__exit__(*raised)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,13 @@ def _same_numpy(a: Any, b: Any) -> bool:
     return a[0] == b[0] and (a[1] == b[1]).all() and a[2:] == b[2:]
 
 
+def put_back(present: dict[str, Any], before: dict[str, Any]) -> None:
+    """The same objects under the same names as before."""
+    if len(present) != len(before) or any(present.get(n, 0) is not x for n, x in before.items()):
+        present.clear()
+        present.update(before)
+
+
 class SavedBuffers:
     """Every buffer by module and name, with its value: one that a forward replaced, added or
     removed is put back, too; and parameters that a forward writes to."""
@@ -134,12 +141,7 @@ class SavedBuffers:
     def restore(self) -> None:
         """Put names and values back."""
         for module, names in self._names:
-            present = module._buffers
-            if len(present) != len(names) or any(
-                present.get(n, 0) is not b for n, b in names.items()
-            ):
-                present.clear()
-                present.update(names)
+            put_back(module._buffers, names)
         for buffer, before in self._saved:
             if buffer.shape != before.shape:
                 buffer.data = before.clone()
@@ -171,12 +173,7 @@ class Restoring:
                 self._close()
                 raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -37,14 +36,9 @@ class _Watch(FunctionMode, ABC):
         super().__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._handle.remove()
-        super().__exit__(kind, error, traceback)
+        super().__exit__(*raised)
 
     def _assigned(self, module: nn.Module, name: str, value: Tensor | None) -> Tensor | None:
         if not isinstance(value, Tensor):

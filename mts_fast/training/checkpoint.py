@@ -70,11 +70,8 @@ def load_state(step: MTSStep, state: object) -> None:
     for arg in ("optimizer", "selector_optimizer"):
         own: torch.optim.Optimizer = getattr(step, arg)
         check_optimizer_state(arg, own, entries[arg], entries.get(f"{arg}_class"))
-    scheduler = type(step.selector_scheduler).__name__
-    if entries.get("selector_scheduler_class") not in (None, scheduler):
-        got = entries["selector_scheduler_class"]
-        hint = "build selector_scheduler as it was saved"
-        fail(ValueError, OP, "state['selector_scheduler']", f"of {scheduler}", got, hint)
+    saved_class = entries.get("selector_scheduler_class")
+    _check_class("selector_scheduler", step.selector_scheduler, saved_class)
     if "losses" in entries:
         _check_losses(_loss_modules(step), entries["losses"])
     old = copy.deepcopy(state_of(step))
@@ -117,6 +114,13 @@ def _loss_modules(step: MTSStep) -> list[nn.Module]:
     """The modules among the losses, whose buffers a step moves."""
     roots = (*step._objective.world.roots[1:], *step._validation.world.roots[1:])
     return list(dict.fromkeys(roots))
+
+
+def _check_class(arg: str, own: object, saved: object) -> None:
+    """That a part is of the class whose name was saved; None where there was none."""
+    if saved is not None and saved != type(own).__name__:
+        hint = f"build {arg} as it was saved"
+        fail(ValueError, OP, f"state[{arg!r}]", f"of {type(own).__name__}", saved, hint)
 
 
 def _check_losses(losses: list[nn.Module], saved: list[Any]) -> None:
@@ -180,8 +184,7 @@ def check_optimizer_state(
     """Class, groups and shapes of an optimizer's state; `name` is that of the class saved."""
     own = optimizer.state_dict()
     hint = f"build {arg} as it was saved"
-    if name is not None and name != type(optimizer).__name__:
-        fail(ValueError, OP, f"state[{arg!r}]", f"of {type(optimizer).__name__}", name, hint)
+    _check_class(arg, optimizer, name)
     groups = state.get("param_groups")
     if not isinstance(groups, list) or not isinstance(state.get("state"), Mapping):
         fail(TypeError, OP, f"state[{arg!r}]", "of an optimizer", describe(state), hint)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mts_fast import ops
-from mts_fast._ambient import Ambient
 from mts_fast._check import fail
 from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import insist
@@ -92,25 +91,18 @@ def check_can_run(step: MTSStep) -> None:
 
 def run_call(step: MTSStep, call: Call) -> StepResult:
     """Take the step; whatever raises, everything is as it was."""
-    ambient = Ambient.capture()
     try:
         try:
-            step._running = ambient
+            step._running = call
             return _run(step, call)
-        except BaseException:
-            insist(ambient.restore)
-            raise
         finally:
-            _ended(step, ambient)
-    except BaseException:  # for an exception in the first clean-up
-        ambient.restore()
-        raise
-    finally:
-        _ended(step, ambient)
+            _ended(step, call)
+    finally:  # for an exception in the first clean-up
+        _ended(step, call)
 
 
-def _ended(step: MTSStep, ambient: Ambient) -> None:
-    if step._running is ambient:
+def _ended(step: MTSStep, call: Call) -> None:
+    if step._running is call:
         step._running = None
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast import ops
-from mts_fast._ambient import Ambient
 from mts_fast._check import check_finite
 from mts_fast._isolation import World, preserved_buffers, preserved_rng
 from mts_fast.hypergradient import EngineChoice, Loss, Objective
@@ -225,7 +224,7 @@ class MTSStep:
         self._gap: PendingGap | None = None
         self._owns_scaler = False
         self._knows_writes = False  # which parameters a forward writes to
-        self._running: Ambient | None = None  # of the call that is running
+        self._running: Call | None = None
         self._torn = ""  # what an optimizer that raised had moved already
 
     def __call__(

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from mts_fast._ambient import Ambient
-from mts_fast._isolation import RngState, SavedBuffers, World, open_count, restore_open
+from mts_fast._isolation import (
+    RngState,
+    SavedBuffers,
+    World,
+    open_count,
+    put_back,
+    restore_open,
+)
 
 
 class SavedOptimizer:
@@ -159,8 +166,7 @@ class Transaction:
         for module, mode in self._modes:
             module.training = mode
         for module, named in self._named:
-            if any(module._parameters.get(name) is not p for name, p in named.items()):
-                module._parameters.update(named)
+            put_back(module._parameters, named)
         self._buffers.restore()
         for parameter, before in self._parameters:
             parameter.data.copy_(before)

@@ -131,7 +131,6 @@ class Truth:
                 noise = 2 * torch.rand(parameter.shape, generator=g, dtype=torch.float64) - 1
                 parameter.data.mul_(1 + eps * noise)
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self._graphs: list[Tensor] = []  # losses of the forward that was differentiated last
         self.running = {n: v.double() for n, v in before.running.items()}
         if double:
             train, val = train.double(), val.double()
@@ -156,8 +155,8 @@ class Truth:
         self.h = self._features(self.train, self.learns and self.meta is None)
         self.h_pupil = self.h if self.meta is None else self._features(self.meta, True)
         self.z, self.p = self.weigh(self.objects.selector, self.h, self.train)
-        self.losses, self.G = self._linearized(self.train, self.model, self.loss)  # rows 3 and 9
-        self._train_graphs = self._graphs
+        # rows 3 and 9
+        self.losses, self.G, self._graphs = self._linearized(self.train, self.model, self.loss)
         self.after_forward = Generators.now()
         # a forward may write into parameters, too (max_norm)
         self.theta = [p.detach().clone() for p, *_ in self.rows]
@@ -173,7 +172,7 @@ class Truth:
         if self.meta is not None:
             # the masks of the training forward, buffers as it left them
             with drawing_from(self.start):
-                _, self.G_pupil = self._linearized(self.meta, *self._copies())
+                _, self.G_pupil, _ = self._linearized(self.meta, *self._copies())
             self.z_pupil, self.p_pupil = self.weigh(self.objects.selector, self.h_pupil, self.meta)
         self.kappa, self.near = self._kappa()
         self.dots = self.dots_along(self.v)  # row 6
@@ -228,16 +227,16 @@ class Truth:
         """Copies that other parameters are tried in."""
         return self._copies()
 
-    def _linearized(self, batch: Batch, model: nn.Module, loss: Any) -> tuple[Tensor, Gradients]:
-        """Losses [B] of one forward, and every sample's gradient."""
+    def _linearized(
+        self, batch: Batch, model: nn.Module, loss: Any
+    ) -> tuple[Tensor, Gradients, list[Tensor]]:
+        """Losses [B] of one forward, every sample's gradient, and the losses with their graphs."""
         parameters = self._parameters(model)
-        losses, parts = [], []
-        self._graphs = []
+        graphs, parts = [], []
         for chunk in self.chunks(batch):
             value = self.losses_of(model, loss, *chunk)
             parts.append((len(value), per_sample(value, parameters)))
-            self._graphs.append(value)
-            losses.append(value.detach())
+            graphs.append(value)
         joined: Gradients = []
         for k, p in enumerate(parameters):
             pieces = [part[k] for _, part in parts]
@@ -249,7 +248,7 @@ class Truth:
                 for (n, _), x in zip(parts, pieces, strict=True)
             ]
             joined.append(torch.cat(rows))
-        return torch.cat(losses), joined
+        return torch.cat([x.detach() for x in graphs]), joined, graphs
 
     def _parameters(self, model: nn.Module) -> list[Tensor]:
         """Those that the optimizer trains, of the model or a copy of it."""
@@ -275,7 +274,7 @@ class Truth:
         parameters = self._parameters(self.model)
         total: Gradients = [None] * len(parameters)
         for losses, share in zip(
-            self._train_graphs, p.split([len(x) for x in self._train_graphs]), strict=True
+            self._graphs, p.split([len(x) for x in self._graphs]), strict=True
         ):
             if not losses.requires_grad:
                 continue
