@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from comparison import assert_bitwise, relative, snapshot
+from real_optimizers import real_step, step_with, stepped
 
 import mts_fast
 from mts_fast import reference
 from mts_fast.ops import update_rules
-from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
+from mts_fast.ops.virtual_update import optimizer_states
 
 optim = torch.optim
 DECAY = {"weight_decay": 0.05}
@@ -102,29 +103,8 @@ def gradients_like(parameters, seed):
     return [size * torch.randn(p.shape, generator=generator).to(p) for p in parameters]
 
 
-def step_with(optimizer, gradients):
-    for p, g in zip(trainable_parameters(optimizer), gradients, strict=True):
-        p.grad = g.clone()
-    optimizer.step()
-
-
 def make(name, steps, device, **more):
-    cls, options = RULES[name]
-    generator = torch.Generator().manual_seed(0)
-    parameters = [
-        torch.nn.Parameter(torch.randn(s, generator=generator).to(device, torch.float64))
-        for s in shapes_of(name)
-    ]
-    optimizer = cls(parameters, **{**options, **more})
-    for seed in range(steps):
-        step_with(optimizer, gradients_like(parameters, seed))
-    return optimizer, parameters
-
-
-def real_step(optimizer, parameters, gradients):
-    clone = copy.deepcopy((optimizer, parameters))
-    step_with(clone[0], gradients)
-    return [p.detach() for p in clone[1]]
+    return stepped(RULES[name], shapes_of(name), steps, gradients_like, device, **more)
 
 
 @pytest.mark.parametrize("steps", STEPS_TAKEN)

@@ -1,11 +1,11 @@
 """The virtual update is what torch's own step does, and kappa is minus its derivative."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from comparison import assert_bitwise, relative, snapshot
+from real_optimizers import real_step, step_with, stepped
 
 import mts_fast
 from mts_fast import reference
@@ -40,32 +40,10 @@ def gradients_like(parameters, seed):
     return [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
 
 
-def step_with(optimizer, gradients):
-    """The real step on given gradients."""
-    for p, g in zip(mts_fast.ops.trainable_parameters(optimizer), gradients, strict=True):
-        p.grad = None if g is None else g.clone()
-    optimizer.step()
-
-
 def make(name, device, dtype=torch.float64, steps=0):
     """An optimizer over a matrix, a vector and a scalar, after some real steps."""
-    cls, options = OPTIMIZERS[name]
-    generator = torch.Generator().manual_seed(0)
-    parameters = [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in ((3, 4), (5,), ())
-    ]
-    optimizer = cls(parameters, **options)
-    for seed in range(steps):
-        step_with(optimizer, gradients_like(parameters, seed))
-    return optimizer, parameters
-
-
-def real_step(optimizer, parameters, gradients):
-    """What torch's step makes of a copy of the parameters."""
-    clone = copy.deepcopy((optimizer, parameters))
-    step_with(clone[0], gradients)
-    return [p.detach() for p in clone[1]]
+    shapes = ((3, 4), (5,), ())
+    return stepped(OPTIMIZERS[name], shapes, steps, gradients_like, device, dtype)
 
 
 @pytest.mark.parametrize("steps", STEPS_TAKEN)

@@ -1,0 +1,36 @@
+"""torch's own optimizers over a few parameters, after some real steps."""
+
+import copy
+
+import torch
+
+from mts_fast.ops import trainable_parameters
+
+
+def step_with(optimizer, gradients):
+    """The real step on given gradients."""
+    for p, g in zip(trainable_parameters(optimizer), gradients, strict=True):
+        p.grad = None if g is None else g.clone()
+    optimizer.step()
+
+
+def stepped(rule, shapes, steps, gradients_like, device, dtype=torch.float64, **more):
+    """An optimizer (its class and options) and its parameters; `gradients_like(parameters, seed)`
+    makes those of a step."""
+    cls, options = rule
+    generator = torch.Generator().manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+        for shape in shapes
+    ]
+    optimizer = cls(parameters, **{**options, **more})
+    for seed in range(steps):
+        step_with(optimizer, gradients_like(parameters, seed))
+    return optimizer, parameters
+
+
+def real_step(optimizer, parameters, gradients):
+    """What torch's step makes of a copy of the parameters."""
+    clone = copy.deepcopy((optimizer, parameters))
+    step_with(clone[0], gradients)
+    return [p.detach() for p in clone[1]]
