@@ -36,12 +36,10 @@ class World:
         self.modules = list(found.values())
         tensors = (t for root in self.roots for t in (*root.parameters(), *root.buffers()))
         self.devices = {t.device for t in tensors if t.is_cuda}
-        tables = [
-            m.weight
-            for m in self.modules
-            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
-        ]
-        self.note_written(tables)
+        tables = [m for m in self.modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        # whose gradient is divided by how often a row occurs
+        self.frequency_tables = [m for m in tables if m.scale_grad_by_freq]
+        self.note_written(m.weight for m in tables if m.max_norm is not None)
 
     def note_written(self, parameters: Iterable[Tensor]) -> None:
         """These parameters are state of a forward, as buffers are."""

@@ -7,9 +7,11 @@ for tests. Nothing here imports triton before a kernel is asked for.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -50,13 +52,22 @@ def triton_reasons() -> tuple[str, ...]:
     """Why no Triton kernel can run in this process; empty where they can."""
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed; pip install triton",)
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+    version = _triton_version()
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or tuple(map(int, number.groups())) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return (f"triton {version} is older than {oldest}; upgrade triton",)
     if interpreted() or torch.cuda.is_available():
         return ()
     return ("no CUDA device was found (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)",)
+
+
+def _triton_version() -> str:
+    """By the package's metadata; torch's nightly builds install triton under another name."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
 
 
 @functools.cache

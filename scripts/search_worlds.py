@@ -118,7 +118,14 @@ def _run_chunk(worlds: list[str], package: Path) -> list[dict[str, Any]]:
         if len(reports) < len(worlds):
             last = done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]
             reports.append(
-                {"verdict": "crash", "engines": [], "reason": last[0], "faults": [], "call": 0}
+                {
+                    "verdict": "crash",
+                    "engines": [],
+                    "reason": last[0],
+                    "faults": [],
+                    "call": 0,
+                    "noise": False,
+                }
             )
     return reports
 
@@ -148,6 +155,8 @@ def _summary(
         "seed": arguments.seed,
         "verdicts": dict(verdicts.most_common()),
         "engines": dict(engines.most_common()),
+        # of those computed: torch's own error in 16 bits is as large as the dots, which say nothing
+        "dots are noise": sum(r["noise"] for r in reports if r["verdict"] == "computed"),
         "refusals": dict(
             Counter(reason(r) for r in reports if r["verdict"] == "refused").most_common()
         ),
@@ -185,15 +194,18 @@ def _compared(
         return None
     rows = json.loads(arguments.against.read_text())
     theirs = {json.dumps(row["world"]): row["report"] for row in rows}
-    lost, shared = [], 0
+    lost, noise, shared = [], [], 0
     for world, report in zip(worlds, reports, strict=True):
         other = theirs.get(world)
         if other is None or other["verdict"] != "computed":
             continue
         shared += 1
         if report["verdict"] != "computed":
-            lost.append({"report": report, "world": json.loads(world)})
-    return {"computed there": shared, "lost": lost}
+            # where the dots are noise it cannot be told whether they were right there
+            (noise if other["noise"] else lost).append(
+                {"report": report, "world": json.loads(world)}
+            )
+    return {"computed there": shared, "lost": lost, "noise there": noise}
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -224,7 +236,10 @@ def _print(result: dict[str, Any]) -> None:
             print(f"  {number:5d}  {name}")
     if "compared" in result:
         compared = result["compared"]
-        print(f"computed there: {compared['computed there']}, lost here: {len(compared['lost'])}")
+        print(
+            f"computed there: {compared['computed there']}, lost here: {len(compared['lost'])}"
+            f" and {len(compared['noise there'])} whose dots are noise there"
+        )
 
 
 if __name__ == "__main__":

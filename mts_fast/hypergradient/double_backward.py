@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference
 from mts_fast._isolation import RngState
-from mts_fast.hypergradient.engine import Engine, Linearization, dense, scaled_by_frequency
+from mts_fast.hypergradient.engine import Engine, Linearization, dense
+from mts_fast.hypergradient.frequency import FrequencyScale, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import is_low_precision
 from mts_fast.hypergradient.serving import eager, serving
@@ -27,7 +28,7 @@ class DoubleBackward(Engine):
     name = "double_backward"
 
     def reasons(self) -> list[str]:
-        return scaled_by_frequency(self.objective)
+        return frequency_reasons(self.objective)
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
@@ -51,12 +52,14 @@ class DoubleBackwardLinearization(Linearization):
         # errors of 20 % were seen, so there the gradient to train on is one without
         self._coarse = is_low_precision(engine.parameters)
         objective = engine.objective
+        self._frequency = FrequencyScale(objective, engine.name)
         # fused attention and cuDNN's recurrent layers have no second derivative
         recurrent = any(isinstance(m, nn.RNNBase) for m in objective.world.modules)
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
             eager(objective),
+            self._frequency.around_forward(),
         ):
             self._graph: Tensor | None = objective.losses(batch)
         self._losses = self._graph.detach()
@@ -87,6 +90,7 @@ class DoubleBackwardLinearization(Linearization):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         graph = self._graph
         assert graph is not None
+        direction = self._frequency.along(direction, self.engine.parameters)
         with serving(self.engine.name):
             if self._first is None:
                 dots = reference.hypergradient_dots(graph, self.engine.parameters, direction)

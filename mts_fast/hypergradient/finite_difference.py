@@ -15,12 +15,8 @@ from mts_fast._isolation import (
     replaced_parameters,
 )
 from mts_fast.hypergradient.buffer_writes import RecordedWrites, ReplayedWrites, Written
-from mts_fast.hypergradient.engine import (
-    Engine,
-    Linearization,
-    RetainedGraph,
-    scaled_by_frequency,
-)
+from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
+from mts_fast.hypergradient.frequency import frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import low_precision_autocast
 from mts_fast.ops.perturb import global_norm, perturb
@@ -42,7 +38,7 @@ class FiniteDifference(Engine):
         reasons = [f"differences of losses drown in rounding with {d} parameters" for d in coarse]
         if low_precision_autocast(self.parameters):
             reasons.append("differences of losses drown in rounding under 16-bit autocast")
-        return reasons + scaled_by_frequency(self.objective)
+        return reasons + frequency_reasons(self.objective)
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
@@ -109,4 +105,5 @@ class DifferenceLinearization(RetainedGraph):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         engine = self.engine
         with self._rewound_buffers():
-            return engine.difference(self.batch, direction, self._rng, engine._step(), self._writes)
+            along = self._derivative_along(direction)
+            return engine.difference(self.batch, along, self._rng, engine._step(), self._writes)

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
-from mts_fast.hypergradient.engine import Engine, scaled_by_frequency
+from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.frequency import frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.serving import eager, serving
 
@@ -30,7 +31,7 @@ class ForwardMode(Engine):
             for path, module in self.objective.model.named_modules()
             if isinstance(module, nn.RNNBase)
         ]
-        found += scaled_by_frequency(self.objective)
+        found += frequency_reasons(self.objective)
         known = {id(p) for p in self.objective.model.parameters()}
         if any(id(p) not in known for p in self.parameters):
             found.append("the optimizer holds parameters that are not the model's")

@@ -314,3 +314,77 @@ def test_forward_mode_refuses_parameters_of_another_module(device):
     stranger = torch.nn.Parameter(torch.ones(1, device=device))
     with pytest.raises(RuntimeError, match="the optimizer holds parameters that are not the model"):
         EngineChoice(Objective(case.model), [*case.named().values(), stranger], "forward_mode")
+
+
+class Tables(torch.nn.Module):
+    """Tables whose gradient is divided by how often a row occurs; BatchNorm keeps ghost away."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.words = torch.nn.Embedding(7, 6, scale_grad_by_freq=True, padding_idx=3)
+        self.others = torch.nn.Embedding(7, 6, scale_grad_by_freq=True)
+        self.norm, self.head = torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4)
+        self.twice = twice
+
+    def forward(self, tokens):
+        h = self.words(tokens).mean(1) + self.others(input=tokens.T).mean(0)
+        if self.twice:
+            h = h + self.words(input=tokens[:, :1])[:, 0]
+        return self.head(self.norm(h).tanh())
+
+
+TOKENS = torch.tensor([[1, 1, 0, 3], [2, 0, 2, 2], [5, 6, 1, 4], [1, 3, 3, 5]])
+CLASSES = torch.tensor([1, 0, 3, 2])
+
+
+@pytest.mark.parametrize("engine", (*GENERAL, "double_backward"))
+@pytest.mark.parametrize("fresh", [False, True])
+def test_gradients_divided_by_frequency(engine, fresh):
+    """d_i is <v, autograd's gradient>, which no derivative is; `fresh`: dots without a gradient."""
+    model = Tables().double()
+    parameters = list(model.parameters())
+    made = ENGINES[engine](Objective(model), parameters)
+    direction = random_direction(parameters)
+    direction[0][3] = 0  # the padding row
+    batch = LabelledBatch(TOKENS, CLASSES)
+    if fresh:
+        found = made.dots(batch, direction)
+    else:
+        line = made.linearize(batch)
+        line.gradient(torch.ones(4).double())
+        found = line.dots(direction)
+    losses = made.objective.losses(batch)
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    expected = torch.stack(
+        [sum((v * g).sum() for v, g in zip(direction, row, strict=True)) for row in rows]
+    )
+    assert relative(found, expected) < TOLERANCE.get(engine, EXACT)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_frequencies_that_cannot_be_told_are_refused():
+    batch = LabelledBatch(TOKENS, CLASSES)
+    model = Tables(twice=True)
+    parameters = list(model.parameters())
+    twice = EngineChoice(Objective(model), parameters, "forward_mode")
+    with pytest.raises(RuntimeError, match="used twice in a forward"):
+        twice.dots(batch, random_direction(parameters))
+    model = Tables()
+    model.others = torch.nn.EmbeddingBag(7, 6, scale_grad_by_freq=True)
+    with pytest.raises(RuntimeError, match=r"others: EmbeddingBag\(scale_grad_by_freq=True\)"):
+        EngineChoice(Objective(model), list(model.parameters()), "finite_difference")
+    model = Tables()
+    model.head = torch.nn.Linear(6, 7)
+    model.head.weight = model.words.weight
+    with pytest.raises(RuntimeError, match=r"words: its weight.* is another module's, too"):
+        EngineChoice(Objective(model), list(model.parameters()), "forward_mode")
+
+
+def test_check_engine_on_gradients_divided_by_frequency():
+    check = mts_fast.check_engine(Tables(), TOKENS, CLASSES)
+    assert check.ok and check.dots["ghost"] is None
+    assert {n for n, e in check.dots.items() if e is not None} == {
+        "forward_mode",
+        "double_backward",
+        "finite_difference",
+    }

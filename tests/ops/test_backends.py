@@ -1,5 +1,6 @@
 """Which backend runs, that all of them agree, and that one which cannot run says why."""
 
+import importlib.metadata
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,18 @@ def test_triton_says_why_it_cannot_run(fresh_triton, monkeypatch):
     message = r"backend 'triton' cannot run: no CUDA device was found \(TRITON_INTERPRET=1 .*use 'a"
     with pytest.raises(RuntimeError, match=message), use_backend("triton"):
         pass
+
+
+def test_triton_under_another_package_name(fresh_triton, monkeypatch):
+    """As torch's nightly builds install it: its version is the module's."""
+    before = triton_reasons()
+    triton_reasons.cache_clear()
+
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", unknown)
+    assert triton_reasons() == before
 
 
 @pytest.mark.parametrize(

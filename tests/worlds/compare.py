@@ -105,6 +105,11 @@ class Comparison:
             self.share += SINGLE
             self.step_eps += SINGLE
 
+    @property
+    def dots_are_noise(self) -> bool:
+        """Whether rounding in 16 bits leaves nothing to judge the dots by."""
+        return self.truth.learns and self.dots_allowed == math.inf
+
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""
         found = [*self._results(call), *self._state(call)]

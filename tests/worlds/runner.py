@@ -38,6 +38,7 @@ class Report:
     reason: str = ""  # of a refusal, or the traceback's last line
     faults: list[str] = field(default_factory=list)
     call: int = 0  # the call that it ended in
+    noise: bool = False  # in a call the dots could not be judged: noise of 16 bits
 
     @property
     def signature(self) -> str:
@@ -76,6 +77,7 @@ class _Run:
         self.objects = build(world, _selector)
         self.engines: list[str] = []
         self.running: dict[str, Tensor] = {}
+        self.noise = False
 
     def report(self) -> Report:
         try:
@@ -87,7 +89,7 @@ class _Run:
             ended = self._call(step, call)
             if ended is not None:
                 return ended
-        return Report(COMPUTED, self.engines, call=self.world.calls - 1)
+        return Report(COMPUTED, self.engines, call=self.world.calls - 1, noise=self.noise)
 
     def _step(self) -> mts_fast.MTSStep:
         options = dict(self.world.step)
@@ -137,6 +139,7 @@ class _Run:
         comparison = Comparison(truth, plain, rounded, self.engines[-1])
         made = Call(result, self.objects, Generators.now(), self.engines[-1])
         faults = [str(fault) for fault in comparison.faults(made)]
+        self.noise |= comparison.dots_are_noise
         if step.steps != call + 1:
             faults.append(f"steps: {step.steps}")
         self.running = truth.running
