@@ -1,4 +1,5 @@
-"""virtual_update: the C++ kernel, the reference, foreach and torch.compile; equal results first.
+"""virtual_update, and kappa v of AdamW: the C++ kernels, the reference, foreach and torch.compile;
+equal results first.
 
 All ways take turns and allocate their results. Bytes that must move: parameter, gradient and
 buffers read, the result written.
@@ -7,10 +8,18 @@ buffers read, the result written.
 import pytest
 import torch
 from measure import interleaved, ratios
-from update_ways import FOREACH, OPTIMIZERS, draw_update, one_by_one
+from update_ways import (
+    FOREACH,
+    FOREACH_DIRECTION,
+    OPTIMIZERS,
+    directions_one_by_one,
+    draw_update,
+    one_by_one,
+)
 
 from mts_fast._extension import extension
-from mts_fast.ops.virtual_update_cpp import virtual_update
+from mts_fast.ops.virtual_update_cpp import hypergradient_direction, virtual_update
+from mts_fast.reference.update_rules import largest_gradient
 
 MODELS = {
     "mlp": [(784, 1024), (1024,), (1024, 1024), (1024,), (1024, 10), (10,)],
@@ -47,4 +56,33 @@ def bench_virtual_update(benchmark, model, optimizer):
         "parameters": entries,
         "ratios": {label: round(r, 2) for label, r in ratios(seconds, "C++").items()},
         "GB/s": round(moved / median / 1e9, 1),
+    }
+
+
+@pytest.mark.skipif(not extension().available, reason=extension().reason)
+@pytest.mark.parametrize("model", list(MODELS))
+def bench_hypergradient_direction(benchmark, model):
+    update = draw_update(MODELS[model], "adamw")
+    v = [torch.randn_like(p) for p in update.parameters]
+    largest = largest_gradient(update.gradients)
+    p, g, states = update.arguments
+    compiled = torch.compile(lambda p, g, v: directions_one_by_one(p, g, states, v, largest))
+    calls = {
+        "C++": lambda: hypergradient_direction(p, g, states, v, None, largest)[0],
+        "reference": lambda: directions_one_by_one(p, g, states, v, largest),
+        "foreach": lambda: FOREACH_DIRECTION["adamw"](p, g, states, v),
+        "torch.compile": lambda: compiled(p, g, v),
+    }
+    for label, call in calls.items():
+        for mine, truth in zip(call(), calls["reference"](), strict=True):
+            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5, msg=label)
+    seconds = {}
+    benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
+    entries = sum(t.numel() for t in p)
+    median = sorted(seconds["C++"])[ROUNDS // 2]
+    benchmark.extra_info |= {
+        "parameters": entries,
+        "ratios": {label: round(r, 2) for label, r in ratios(seconds, "C++").items()},
+        # gradient, two moments, v, result; AdamW's decay leaves the parameter unread
+        "GB/s": round(5 * 4 * entries / median / 1e9, 1),
     }

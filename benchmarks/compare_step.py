@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "step_compared.json"
-MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp", "gpt")
+MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp")
 OPTIMIZERS = ("momentum", "adamw")
-ROUNDS, WARM_UP = 15, 2
+ROUNDS, WARM_UP = 11, 2
 MIB = 2**20
 # options of MTSStep by arm; the older side takes those that it knows
 ARMS = {

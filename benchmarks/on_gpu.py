@@ -20,7 +20,7 @@ ROUNDS = 2 if TINY else 30
 # with the host's share of a call, which a GPU that is kept busy hides
 HOST_ROUNDS = 2 if TINY else 10
 MIB = 2**20
-# error over torch's own in the same dtype, for a backward (STYLE.md)
+# error over torch's own in the same dtype, for a backward
 ERROR_FACTOR = 3
 OURS = "triton"
 

@@ -174,7 +174,7 @@ def selector_gsnr(selector: nn.Module, inputs: Sequence[Tensor], cotangent: Tens
     Notes:
         A selector with dropout draws one mask a sample; generators are left as they were.
 
-    Source: the paper's GSNR; DESIGN, diagnostics.
+    Source: the paper's GSNR; docs/algorithm.md, diagnostics.
     """
     op = "selector_gsnr"
     check_module(op, "selector", selector)

@@ -155,7 +155,7 @@ def _summary(
         "seed": arguments.seed,
         "verdicts": dict(verdicts.most_common()),
         "engines": dict(engines.most_common()),
-        # of those computed: torch's own error in 16 bits is as large as the dots, which say nothing
+        # of those computed: rounding may be as large as the dots, which then say nothing
         "dots are noise": sum(r["noise"] for r in reports if r["verdict"] == "computed"),
         "refusals": dict(
             Counter(reason(r) for r in reports if r["verdict"] == "refused").most_common()

@@ -35,12 +35,16 @@ def study_table(name: str) -> str:
     return f"| selector batch | {sizes} |\n|---|{'---:|' * len(rows)}\n| GSNR | {over} |"
 
 
-def step_table(value: str) -> Callable[[str], str]:
+# of bench_step's rows those that the front page shows
+SUMMARY = ("plain", "auto, exact", "auto, reuse", "published", "double backward (torch.func)")
+
+
+def step_table(value: str, shown: tuple[str, ...] = ()) -> Callable[[str], str]:
     """One value of bench_step, arms by models; the arms that a model lacks stay empty."""
 
     def make(_: str) -> str:
         models = _runs("step", "bench_step")
-        arms = list(max((run["rows"] for run in models.values()), key=len))
+        arms = shown or list(max((run["rows"] for run in models.values()), key=len))
         lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
         for arm in arms:
             found = [run["rows"].get(arm, {}).get(value, "") for run in models.values()]
@@ -166,7 +170,8 @@ def resource_table(_: str) -> str:
 
 
 TABLES = {
-    "README.md": {
+    "README.md": {"step-summary": step_table("time", SUMMARY), "demo-digits": demo_table},
+    "docs/benchmarks.md": {
         "step-time": step_table("time"),
         "step-memory": step_table("peak_mib"),
         "step-compared": compared_table,
@@ -179,7 +184,7 @@ TABLES = {
         "demo-fashion": demo_table,
         "study-batch-size-digits": study_table,
     },
-    "docs/kernels.md": {"triton-resources": resource_table},
+    "docs/gpu.md": {"triton-resources": resource_table},
 }
 
 

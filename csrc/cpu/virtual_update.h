@@ -38,11 +38,24 @@ struct AdamParams {
   bool maximize;
 };
 
+// Part of one tensor of kappa * along.
+template <typename scalar_t>
+struct DirectionSpan {
+  UpdateSpan<scalar_t> update;  // out: kappa * along
+  const scalar_t* along;
+  int64_t* masked;  // gets how many entries of kappa were taken for noise
+};
+
 // They round where the reference's tensor operations round: SGD gives the same bits, Adam does but
 // for the last one of a division.
 void sgd_span(const SgdParams& params, const UpdateSpan<float>& span);
 void sgd_span(const SgdParams& params, const UpdateSpan<double>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<float>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<double>& span);
+
+// kappa = lr * slope of theta' by the gradient, times along; 0 where the root of the second moment
+// is below `floor`, or 0. params.lr: that of kappa.
+void adam_direction_span(const AdamParams& params, double floor, const DirectionSpan<float>& span);
+void adam_direction_span(const AdamParams& params, double floor, const DirectionSpan<double>& span);
 
 }  // namespace mts_fast::cpu

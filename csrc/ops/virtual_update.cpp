@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 namespace mts_fast {
@@ -95,11 +96,50 @@ std::vector<Tensor> virtual_update_adam(std::vector<Tensor> parameters,
   return out;
 }
 
+template <typename scalar_t>
+int64_t run_direction(const cpu::AdamParams& params, double floor,
+                      const std::vector<Tensor>& parameters, const std::vector<Tensor>& gradients,
+                      const std::vector<Tensor>& first, const std::vector<Tensor>& second,
+                      const std::vector<Tensor>& along, const std::vector<Tensor>& out) {
+  const auto spans = cut<scalar_t>(parameters, gradients, first, second, out);
+  // v is cut as everything else is: its place in a span's tensor is that of the gradient
+  const auto others = cut<scalar_t>(along, along, {}, {}, out);
+  const int64_t count = static_cast<int64_t>(spans.size());
+  std::vector<int64_t> masked(spans.size());
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      cpu::adam_direction_span(
+          params, floor, cpu::DirectionSpan<scalar_t>{spans[i], others[i].gradient, &masked[i]});
+    }
+  });
+  return std::accumulate(masked.begin(), masked.end(), int64_t{0});
+}
+
+// kappa * along of every parameter, and last how many entries were masked.
+std::vector<Tensor> hypergradient_direction_adam(
+    std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> exp_avg,
+    std::vector<Tensor> exp_avg_sq, std::vector<Tensor> along, double floor, double lr,
+    double beta1, double beta2, double eps, double weight_decay, double step, bool decoupled,
+    bool maximize) {
+  const cpu::AdamParams params{lr, beta1, beta2, eps, weight_decay, step, decoupled, maximize};
+  std::vector<Tensor> out = empty_like(parameters);
+  const bool wide = parameters.front().scalar_type() == ScalarType::Double;
+  const int64_t masked = wide ? run_direction<double>(params, floor, parameters, gradients, exp_avg,
+                                                      exp_avg_sq, along, out)
+                              : run_direction<float>(params, floor, parameters, gradients, exp_avg,
+                                                     exp_avg_sq, along, out);
+  Tensor total = torch::stable::new_empty(parameters.front(), {}, ScalarType::Long);
+  *static_cast<int64_t*>(total.data_ptr()) = masked;
+  out.push_back(total);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mts_fast, CPU, m) {
   m.impl("virtual_update_sgd", TORCH_BOX(&virtual_update_sgd));
   m.impl("virtual_update_adam", TORCH_BOX(&virtual_update_adam));
+  m.impl("hypergradient_direction_adam", TORCH_BOX(&hypergradient_direction_adam));
 }
 
 }  // namespace mts_fast

@@ -47,7 +47,7 @@ def distribution_features(
         the lowest index. Each pair is compared once. The result does not depend on `chunk`, beyond
         rounding where the reference runs. For embeddings in files: `DistributionSweep`.
 
-    Source: feature table, distribution group.
+    Source: docs/algorithm.md, features: distribution group.
 
     Example:
         >>> import torch, mts_fast

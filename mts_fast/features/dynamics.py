@@ -69,7 +69,7 @@ def training_dynamics(
         backward where the ghost engine serves the model (`explain_engine`); else one backward a
         sample.
 
-    Source: feature table, training dynamics; Paul et al. 2021 for EL2N.
+    Source: docs/algorithm.md, features: training dynamics; Paul et al. 2021 for EL2N.
 
     Example:
         >>> import torch, mts_fast

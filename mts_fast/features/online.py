@@ -40,7 +40,7 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     Notes:
         A zero vector has cosine 0 to everything.
 
-    Source: feature table, online group.
+    Source: docs/algorithm.md, features: online group.
 
     Example:
         >>> import torch, mts_fast

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mts_fast import reference
 from mts_fast._isolation import RngState
 from mts_fast.hypergradient.engine import Engine, Linearization, dense
-from mts_fast.hypergradient.frequency import FrequencyScale, frequency_reasons
+from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import is_low_precision
 from mts_fast.hypergradient.serving import eager, serving
@@ -52,14 +52,13 @@ class DoubleBackwardLinearization(Linearization):
         # errors of 20 % were seen, so there the gradient to train on is one without
         self._coarse = is_low_precision(engine.parameters)
         objective = engine.objective
-        self._frequency = FrequencyScale(objective, engine.name)
         # fused attention and cuDNN's recurrent layers have no second derivative
         recurrent = any(isinstance(m, nn.RNNBase) for m in objective.world.modules)
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
             eager(objective),
-            self._frequency.around_forward(),
+            FrequencyTables(objective).differentiable(),
         ):
             self._graph: Tensor | None = objective.losses(batch)
         self._losses = self._graph.detach()
@@ -90,7 +89,6 @@ class DoubleBackwardLinearization(Linearization):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         graph = self._graph
         assert graph is not None
-        direction = self._frequency.along(direction, self.engine.parameters)
         with serving(self.engine.name):
             if self._first is None:
                 dots = reference.hypergradient_dots(graph, self.engine.parameters, direction)

@@ -16,7 +16,6 @@ from mts_fast._isolation import (
     preserved_buffers,
     preserved_rng,
 )
-from mts_fast.hypergradient.frequency import FrequencyScale
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
@@ -73,23 +72,18 @@ class RetainedGraph(Linearization):
         super().__init__(engine, batch, gradients)
         self._rng = RngState.capture(engine.objective.world)
         self._buffers = SavedBuffers(engine.objective.world)
-        self._frequency = FrequencyScale(engine.objective, engine.name)
         self._graph: Tensor | None = None
         self._losses: Tensor | None = None
         if gradients:
-            self._graph = self._forward()
+            self._graph = engine.objective.losses(batch)
             self._losses = self._graph.detach()
 
     @property
     def losses(self) -> Tensor:
         if self._losses is None:
             with torch.no_grad():
-                self._losses = self._forward()
+                self._losses = self.engine.objective.losses(self.batch)
         return self._losses
-
-    def _forward(self) -> Tensor:
-        with self._frequency.around_forward():
-            return self.engine.objective.losses(self.batch)
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
@@ -107,16 +101,7 @@ class RetainedGraph(Linearization):
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         with self._rewound_buffers():
-            along = self._derivative_along(direction)
-            return self.engine.dots_from_scratch(self.batch, along, self._rng)
-
-    def _derivative_along(self, direction: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The direction in which the derivative of a loss is its d_i."""
-        if not self._frequency.counted:
-            world = self.engine.objective.world
-            with torch.no_grad(), preserved_rng(world, self._rng), preserved_buffers(world):
-                self._forward()
-        return self._frequency.along(direction, self.engine.parameters)
+            return self.engine.dots_from_scratch(self.batch, direction, self._rng)
 
     def _rewound_buffers(self) -> Restoring:
         """Buffers as this forward found them: a model may read what it has written."""

@@ -75,7 +75,7 @@ def explain_engine(
     Notes:
         Parameters, buffers, modes and random generators are left as they were.
 
-    Source: DESIGN, engines for row 6.
+    Source: docs/engines.md.
 
     Example:
         >>> import torch, mts_fast

@@ -16,7 +16,7 @@ from mts_fast._isolation import (
 )
 from mts_fast.hypergradient.buffer_writes import RecordedWrites, ReplayedWrites, Written
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
-from mts_fast.hypergradient.frequency import frequency_reasons
+from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import low_precision_autocast
 from mts_fast.ops.perturb import global_norm, perturb
@@ -48,7 +48,7 @@ class FiniteDifference(Engine):
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
-        return self.difference(batch, direction, rng, self._step(), [])
+        raise AssertionError("the linearization takes the difference")
 
     def error_estimate(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """Estimated error [B] of `dots`: its truncation error is a third of what doubling h adds.
@@ -56,8 +56,9 @@ class FiniteDifference(Engine):
         A ReLU kink between the two steps shows as a large value. Costs four forwards.
         """
         rng = RngState.capture(self.objective.world)
-        fine = self.difference(batch, direction, rng, self._step(), [])
-        coarse = self.difference(batch, direction, rng, 2 * self._step(), [])
+        tables = FrequencyTables(self.objective)
+        fine = self.difference(batch, direction, rng, self._step(), [], tables)
+        coarse = self.difference(batch, direction, rng, 2 * self._step(), [], tables)
         return (coarse - fine).abs() / 3
 
     def _step(self) -> float:
@@ -71,6 +72,7 @@ class FiniteDifference(Engine):
         rng: RngState,
         h: float,
         writes: Sequence[Written],
+        tables: FrequencyTables,
     ) -> Tensor:
         """d [B] by a step of length h, buffers held at what the training forward wrote."""
         # the norm stays a tensor: no host synchronisation. A zero direction gives dots of zero.
@@ -87,6 +89,7 @@ class FiniteDifference(Engine):
                 preserved_buffers(world),
                 replaced_parameters(self.parameters, moved),
                 ReplayedWrites(world, writes) if writes else nullcontext(),
+                tables.replaying(),
             ):
                 at.append(self.objective.losses(batch))
         return (at[0] - at[1]) / (2 * epsilon)
@@ -98,12 +101,22 @@ class DifferenceLinearization(RetainedGraph):
     engine: FiniteDifference
 
     def __init__(self, engine: FiniteDifference, batch: LabelledBatch, gradients: int) -> None:
-        with RecordedWrites(engine.objective.world) as recorded:
+        self._tables = FrequencyTables(engine.objective)
+        with RecordedWrites(engine.objective.world) as recorded, self._tables.recording():
             super().__init__(engine, batch, gradients)
         self._writes = recorded.values
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        engine = self.engine
+        engine, world = self.engine, self.engine.objective.world
         with self._rewound_buffers():
-            along = self._derivative_along(direction)
-            return engine.difference(self.batch, along, self._rng, engine._step(), self._writes)
+            if self._tables.unrecorded:
+                with (
+                    torch.no_grad(),
+                    preserved_rng(world, self._rng),
+                    preserved_buffers(world),
+                    self._tables.recording(),
+                ):
+                    engine.objective.losses(self.batch)
+            return engine.difference(
+                self.batch, direction, self._rng, engine._step(), self._writes, self._tables
+            )

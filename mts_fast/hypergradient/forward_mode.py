@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.hypergradient.engine import Engine
-from mts_fast.hypergradient.frequency import frequency_reasons
+from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.serving import eager, serving
 
@@ -54,6 +54,7 @@ class ForwardMode(Engine):
             eager(self.objective),
             sdpa_kernel(SDPBackend.MATH),
             _plain_encoder_layers(),
+            FrequencyTables(self.objective).differentiable(),
             forward_ad.dual_level(),
         ):
             duals = {

@@ -1,100 +1,108 @@
 """Tables whose gradient autograd divides by how often a row occurs in the batch.
 
-Embedding(scale_grad_by_freq=True) has the gradient S g_i: g_i is the derivative, S diagonal with
-1 / count of every row. No derivative of the forward or of the gradient knows S, but
-<v, S g_i> = <S v, g_i>: engines that take derivatives are given S v as their direction.
+Embedding(scale_grad_by_freq=True) has the gradient S g: g is the derivative, S is 1 / count of each
+row in the batch. No derivative of the forward or of the gradient knows S. Engines that take
+derivatives therefore run the table as y0 + s (y - y0), with its output y0 as a constant and s the
+1 / count of each index. The value is y0, and the derivative S g, use by use.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mts_fast._isolation import Restoring
 from mts_fast.hypergradient.objective import Objective
-from mts_fast.hypergradient.refused import Refused
 
 OPTION = "scale_grad_by_freq=True"
+# (table, indices, its output) -> what takes the output's place
+Hook = Callable[[nn.Embedding, Tensor, Tensor], Tensor]
 
 
 def frequency_reasons(objective: Objective) -> list[str]:
-    """Why the rows of such a table cannot be counted, before any forward."""
+    """Why such tables cannot be run by engines that take derivatives."""
     tables = objective.world.frequency_tables
     if not tables:
         return []
-    # torch's backward of a bag divides by counts of other rows than its own
-    bags = [m for m in tables if isinstance(m, nn.EmbeddingBag)]
-    holders = Counter(id(p) for m in objective.world.modules for p in m._parameters.values())
+    # torch's backward of a bag divides by the counts of other rows than its own
     names = {id(m): path for path, m in objective.model.named_modules()}
-    shared = [m for m in tables if holders[id(m.weight)] > 1]
     reasons = [
-        f"{names.get(id(m)) or 'the loss'}: its weight, of a gradient with {OPTION}, is another"
-        " module's, too"
-        for m in shared
-    ]
-    reasons += [
         f"{names.get(id(m)) or 'the loss'}: EmbeddingBag({OPTION}) has a gradient that is no"
         " derivative"
-        for m in bags
+        for m in tables
+        if isinstance(m, nn.EmbeddingBag)
     ]
     if objective.is_compiled:
         reasons.append(f"the rows of a table with {OPTION} cannot be counted in a compiled model")
     return reasons
 
 
-class FrequencyScale:
-    """Around one forward: counts the rows that every such table is asked for."""
+class FrequencyTables:
+    """Contexts for the forwards of one linearization; without such tables they do nothing."""
 
-    def __init__(self, objective: Objective, engine: str) -> None:
-        self._objective = objective
-        self._engine = engine
+    def __init__(self, objective: Objective) -> None:
         self._tables = objective.world.frequency_tables
-        self._counts: dict[Tensor, Tensor] = {}  # by table, [rows]
-        self._differing = False
-        self.counted = not self._tables  # whether a forward was seen, or none is needed
-        self._hooks: list[Any] = []
+        self._outputs: list[Tensor] = []  # of the recorded forward, in the order of calls
 
-    def around_forward(self) -> Restoring:
-        """A context for that forward."""
-        return Restoring(self._stop, self._begin)
+    @property
+    def unrecorded(self) -> bool:
+        """Whether there are tables, and no forward has been recorded."""
+        return bool(self._tables) and not self._outputs
 
-    def along(self, direction: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """S v.
+    def recording(self) -> Restoring:
+        """Around the training forward: keeps every output as the constant of later forwards."""
+        return self._hooked(self._record)
 
-        Raises:
-            Refused: the forward used a table twice with other counts: its S differs by use.
-        """
-        if not self._tables:
-            return direction
-        if self._differing:
-            reason = f"a table with {OPTION} is used twice in a forward, with rows of its own each"
-            raise Refused(self._engine, [reason])
-        scaled = []
-        for p, v in zip(parameters, direction, strict=True):
-            counts = self._counts.get(p)
-            if counts is not None:
-                share = 1 / counts.clamp(min=1).to(v.dtype)
-                v = v * share.reshape(-1, *[1] * (v.ndim - 1))
-            scaled.append(v)
-        return scaled
+    def replaying(self) -> Restoring:
+        """Around a forward at other parameters: outputs move by s times as much as they would."""
+        constants = iter(self._outputs)
 
-    def _begin(self) -> None:
-        self.counted = True
-        for table in self._tables:
-            self._hooks.append(table.register_forward_pre_hook(self._count, with_kwargs=True))
+        def moved(table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
+            constant = next(constants, None)
+            if constant is None or constant.shape != y.shape:
+                return y  # other calls than before: the guard looks at the dots
+            return constant + _share(table, index, y) * (y - constant)
 
-    def _stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        return self._hooked(moved)
 
-    def _count(self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(table, nn.Embedding)
-        rows = args[0] if args else kwargs["input"]
-        counts = torch.bincount(rows.flatten(), minlength=table.num_embeddings)
-        before = self._counts.setdefault(table.weight, counts)
-        self._differing |= before is not counts and not torch.equal(before, counts)
+    def differentiable(self) -> Restoring:
+        """Around a forward that is differentiated, in either mode and twice."""
+        return self._hooked(_differentiable)
+
+    def _record(self, table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
+        self._outputs.append(y.detach())
+        return y
+
+    def _hooked(self, hook: Hook) -> Restoring:
+        handles: list[Any] = []
+
+        def called(
+            table: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+        ) -> Tensor:
+            return hook(table, args[0] if args else kwargs["input"], y)
+
+        def begin() -> None:
+            for table in self._tables:
+                handles.append(table.register_forward_hook(called, prepend=True, with_kwargs=True))
+
+        def stop() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return Restoring(stop, begin)
+
+
+def _differentiable(table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
+    # the module's own output has a backward that divides, this one has not
+    plain = F.embedding(index, table.weight, table.padding_idx, sparse=table.sparse)
+    return y.detach() + _share(table, index, y) * (plain - plain.detach())
+
+
+def _share(table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
+    """s, 1 / count of each index [..., 1]."""
+    counts = torch.bincount(index.flatten(), minlength=table.num_embeddings)
+    return (1 / counts[index].to(y.dtype))[..., None]

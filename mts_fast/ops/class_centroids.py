@@ -85,7 +85,7 @@ def class_centroids_(
         TypeError, ValueError: wrong dtypes, shapes or lengths, or a label outside [0, C).
         RuntimeError: an explicit backend that cannot run.
 
-    Source: feature table, distribution group (centroid cosines).
+    Source: docs/algorithm.md, features: distribution group (centroid cosines).
 
     Example:
         >>> import torch

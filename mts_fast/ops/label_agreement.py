@@ -66,7 +66,7 @@ def label_agreement(
         ValueError: wrong shapes, K = 0, or a neighbour outside the pool.
         RuntimeError: an explicit backend that cannot run.
 
-    Source: feature table, 5-NN label agreement.
+    Source: docs/algorithm.md, features: 5-NN label agreement.
 
     Example:
         >>> import torch

@@ -209,7 +209,7 @@ def neighbor_statistics(
         threads on one instruction set. CUDA: matrix products in torch's float32 precision, which
         is full unless TF32 was allowed (then cosines err by up to 1e-3).
 
-    Source: feature table, distribution group.
+    Source: docs/algorithm.md, features: distribution group.
 
     Example:
         >>> import torch

@@ -55,7 +55,7 @@ def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:
     Notes:
         Ties are ranked in order of index.
 
-    Source: feature table, percentile rank of the distance to the class's median.
+    Source: docs/algorithm.md, features: percentile rank of the distance to the class's median.
 
     Example:
         >>> import torch

@@ -79,6 +79,7 @@ register(OP, "reference", _updates)
 register(DIRECTION, "reference", _directions)
 register(ALONG, "reference", _composed)
 register(OP, "cpp", virtual_update_cpp.virtual_update, virtual_update_cpp.reasons)
+register(DIRECTION, "cpp", virtual_update_cpp.hypergradient_direction, virtual_update_cpp.reasons)
 for _op, _function in (
     (OP, virtual_update_triton.virtual_update),
     (DIRECTION, virtual_update_triton.hypergradient_direction),

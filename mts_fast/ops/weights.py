@@ -35,7 +35,7 @@ def normalize_weights(
         Computed as a softmax over log w, so saturated logits (|z| of 1e4) give exact ratios. Where
         every weight is zero (all class weights 0), p is zero everywhere.
 
-    Source: DESIGN rows 1 and 2; the paper's equation for the normalised sample weight.
+    Source: rows 1 and 2 of docs/algorithm.md; the paper's normalised sample weight.
 
     Example:
         >>> import torch, mts_fast

@@ -1,4 +1,4 @@
-"""One whole MTS step, rows 1 to 9 of the algorithm from top to bottom, in plain PyTorch.
+"""One whole MTS step, rows 1 to 9 of docs/algorithm.md from top to bottom, in plain PyTorch.
 
 Written to be read beside the paper (arXiv 2606.00571), and the oracle of `MTSStep`. It costs what
 double backward costs; nothing here is fast.

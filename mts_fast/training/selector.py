@@ -43,7 +43,7 @@ class Selector(nn.Module):
     Raises:
         TypeError, ValueError: widths that are not whole numbers, or negative, or leave no input.
 
-    Source: the paper's selector; DESIGN row 1.
+    Source: the paper's selector; row 1 of docs/algorithm.md.
 
     Example:
         >>> import torch, mts_fast

@@ -108,7 +108,7 @@ class MTSStep:
         step with the next engine, and an explicit engine raises. In between, a warning is logged at
         the next call. Labels of a causal language model are compared as they are: shift them.
 
-    Source: DESIGN rows 1 to 9; Du, Zhao, Li, arXiv 2606.00571.
+    Source: rows 1 to 9 of docs/algorithm.md; Du, Zhao, Li, arXiv 2606.00571.
 
     Example:
         >>> import torch, mts_fast

@@ -211,7 +211,7 @@ def layer_case(layer, shape):
     return nn.Sequential(first, layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(5)), shape
 
 
-# every layer that DESIGN names, with the options that change the arithmetic
+# every layer that the engine is written for, with the options that change the arithmetic
 LAYERS = {
     "linear_sequence": lambda: layer_case(nn.Linear(6, 4), (3, 6)),
     "conv1d_dilated": lambda: layer_case(nn.Conv1d(4, 6, 3, dilation=2, groups=2), (4, 9)),

@@ -59,6 +59,29 @@ def test_equals_reference(name, dtype, steps):
 
 
 @needs_cpp
+@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's own; another one, in kappa only
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_direction_equals_reference(name, dtype, steps, lr):
+    """kappa v and the number of its masked entries, with gradients that are noise among others."""
+    optimizer, gradients = make(name, dtype, steps)
+    gradients[4][0] *= 1e-20 if steps == 0 else 0.0
+    along = [torch.randn_like(g) for g in gradients]
+    found = {}
+    for backend in ("reference", "cpp"):
+        with use_backend(backend):
+            found[backend] = virtual_update(optimizer, gradients).scale(along, lr)
+    mine, truth = found["cpp"], found["reference"]
+    assert torch.equal(mine.masked_entries, truth.masked_entries)
+    if name == "adamw" and steps == 0:
+        assert mine.masked_entries >= 5
+    for a, b in zip(mine, truth, strict=True):
+        # of an entry's own size; observed 5 of the dtype's eps, where the old moments cancel
+        torch.testing.assert_close(a, b, rtol=32 * torch.finfo(dtype).eps, atol=1e-30)
+
+
+@needs_cpp
 def test_groups_and_missing_gradients():
     """Every group with its own numbers; a parameter without a gradient stays, as a copy."""
     g = torch.Generator().manual_seed(0)
@@ -87,9 +110,9 @@ def test_memory_formats(gradient_format, monkeypatch):
         gradient = gradient.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     taken = []
-    whole = virtual_update_cpp._call
+    whole = virtual_update_cpp._columns
     monkeypatch.setattr(
-        virtual_update_cpp, "_call", lambda *a: taken.append(len(a[0])) or whole(*a)
+        virtual_update_cpp, "_columns", lambda *a: taken.append(len(a[0])) or whole(*a)
     )
     with use_backend("cpp"):
         (found,) = virtual_update(optimizer, [gradient]).parameters
@@ -109,6 +132,21 @@ def test_schema_of_the_updates():
     torch.library.opcheck(
         torch.ops.mts_fast.virtual_update_adam.default,
         (parameters, gradients, [], [], 0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, True, False),
+    )
+    torch.library.opcheck(
+        torch.ops.mts_fast.hypergradient_direction_adam.default,
+        (
+            parameters,
+            gradients,
+            [],
+            [],
+            gradients,
+            1e-6,
+            *(0.1, 0.9, 0.99),
+            *(1e-8, 0, 0),
+            True,
+            False,
+        ),
     )
 
 

@@ -107,8 +107,9 @@ class Comparison:
 
     @property
     def dots_are_noise(self) -> bool:
-        """Whether rounding in 16 bits leaves nothing to judge the dots by."""
-        return self.truth.learns and self.dots_allowed == math.inf
+        """Whether rounding may be half of the largest dot: then nothing says if dots are right."""
+        truth = self.truth
+        return truth.learns and self.dots_allowed >= NOISE_SHARE * _largest(truth.dots)
 
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""

@@ -38,7 +38,7 @@ class Report:
     reason: str = ""  # of a refusal, or the traceback's last line
     faults: list[str] = field(default_factory=list)
     call: int = 0  # the call that it ended in
-    noise: bool = False  # in a call the dots could not be judged: noise of 16 bits
+    noise: bool = False  # in a call rounding may be as large as the dots, which say nothing
 
     @property
     def signature(self) -> str:

@@ -43,8 +43,13 @@ def noise_share(dtype: torch.dtype) -> float:
     return NOISE_PLACES * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def noise_floor(dtype: torch.dtype, largest: Tensor) -> Tensor:
+    """noise_share(dtype of g) max |g| []."""
+    return noise_share(dtype) * largest
+
+
 def is_noise(root: Tensor, gradient: Tensor, largest: Tensor) -> Tensor:
     """Where sqrt(v_hat) < noise_share(dtype of g) max |g|, or is 0; bool of the root's shape."""
     root = root.to(torch.promote_types(root.dtype, torch.float32))
-    floor = noise_share(gradient.dtype) * largest.to(root.device)
+    floor = noise_floor(gradient.dtype, largest.to(root.device))
     return (root < floor) | (root == 0)

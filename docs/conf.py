@@ -1,0 +1,46 @@
+"""Sphinx builds the documentation site from the Markdown pages, the docstrings and the examples."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mts_fast  # noqa: E402
+
+project = "mts_fast"
+author = "the mts_fast developers"
+copyright = "2026, the mts_fast developers"
+release = version = mts_fast.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "gallery/**/*.ipynb", "gallery/**/*.py", "sg_execution_times.rst"]
+html_theme = "furo"
+html_title = "mts_fast"
+html_static_path: list[str] = []
+nitpicky = False
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_custom_sections = [("Source", "notes_style")]
+
+sphinx_gallery_conf = {
+    "examples_dirs": str(ROOT / "examples"),
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"/.*\.py$",
+    "ignore_pattern": r"/_",
+    "download_all_examples": False,
+    "abort_on_example_error": True,
+    "show_memory": False,
+    "remove_config_comments": True,
+}

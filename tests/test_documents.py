@@ -1,0 +1,83 @@
+"""Documents: blocks are run or say why not, links lead somewhere, examples run and are short."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
+# what Sphinx reads itself
+DIRECTIVES = {"{eval-rst}", "{toctree}", "{image}"}
+BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<language>\S+)\n.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MOST_LINES = 80
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_blocks_that_are_not_run_say_why(document):
+    """Python blocks are run by the conftest beside this repository's README."""
+    for block in BLOCK.finditer(document.read_text()):
+        if block["language"] == "python" or block["language"] in DIRECTIVES:
+            continue
+        assert re.match(r"<!-- not run: .{10,} -->", block["before"]), block[0][:80]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in LINK.findall(document.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path).resolve() if path else document
+        assert file.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+            assert anchor in slugs, target
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_and_draw(example, tmp_path):
+    """With small settings; what it shows is saved, and is a picture."""
+    assert len(example.read_text().splitlines()) <= MOST_LINES
+    run = (
+        "import runpy, sys, matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt;"
+        f"sys.path.insert(0, {str(example.parent)!r}); plt.show = lambda: plt.savefig('shown.png');"
+        f"runpy.run_path({str(example)!r}, run_name='__main__')"
+    )
+    environment = {**os.environ, "STEPS": "4", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "shown.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("example", "package"),
+    [
+        ("train_digits", "sklearn"),
+        ("text_classifier", "transformers"),
+        ("lora", "peft"),
+        ("watch_weights", "tensorboard"),
+    ],
+)
+def test_examples_name_the_extra_that_they_lack(example, package):
+    file = ROOT / "examples" / f"{example}.py"
+    run = (
+        f"import runpy, sys; sys.modules[{package!r}] = None;"
+        f"sys.path.insert(0, {str(file.parent)!r}); runpy.run_path({str(file)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'mts_fast[examples]'" in done.stderr
