@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
+.PHONY: setup docs demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ $(VENV)/.ready: $(SOURCES)
 	else \
 	  $(PYTHON) -m venv $(VENV); \
 	  $(BIN)/python -m pip install -q --upgrade pip; \
-	  $(BIN)/python -m pip install -q $(TORCH) numpy pybind11 ninja cmake "setuptools>=77" wheel; \
+	  $(BIN)/python -m pip install -q $(TORCH) wheel $$($(BIN)/python scripts/missing.py --build); \
 	fi
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' || \
 	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
@@ -73,6 +73,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# The site in build/docs; a warning (a broken reference, a failing example) is an error.
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 # What every Triton kernel takes of a chip, compiled without a GPU; fails where one spills.
 resources: setup
 	env -u TRITON_INTERPRET $(BIN)/python scripts/check_triton.py --json benchmarks/results/triton_resources.json
@@ -109,7 +113,7 @@ gpu: setup
 
 gpu-test: setup
 	@mkdir -p $(OUT)
-	@$(BIN)/mts-fast doctor > $(OUT)/tests.txt 2>&1 || true
+	@$(BIN)/python -c 'from mts_fast.cli.doctor import report; print(report())' > $(OUT)/tests.txt 2>&1 || true
 	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "gpu-test: no CUDA device"'
 	@status=0; $(IN_TIME) $(BIN)/python -m pytest -p no:cacheprovider -n $(GPU_WORKERS) $(GPU_ARGS) >> $(OUT)/tests.txt 2>&1 || status=$$?; \
 	  tail -n 60 $(OUT)/tests.txt; exit $$status
@@ -135,6 +139,33 @@ gpu-tune: setup
 	@mkdir -p $(OUT)
 	@status=0; $(IN_TIME) $(BIN)/python benchmarks/tune_triton.py --json $(OUT)/tune.json $(TUNE) || status=$$?; \
 	  $(BIN)/python scripts/gpu_table.py $(OUT); exit $$status
+
+# What tells most in three calls of at most nine minutes each on a GPU machine without network: build,
+# correctness and whole steps; the kernels that decide what `auto` takes; where a step's time goes.
+# Fewer than eight files land in OUT each time. The environment is not made anew between calls: files
+# copied again get new times, which would rebuild it.
+CALL := PIP_NO_INDEX=1 PYTHONUNBUFFERED=1
+CALL_TESTS := tests/kernels tests/ops tests/training tests/hypergradient tests/csrc/test_cuda_kernels.py --ignore tests/kernels/test_compiles.py
+# benchmark:selection
+CALL_BENCH := hypergradient_dot:bfloat16 cross_entropy:bfloat16_and_not_statistics virtual_update:perturb_or_update linear_cross_entropy:50257
+
+gpu-call-1:
+	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+	@$(CALL) $(MAKE) GPU_SECONDS=220 GPU_WORKERS=14 GPU_ARGS="--maxfail=40 $(CALL_TESTS)" gpu-test || true
+	@$(CALL) $(MAKE) GPU_SECONDS=190 BENCH_SECONDS=130 GPU_ARGS="-k bf16" gpu-step
+
+gpu-call-2:
+	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+	@status=0; for pair in $(CALL_BENCH); do \
+	  words=$$(echo $${pair#*:} | tr _ ' '); \
+	  $(CALL) $(MAKE) GPU_SECONDS=130 BENCH_SECONDS=95 GPU_ARGS="-k '$$words'" gpu-run-triton_$${pair%%:*} || status=$$?; \
+	done; exit $$status
+
+gpu-call-3:
+	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+	@mkdir -p $(OUT)
+	@timeout -k 10 300 env -u TRITON_INTERPRET $(BIN)/python scripts/gpu_profile.py $(OUT) || true
+	@$(CALL) $(MAKE) GPU_SECONDS=200 TUNE="hypergradient_dot sample_dot" gpu-tune
 
 # The GPU benchmarks in tiny form on the CPU, in triton's interpreter: that they still run.
 TINY := env MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from measure import interleaved, ratios
 
-from mts_fast.cli.demo.classifiers import SETTINGS, batches, build_classifier, build_optimizer
-from mts_fast.cli.demo.scenario import make_scenario
-from mts_fast.cli.demo.selection import MTSRun
+from mts_fast.demo.classifiers import SETTINGS, batches, build_classifier, build_optimizer
+from mts_fast.demo.scenario import make_scenario
+from mts_fast.demo.selection import MTSRun
 from mts_fast.features import PAPER_COLUMNS, FeatureTable
 
 ROUNDS = 15

@@ -133,7 +133,9 @@ def main():
         serve()
         return
     before, after = Side(checked_out(arguments.before)), Side(ROOT)
-    rows = {}
+    # rows of other models stay from an earlier run
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
+    rows = {k: v for k, v in rows.items() if k.partition(",")[0] not in arguments.models}
     for model in arguments.models:
         for optimizer in OPTIMIZERS:
             arms = BATCHNORM_ARMS if model == "resnet18_batchnorm" else ARMS

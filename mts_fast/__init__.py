@@ -1,24 +1,32 @@
 """mts_fast: meta-learning for training-data selection (MTS), fast, on any torch model.
 
 `MTSStep` takes the place of the training step in your loop. `mts_fast.reference` says what every
-function computes, in plain PyTorch.
+function computes, in plain PyTorch. Names are imported when they are first asked for.
 """
 
-from mts_fast import diagnostics, features, hypergradient, reference, training
-from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
-from mts_fast.ops import (
-    linear_cross_entropy,
-    normalize_weights,
-    register_update_rule,
-    selector_gradient,
-    use_backend,
-    virtual_update,
-    weighted_cross_entropy,
-)
-from mts_fast.reference.update_rules import LionRule, UpdateRule
-from mts_fast.training import MTSStep, Selector, SelectorBatch, StepResult
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mts_fast._version import __version__
+
+if TYPE_CHECKING:
+    import mts_fast.diagnostics as diagnostics
+    import mts_fast.features as features
+    import mts_fast.hypergradient as hypergradient
+    import mts_fast.reference as reference
+    import mts_fast.training as training
+    from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
+    from mts_fast.ops import (  # type: ignore[no-redef]  # modules of ops have these names, too
+        linear_cross_entropy,
+        normalize_weights,
+        register_update_rule,
+        selector_gradient,
+        use_backend,
+        virtual_update,
+        weighted_cross_entropy,
+    )
+    from mts_fast.reference.update_rules import LionRule, UpdateRule
+    from mts_fast.training import MTSStep, Selector, SelectorBatch, StepResult
 
 __all__ = [
     "LionRule",
@@ -27,6 +35,7 @@ __all__ = [
     "SelectorBatch",
     "StepResult",
     "UpdateRule",
+    "__version__",
     "check_engine",
     "diagnostics",
     "explain_engine",
@@ -43,3 +52,38 @@ __all__ = [
     "virtual_update",
     "weighted_cross_entropy",
 ]
+
+# where a name is defined; one that is not here is a module of its own
+_HOMES = {
+    "mts_fast.hypergradient": ("check_engine", "explain_engine", "hypergradient_dots"),
+    "mts_fast.ops": (
+        "linear_cross_entropy",
+        "normalize_weights",
+        "register_update_rule",
+        "selector_gradient",
+        "use_backend",
+        "virtual_update",
+        "weighted_cross_entropy",
+    ),
+    "mts_fast.reference.update_rules": ("LionRule", "UpdateRule"),
+    "mts_fast.training": ("MTSStep", "Selector", "SelectorBatch", "StepResult"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif name in __all__:
+        value = importlib.import_module(f"mts_fast.{name}")
+    else:
+        names = ", ".join(__all__)
+        raise AttributeError(
+            f"mts_fast: name must be one of {names}, got {name!r}; see help(mts_fast)"
+        )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,6 +49,9 @@ def test_readme_is_short():
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run_and_draw(example, tmp_path):
     """With small settings; what it shows is saved, and is a picture."""
+    for package in ("transformers", "peft", "tensorboard"):
+        if package in example.read_text():
+            pytest.importorskip(package)
     assert len(example.read_text().splitlines()) <= MOST_LINES
     run = (
         "import runpy, sys, matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt;"

@@ -14,12 +14,16 @@ LONGEST = 400
 # a module may import from its own row and from those below it.
 ROWS = (
     ("cli",),
+    ("demo",),
     ("training",),
     ("features",),
     ("hypergradient", "diagnostics"),
     ("ops",),
     ("reference", "kernels"),
-    ("_ambient", "_extension", "_triton", "_check", "_files", "_interrupts", "_isolation"),
+    (
+        *("_ambient", "_check", "_extension", "_files", "_interrupts", "_isolation"),
+        *("_outputs", "_process", "_triton", "_version"),
+    ),
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -56,7 +60,7 @@ def wrong_imports(part, source):
     return [
         found or "mts_fast"
         for found in imported_parts(source)
-        if (part != "cli" if not found else HEIGHT[found] > HEIGHT[part])
+        if (part not in ("cli", "demo") if not found else HEIGHT[found] > HEIGHT[part])
     ]
 
 
@@ -84,10 +88,22 @@ def test_the_walk_sees_every_form_of_import(part, source, wrong):
     assert wrong_imports(part, source) == wrong
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "features --help"])
+def test_help_leaves_torch_alone(words):
+    script = (
+        "import sys; from mts_fast.cli.main import main\n"
+        f"assert main({words.split()!r}) == 0\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mts-fast" in done.stdout
+
+
 def test_import_brings_torch_and_nothing_else():
     """In a fresh process: whatever torch itself brings is not ours."""
     script = (
-        "import sys, torch; before = set(sys.modules); import mts_fast; "
+        "import sys, torch; before = set(sys.modules); import mts_fast; mts_fast.MTSStep; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     done = subprocess.run(

@@ -18,20 +18,10 @@ import mts_fast
 from mts_fast._check import describe, fail
 from mts_fast._extension import build_record, extension
 from mts_fast._triton import interpreted
+from mts_fast.cli.packages import OPTIONAL
 from mts_fast.hypergradient import ENGINES
 from mts_fast.ops import registry
 
-# optional packages, what they are for and what brings them
-OPTIONAL = {
-    "triton": ("Triton kernels", "triton"),
-    "safetensors": ("FeatureTable and embeddings on disk", "'mts_fast[features]'"),
-    "timm": ("features.embed('timm:NAME')", "timm"),
-    "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
-    "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
-    "PIL": ("the demo's glyphs", "'mts_fast[demo]'"),
-    "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
-    "rich": ("tables and progress bars", "'mts_fast[features]'"),
-}
 # what a package is called where it is installed from, if otherwise
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mts_fast._check import fail
 from mts_fast._files import locked, regular_target, save_tensors
-from mts_fast.cli.outputs import try_folder
+from mts_fast._outputs import try_folder
+from mts_fast._process import INTERRUPTED, postponed
 from mts_fast.cli.pool import OP, PoolFile, by_flags, of_file, open_flags, open_labels
-from mts_fast.cli.process import INTERRUPTED, postponed
 from mts_fast.features import DistributionSweep, FeatureTable
 from mts_fast.features.sweep import CHUNK
 
@@ -30,7 +30,22 @@ SAVE_SECONDS = 30.0
 LOG_SHARE = 0.1
 
 
-def run_features(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class FeaturesOptions:
+    """As the command line names them; files may name an array, FILE:KEY."""
+
+    embeddings: str
+    labels: str
+    is_synthetic: str
+    out: str
+    k: int
+    neighbors: int
+    small_class: str
+    chunk: int | None
+    resume: bool
+
+
+def run_features(arguments: FeaturesOptions) -> int:
     """Compute the table, or go on with it; returns the exit status."""
     out = Path(arguments.out)
     with by_flags():

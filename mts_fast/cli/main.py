@@ -1,19 +1,22 @@
-"""Entry point of the command mts-fast."""
+"""Entry point of the command mts-fast. Nothing here imports torch: `--help` answers at once."""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import mts_fast
-from mts_fast._check import fail
-from mts_fast.cli.doctor import OPTIONAL
-from mts_fast.cli.process import INTERRUPTED, interrupts, postponed, tolerant_output
-from mts_fast.ops import registry
+import typer
+from typer.exceptions import TyperException
+
+from mts_fast._process import INTERRUPTED, interrupts, postponed, tolerant_output
+from mts_fast._version import __version__
+from mts_fast.cli.packages import hint_for
+from mts_fast.cli.usage import usage_message, whole
 
 DEFAULT_SEEDS = 2
 # torch counts in int64
@@ -28,176 +31,209 @@ ERRORS = (OSError, ImportError, TypeError, ValueError, RuntimeError, MemoryError
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 logger = logging.getLogger("mts_fast")
+VERBS: list[str] = []
+app = typer.Typer(name="mts-fast", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run one verb; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in words if word in VERBS), "")
+    name = f"mts-fast {verb}".strip()
+    if verb and "--help" not in words:
+        # outside of the handlers below: an exception in the middle of some imports would be lost
+        importlib.import_module("mts_fast.training")
     with tolerant_output() as out, interrupts():
-        verb = ""
         try:
-            arguments = _parser().parse_args(argv)
-            verb = f" {arguments.verb}"
-            level = logging.INFO if arguments.verbose else logging.WARNING
-            logging.basicConfig(level=level)
-            status = RUN[arguments.verb](arguments)
+            command = typer.main.get_command(app)
+            status = command.main(args=words, prog_name="mts-fast", standalone_mode=False) or 0
             if out is not None:
                 out.flush()
                 # a reader that has seen enough is no error, a full disk behind stdout is one
                 if out.error is not None and not isinstance(out.error, BrokenPipeError):
-                    hint = "free the disk, or let it go elsewhere"
-                    fail(OSError, arguments.verb, "standard output", "writable", out.error, hint)
-        except KeyboardInterrupt:
+                    raise OSError(
+                        f"{verb}: standard output must be writable, got {out.error}; free the disk,"
+                        " or let it go elsewhere"
+                    )
+        except (KeyboardInterrupt, _Interrupted):
             with postponed():
-                print(f"mts-fast{verb}: interrupted", file=sys.stderr)
+                print(f"{name}: interrupted", file=sys.stderr)
             return INTERRUPTED
+        except TyperException as error:
+            with postponed():
+                print(f"{name}: {usage_message(error, VERBS, name)}", file=sys.stderr)
+            return 2
         except ERRORS as error:
             with postponed():
                 logger.info("where it was raised:", exc_info=error)
-                print(f"mts-fast{verb}: {_one_line(error, verb.strip())}", file=sys.stderr)
+                print(f"{name}: {_one_line(error, verb)}", file=sys.stderr)
             return 2
-        return status
+        return int(status)
 
 
 def _one_line(error: Exception, verb: str) -> str:
     """What went wrong, and what to do."""
     message = " ".join(str(error).split()).removeprefix(f"{verb}: ")
-    message = message.replace(
-        "use backend 'auto'", f"set {registry.ENVIRONMENT_VARIABLE} to 'auto'"
-    )
+    message = message.replace("use backend 'auto'", "set MTS_FAST_BACKEND to 'auto'")
     if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
         hint = "pass a smaller --chunk, or close other programs"
         hint = hint if verb == "features" else "close other programs"
         return f"memory must be enough, got {message or 'none left'}; {hint}"
     if isinstance(error, ImportError):
-        package = (error.name or "").partition(".")[0]
-        if package in OPTIONAL and "pip install" not in message:
-            return f"{message}; pip install {OPTIONAL[package][1]}"
+        hint = hint_for((error.name or "").partition(".")[0])
+        if hint and "pip install" not in message:
+            return f"{message}; {hint}"
     if isinstance(error, RuntimeError) and "; " not in message:
         return f"{message}; `mts-fast -v {verb}` shows where, `mts-fast doctor` what runs here"
     return message
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mts-fast", description=mts_fast.__doc__)
-    version = f"mts-fast {mts_fast.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say which engine and backend; tracebacks"
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    _add_demo(verbs)
-    _add_features(verbs)
-    doctor = verbs.add_parser("doctor", help="what runs here, and why what does not run does not")
-    doctor.add_argument(
-        "--model",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="which engine serves a model; FACTORY() returns it, or (model, inputs, labels)",
-    )
-    return parser
+class _Interrupted(Exception):
+    """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a word."""
 
 
-def _add_demo(verbs: argparse._SubParsersAction) -> None:
-    demo = verbs.add_parser("demo", help="learn which synthetic images help, on real data")
-    demo.add_argument("--data", choices=("digits", "fashion"), default="digits")
-    demo.add_argument("--root", help="folder with Fashion-MNIST's IDX files")
-    demo.add_argument(
-        "--seeds", type=_whole(1, MOST_SEEDS), help=f"how many seeds (default {DEFAULT_SEEDS})"
-    )
-    demo.add_argument("--first-seed", type=_whole(0, LARGEST - MOST_SEEDS), default=0)
-    demo.add_argument("--steps", type=_whole(1), help="training steps of every arm")
-    demo.add_argument("--out", help="folder for results (default runs/demo-DATA)")
-    demo.add_argument(
-        "--study", choices=("batch-size",), help="GSNR of the selector gradient against its batch"
-    )
+def _verb(run: Callable[..., int]) -> Callable[..., int]:
+    """Registers a verb."""
 
-
-def _add_features(verbs: argparse._SubParsersAction) -> None:
-    features = verbs.add_parser(
-        "features", help="distribution features of a pool of embeddings, as a FeatureTable"
-    )
-    features.add_argument(
-        "embeddings",
-        metavar="FILE[:KEY]",
-        help="embeddings [N, D] in a .npy, .npz or .safetensors file; KEY names an array in it",
-    )
-    for name, what in (("labels", "classes [N]"), ("is-synthetic", "0/1 flags [N]")):
-        features.add_argument(f"--{name}", required=True, metavar="FILE[:KEY]", help=what)
-    features.add_argument("--out", required=True, help="the table: a .safetensors file")
-    features.add_argument("-k", type=_whole(1), default=3, help="nearest of the class and source")
-    features.add_argument("--neighbors", type=_whole(1), default=5, help="K of label agreement")
-    features.add_argument(
-        "--small-class",
-        choices=("error", "pad"),
-        default="error",
-        help="where a class has k or fewer samples of a source: stop, or repeat its last cosine",
-    )
-    features.add_argument("--chunk", type=_whole(1), help="rows in memory, twice (8192)")
-    features.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with what an interrupted run left in OUT.partial",
-    )
-
-
-def _whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
-    """A whole number in [low, high], with a message that says so."""
-
-    def number(text: str) -> int:
-        expected = f"must be a whole number from {low} to {high}, got {text!r}; pass one in digits"
+    @functools.wraps(run)
+    def interruptible(*args: Any, **kwargs: Any) -> int:
         try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(expected) from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(expected)
-        return value
+            return run(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
 
-    return number
-
-
-def _features(arguments: argparse.Namespace) -> int:
-    import safetensors  # noqa: F401  (asked for before the work, not after it)
-
-    from mts_fast.cli.features import run_features
-
-    return run_features(arguments)
+    VERBS.append(run.__name__)
+    app.command()(interruptible)
+    return run
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mts-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say which engine and backend; tracebacks.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    """Learn which training data to use (MTS), fast, on any torch model."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+
+
+@_verb
+def demo(
+    data: Annotated[Literal["digits", "fashion"], typer.Option(help="Images.")] = "digits",
+    root: Annotated[str | None, typer.Option(help="Folder of Fashion-MNIST's IDX files.")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(parser=whole(1, MOST_SEEDS), metavar="N", help="How many seeds (2)."),
+    ] = None,
+    first_seed: Annotated[
+        int, typer.Option(parser=whole(0, LARGEST - MOST_SEEDS), metavar="N", help="The first.")
+    ] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(parser=whole(1, LARGEST), metavar="N", help="Training steps of every arm."),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for results (runs/demo-DATA).")] = None,
+    study: Annotated[
+        Literal["batch-size"] | None,
+        typer.Option(help="GSNR of the selector's gradient against its batch."),
+    ] = None,
+) -> int:
+    """Learn which synthetic images help, on real data with planted failures."""
     for module in DEMO_NEEDS:
         importlib.import_module(module)
-    from mts_fast.cli.demo.run import run_demo
-    from mts_fast.cli.demo.study import run_batch_size_study
+    from mts_fast._check import fail
+    from mts_fast.demo.run import run_demo
+    from mts_fast.demo.study import run_batch_size_study
 
-    if arguments.root is not None and arguments.data != "fashion":
+    if root is not None and data != "fashion":
         hint = "leave it out, or pass --data fashion"
         fail(ValueError, "demo", "--root", "given with --data fashion only", "digits", hint)
-    if arguments.out == "":
+    if out == "":
         fail(ValueError, "demo", "--out", "a folder", "an empty name", "name one, or leave it out")
-    if arguments.study is not None:
-        for flag, value in (("--seeds", arguments.seeds), ("--steps", arguments.steps)):
+    if study is not None:
+        for flag, value in (("--seeds", seeds), ("--steps", steps)):
             if value is not None:
-                expected = f"left out with --study {arguments.study}"
+                expected = f"left out with --study {study}"
                 hint = "it has one seed, --first-seed, and steps of its own"
                 fail(ValueError, "demo", flag, expected, value, hint)
-        out = Path(arguments.out or f"runs/study-batch-size-{arguments.data}")
-        run_batch_size_study(arguments.data, arguments.first_seed, out, arguments.root)
+        folder = Path(out or f"runs/study-batch-size-{data}")
+        run_batch_size_study(data, first_seed, folder, root)
         return 0
-    out = Path(arguments.out or f"runs/demo-{arguments.data}")
-    seeds = range(arguments.first_seed, arguments.first_seed + (arguments.seeds or DEFAULT_SEEDS))
-    run_demo(arguments.data, seeds, out, arguments.root, arguments.steps)
+    folder = Path(out or f"runs/demo-{data}")
+    run_demo(data, range(first_seed, first_seed + (seeds or DEFAULT_SEEDS)), folder, root, steps)
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+FILE = "FILE[:KEY]"
+
+
+@_verb
+def features(
+    embeddings: Annotated[
+        str,
+        typer.Argument(
+            metavar=FILE,
+            help="Embeddings [N, D]: .npy, .npz or .safetensors; KEY names an array in it.",
+        ),
+    ],
+    labels: Annotated[str, typer.Option(metavar=FILE, help="Classes [N].")],
+    is_synthetic: Annotated[str, typer.Option(metavar=FILE, help="0/1 flags [N].")],
+    out: Annotated[str, typer.Option(help="The table: a .safetensors file.")],
+    k: Annotated[
+        int,
+        typer.Option("-k", parser=whole(1, LARGEST), metavar="N", help="Nearest of a source."),
+    ] = 3,
+    neighbors: Annotated[
+        int, typer.Option(parser=whole(1, LARGEST), metavar="N", help="K of the label agreement.")
+    ] = 5,
+    small_class: Annotated[
+        Literal["error", "pad"],
+        typer.Option(help="Where a class has k samples of a source or fewer: stop, or repeat."),
+    ] = "error",
+    chunk: Annotated[
+        int | None,
+        typer.Option(parser=whole(1, LARGEST), metavar="N", help="Rows in memory, twice (8192)."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with what an interrupted run left in OUT.partial.")
+    ] = True,
+) -> int:
+    """Distribution features of a pool of embeddings, as a FeatureTable."""
+    import safetensors  # noqa: F401  (asked for before the work, not after it)
+
+    from mts_fast.cli.features import FeaturesOptions, run_features
+
+    options = FeaturesOptions(
+        embeddings, labels, is_synthetic, out, k, neighbors, small_class, chunk, resume
+    )
+    return run_features(options)
+
+
+@_verb
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Which engine serves a model; FACTORY() returns it, or (model, inputs, labels).",
+        ),
+    ] = None,
+) -> int:
+    """What runs here, and why what does not run does not."""
     from mts_fast.cli.doctor import model_report, report
 
-    print(report() if arguments.model is None else model_report(arguments.model))
+    print(report() if model is None else model_report(model))
     return 0
-
-
-RUN = {"demo": _demo, "doctor": _doctor, "features": _features}
 
 
 if __name__ == "__main__":

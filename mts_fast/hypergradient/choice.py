@@ -50,6 +50,10 @@ class Choice:
     calls: int = 0  # in which it was asked for dots
     refusals: tuple[str, ...] = ()  # "engine: reason" of those before it
 
+    def __str__(self) -> str:
+        because = f", since {'; '.join(self.refusals)}" if self.refusals else ""
+        return f"{self.engine}{because}"
+
 
 @dataclass
 class EngineChoice:
@@ -127,6 +131,11 @@ class EngineChoice:
         self._choices.update(self._pending)
         self._pending = {}
 
+    def __str__(self) -> str:
+        """The engines that have served, and why not those before them."""
+        served = dict.fromkeys(map(str, self._choices.values()))
+        return f"engine={self.name!r}" + (f" takes {'; or '.join(served)}" if served else "")
+
     def state_dict(self) -> dict[str, Any]:
         """The choices by layout."""
         return {
@@ -175,6 +184,5 @@ class EngineChoice:
         return self._engines[name]
 
     def _say(self, choice: Choice, *, first: bool) -> None:
-        because = f", since {'; '.join(choice.refusals)}" if choice.refusals else ""
         level = logging.INFO if first or not choice.refusals else logging.WARNING
-        logger.log(level, "%s: engine=%r takes %s%s", self.op, self.name, choice.engine, because)
+        logger.log(level, "%s: engine=%r takes %s", self.op, self.name, choice)

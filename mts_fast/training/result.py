@@ -9,7 +9,7 @@ from torch import Tensor
 from mts_fast.diagnostics import WeightStatistics, weight_statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepResult:
     """Tensors of one step, detached. B is the training batch, B2 the selector's batch.
 
@@ -31,6 +31,12 @@ class StepResult:
     # [], entries of kappa set to 0, their second moment being rounding noise (Adam and the like)
     masked_entries: Tensor | None
     skipped: bool = False  # a gradient overflowed under loss scaling: no parameter has moved
+
+    def __repr__(self) -> str:
+        """Sizes and the engine: values would have to be waited for."""
+        learned = "" if self.dots is None else f", selector learned from {len(self.dots)}"
+        skipped = ", skipped" if self.skipped else ""
+        return f"StepResult(engine={self.engine!r}, {len(self.losses)} samples{learned}{skipped})"
 
     @property
     def statistics(self) -> WeightStatistics:

@@ -318,6 +318,14 @@ class MTSStep:
                 check_finite(OP, "selector's output", z, "the selector has diverged")
             return self._scorer.weights(batch, z)
 
+    def __repr__(self) -> str:
+        backend = ops.current_backend() if self.backend == "auto" else self.backend
+        names = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
+        return (
+            f"MTSStep({names}, schedule={self.schedule!r}, backend={backend!r},"
+            f" steps={self.steps}): {self._engines}"
+        )
+
     @property
     def class_weight(self) -> Tensor | None:
         """Factor of each class in the weights, [C]; may be set between steps."""

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from mts_fast.cli.demo.arms import ARMS, run_seed, selection_auc
-from mts_fast.cli.demo.classifiers import SETTINGS, accuracy, train_weighted
-from mts_fast.cli.demo.images import load_fashion
-from mts_fast.cli.demo.run import summarize
-from mts_fast.cli.demo.scenario import GOOD, KINDS, REAL, make_scenario
 from mts_fast.cli.main import main
+from mts_fast.demo.arms import ARMS, run_seed, selection_auc
+from mts_fast.demo.classifiers import SETTINGS, accuracy, train_weighted
+from mts_fast.demo.images import load_fashion
+from mts_fast.demo.run import summarize
+from mts_fast.demo.scenario import GOOD, KINDS, REAL, make_scenario
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 
 import mts_fast
-from mts_fast.cli import main as main_module
-from mts_fast.cli.demo import run as demo_run
-from mts_fast.cli.demo.arms import ARMS, run_seed
-from mts_fast.cli.demo.classifiers import SETTINGS
-from mts_fast.cli.demo.tables import print_table
-from mts_fast.cli.demo.workers import run_seeds
+from mts_fast._process import TolerantStream, interrupts, postponed
 from mts_fast.cli.main import main
-from mts_fast.cli.process import TolerantStream, interrupts, postponed
+from mts_fast.demo import run as demo_run
+from mts_fast.demo.arms import ARMS, run_seed
+from mts_fast.demo.classifiers import SETTINGS
+from mts_fast.demo.tables import print_table
+from mts_fast.demo.workers import run_seeds
 
 # far more than any of these processes takes to end, which is under a second
 PATIENCE = 60
@@ -28,7 +27,8 @@ DEMO = """
 import os, signal, sys, time
 from pathlib import Path
 from mts_fast.cli import main
-from mts_fast.cli.demo.workers import run_seeds, tell
+from mts_fast.demo import run
+from mts_fast.demo.workers import run_seeds, tell
 
 def work(seed):
     Path(f"{seed}.part").write_text(str(os.getpid()))
@@ -39,14 +39,14 @@ def work(seed):
         raise ValueError("demo: seed 1 must be good, got a bad one; take another")
     time.sleep(1000)
 
-def demo(_):
+def demo(*_):
     ended = lambda seed, well: print(seed, well, flush=True)
     return run_seeds(work, range(2), lambda *_: None, ended)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     os.cpu_count = lambda: 2
-    main.RUN["demo"] = demo
+    run.run_demo = demo
     sys.exit(main.main(["demo"]))
 """
 
@@ -195,7 +195,7 @@ def test_signals_that_are_ignored_stay_ignored():
 
 
 def raising(error):
-    def run(_):
+    def run(*_):
         raise error
 
     return run
@@ -224,7 +224,7 @@ def raising(error):
     ],
 )
 def test_errors_are_one_line(error, said, monkeypatch, capsys):
-    monkeypatch.setitem(main_module.RUN, "doctor", raising(error))
+    monkeypatch.setattr("mts_fast.cli.doctor.report", raising(error))
     assert main(["doctor"]) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     printed = capsys.readouterr().err
     assert printed.startswith(f"mts-fast doctor: {said}") and printed.count("\n") == 1
@@ -341,9 +341,17 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         ("--first-seed", "1" + 20 * "0", "must be a whole number from 0 to 92233720368547748"),
         ("--first-seed", "-1", "must be a whole number from 0 to 9223372036854774807, got '-1'"),
     ):
-        with pytest.raises(SystemExit):
-            main(["demo", flag, value])
-        assert f"argument {flag}: {said}" in capsys.readouterr().err
+        assert main(["demo", flag, value]) == 2
+        assert f"mts-fast demo: {flag} {said}" in capsys.readouterr().err
+    for words, said in (
+        (["demo", "--data", "cats"], "--data must be one of 'digits', 'fashion', got 'cats'; see"),
+        (["demo", "--sedes", "3"], "options must be ones that the command has, got --sedes; did"),
+        (["demo", "more"], "the command line must be as the help says, got: Got unexpected"),
+        (["features", "pool.npy"], "--labels must be given, got nothing; see `mts-fast features"),
+        (["train"], "the command must be one of demo, doctor, features, got 'train'; see"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mts_fast.cli.demo.edits import Edit, edit_images
-from mts_fast.cli.demo.glyphs import draw_glyphs
-from mts_fast.cli.demo.images import LabelledImages, load_digits, load_fashion
+from mts_fast.demo.edits import Edit, edit_images
+from mts_fast.demo.glyphs import draw_glyphs
+from mts_fast.demo.images import LabelledImages, load_digits, load_fashion
 
 # what a synthetic sample really is, with its share of the pool; REAL marks real images
 KINDS = {

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mts_fast.cli.demo.classifiers import SETTINGS, Settings, accuracy, train_weighted
-from mts_fast.cli.demo.scenario import GOOD, Scenario, make_scenario
-from mts_fast.cli.demo.selection import MTSRun, Selection, pool_features, retrain
+from mts_fast.demo.classifiers import SETTINGS, Settings, accuracy, train_weighted
+from mts_fast.demo.scenario import GOOD, Scenario, make_scenario
+from mts_fast.demo.selection import MTSRun, Selection, pool_features, retrain
 from mts_fast.features import ForgettingCounter
 
 # in the order of the table

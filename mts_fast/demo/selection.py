@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mts_fast
-from mts_fast.cli.demo.classifiers import (
+from mts_fast.demo.classifiers import (
     Progress,
     Settings,
     batches,
@@ -19,8 +19,8 @@ from mts_fast.cli.demo.classifiers import (
     build_optimizer,
     train_weighted,
 )
-from mts_fast.cli.demo.images import LabelledImages
-from mts_fast.cli.demo.scenario import CLASSES, Scenario
+from mts_fast.demo.images import LabelledImages
+from mts_fast.demo.scenario import CLASSES, Scenario
 from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 
 ONLINE_WIDTH = 4

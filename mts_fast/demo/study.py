@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from mts_fast.cli.demo.classifiers import SETTINGS, train_weighted
-from mts_fast.cli.demo.figures import draw_batch_size_study
-from mts_fast.cli.demo.run import machine, save_record
-from mts_fast.cli.demo.scenario import Scenario, make_scenario
-from mts_fast.cli.demo.selection import MTSRun, pool_features
-from mts_fast.cli.demo.tables import print_table
-from mts_fast.cli.outputs import output_folder
+from mts_fast._outputs import output_folder
+from mts_fast.demo.classifiers import SETTINGS, train_weighted
+from mts_fast.demo.figures import draw_batch_size_study
+from mts_fast.demo.run import machine, save_record
+from mts_fast.demo.scenario import Scenario, make_scenario
+from mts_fast.demo.selection import MTSRun, pool_features
+from mts_fast.demo.tables import print_table
 from mts_fast.diagnostics import GSNRMeter
 from mts_fast.features import ForgettingCounter
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mts_fast._files import replaced_file, writing
-from mts_fast.cli.demo.arms import ARMS, SeedResult, run_seed
-from mts_fast.cli.demo.classifiers import SETTINGS, Settings
-from mts_fast.cli.demo.figures import draw_figures
-from mts_fast.cli.demo.tables import plus_minus, print_table
-from mts_fast.cli.demo.workers import run_seeds, tell
-from mts_fast.cli.outputs import output_folder
+from mts_fast._outputs import output_folder
+from mts_fast.demo.arms import ARMS, SeedResult, run_seed
+from mts_fast.demo.classifiers import SETTINGS, Settings
+from mts_fast.demo.figures import draw_figures
+from mts_fast.demo.tables import plus_minus, print_table
+from mts_fast.demo.workers import run_seeds, tell
 
 # steps reported to the progress bar at once
 REPORT_EVERY = 20

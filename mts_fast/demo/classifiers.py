@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import mts_fast
-from mts_fast.cli.demo.images import LabelledImages
-from mts_fast.cli.demo.scenario import CLASSES
+from mts_fast.demo.images import LabelledImages
+from mts_fast.demo.scenario import CLASSES
 
 Progress = Callable[[int], None]  # told how many steps were taken
 EVALUATION_BATCH = 4096

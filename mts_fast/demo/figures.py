@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mts_fast._files import replaced_file, writing
-from mts_fast.cli.demo.arms import SeedResult
-from mts_fast.cli.demo.scenario import CLASSES, KINDS, REAL, Scenario, make_scenario
+from mts_fast.demo.arms import SeedResult
+from mts_fast.demo.scenario import CLASSES, KINDS, REAL, Scenario, make_scenario
 
 # good, then the failures; real images in black
 COLORS = ("#1b9e77", "#7570b3", "#d95f02", "#e7298a", "#a6761d")

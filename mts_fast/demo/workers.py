@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 from mts_fast._check import fail
-from mts_fast.cli.process import postponed
+from mts_fast._process import postponed
 
 # how often the main process looks whether a seed has ended
 LOOK_SECONDS = 0.2

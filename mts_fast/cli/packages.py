@@ -1,0 +1,20 @@
+"""Optional packages: what they are for, and how to install them."""
+
+from __future__ import annotations
+
+# module -> (purpose, what pip installs)
+OPTIONAL = {
+    "triton": ("Triton kernels", "triton"),
+    "safetensors": ("FeatureTable and embeddings on disk", "'mts_fast[features]'"),
+    "timm": ("features.embed('timm:NAME')", "timm"),
+    "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
+    "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
+    "PIL": ("the demo's glyphs", "'mts_fast[demo]'"),
+    "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
+    "rich": ("tables and progress bars", "'mts_fast[features]'"),
+}
+
+
+def hint_for(module: str) -> str:
+    """What to do where the module is missing; "" for one that is not ours to name."""
+    return f"pip install {OPTIONAL[module][1]}" if module in OPTIONAL else ""

@@ -1,0 +1,69 @@
+"""The three calls for a GPU machine: what they run exists, in time, and few files come back."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# of a command on such a machine, less what make and pytest need to start
+MOST_SECONDS = 540
+# the first call's, which builds
+SETUP_SECONDS = 120
+
+
+def commands(number):
+    """What the call would run, a line each; sub-makes included."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "-n", f"gpu-call-{number}", "OUT=build/out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def seconds(text):
+    """The longest that the timed parts may take."""
+    return sum(int(n) for n in re.findall(r"timeout (?:-s INT )?-k 10 (\d+)", text))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_calls_end_in_time(number):
+    text = commands(number)
+    assert 0 < seconds(text) <= MOST_SECONDS - (SETUP_SECONDS if number == 1 else 0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_selected_exists(number):
+    """Every pytest of a call collects something."""
+    lines = re.findall(r"-m pytest ([^>|;]*)", commands(number))
+    assert len(lines) == {1: 2, 2: 4}[number]
+    for line in lines:
+        words = shlex.split(line)
+        own = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
+        if "-n" in own:
+            place = own.index("-n")
+            del own[place : place + 2]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", *own],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+        )
+        # 5: nothing was collected
+        assert done.returncode == 0, f"{line}: {done.stdout[-500:]}"
+
+
+def test_few_files_come_back():
+    """tests.txt and gpu_step.json; four records; waits, profile, sanitizer, tune: and a table."""
+    text = "".join(map(commands, (1, 2, 3)))
+    assert len(set(re.findall(r"condense\.py build/(\w+)\.json", text))) == 5
