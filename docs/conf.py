@@ -1,5 +1,6 @@
 """Sphinx builds the documentation site from the Markdown pages, the docstrings and the examples."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,9 +39,25 @@ sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "examples"),
     "gallery_dirs": "gallery",
     "filename_pattern": r"/.*\.py$",
-    "ignore_pattern": r"/_",
+    "ignore_pattern": r"(^|/)_",
     "download_all_examples": False,
     "abort_on_example_error": True,
     "show_memory": False,
     "remove_config_comments": True,
 }
+
+# what docstrings write plainly and reStructuredText would read as markup: |g|, [B, *shape]
+_MARKUP = re.compile(r"(?<!\\)([|]|\*(?=\w+\]))")
+
+
+def _escape_markup(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
+    """Docstrings are plain text; their doctests stay as they are."""
+    lines[:] = [
+        line if line.lstrip().startswith((">>>", "...")) else _MARKUP.sub(r"\\\1", line)
+        for line in lines
+    ]
+
+
+def setup(app):  # type: ignore[no-untyped-def]
+    """Before napoleon reads them."""
+    app.connect("autodoc-process-docstring", _escape_markup, priority=400)
