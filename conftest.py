@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
-collect_ignore = ["docs/conf.py", "setup.py", "build"]
+collect_ignore = ["docs/conf.py", "docs/gallery", "setup.py", "build"]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)$.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -28,6 +28,12 @@ if importlib.util.find_spec("sybil"):
         patterns=["README.md", "docs/*.md"],
         fixtures=["folder_of_its_own"],
     ).pytest()
+
+
+def pytest_configure(config):
+    """Several processes heed the groups below. In addopts it would stop the benchmarks."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
 
 
 def pytest_collection_modifyitems(items):
