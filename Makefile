@@ -34,14 +34,19 @@ $(VENV)/.ready: $(SOURCES)
 demo: setup
 	$(BIN)/mts-fast demo
 
+# blocks of a document share their names, so one process runs them
+DOCUMENTS := README.md docs
+
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 tests mts_fast
+	$(BIN)/python -m pytest $(DOCUMENTS)
 
 # What the core suite takes a sample of, in full: every operator and 500 moments of a step
 # interrupted, 2000 random worlds. Its summary is committed.
 test-all: setup
 	@mkdir -p build
-	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 | tee build/test-all.txt
+	$(BIN)/python -m pytest $(DOCUMENTS)
+	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 tests mts_fast | tee build/test-all.txt
 	$(MAKE) worlds
 	tail -n 1 build/test-all.txt > benchmarks/results/test_all.txt
 

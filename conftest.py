@@ -1,4 +1,7 @@
-"""Runs the Python blocks of README.md and docs/ as tests, each document's in its order."""
+"""Runs the Python blocks of README.md and docs/ as tests, each document's in its order.
+
+They share names, so `make test` runs them in one process of their own.
+"""
 
 import importlib.util
 import re
@@ -28,19 +31,6 @@ if importlib.util.find_spec("sybil"):
         patterns=["README.md", "docs/*.md"],
         fixtures=["folder_of_its_own"],
     ).pytest()
-
-
-def pytest_configure(config):
-    """Several processes heed the groups below. In addopts it would stop the benchmarks."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-
-
-def pytest_collection_modifyitems(items):
-    """Blocks of a document share their names, so one process runs them all."""
-    for item in items:
-        if item.path.suffix == ".md":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_terminal_summary(terminalreporter):
