@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.9.0
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup docs demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
+.PHONY: setup call-setup docs demo test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -154,20 +154,20 @@ CALL_TESTS := tests/kernels tests/ops tests/training tests/hypergradient tests/c
 # benchmark:selection
 CALL_BENCH := hypergradient_dot:bfloat16 cross_entropy:bfloat16_and_not_statistics virtual_update:perturb_or_update linear_cross_entropy:50257
 
-gpu-call-1:
+call-setup:
 	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+
+gpu-call-1: call-setup
 	@$(CALL) $(MAKE) GPU_SECONDS=220 GPU_WORKERS=14 GPU_ARGS="--maxfail=40 $(CALL_TESTS)" gpu-test || true
 	@$(CALL) $(MAKE) GPU_SECONDS=190 BENCH_SECONDS=130 GPU_ARGS="-k bf16" gpu-step
 
-gpu-call-2:
-	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+gpu-call-2: call-setup
 	@status=0; for pair in $(CALL_BENCH); do \
 	  words=$$(echo $${pair#*:} | tr _ ' '); \
 	  $(CALL) $(MAKE) GPU_SECONDS=130 BENCH_SECONDS=95 GPU_ARGS="-k '$$words'" gpu-run-triton_$${pair%%:*} || status=$$?; \
 	done; exit $$status
 
-gpu-call-3:
-	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
+gpu-call-3: call-setup
 	@mkdir -p $(OUT)
 	@timeout -k 10 300 env -u TRITON_INTERPRET $(BIN)/python scripts/gpu_profile.py $(OUT) || true
 	@$(CALL) $(MAKE) GPU_SECONDS=200 TUNE="hypergradient_dot sample_dot" gpu-tune

@@ -23,8 +23,6 @@ extensions = [
 exclude_patterns = ["_build", "gallery/**/*.ipynb", "gallery/**/*.py", "sg_execution_times.rst"]
 html_theme = "furo"
 html_title = "mts_fast"
-html_static_path: list[str] = []
-nitpicky = False
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
@@ -32,7 +30,6 @@ myst_enable_extensions = ["colon_fence"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-napoleon_google_docstring = True
 napoleon_custom_sections = [("Source", "notes_style")]
 
 sphinx_gallery_conf = {
