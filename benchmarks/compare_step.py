@@ -54,9 +54,12 @@ def serve():
         if order["do"] == "make":
             options = {k: v for k, v in order["options"].items() if k in known}
             torch.manual_seed(0)
-            arm = Ours(make_task(order["model"]), optimizer=order["optimizer"], **options)
-            for _ in range(WARM_UP):
-                arm.step()
+            try:
+                arm = Ours(make_task(order["model"]), optimizer=order["optimizer"], **options)
+                for _ in range(WARM_UP):
+                    arm.step()
+            except RuntimeError as error:  # of the guard: no engine for this model
+                answer["refused"] = str(error)
         elif order["do"] == "step":
             start = time.perf_counter()
             arm.step()
@@ -104,8 +107,9 @@ def checked_out(commit):
 def compared(before, after, **order):
     """Medians and ratios of one arm."""
     sides = {"before": before, "after": after}
-    for side in sides.values():
-        side.ask(do="make", **order)
+    for name, side in sides.items():
+        if refused := side.ask(do="make", **order).get("refused"):
+            return {"refused": {name: refused}}
     seconds = {name: [] for name in sides}
     for turn in range(ROUNDS):
         for name in sorted(sides, reverse=bool(turn % 2)):

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,6 +56,10 @@ def step_table(value: str, shown: tuple[str, ...] = ()) -> Callable[[str], str]:
     return make
 
 
+def _ratio(row: dict[str, Any]) -> str:
+    return "refused" if "refused" in row else f"{row['time']:.2f}"
+
+
 def compared_table(_: str) -> str:
     """After / before of a whole step, by model and optimizer; peak memory beside it."""
     rows = json.loads((RESULTS / "step_compared.json").read_text())["rows"]
@@ -66,8 +71,8 @@ def compared_table(_: str) -> str:
     ]
     for model, optimizer in dict.fromkeys(key[:2] for key in split):
         mine = [rows.get(f"{model}, {optimizer}, {arm}") for arm in arms]
-        peak = next(row for row in mine if row)["peak_mib"]
-        cells = [f"{row['time']:.2f}" if row else "" for row in mine]
+        peak = next(row for row in mine if row and "peak_mib" in row)["peak_mib"]
+        cells = ["" if row is None else _ratio(row) for row in mine]
         name = f"{model.replace('_', ' ')}, {optimizer}"
         lines.append(f"| {name} | {' | '.join(cells)} | {peak['before']} → {peak['after']} |")
     return "\n".join(lines)
