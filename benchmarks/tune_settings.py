@@ -14,8 +14,9 @@ from on_gpu import DEVICE, choose
 from torch import Tensor
 from update_ways import draw_update
 
+from mts_fast.reference import Target
+
 Setting = list[tuple[ModuleType, str, object]]  # module, constant, value
-IGNORED = -100
 # rows of classes that are read in tiles
 VOCABULARIES = ((8192, 32_000), (8192, 50_257), (4096, 128_256))
 HALF, FULL = torch.bfloat16, torch.float32
@@ -82,7 +83,7 @@ def _cross_entropy(kernel, rows, classes, dtype, statistics, settings):
     x, labels, p = _rows(rows, classes, dtype)
 
     def run():
-        found = kernel.cross_entropy(x, labels, None, p, 0.0, IGNORED, statistics)
+        found = kernel.cross_entropy(x, Target(labels), p, statistics)
         return found.losses, found.gradient
 
     what = ", statistics" if statistics else ""
@@ -91,11 +92,10 @@ def _cross_entropy(kernel, rows, classes, dtype, statistics, settings):
 
 def _backward(kernel, rows, classes, dtype, settings):
     x, labels, p = _rows(rows, classes, dtype)
-    row = kernel.cross_entropy(x, labels, None, None, 0.0, IGNORED, False)
+    row = kernel.cross_entropy(x, Target(labels), None, False)
 
     def run():
-        rest = (row.maximum, row.total, p, 0.0, IGNORED)
-        return (kernel.cross_entropy_backward(x, labels, None, *rest),)
+        return (kernel.cross_entropy_backward(x, Target(labels), row.maximum, row.total, p),)
 
     return Case(f"{rows} x {classes}, backward", dtype, run, settings)
 
@@ -161,7 +161,7 @@ def linear_cross_entropy_cases():
             randn(n, width, dtype=HALF) * width**-0.25 for n in (rows, classes, classes)
         )
         labels = torch.randint(classes, (rows,), device=DEVICE)
-        problem = Problem(hidden, weight, None, labels, None, 0.0, IGNORED)
+        problem = Problem(hidden, weight, None, Target(labels))
         found = linear_cross_entropy(problem)
 
         def forward(problem=problem):

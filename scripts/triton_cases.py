@@ -17,6 +17,7 @@ from mts_fast.kernels.perturb import global_norm, perturb
 from mts_fast.kernels.sample_dot import sample_dot
 from mts_fast.kernels.scale import scale_
 from mts_fast.kernels.virtual_update import virtual_update
+from mts_fast.reference import Target
 from mts_fast.reference.virtual_update import AdamState, SGDState
 
 HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
@@ -35,24 +36,24 @@ def cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     labels, rows = new(64, dtype=torch.int64), new(64)
     for classes in CLASSES:
         for dtype in (HALF, FULL, DOUBLE):
-            x, wide = new(64, classes, dtype=dtype), torch.promote_types(dtype, FULL)
-            kept = new(64, dtype=wide)
+            x = new(64, classes, dtype=dtype)
+            statistic = new(64, dtype=torch.promote_types(dtype, FULL))
             for what in ("loss", "gradient", "everything"):
                 full = what == "everything"
                 weight = new(classes) if full else None
-                options = (0.1 if full else 0.0, IGNORED)
+                target = Target(labels, weight, 0.1 if full else 0.0, IGNORED)
                 cotangent = None if what == "loss" else rows
 
-                def run(x=x, w=weight, c=cotangent, o=options, full=full, kept=kept) -> None:
-                    cross_entropy(x, labels, w, c, *o, full)
-                    cross_entropy_backward(x, labels, w, kept, kept, rows, *o)
+                def run(x=x, y=target, c=cotangent, full=full, statistic=statistic) -> None:
+                    cross_entropy(x, y, c, full)
+                    cross_entropy_backward(x, y, statistic, statistic, rows)
 
                 yield f"C={classes} {_name(dtype)} {what}", run
-    one = new(1, dtype=torch.int64)
+    one = Target(new(1, dtype=torch.int64))
     # one class, one sample: sizes that become constants
-    yield "C=1", lambda: cross_entropy(new(1, 1), one, None, new(1), 0.0, IGNORED, True)
+    yield "C=1", lambda: cross_entropy(new(1, 1), one, new(1), True)
     half = new(64, 1000, dtype=torch.float16)
-    yield "float16", lambda: cross_entropy(half, labels, None, None, 0.0, IGNORED, True)
+    yield "float16", lambda: cross_entropy(half, Target(labels), None, True)
     yield "scale", lambda: scale_(new(64, 1000, dtype=HALF), new())
 
 
@@ -61,17 +62,17 @@ def linear_cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     labels = new(1024, dtype=torch.int64)
     for kind, dtype in (("bfloat16", HALF), ("float32", FULL), ("tf32", FULL), ("float64", DOUBLE)):
         hidden, weight = new(1024, 768, dtype=dtype), new(50_304, 768, dtype=dtype)
-        kept = new(1024, dtype=torch.promote_types(dtype, FULL))
+        row = new(1024, dtype=torch.promote_types(dtype, FULL))
         for full in (False, True):
             bias = new(50_304, dtype=dtype) if full else None
             scales = (new(50_304), 0.1) if full else (None, 0.0)
-            problem = Problem(hidden, weight, bias, labels, *scales, IGNORED)
+            problem = Problem(hidden, weight, bias, Target(labels, *scales, IGNORED))
 
-            def run(p=problem, kept=kept, kind=kind) -> None:
+            def run(p=problem, row=row, kind=kind) -> None:
                 _precision(kind)
                 linear_cross_entropy(p)
-                linear_cross_entropy_backward(p, kept, kept, kept, [True, False, False])
-                linear_cross_entropy_tangent(p, kept, kept, p.weight, p.bias)
+                linear_cross_entropy_backward(p, row, row, row, [True, False, False])
+                linear_cross_entropy_tangent(p, row, row, p.weight, p.bias)
 
             yield f"{kind} {'everything' if full else 'plain'}", run
 

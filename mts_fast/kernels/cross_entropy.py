@@ -22,6 +22,7 @@ from mts_fast.kernels.row_softmax import (
     row_offsets,
     shares,
 )
+from mts_fast.reference.target import Target
 
 # rows of up to so many bytes (in the accumulator's dtype) stay in registers: 16 warps with 16
 # float32 a thread; with twice as much they spill (triton 3.6 and 3.9). Wider ones are read in
@@ -271,15 +272,12 @@ def cross_entropy_backward_kernel(
 
 def cross_entropy(
     logits: Tensor,  # [B, C] or [B, T, C], any strides
-    labels: Tensor,  # int64 [B] or [B, T]
-    class_weight: Tensor | None,  # [C]
+    target: Target,
     cotangent: Tensor | None,  # [M]; asks for the gradient
-    label_smoothing: float,
-    ignore_index: int,
     statistics: bool,
 ) -> RowCrossEntropy:
     """All that one pass gives of the M = B (T) rows."""
-    classes, rows = logits.shape[-1], labels.numel()
+    classes, rows = logits.shape[-1], target.labels.numel()
     wide = accumulator(logits.dtype)
     new = lambda *shape: torch.empty(shape, dtype=wide, device=logits.device)  # noqa: E731
     gradient_shape = (0, classes) if cotangent is None else (rows, classes)
@@ -290,17 +288,17 @@ def cross_entropy(
         new(3, rows if statistics else 0),
         torch.empty(gradient_shape, dtype=logits.dtype, device=logits.device),
     )
-    tile = tile_of(classes, wide, sums=statistics or label_smoothing > 0)
+    tile = tile_of(classes, wide, sums=statistics or target.label_smoothing > 0)
     aligned = _alignment(logits)
     launch(
         cross_entropy_kernel,
         (triton.cdiv(rows, tile.rows),),
-        *(logits, labels.contiguous(), *class_weights(class_weight, label_smoothing)),
+        *(logits, target.labels.contiguous(), *class_weights(target)),
         None if cotangent is None else cotangent.contiguous(),
         *out,
-        *(rows, *_row_layout(logits, aligned), ignore_index),
-        WEIGHTED=class_weight is not None,
-        SMOOTHING=label_smoothing,
+        *(rows, *_row_layout(logits, aligned), target.ignore_index),
+        WEIGHTED=target.class_weight is not None,
+        SMOOTHING=target.label_smoothing,
         STATISTICS=statistics,
         GRADIENT=cotangent is not None,
         WHOLE=tile.whole,
@@ -315,27 +313,24 @@ def cross_entropy(
 
 def cross_entropy_backward(
     logits: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
+    target: Target,
     maximum: Tensor,
     total: Tensor,
     cotangent: Tensor,  # [M]
-    label_smoothing: float,
-    ignore_index: int,
 ) -> Tensor:
     """cotangent_i * d l_i/d logits [M, C] from what the forward left."""
-    classes, rows = logits.shape[-1], labels.numel()
+    classes, rows = logits.shape[-1], target.labels.numel()
     gradient = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
     wide = accumulator(logits.dtype)
     tile, aligned = gradient_tile_of(classes, wide), _alignment(logits)
     launch(
         cross_entropy_backward_kernel,
         (triton.cdiv(rows, tile.rows), triton.cdiv(classes, tile.columns)),
-        *(logits, labels.contiguous(), *class_weights(class_weight, label_smoothing)),
+        *(logits, target.labels.contiguous(), *class_weights(target)),
         *(maximum, total, cotangent.contiguous(), gradient),
-        *(rows, *_row_layout(logits, aligned), ignore_index),
-        WEIGHTED=class_weight is not None,
-        SMOOTHING=label_smoothing,
+        *(rows, *_row_layout(logits, aligned), target.ignore_index),
+        WEIGHTED=target.class_weight is not None,
+        SMOOTHING=target.label_smoothing,
         BLOCK_M=tile.rows,
         BLOCK_C=tile.columns,
         ALIGNED=aligned,

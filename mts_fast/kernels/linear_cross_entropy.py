@@ -118,24 +118,24 @@ def linear_cross_entropy(problem: Problem) -> Softmax:
     """Losses of M rows: one product with the weight, cut into splits of the classes."""
     rows, classes, width = problem.sizes
     # smoothing sums up more of a tile, which is then kept smaller
-    tile = problem.tile(products=2 if problem.label_smoothing else 1)
+    tile = problem.tile(products=2 if problem.target.label_smoothing else 1)
     splits, tiles_per_split = splits_of(rows, classes, tile)
     partial = new(problem, 5, splits, rows)
-    weight, weight_sum = class_weights(problem.class_weight, problem.label_smoothing)
+    weight, weight_sum = class_weights(problem.target)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]), splits)
-    labels = problem.labels.contiguous()
+    labels = problem.target.labels.contiguous()
     launch(
         forward_kernel,
         grid,
         *(problem.hidden, problem.weight, problem.bias, labels, weight, partial),
-        *(rows, classes, width, problem.ignore_index, tiles_per_split),
+        *(rows, classes, width, problem.target.ignore_index, tiles_per_split),
         **tile,
     )
     out = Softmax(*(new(problem, rows) for _ in Softmax._fields))
     launch(
         merge_kernel,
         (triton.cdiv(rows, MERGE_BLOCK),),
-        *(partial, labels, weight, weight_sum, *out, rows, classes, problem.ignore_index, splits),
+        *(partial, labels, weight, weight_sum, *out, rows, classes, problem.target.ignore_index, splits),
         WEIGHTED=tile["WEIGHTED"],
         SMOOTHING=tile["SMOOTHING"],
         BLOCK_M=MERGE_BLOCK,

@@ -141,8 +141,8 @@ def linear_cross_entropy_backward(
     d_hidden = new(problem, rows if needed[0] else 0, width).zero_()
     d_weight = weight.new_empty(classes if needed[1] else 0, width)
     d_bias = new(problem, classes if needed[2] else 0)
-    scales = class_weights(problem.class_weight, problem.label_smoothing)
-    labels = problem.labels.contiguous()
+    scales = class_weights(problem.target)
+    labels = problem.target.labels.contiguous()
     for first in range(0, classes, per_slice):
         size = min(per_slice, classes - first)
         gradient = hidden.new_empty(rows, size)
@@ -151,7 +151,7 @@ def linear_cross_entropy_backward(
             (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(size, tile["BLOCK_N"])),
             *(hidden, weight, problem.bias, labels, *scales, maximum, total),
             *(cotangent.contiguous(), gradient),
-            *(rows, classes, width, problem.ignore_index, first, size),
+            *(rows, classes, width, problem.target.ignore_index, first, size),
             **tile,
         )
         own = slice(first, first + size)
@@ -179,10 +179,10 @@ def linear_cross_entropy_tangent(
     launch(
         tangent_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), splits),
-        *(problem.hidden, problem.weight, problem.bias, problem.labels.contiguous()),
-        *class_weights(problem.class_weight, problem.label_smoothing),
+        *(problem.hidden, problem.weight, problem.bias, problem.target.labels.contiguous()),
+        *class_weights(problem.target),
         *(maximum, total, weight_tangent, bias_tangent, partial),
-        *(rows, classes, width, problem.ignore_index, tiles_per_split),
+        *(rows, classes, width, problem.target.ignore_index, tiles_per_split),
         MOVES_WEIGHT=weight_tangent is not None,
         MOVES_BIAS=bias_tangent is not None,
         **tile,

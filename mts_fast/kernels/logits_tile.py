@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mts_fast._triton import accumulator
 from mts_fast.kernels.product import product_options, product_tile, tile_of
+from mts_fast.reference.target import Target
 
 # programs that keep a large GPU busy: about four for each of 132 multiprocessors
 ENOUGH_PROGRAMS = 512
@@ -26,15 +27,12 @@ class Softmax(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """hidden [M, D] and weight [C, D] of one dtype, contiguous; labels [M]."""
+    """hidden [M, D] and weight [C, D] of one dtype, contiguous; a target with labels [M]."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None  # [C]
-    labels: Tensor
-    class_weight: Tensor | None  # [C]
-    label_smoothing: float
-    ignore_index: int
+    target: Target
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -46,8 +44,8 @@ class Problem(NamedTuple):
         tile = tile_of(self.hidden.dtype, products=products)
         return product_options(self.hidden.dtype) | {
             "HAS_BIAS": self.bias is not None,
-            "WEIGHTED": self.class_weight is not None,
-            "SMOOTHING": self.label_smoothing,
+            "WEIGHTED": self.target.class_weight is not None,
+            "SMOOTHING": self.target.label_smoothing,
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns,
             "BLOCK_K": tile.steps,

@@ -6,15 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mts_fast.reference.target import Target
 
-def class_weights(
-    class_weight: Tensor | None, label_smoothing: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """The weights and, where smoothing needs it, their sum []."""
-    if class_weight is None:
+
+def class_weights(target: Target) -> tuple[Tensor | None, Tensor | None]:
+    """The weights [C] and, where smoothing needs it, their sum []."""
+    if target.class_weight is None:
         return None, None
-    weight = class_weight.contiguous()
-    return weight, weight.double().sum() if label_smoothing else None
+    weight = target.class_weight.contiguous()
+    return weight, weight.double().sum() if target.label_smoothing else None
 
 
 @triton.jit

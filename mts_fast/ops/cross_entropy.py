@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,20 +11,20 @@ from mts_fast import reference
 from mts_fast._check import (
     check_device,
     check_floating,
-    check_integer,
     check_length,
     check_not_empty,
-    check_number,
-    check_range,
-    describe,
     fail,
 )
-from mts_fast._triton import kernel_devices
 from mts_fast.ops import cross_entropy_cpp, cross_entropy_triton
-from mts_fast.ops.registry import register, resolve, unmeasured
-from mts_fast.reference import SampleStatistics
+from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.ops.target import check_target
+from mts_fast.reference import SampleStatistics, Target
 
-register("cross_entropy", "reference", reference.cross_entropy)
+register(
+    "cross_entropy",
+    "reference",
+    lambda logits, target: reference.cross_entropy(logits, **target.keywords()),
+)
 register(
     "cross_entropy",
     "cpp",
@@ -33,18 +32,12 @@ register(
     cross_entropy_cpp.reasons,
     wins=cross_entropy_cpp.wins,
 )
-for _op, _function in (
-    ("cross_entropy", cross_entropy_triton.cross_entropy),
-    ("weighted_cross_entropy", cross_entropy_triton.weighted_cross_entropy),
-):
-    register(
-        _op,
-        "triton",
-        _function,
-        cross_entropy_triton.reasons,
-        devices=kernel_devices(),
-        wins=unmeasured,
-    )
+register_triton("cross_entropy", cross_entropy_triton.cross_entropy, cross_entropy_triton.reasons)
+register_triton(
+    "weighted_cross_entropy",
+    cross_entropy_triton.weighted_cross_entropy,
+    cross_entropy_triton.reasons,
+)
 
 
 def cross_entropy(
@@ -56,25 +49,22 @@ def cross_entropy(
     ignore_index: int = -100,
 ) -> Tensor:
     """Per-sample cross-entropy l_i [B]; arguments and errors as `weighted_cross_entropy`."""
-    _check("cross_entropy", logits, labels, class_weight, label_smoothing, ignore_index)
-    return resolve("cross_entropy", [logits])(
-        logits,
-        labels.long(),
-        class_weight=class_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-    )
+    target = Target(labels, class_weight, label_smoothing, ignore_index)
+    target = _checked("cross_entropy", logits, target)
+    return resolve("cross_entropy", [logits])(logits, target)
 
 
 def _composed(
-    logits: Tensor, labels: Tensor, p: Tensor, *, statistics: bool, **options: Any
+    logits: Tensor, target: Target, p: Tensor, *, statistics: bool
 ) -> tuple[Tensor, Tensor, SampleStatistics | None]:
-    """By whichever cross_entropy serves: what a fused one has to equal."""
-    losses = resolve("cross_entropy", [logits])(logits, labels, **options)
-    found = None
+    """Unfused: the sum of p times cross_entropy. A fused implementation returns the same values."""
+    losses = resolve("cross_entropy", [logits])(logits, target)
+    columns = None
     if statistics:
-        found = reference.sample_statistics(logits, labels, ignore_index=options["ignore_index"])
-    return (p * losses).sum(), losses, found
+        columns = reference.sample_statistics(
+            logits, target.labels, ignore_index=target.ignore_index
+        )
+    return (p * losses).sum(), losses, columns
 
 
 register("weighted_cross_entropy", "reference", _composed)
@@ -159,30 +149,16 @@ def weighted_cross_entropy(
         1.3863
     """
     op = "weighted_cross_entropy"
-    _check(op, logits, labels, class_weight, label_smoothing, ignore_index)
+    target = Target(labels, class_weight, label_smoothing, ignore_index)
+    target = _checked(op, logits, target)
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(logits))
     check_device(op, "p", p, logits.device, "logits")
-    loss, losses, found = resolve(op, [logits])(
-        logits,
-        labels.long(),
-        p,
-        class_weight=class_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        statistics=statistics,
-    )
-    return (loss, losses) if found is None else (loss, losses, found)
+    loss, losses, columns = resolve(op, [logits])(logits, target, p, statistics=statistics)
+    return (loss, losses) if columns is None else (loss, losses, columns)
 
 
-def _check(
-    op: str,
-    logits: Tensor,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-) -> None:
+def _checked(op: str, logits: Tensor, target: Target) -> Target:
     check_floating(op, "logits", logits)
     if logits.ndim not in (2, 3):
         hint = "put the classes last, and flatten the axes between"
@@ -191,43 +167,4 @@ def _check(
     if logits.shape[-1] == 0:
         hint = "look at the last layer's width"
         fail(ValueError, op, "logits", "of at least one class", tuple(logits.shape), hint)
-    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
-    targets.check(op, logits, "logits", logits.shape[-1])
-
-
-class Targets(NamedTuple):
-    """What a cross-entropy compares with, as its caller passed it."""
-
-    labels: Tensor
-    class_weight: Tensor | None
-    label_smoothing: float
-    ignore_index: int
-
-    def check(self, op: str, rows: Tensor, like: str, classes: int) -> None:
-        """Raise where they do not fit `rows` [B, *] or [B, T, *] (named `like`) and C classes."""
-        labels, class_weight = self.labels, self.class_weight
-        check_integer(op, "labels", labels)
-        check_device(op, "labels", labels, rows.device, like)
-        if labels.shape != rows.shape[:-1]:
-            expected = f"of shape {tuple(rows.shape[:-1])}"
-            hint = f"one class number for each row of {like}"
-            fail(ValueError, op, "labels", expected, tuple(labels.shape), hint)
-        check_number(op, "label_smoothing", self.label_smoothing, at_least=0, at_most=1)
-        _check_ignore_index(op, self.ignore_index)
-        if class_weight is not None:
-            check_floating(op, "class_weight", class_weight, ndim=1)
-            check_length(op, "class_weight", class_weight, classes)
-            check_device(op, "class_weight", class_weight, rows.device, like)
-        if not labels.is_cuda and not torch.compiler.is_compiling():
-            # in 8 bits without a sign, -100 would be class 156
-            labels = labels.long()
-            used = labels[labels != self.ignore_index]
-            check_range(op, "labels", used, 0, classes, f"the logits have {classes} classes")
-
-
-def _check_ignore_index(op: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        hint = "pass a whole number, such as torch's -100"
-        fail(TypeError, op, "ignore_index", "an int", describe(value), hint)
-    if not -(2**63) <= int(value) < 2**63:
-        fail(ValueError, op, "ignore_index", "an int of 64 bits", value, "pass torch's -100")
+    return check_target(op, target, logits, "logits", logits.shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor
 from mts_fast import reference
 from mts_fast._extension import extension
 from mts_fast.ops.registry import on_cpu
-from mts_fast.ops.transforms import under_transform
+from mts_fast.reference import Target
 
 # from here on 1.9 times as fast as torch (B = 1024, 2 CPU cores); with 100 classes 1.07 times.
 FEWEST_CLASSES = 1000
@@ -41,10 +41,10 @@ def _fake_backward(logits: Tensor, *_: object) -> Tensor:
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot serve these logits."""
-    found = [] if extension().available else [extension().reason]
+    reasons = [] if extension().available else [extension().reason]
     if tensors[0].dtype != torch.float32:
-        found.append(f"its kernel takes float32, not {tensors[0].dtype}")
-    return found
+        reasons.append(f"its kernel takes float32, not {tensors[0].dtype}")
+    return reasons
 
 
 def wins(tensors: Sequence[Tensor]) -> bool:
@@ -52,29 +52,16 @@ def wins(tensors: Sequence[Tensor]) -> bool:
     return on_cpu(tensors) and tensors[0].shape[-1] >= FEWEST_CLASSES
 
 
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """As the reference, which serves label smoothing (another sum over the logits), torch.func and
-    forward-mode differentiation."""
-    if label_smoothing or under_transform():
-        return reference.cross_entropy(
-            logits,
-            labels,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-        )
-    rows, flat = logits.flatten(0, -2).contiguous(), labels.flatten()
-    losses = _CrossEntropy.apply(rows, flat, ignore_index)
-    if class_weight is not None:
-        losses = losses * class_weight.to(losses.dtype)[flat.masked_fill(flat == ignore_index, 0)]
-    return reference.mean_of_positions(losses.view(labels.shape), labels, ignore_index)
+def cross_entropy(logits: Tensor, target: Target) -> Tensor:
+    """As the reference, which serves label smoothing: another sum over the logits."""
+    if target.label_smoothing:
+        return reference.cross_entropy(logits, **target.keywords())
+    rows, flat = logits.flatten(0, -2).contiguous(), target.labels.flatten()
+    losses = _CrossEntropy.apply(rows, flat, target.ignore_index)
+    if target.class_weight is not None:
+        labels = flat.masked_fill(flat == target.ignore_index, 0)
+        losses = losses * target.class_weight.to(losses.dtype)[labels]
+    return target.mean_of_positions(losses.view(target.labels.shape))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -96,7 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
             onehot = F.one_hot(labels.masked_fill(~counted, 0), logits.shape[1])
             slope = logits.softmax(1) - onehot
             return (grad * counted)[:, None] * slope, None, None
-        found = torch.ops.mts_fast.cross_entropy_backward(
+        gradient = torch.ops.mts_fast.cross_entropy_backward(
             logits, labels, maximum, log_sum, grad, ctx.ignore_index
         )
-        return found, None, None
+        return gradient, None, None

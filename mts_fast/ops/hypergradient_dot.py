@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, fail
-from mts_fast._triton import kernel_devices, reasons_against_triton
+from mts_fast._triton import reasons_against_triton
 from mts_fast.ops.memory_layout import lies_like
-from mts_fast.ops.registry import register, resolve, unmeasured
+from mts_fast.ops.registry import register, register_triton, resolve
 
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
 torch.library.define(
@@ -46,10 +46,6 @@ def _fake(a: Tensor, *rest: Any) -> Tensor:
     return a.new_empty(len(a), dtype=wide)
 
 
-def _reasons(tensors: Sequence[Tensor]) -> list[str]:
-    return reasons_against_triton(tensors)
-
-
 def _sample_dot_by_triton(x: Tensor, y: Tensor) -> Tensor:
     """Tensors that do not lie alike, sample after sample, take plain PyTorch."""
     if _samples_lie_alike(x, y):
@@ -65,11 +61,8 @@ def _samples_lie_alike(x: Tensor, y: Tensor) -> bool:
 
 register(DOT, "reference", reference.hypergradient_dot)
 register(SAMPLE_DOT, "reference", reference.sample_dot)
-for _op, _function in (
-    (DOT, torch.ops.mts_fast.hypergradient_dot),
-    (SAMPLE_DOT, _sample_dot_by_triton),
-):
-    register(_op, "triton", _function, _reasons, devices=kernel_devices(), wins=unmeasured)
+register_triton(DOT, torch.ops.mts_fast.hypergradient_dot, reasons_against_triton)
+register_triton(SAMPLE_DOT, _sample_dot_by_triton, reasons_against_triton)
 
 
 def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,22 +8,28 @@ from torch.overrides import _len_torch_function_stack, handle_torch_function, ha
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
-from mts_fast._triton import kernel_devices
-from mts_fast.ops import linear_cross_entropy_triton
-from mts_fast.ops.cross_entropy import Targets
-from mts_fast.ops.registry import register, resolve, unmeasured
+from mts_fast.ops import linear_cross_entropy_triton as kernel
+from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.ops.target import check_target
+from mts_fast.reference import Target
 
 OP, TANGENT = "linear_cross_entropy", "linear_cross_entropy_tangent"
-for _op in (OP, TANGENT):
-    register(_op, "reference", getattr(reference, _op))
-    register(
-        _op,
-        "triton",
-        getattr(linear_cross_entropy_triton, _op),
-        linear_cross_entropy_triton.reasons,
-        devices=kernel_devices(),
-        wins=unmeasured,
-    )
+register(
+    OP,
+    "reference",
+    lambda hidden, weight, bias, target: reference.linear_cross_entropy(
+        hidden, weight, bias=bias, **target.keywords()
+    ),
+)
+register(
+    TANGENT,
+    "reference",
+    lambda hidden, weight, bias, target, **tangents: reference.linear_cross_entropy_tangent(
+        hidden, weight, bias=bias, **target.keywords(), **tangents
+    ),
+)
+register_triton(OP, kernel.linear_cross_entropy, kernel.reasons)
+register_triton(TANGENT, kernel.linear_cross_entropy_tangent, kernel.reasons)
 
 
 def linear_cross_entropy(
@@ -86,14 +92,9 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
         )
     _check(OP, hidden, weight, bias)
-    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
-    targets.check(OP, hidden, "hidden", len(weight))
-    return resolve(OP, [hidden, weight])(
-        *(hidden, weight, labels.long(), bias),
-        class_weight=class_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-    )
+    target = Target(labels, class_weight, label_smoothing, ignore_index)
+    target = check_target(OP, target, hidden, "hidden", len(weight))
+    return resolve(OP, [hidden, weight])(hidden, weight, bias, target)
 
 
 def linear_cross_entropy_tangent(
@@ -113,25 +114,24 @@ def linear_cross_entropy_tangent(
     Row 6 of a last layer: arguments and errors as `linear_cross_entropy`; without derivatives.
     """
     _check(TANGENT, hidden, weight, bias)
-    targets = Targets(labels, class_weight, label_smoothing, ignore_index)
-    targets.check(TANGENT, hidden, "hidden", len(weight))
-    for name, tangent, own in (("weight", weight_tangent, weight), ("bias", bias_tangent, bias)):
+    target = Target(labels, class_weight, label_smoothing, ignore_index)
+    target = check_target(TANGENT, target, hidden, "hidden", len(weight))
+    pairs = (("weight", weight_tangent, weight), ("bias", bias_tangent, bias))
+    for name, tangent, parameter in pairs:
         if tangent is None:
             continue
         check_floating(TANGENT, f"{name}_tangent", tangent)
-        if own is None or tangent.shape != own.shape:
-            expected = "None" if own is None else f"of shape {tuple(own.shape)} like {name}"
+        if parameter is None or tangent.shape != parameter.shape:
+            like = None if parameter is None else tuple(parameter.shape)
+            expected = "None" if like is None else f"of shape {like} like {name}"
             hint = f"pass a direction of {name}, or None"
             fail(ValueError, TANGENT, f"{name}_tangent", expected, tuple(tangent.shape), hint)
         check_device(TANGENT, f"{name}_tangent", tangent, hidden.device, "hidden")
     with torch.no_grad():
         return resolve(TANGENT, [hidden.detach(), weight.detach()])(
-            *(hidden, weight, labels.long(), bias),
+            *(hidden, weight, bias, target),
             weight_tangent=weight_tangent,
             bias_tangent=bias_tangent,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
         )
 
 

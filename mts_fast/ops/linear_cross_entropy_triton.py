@@ -10,51 +10,56 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._triton import accumulator, reasons_against_triton
-from mts_fast.ops.transforms import under_transform
+from mts_fast.ops.cross_entropy_triton import TARGET, split_target
+from mts_fast.reference import Target
 
-_PROBLEM = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? class_weight,"
-    " float label_smoothing, int ignore_index"
-)
+# hidden, weight, bias and target: a `Problem` of the kernels, flat
+PROBLEM = f"Tensor hidden, Tensor weight, Tensor? bias, {TARGET}"
 torch.library.define(
-    "mts_fast::linear_cross_entropy_triton", f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)"
+    "mts_fast::linear_cross_entropy_triton", f"({PROBLEM}) -> (Tensor, Tensor, Tensor)"
 )
 torch.library.define(
     "mts_fast::linear_cross_entropy_backward_triton",
-    f"({_PROBLEM}, Tensor maximum, Tensor total, Tensor cotangent, bool[3] needed)"
+    f"({PROBLEM}, Tensor maximum, Tensor total, Tensor cotangent, bool[3] needed)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "mts_fast::linear_cross_entropy_tangent_triton",
-    f"({_PROBLEM}, Tensor maximum, Tensor total, Tensor? weight_tangent, Tensor? bias_tangent)"
+    f"({PROBLEM}, Tensor maximum, Tensor total, Tensor? weight_tangent, Tensor? bias_tangent)"
     " -> Tensor",
 )
-# arguments of a problem in the schemas
-_WIDTH = _PROBLEM.count(",") + 1
 
 
 @torch.library.impl("mts_fast::linear_cross_entropy_triton", ("cpu", "cuda"))
-def _forward(*problem: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     from mts_fast.kernels.linear_cross_entropy import linear_cross_entropy
-    from mts_fast.kernels.logits_tile import Problem
 
-    return tuple(linear_cross_entropy(Problem(*problem)))
+    problem, _ = _split_problem(arguments)
+    return tuple(linear_cross_entropy(problem))
 
 
 @torch.library.impl("mts_fast::linear_cross_entropy_backward_triton", ("cpu", "cuda"))
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     from mts_fast.kernels.linear_cross_entropy_slopes import linear_cross_entropy_backward
-    from mts_fast.kernels.logits_tile import Problem
 
-    return linear_cross_entropy_backward(Problem(*arguments[:_WIDTH]), *arguments[_WIDTH:])
+    problem, rest = _split_problem(arguments)
+    return linear_cross_entropy_backward(problem, *rest)
 
 
 @torch.library.impl("mts_fast::linear_cross_entropy_tangent_triton", ("cpu", "cuda"))
 def _tangent(*arguments: Any) -> Tensor:
     from mts_fast.kernels.linear_cross_entropy_slopes import linear_cross_entropy_tangent
+
+    problem, rest = _split_problem(arguments)
+    return linear_cross_entropy_tangent(problem, *rest)
+
+
+def _split_problem(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """Flat arguments of a schema: the kernels' `Problem`, and those after it."""
     from mts_fast.kernels.logits_tile import Problem
 
-    return linear_cross_entropy_tangent(Problem(*arguments[:_WIDTH]), *arguments[_WIDTH:])
+    target, rest = split_target(arguments[3:])
+    return Problem(*arguments[:3], target), rest
 
 
 @torch.library.register_fake("mts_fast::linear_cross_entropy_triton")
@@ -83,29 +88,14 @@ def reasons(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target
 ) -> Tensor:
-    """As the reference, which serves torch.func and forward-mode differentiation."""
-    if under_transform():
-        return reference.linear_cross_entropy(
-            *(hidden, weight, labels, bias),
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-        )
+    """As the reference."""
     dtype = _dtype(hidden)
     rows = _Losses.apply(
-        *(hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, labels.flatten()),
-        *(class_weight, label_smoothing, ignore_index),
+        hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, *target.flat()
     )
-    losses = reference.mean_of_positions(rows.view(labels.shape), labels, ignore_index)
+    losses = target.mean_of_positions(rows.view(target.labels.shape))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return losses if autocast else losses.to(hidden.dtype)
 
@@ -113,33 +103,26 @@ def linear_cross_entropy(
 def linear_cross_entropy_tangent(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
+    target: Target,
     *,
     weight_tangent: Tensor | None,
     bias_tangent: Tensor | None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
 ) -> Tensor:
     """As the reference; the logits and their tangents live a tile at a time."""
-    dtype = _dtype(hidden)
+    dtype, labels = _dtype(hidden), target.labels
     rows = hidden.flatten(0, -2).to(dtype).contiguous()
-    problem = (
-        *(rows, weight.to(dtype).contiguous(), bias, labels.flatten()),
-        *(class_weight, label_smoothing, ignore_index),
-    )
+    problem = (rows, weight.to(dtype).contiguous(), bias, *target.flat())
     _, maximum, total = torch.ops.mts_fast.linear_cross_entropy_triton(*problem)
     if weight_tangent is not None:
         weight_tangent = weight_tangent.to(dtype).contiguous()
     if bias_tangent is not None:
         bias_tangent = bias_tangent.contiguous()
-    found = torch.ops.mts_fast.linear_cross_entropy_tangent_triton(
+    tangents = torch.ops.mts_fast.linear_cross_entropy_tangent_triton(
         *problem, maximum, total, weight_tangent, bias_tangent
     )
-    return reference.mean_of_positions(
-        found.view(labels.shape).masked_fill(labels == ignore_index, 0.0), labels, ignore_index
-    )
+    ignored = labels == target.ignore_index
+    return target.mean_of_positions(tangents.view(labels.shape).masked_fill(ignored, 0.0))
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
@@ -149,55 +132,49 @@ def _dtype(hidden: Tensor) -> torch.dtype:
 
 
 class _Losses(torch.autograd.Function):
-    """losses [M], of hidden [M, D] and weight [C, D]; differentiable twice."""
+    """losses [M] of hidden [M, D], weight [C, D], bias and a flat target; differentiable twice."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        class_weight: Tensor | None,
-        label_smoothing: float,
-        ignore_index: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *fields: Any
     ) -> Tensor:
+        target = Target(*fields)
         hidden, weight = hidden.contiguous(), weight.contiguous()
         bias = bias if bias is None else bias.contiguous()
         losses, maximum, total = torch.ops.mts_fast.linear_cross_entropy_triton(
-            hidden, weight, bias, labels, class_weight, label_smoothing, ignore_index
+            hidden, weight, bias, *target
         )
-        ctx.save_for_backward(hidden, weight, bias, labels, class_weight, maximum, total)
-        ctx.options = label_smoothing, ignore_index
+        ctx.save_for_backward(
+            *(hidden, weight, bias, target.labels, target.class_weight, maximum, total)
+        )
+        ctx.options = target.label_smoothing, target.ignore_index
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, class_weight, maximum, total = ctx.saved_tensors
-        label_smoothing, ignore_index = ctx.options
+        target = Target(labels, class_weight, *ctx.options)
         needed = list(ctx.needs_input_grad[:3])
-        found: Sequence[Tensor]
+        gradients: Sequence[Tensor]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             # aliases: hidden may itself depend on the weight, and its part comes later
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
             bias = bias if bias is None else bias.view_as(bias)
-            again = reference.linear_cross_entropy(
-                *(hidden, weight, labels, bias),
-                class_weight=class_weight,
-                label_smoothing=label_smoothing,
-                ignore_index=ignore_index,
+            losses = reference.linear_cross_entropy(
+                hidden, weight, bias=bias, **target.keywords()
             )
-            wanted = [t for t, need in zip((hidden, weight, bias), needed, strict=True) if need]
-            made = iter(torch.autograd.grad(again, wanted, grad.to(again.dtype), create_graph=True))
-            found = [next(made) if need else grad for need in needed]
+            inputs = [t for t, need in zip((hidden, weight, bias), needed, strict=True) if need]
+            computed = iter(
+                torch.autograd.grad(losses, inputs, grad.to(losses.dtype), create_graph=True)
+            )
+            gradients = [next(computed) if need else grad for need in needed]
         else:
-            found = torch.ops.mts_fast.linear_cross_entropy_backward_triton(
-                *(hidden, weight, bias, labels, class_weight, label_smoothing, ignore_index),
-                *(maximum, total, grad, needed),
+            gradients = torch.ops.mts_fast.linear_cross_entropy_backward_triton(
+                hidden, weight, bias, *target, maximum, total, grad, needed
             )
         d_hidden, d_weight, d_bias = (
-            g if need else None for g, need in zip(found, needed, strict=True)
+            g if need else None for g, need in zip(gradients, needed, strict=True)
         )
         if bias is not None and d_bias is not None:
             d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, *(None for _ in target)

@@ -8,26 +8,14 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, fail
-from mts_fast._triton import kernel_devices
 from mts_fast.ops import perturb_triton
-from mts_fast.ops.registry import register, resolve, unmeasured
+from mts_fast.ops.registry import register, register_triton, resolve
 
 NORM, PERTURB = "global_norm", "perturb"
 register(NORM, "reference", reference.global_norm)
 register(PERTURB, "reference", reference.perturb)
-for _op, _function in (
-    (NORM, perturb_triton.global_norm),
-    (PERTURB, perturb_triton.perturb),
-):
-    register(
-        _op,
-        "triton",
-        _function,
-        perturb_triton.reasons,
-        devices=kernel_devices(),
-        # no GPU has timed it: `auto` leaves it alone, `use_backend("triton")` takes it
-        wins=unmeasured,
-    )
+register_triton(NORM, perturb_triton.global_norm, perturb_triton.reasons)
+register_triton(PERTURB, perturb_triton.perturb, perturb_triton.reasons)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

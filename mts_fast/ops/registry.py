@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mts_fast._check import check_choice, fail
 from mts_fast._extension import extension
-from mts_fast._triton import triton_reasons
+from mts_fast.ops.transforms import under_transform
+from mts_fast._triton import kernel_devices, triton_reasons
 
 logger = logging.getLogger("mts_fast")
 
@@ -86,6 +87,12 @@ def register(
     check_choice("register", "backend", backend, PREFERENCE)
     found = Implementation(function, reasons, devices, wins)
     _implementations.setdefault(op, {})[backend] = found
+
+
+def register_triton(op: str, function: Callable[..., Any], reasons: Reasons) -> None:
+    """Add the Triton kernel of `op`, for the devices that kernels of this process serve. `auto`
+    leaves it alone as long as no GPU has timed it."""
+    register(op, "triton", function, reasons, devices=kernel_devices(), wins=unmeasured)
 
 
 def current_backend() -> str:
@@ -167,9 +174,12 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """The function that serves `op` on these tensors under the backend in force.
 
     torch.compile fuses for itself and gets the reference, unless Triton was named: its kernels stay
-    whole in the compiled graph.
+    whole in the compiled graph. Under torch.func and forward-mode differentiation the reference
+    runs, too.
     """
     available = _implementations[op]
+    if under_transform():
+        return available["reference"].function
     if torch.compiler.is_compiling():
         kernel = available.get("triton")
         if kernel is None or not kernel.has_kernel(tensors) or not triton_in_force():

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_number, fail
-from mts_fast._triton import kernel_devices
 from mts_fast.ops import virtual_update_cpp, virtual_update_triton
-from mts_fast.ops.registry import register, resolve, unmeasured
+from mts_fast.ops.registry import register, register_triton, resolve
 from mts_fast.ops.update_rules import rule_of
 from mts_fast.ops.virtual_update_door import (
     OP,
@@ -80,20 +79,11 @@ register(DIRECTION, "reference", _directions)
 register(ALONG, "reference", _composed)
 register(OP, "cpp", virtual_update_cpp.virtual_update, virtual_update_cpp.reasons)
 register(DIRECTION, "cpp", virtual_update_cpp.hypergradient_direction, virtual_update_cpp.reasons)
-for _op, _function in (
-    (OP, virtual_update_triton.virtual_update),
-    (DIRECTION, virtual_update_triton.hypergradient_direction),
-    (ALONG, virtual_update_triton.virtual_update_along),
-):
-    register(
-        _op,
-        "triton",
-        _function,
-        virtual_update_triton.reasons,
-        devices=kernel_devices(),
-        # no GPU has timed it: `auto` leaves it alone, `use_backend("triton")` takes it
-        wins=unmeasured,
-    )
+register_triton(OP, virtual_update_triton.virtual_update, virtual_update_triton.reasons)
+register_triton(
+    DIRECTION, virtual_update_triton.hypergradient_direction, virtual_update_triton.reasons
+)
+register_triton(ALONG, virtual_update_triton.virtual_update_along, virtual_update_triton.reasons)
 
 
 class ScaledDirection(list[Tensor]):

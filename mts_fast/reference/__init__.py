@@ -4,7 +4,6 @@ from mts_fast.reference.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.reference.cross_entropy import (
     SampleStatistics,
     cross_entropy,
-    mean_of_positions,
     sample_statistics,
     weighted_cross_entropy,
 )
@@ -30,6 +29,7 @@ from mts_fast.reference.online_features import online_features, standardize
 from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
 from mts_fast.reference.step import Batch, Trace, mts_step
+from mts_fast.reference.target import Target
 from mts_fast.reference.training_dynamics import forgetting, gradient_norm
 from mts_fast.reference.unit_rows import unit_rows
 from mts_fast.reference.virtual_update import (
@@ -50,6 +50,7 @@ __all__ = [
     "NeighborStatistics",
     "SGDState",
     "SampleStatistics",
+    "Target",
     "Trace",
     "class_centroids_",
     "class_median",
@@ -67,7 +68,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "log_weights",
-    "mean_of_positions",
     "mts_step",
     "neighbor_statistics",
     "neighbor_statistics_",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mts_fast.reference.target import Target
+
 
 class SampleStatistics(NamedTuple):
     """What the logits say of each sample [B]; of a sequence, the mean over its counted positions.
@@ -43,15 +45,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction="none",
     ).view(labels.shape)
-    return mean_of_positions(losses, labels, ignore_index)
-
-
-def mean_of_positions(losses: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Losses of samples [B], from those or from losses of positions [B, T], 0 where ignored."""
-    if labels.ndim == 1:
-        return losses
-    counted = (labels != ignore_index).flatten(1)
-    return losses.flatten(1).sum(1) / counted.sum(1).clamp(min=1)
+    return Target(labels, ignore_index=ignore_index).mean_of_positions(losses)
 
 
 def weighted_cross_entropy(
@@ -79,14 +73,15 @@ def sample_statistics(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100
 ) -> SampleStatistics:
     """Error norm, correctness and entropy of samples with logits [B, C] or [B, T, C]."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    probability = logits.to(wide).softmax(-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    probability = logits.to(dtype).softmax(-1)
     counted = labels != ignore_index
-    target = F.one_hot(labels.masked_fill(~counted, 0), logits.shape[-1])
+    one_hot = F.one_hot(labels.masked_fill(~counted, 0), logits.shape[-1])
     rows = (
-        (probability - target).norm(dim=-1),
-        (logits.argmax(-1) == labels).to(wide),
+        (probability - one_hot).norm(dim=-1),
+        (logits.argmax(-1) == labels).to(dtype),
         torch.special.entr(probability).sum(-1),
     )
-    found = [mean_of_positions(r.masked_fill(~counted, 0.0), labels, ignore_index) for r in rows]
-    return SampleStatistics(*found)
+    target = Target(labels, ignore_index=ignore_index)
+    columns = (target.mean_of_positions(row.masked_fill(~counted, 0.0)) for row in rows)
+    return SampleStatistics(*columns)

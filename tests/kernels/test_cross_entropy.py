@@ -12,6 +12,7 @@ from mts_fast import reference, use_backend
 from mts_fast._triton import interpreted, recorded_launches
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.registry import resolve
+from mts_fast.reference import Target
 
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -165,10 +166,8 @@ def test_every_entry_is_written(classes, device, poisoned):
 
     logits, labels = batch(device, torch.float32, (3,), classes)
     weight = torch.ones(3, device=device)
-    out = module.cross_entropy(logits, labels, None, weight, 0.0, IGNORED, True)
-    back = module.cross_entropy_backward(
-        logits, labels, None, out.maximum, out.total, weight, 0.0, IGNORED
-    )
+    out = module.cross_entropy(logits, Target(labels), weight, True)
+    back = module.cross_entropy_backward(logits, Target(labels), out.maximum, out.total, weight)
     assert not any(t.isnan().any() for t in (*out, back))
     assert_bitwise(back, out.gradient)
 
@@ -210,7 +209,7 @@ def test_a_label_outside_gives_nan_and_touches_nobody_else(device):
     wrong = labels.clone()
     wrong[0], wrong[3] = 10, -1
     ones = torch.ones(4, device=device)
-    out, right = (run(logits, y, None, ones, 0.0, IGNORED, True) for y in (wrong, labels))
+    out, right = (run(logits, Target(y), ones, True) for y in (wrong, labels))
     for mine, other in zip((out.losses, out.gradient), (right.losses, right.gradient), strict=True):
         assert mine[[0, 3]].isnan().all() and torch.equal(mine[1:3], other[1:3])
     assert out.statistics[:2, [0, 3]].isnan().all()
@@ -350,10 +349,9 @@ def test_opcheck(device):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     check = lambda op, *a: torch.library.opcheck(op, a, test_utils=tests)  # noqa: E731
     ops = torch.ops.mts_fast
-    check(ops.cross_entropy_triton, logits, labels, weight, rows, 0.1, IGNORED, True)
-    check(ops.cross_entropy_triton, logits, labels, None, None, 0.0, IGNORED, False)
-    arguments = logits, labels, None, rows, rows + 1, rows, 0.0, IGNORED
-    check(ops.cross_entropy_backward_triton, *arguments)
+    check(ops.cross_entropy_triton, logits, labels, weight, 0.1, IGNORED, rows, True)
+    check(ops.cross_entropy_triton, logits, *Target(labels), None, False)
+    check(ops.cross_entropy_backward_triton, logits, *Target(labels), rows, rows + 1, rows)
     check(ops.scale_, logits.clone(), torch.tensor(2.0, device=device))
 
 

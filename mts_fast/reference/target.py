@@ -1,0 +1,39 @@
+"""Target: what a cross-entropy compares the logits with, as one value."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """Labels with the options of torch's cross-entropy; ops hand it to their implementations whole.
+
+    The order of its fields is that of the same arguments in every schema.
+    """
+
+    labels: Tensor  # [B], or [B, T] for sequences; int64 once checked
+    class_weight: Tensor | None = None  # [C], in any floating dtype
+    label_smoothing: float = 0.0  # in [0, 1]
+    ignore_index: int = -100
+
+    def keywords(self) -> dict[str, Any]:
+        """The same as keyword arguments of the functions of the reference."""
+        return {
+            "labels": self.labels,
+            "class_weight": self.class_weight,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+        }
+
+    def flat(self) -> Target:
+        """With labels [M], of rows of logits [M, C]."""
+        return self._replace(labels=self.labels.flatten())
+
+    def mean_of_positions(self, losses: Tensor) -> Tensor:
+        """Losses of samples [B], from those or from losses of positions [B, T], 0 where ignored."""
+        if self.labels.ndim == 1:
+            return losses
+        counted = (self.labels != self.ignore_index).flatten(1)
+        return losses.flatten(1).sum(1) / counted.sum(1).clamp(min=1)
