@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mts_fast
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import ClassCentroids, class_centroids_
 
 # an encoder's usual width; CIFAR's and ImageNet's numbers of classes

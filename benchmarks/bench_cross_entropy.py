@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from measure import interleaved, ratios
 
 import mts_fast
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import cross_entropy
 
 # digits, CIFAR-100, ImageNet, a vocabulary

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mts_fast
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops.label_agreement import label_agreement
 
 # the paper's K, and pools from a small study to ImageNet's size

@@ -14,7 +14,7 @@ from measure import interleaved, peak_bytes, peak_resident_bytes, ratios
 
 import mts_fast
 from mts_fast import reference
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.features import distribution_features
 from mts_fast.ops import neighbor_statistics
 

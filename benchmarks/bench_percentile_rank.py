@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mts_fast
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import percentile_rank
 
 CLASSES = (10, 1000)

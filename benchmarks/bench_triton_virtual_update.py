@@ -22,7 +22,7 @@ from update_ways import (
 
 import mts_fast
 from mts_fast import reference
-from mts_fast.ops import virtual_update_triton as kernel
+from mts_fast.backends.triton import virtual_update as kernel
 from mts_fast.ops.perturb import global_norm, perturb
 
 MODELS = choose(("resnet50_batchnorm", "vit_s", "gpt_125m"), ("vit_s",))

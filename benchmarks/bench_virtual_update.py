@@ -17,8 +17,8 @@ from update_ways import (
     one_by_one,
 )
 
-from mts_fast._extension import extension
-from mts_fast.ops.virtual_update_cpp import hypergradient_direction, virtual_update
+from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.cpp.virtual_update import hypergradient_direction, virtual_update
 from mts_fast.reference.update_rules import largest_gradient
 
 MODELS = {

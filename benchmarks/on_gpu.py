@@ -12,7 +12,7 @@ import pytest
 import torch
 from measure import copy_bandwidth, interleaved, on_device, peak_bytes, product_rate, ratios
 
-from mts_fast._triton import interpreted, triton_reasons
+from mts_fast.backends.triton.eligibility import interpreted, triton_reasons
 
 TINY = os.environ.get("MTS_FAST_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")

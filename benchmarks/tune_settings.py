@@ -43,7 +43,7 @@ def first(value, others):
 
 def cross_entropy_cases():
     """Rows in registers: where they end, how many share a program, warps. Rows in tiles: theirs."""
-    from mts_fast.kernels import cross_entropy as kernel
+    from mts_fast.backends.triton.kernels import cross_entropy as kernel
 
     def table(name, others):
         own = getattr(kernel, name)
@@ -117,7 +117,7 @@ STAGES = (2, 4)
 
 def _product_settings(kind, products):
     """Tiles for kernels that hold one or two products, and stages."""
-    from mts_fast.kernels import product
+    from mts_fast.backends.triton.kernels import product
 
     pair = product.TILES[kind]
     others = (ONE_PRODUCT, TWO_PRODUCTS)[products - 1][kind]
@@ -131,7 +131,7 @@ def _product_settings(kind, products):
 
 def hypergradient_dot_cases():
     """A layer of a ViT-S, of a GPT, and a 1 x 1 convolution."""
-    from mts_fast.kernels.hypergradient_dot import hypergradient_dot
+    from mts_fast.backends.triton.kernels.hypergradient_dot import hypergradient_dot
 
     sizes = choose(
         ((256, 197, 384, 1536), (16, 512, 3072, 768), (256, 196, 1024, 256)), ((2, 5, 8, 12),)
@@ -152,9 +152,9 @@ def hypergradient_dot_cases():
 
 def linear_cross_entropy_cases():
     """The forward, which holds one product, and the tangent, which holds two."""
-    from mts_fast.kernels.linear_cross_entropy import linear_cross_entropy
-    from mts_fast.kernels.linear_cross_entropy_slopes import linear_cross_entropy_tangent
-    from mts_fast.kernels.logits_tile import Problem
+    from mts_fast.backends.triton.kernels.linear_cross_entropy import linear_cross_entropy
+    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import linear_cross_entropy_tangent
+    from mts_fast.backends.triton.kernels.logits_tile import Problem
 
     for rows, width, classes in choose(((8192, 768, 50_257),), ((5, 16, 70),)):
         hidden, weight, tangent = (
@@ -185,7 +185,7 @@ POINTER_TABLES = (
 
 def pointer_table_cases():
     """theta' under SGD and AdamW, and the perturbation."""
-    from mts_fast.kernels import perturb, pointer_table, virtual_update
+    from mts_fast.backends.triton.kernels import perturb, pointer_table, virtual_update
 
     users = pointer_table, perturb, virtual_update
     own = pointer_table.BLOCK, pointer_table.BLOCKS, pointer_table.WARPS
@@ -222,7 +222,7 @@ SAMPLE_DOTS = ((1024, 4), (1024, 8), (2048, 2), (2048, 8), (4096, 2), (4096, 4))
 
 def sample_dot_cases():
     """Entries of a load, and loads of a program."""
-    from mts_fast.kernels import sample_dot as kernel
+    from mts_fast.backends.triton.kernels import sample_dot as kernel
 
     settings = {
         f"{block} x {loads}": [(kernel, "BLOCK", block), (kernel, "LOADS", loads)]

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_cases import GROUPS, launches_of
 
-from mts_fast._triton import COMPILE_OPTIONS, Launch
+from mts_fast.backends.triton.launch import COMPILE_OPTIONS, Launch
 
 # what a block may have: sm_80 code also runs on 8.6 and 8.9, which have the least; Hopper
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}

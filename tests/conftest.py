@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from mts_fast import use_backend
-from mts_fast.ops.registry import backend_reasons
+from mts_fast.backends.registry import backend_reasons
 
 
 def pytest_configure(config):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mts_fast._extension import LIBRARY, extension
+from mts_fast.backends.cpp.extension import LIBRARY, extension
 
 
 def pytest_configure(config):

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import mts_fast
-from mts_fast import _extension
+from mts_fast.backends.cpp import extension as module
 
 ROOT = Path(mts_fast.__file__).parents[1]
 needs_cpp = pytest.mark.skipif(
-    not _extension.extension().available, reason=_extension.extension().reason
+    not module.extension().available, reason=module.extension().reason
 )
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """extension() as it answers in a new process; what it loads stays loaded."""
-    return _extension.extension.__wrapped__
+    return module.extension.__wrapped__
 
 
 def absent(name):
@@ -31,9 +31,9 @@ def absent(name):
 
 @needs_cpp
 def test_information():
-    info = _extension.extension().info
+    info = module.extension().info
     assert info["version"] == mts_fast.__version__
-    assert info["torch_target"] == _extension.OLDEST_TORCH
+    assert info["torch_target"] == module.OLDEST_TORCH
     assert info["isa"] in ("baseline", "avx2", "avx512")
     assert f'set(TORCH_TARGET "{info["torch_target"]}")' in (ROOT / "CMakeLists.txt").read_text()
 
@@ -42,7 +42,7 @@ WITHOUT_MODULE = """
 import sys
 sys.modules["mts_fast._C"] = None  # as where the wheel has the module of another Python
 import torch
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import label_agreement
 from mts_fast import use_backend
 print(sorted(extension().info.items()))
@@ -57,13 +57,13 @@ def test_another_python_loads_the_library_without_its_module():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        str(sorted(_extension.extension().info.items())),
+        str(sorted(module.extension().info.items())),
         "(tensor([1., 1.]), tensor([1., 1.]))",
     ]
 
 
 def test_nothing_was_built(fresh, monkeypatch, tmp_path):
-    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(module.importlib, "import_module", absent)
     monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     assert "not built: no build was made for this Python; run `make setup`" in fresh().reason
@@ -76,7 +76,7 @@ def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
     library = tmp_path / "libmts_fast_ops.so"
     library.write_bytes(content)
     (tmp_path / "_build.json").write_text(json.dumps({"torch_version": "2.12.0"}))
-    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(module.importlib, "import_module", absent)
     monkeypatch.setattr(_extension, "LIBRARY", library)
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     expected = "built with torch 2.12.0 and runs on torch 2.11 and newer; this is "
@@ -91,10 +91,10 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
     library = tmp_path / "libmts_fast_ops.so"
     library.write_bytes(b"junk")
     (tmp_path / "_build.json").write_text(content)
-    monkeypatch.setattr(_extension.importlib, "import_module", absent)
+    monkeypatch.setattr(module.importlib, "import_module", absent)
     monkeypatch.setattr(_extension, "LIBRARY", library)
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
-    assert _extension.build_record() == {}
+    assert module.build_record() == {}
     assert "does not load: " in fresh().reason and "it runs on torch 2.11" in fresh().reason
 
 

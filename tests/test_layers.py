@@ -19,10 +19,11 @@ ROWS = (
     ("features",),
     ("hypergradient", "diagnostics"),
     ("ops",),
-    ("reference", "kernels"),
+    ("backends",),
+    ("reference",),
     (
-        *("_ambient", "_check", "_extension", "_files", "_interrupts", "_isolation"),
-        *("_outputs", "_process", "_triton", "_version"),
+        *("_ambient", "_check", "_files", "_interrupts", "_isolation"),
+        *("_outputs", "_process", "_version"),
     ),
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}
@@ -52,7 +53,7 @@ def imported_parts(source):
                     (PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").exists()
                 )
                 # the compiled module belongs to the one that loads it
-                yield "_extension" if rest == ["_C"] else rest[0] if known else ""
+                yield "backends" if rest == ["_C"] else rest[0] if known else ""
 
 
 def wrong_imports(part, source):
@@ -75,13 +76,13 @@ def test_imports_point_one_way(path):
     [
         ("ops", "from mts_fast import training", ["training"]),
         ("ops", "def f():\n    from mts_fast.features.table import FeatureTable", ["features"]),
-        ("reference", "import mts_fast.ops.registry as r", ["ops"]),
+        ("reference", "import mts_fast.backends.registry as r", ["backends"]),
         ("training", "from mts_fast import MTSStep", ["mts_fast"]),
         ("training", "import mts_fast", ["mts_fast"]),
         ("_check", "from mts_fast.reference import kappa", ["reference"]),
         ("training", "from mts_fast import ops, reference\nimport torch", []),
         ("cli", "import mts_fast\nfrom mts_fast.training import MTSStep", []),
-        ("ops", "from mts_fast.ops.registry import resolve", []),
+        ("ops", "from mts_fast.backends.registry import resolve", []),
     ],
 )
 def test_the_walk_sees_every_form_of_import(part, source, wrong):

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <mutex>
 
+#include "../common/neighbor_lists.h"
 #include "similarity_tile.h"
 
 namespace mts_fast::cpu {
@@ -21,17 +22,6 @@ struct NeighborChunk {
   std::mutex* locks;       // [tiles], for the lists of the places of a tile
   int64_t num_samples;
   int64_t start;  // the chunk's first sample is this row of the lists
-};
-
-// Running lists of the whole pool, descending; equal similarities by ascending index.
-template <typename scalar_t>
-struct NeighborLists {
-  scalar_t* similarity;  // [N, neighbors], to the nearest of the pool
-  int64_t* index;        // [N, neighbors], which these are
-  scalar_t* real;        // [N, k], to the nearest real samples of the class
-  scalar_t* synthetic;   // [N, k], to the nearest synthetic ones
-  int64_t neighbors;
-  int64_t k;
 };
 
 template <typename scalar_t>

@@ -108,13 +108,13 @@ MTS_FAST_INLINE void adam(const AdamParams& params, const UpdateSpan<scalar_t>& 
 // is left once the g^2 of both terms has cancelled.
 template <typename scalar_t, bool kStarted>
 MTS_FAST_INLINE void adam_direction_loop(const AdamParams& params, double floor,
-                                         const DirectionSpan<scalar_t>& span) {
-  const scalar_t* __restrict__ parameter = span.update.parameter;
-  const scalar_t* __restrict__ gradient = span.update.gradient;
-  const scalar_t* __restrict__ old_mean = span.update.first;
-  const scalar_t* __restrict__ old_square = span.update.second;
+                                         const UpdateSpan<scalar_t>& span) {
+  const scalar_t* __restrict__ parameter = span.parameter;
+  const scalar_t* __restrict__ gradient = span.gradient;
+  const scalar_t* __restrict__ old_mean = span.first;
+  const scalar_t* __restrict__ old_square = span.second;
   const scalar_t* __restrict__ along = span.along;
-  scalar_t* __restrict__ out = span.update.out;
+  scalar_t* __restrict__ out = span.out;
   const scalar_t sign = params.maximize ? scalar_t(-1) : scalar_t(1);
   const scalar_t lr = static_cast<scalar_t>(params.maximize ? -params.lr : params.lr);
   const scalar_t eps = static_cast<scalar_t>(params.eps);
@@ -133,7 +133,7 @@ MTS_FAST_INLINE void adam_direction_loop(const AdamParams& params, double floor,
   const scalar_t least = static_cast<scalar_t>(floor);
   // of at most a span's entries: as wide as scalar_t, so that it is counted in the same lanes
   std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t> masked = 0;
-  for (int64_t i = 0; i < span.update.count; ++i) {
+  for (int64_t i = 0; i < span.count; ++i) {
     scalar_t g = sign * gradient[i];
     g = decays ? g + decay * parameter[i] : g;
     scalar_t square = square_fresh * (g * g);
@@ -144,9 +144,9 @@ MTS_FAST_INLINE void adam_direction_loop(const AdamParams& params, double floor,
       const scalar_t old = of_square * old_square[i] - of_mean * old_mean[i] * g;
       rise = rise + old / (root == 0 ? scalar_t(1) : root);
     }
-    const scalar_t wide = root + eps;
+    const scalar_t divisor = root + eps;
     const bool noise = root < least || root == 0;
-    const scalar_t kappa = noise ? scalar_t(0) : lr * (rise / (wide * wide));
+    const scalar_t kappa = noise ? scalar_t(0) : lr * (rise / (divisor * divisor));
     masked += noise;
     out[i] = kappa * along[i];
   }
@@ -155,8 +155,8 @@ MTS_FAST_INLINE void adam_direction_loop(const AdamParams& params, double floor,
 
 template <typename scalar_t>
 MTS_FAST_INLINE void adam_direction(const AdamParams& params, double floor,
-                                    const DirectionSpan<scalar_t>& span) {
-  if (span.update.first == nullptr) {
+                                    const UpdateSpan<scalar_t>& span) {
+  if (span.first == nullptr) {
     adam_direction_loop<scalar_t, false>(params, floor, span);
   } else {
     adam_direction_loop<scalar_t, true>(params, floor, span);
@@ -171,7 +171,7 @@ MTS_FAST_INLINE void adam_direction(const AdamParams& params, double floor,
   MTS_FAST_FOR_EVERY_ISA(adam_span, adam, (const AdamParams& p, const UpdateSpan<scalar_t>& s), \
                          (p, s))                                                                \
   MTS_FAST_FOR_EVERY_ISA(adam_direction_span, adam_direction,                                   \
-                         (const AdamParams& p, double f, const DirectionSpan<scalar_t>& s),     \
+                         (const AdamParams& p, double f, const UpdateSpan<scalar_t>& s),     \
                          (p, f, s))
 MTS_FAST_UPDATES(float)
 MTS_FAST_UPDATES(double)

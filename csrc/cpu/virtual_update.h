@@ -12,8 +12,10 @@ struct UpdateSpan {
   const scalar_t* gradient;
   const scalar_t* first;   // SGD: momentum buffer; Adam: exp_avg
   const scalar_t* second;  // Adam: exp_avg_sq
-  scalar_t* out;
+  const scalar_t* along;   // of a direction: v
+  scalar_t* out;           // theta'; of a direction: kappa * v
   int64_t count;
+  int64_t* masked;  // of a direction, out: entries of kappa that were taken for noise
 };
 
 // As torch.optim.SGD names them.
@@ -38,14 +40,6 @@ struct AdamParams {
   bool maximize;
 };
 
-// Part of one tensor of kappa * along.
-template <typename scalar_t>
-struct DirectionSpan {
-  UpdateSpan<scalar_t> update;  // out: kappa * along
-  const scalar_t* along;
-  int64_t* masked;  // gets how many entries of kappa were taken for noise
-};
-
 // They round where the reference's tensor operations round: SGD gives the same bits, Adam does but
 // for the last one of a division.
 void sgd_span(const SgdParams& params, const UpdateSpan<float>& span);
@@ -53,9 +47,9 @@ void sgd_span(const SgdParams& params, const UpdateSpan<double>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<float>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<double>& span);
 
-// kappa = lr * slope of theta' by the gradient, times along; 0 where the root of the second moment
-// is below `floor`, or 0. params.lr: that of kappa.
-void adam_direction_span(const AdamParams& params, double floor, const DirectionSpan<float>& span);
-void adam_direction_span(const AdamParams& params, double floor, const DirectionSpan<double>& span);
+// kappa = lr * slope of theta' by the gradient, times v; 0 where the root of the second moment is
+// below `floor`, or 0. params.lr: that of kappa.
+void adam_direction_span(const AdamParams& params, double floor, const UpdateSpan<float>& span);
+void adam_direction_span(const AdamParams& params, double floor, const UpdateSpan<double>& span);
 
 }  // namespace mts_fast::cpu

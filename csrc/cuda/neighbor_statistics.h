@@ -5,18 +5,9 @@
 
 #include <cstdint>
 
-namespace mts_fast::cuda {
+#include "../common/neighbor_lists.h"
 
-// Running lists of the whole pool, descending; equal similarities by ascending index.
-template <typename scalar_t>
-struct NeighborLists {
-  scalar_t* similarity;  // [N, neighbors], to the nearest of the pool
-  int64_t* index;        // [N, neighbors], which these are
-  scalar_t* real;        // [N, k], to the nearest real samples of the class
-  scalar_t* synthetic;   // [N, k], to the nearest synthetic ones
-  int64_t neighbors;
-  int64_t k;
-};
+namespace mts_fast::cuda {
 
 // Rows and columns of the tile are places of two chunks, sorted by class, real before synthetic.
 template <typename scalar_t>

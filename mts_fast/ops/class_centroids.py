@@ -1,4 +1,4 @@
-"""class_centroids: contract, torch.library schema and dispatch."""
+"""class_centroids: contract, validation and dispatch."""
 
 from __future__ import annotations
 
@@ -10,64 +10,15 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_pool, check_range, fail
-from mts_fast.ops.cpp import reasons_against_cpp
-from mts_fast.ops.registry import register, resolve
+from mts_fast.backends.cpp import class_centroids as cpp
+from mts_fast.backends.cpp.eligibility import reasons_against_cpp
+from mts_fast.backends.registry import register, resolve
 from mts_fast.reference.class_centroids import ClassCentroids
 
 OP = "class_centroids"
 
-torch.library.define(
-    f"mts_fast::{OP}_",
-    "(Tensor embeddings, Tensor labels, Tensor is_synthetic, Tensor(a!) sums, Tensor(b!) counts)"
-    " -> ()",
-)
-
-
-@torch.library.register_fake(f"mts_fast::{OP}_")
-def _fake(*_: Tensor) -> None:
-    """Adds to sums and counts and returns nothing."""
-
-
-# what a GPU does: rows in a given order, added group by group.
-torch.library.define(
-    "mts_fast::sum_groups_",
-    "(Tensor embeddings, Tensor order, Tensor offsets, Tensor(a!) sums) -> ()",
-)
-
-
-@torch.library.register_fake("mts_fast::sum_groups_")
-def _fake_sum(*_: Tensor) -> None:
-    """Adds to sums and returns nothing."""
-
-
-def _cpp(
-    centroids: ClassCentroids, embeddings: Tensor, labels: Tensor, is_synthetic: Tensor
-) -> None:
-    if embeddings.is_cuda:
-        add_groups(torch.ops.mts_fast.sum_groups_, centroids, embeddings, labels, is_synthetic)
-        return
-    torch.ops.mts_fast.class_centroids_(
-        embeddings, labels, is_synthetic, centroids.sums, centroids.counts
-    )
-
-
-def add_groups(
-    add: Callable[..., None],
-    centroids: ClassCentroids,
-    embeddings: Tensor,
-    labels: Tensor,
-    is_synthetic: Tensor,
-) -> None:
-    """The sums of a GPU: samples sorted by source and class, so that none needs an atomic."""
-    group = labels + centroids.counts.shape[1] * is_synthetic
-    counts = torch.bincount(group, minlength=centroids.counts.numel())
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    add(embeddings, group.argsort(stable=True), offsets, centroids.sums)
-    centroids.counts.view(-1).add_(counts)
-
-
 register(OP, "reference", reference.class_centroids_)
-register(OP, "cpp", _cpp, reasons_against_cpp, devices=("cpu", "cuda"))
+register(OP, "cpp", cpp.class_centroids_, reasons_against_cpp, devices=("cpu", "cuda"))
 
 
 def class_centroids_(

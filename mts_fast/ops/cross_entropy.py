@@ -15,8 +15,9 @@ from mts_fast._check import (
     check_not_empty,
     fail,
 )
-from mts_fast.ops import cross_entropy_cpp, cross_entropy_triton
-from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.backends.cpp import cross_entropy as cpp
+from mts_fast.backends.triton import cross_entropy as triton
+from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.ops.target import check_target
 from mts_fast.reference import SampleStatistics, Target
 
@@ -28,15 +29,15 @@ register(
 register(
     "cross_entropy",
     "cpp",
-    cross_entropy_cpp.cross_entropy,
-    cross_entropy_cpp.reasons,
-    wins=cross_entropy_cpp.wins,
+    cpp.cross_entropy,
+    cpp.reasons,
+    wins=cpp.wins,
 )
-register_triton("cross_entropy", cross_entropy_triton.cross_entropy, cross_entropy_triton.reasons)
+register_triton("cross_entropy", triton.cross_entropy, triton.reasons)
 register_triton(
     "weighted_cross_entropy",
-    cross_entropy_triton.weighted_cross_entropy,
-    cross_entropy_triton.reasons,
+    triton.weighted_cross_entropy,
+    triton.reasons,
 )
 
 

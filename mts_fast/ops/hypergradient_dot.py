@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, fail
-from mts_fast._triton import reasons_against_triton
-from mts_fast.ops.memory_layout import lies_like
-from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.backends.triton import hypergradient_dot as triton
+from mts_fast.backends.triton.eligibility import reasons_against_triton
+from mts_fast.backends.registry import register, register_triton, resolve
 
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
-torch.library.define(
-    "mts_fast::hypergradient_dot", "(Tensor a, Tensor v, Tensor b, Tensor? bias) -> Tensor"
-)
-torch.library.define("mts_fast::sample_dot", "(Tensor x, Tensor y) -> Tensor")
-
-
-@torch.library.impl("mts_fast::hypergradient_dot", ("cpu", "cuda"))
-def _dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    from mts_fast.kernels.hypergradient_dot import hypergradient_dot, reaches
-
-    if not reaches(a, v, b):
-        a, v, b = a.contiguous(), v.contiguous(), b.contiguous()
-    return hypergradient_dot(a, v, b, bias)
-
-
-@torch.library.impl("mts_fast::sample_dot", ("cpu", "cuda"))
-def _sample_dot(x: Tensor, y: Tensor) -> Tensor:
-    from mts_fast.kernels.sample_dot import sample_dot
-
-    return sample_dot(x, y)
-
-
-@torch.library.register_fake("mts_fast::hypergradient_dot")
-@torch.library.register_fake("mts_fast::sample_dot")
-def _fake(a: Tensor, *rest: Any) -> Tensor:
-    kept = (rest[1],) if len(rest) == 3 else (a, rest[0])  # b; x and y
-    wide = functools.reduce(torch.promote_types, (t.dtype for t in kept), torch.float32)
-    return a.new_empty(len(a), dtype=wide)
-
-
-def _sample_dot_by_triton(x: Tensor, y: Tensor) -> Tensor:
-    """Tensors that do not lie alike, sample after sample, take plain PyTorch."""
-    if _samples_lie_alike(x, y):
-        return torch.ops.mts_fast.sample_dot(x, y)
-    return reference.sample_dot(x, y)
-
-
-def _samples_lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Both in one order, without gaps, a sample ending where the next begins."""
-    outermost = len(x) == 1 or x.stride(0) == x[0].numel()
-    return outermost and lies_like(x, y)
-
-
 register(DOT, "reference", reference.hypergradient_dot)
 register(SAMPLE_DOT, "reference", reference.sample_dot)
-register_triton(DOT, torch.ops.mts_fast.hypergradient_dot, reasons_against_triton)
-register_triton(SAMPLE_DOT, _sample_dot_by_triton, reasons_against_triton)
+register_triton(DOT, triton.hypergradient_dot, reasons_against_triton)
+register_triton(SAMPLE_DOT, triton.sample_dot, reasons_against_triton)
 
 
 def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""label_agreement: contract, torch.library schema, fake kernel and dispatch."""
+"""label_agreement: contract, validation and dispatch."""
 
 from __future__ import annotations
 
@@ -15,34 +15,15 @@ from mts_fast._check import (
     check_range,
     fail,
 )
-from mts_fast.ops.cpp import reasons_against_cpp
-from mts_fast.ops.registry import register, resolve
+from mts_fast.backends.cpp import label_agreement as cpp
+from mts_fast.backends.cpp.eligibility import reasons_against_cpp
+from mts_fast.backends.registry import register, resolve
 from mts_fast.reference.label_agreement import EPSILON
 
 OP = "label_agreement"
 
-torch.library.define(
-    f"mts_fast::{OP}",
-    "(Tensor similarity, Tensor neighbors, Tensor labels, float epsilon) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake(f"mts_fast::{OP}")
-def _fake(
-    similarity: Tensor, neighbors: Tensor, labels: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    rows = similarity.shape[0]
-    return similarity.new_empty(rows), similarity.new_empty(rows)
-
-
-def _cpp(
-    similarity: Tensor, neighbors: Tensor, labels: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.mts_fast.label_agreement(similarity, neighbors, labels, epsilon)
-
-
 register(OP, "reference", reference.label_agreement)
-register(OP, "cpp", _cpp, reasons_against_cpp, devices=("cpu", "cuda"))
+register(OP, "cpp", cpp.label_agreement, reasons_against_cpp, devices=("cpu", "cuda"))
 
 
 def label_agreement(

@@ -1,4 +1,4 @@
-"""percentile_rank: contract, torch.library schema, fake kernel and dispatch."""
+"""percentile_rank: contract, validation and dispatch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,14 @@ from mts_fast._check import (
     check_length,
     check_range,
 )
-from mts_fast.ops.class_numbers import table_numbers
-from mts_fast.ops.cpp import reasons_against_cpp
-from mts_fast.ops.registry import register, resolve
+from mts_fast.backends.cpp import percentile_rank as cpp
+from mts_fast.backends.cpp.eligibility import reasons_against_cpp
+from mts_fast.backends.registry import register, resolve
 
 OP = "percentile_rank"
 
-torch.library.define(f"mts_fast::{OP}", "(Tensor values, Tensor labels, int num_classes) -> Tensor")
-
-
-@torch.library.register_fake(f"mts_fast::{OP}")
-def _fake(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _cpp(values: Tensor, labels: Tensor) -> Tensor:
-    return torch.ops.mts_fast.percentile_rank(values, *table_numbers(labels))
-
-
 register(OP, "reference", reference.percentile_rank)
-register(OP, "cpp", _cpp, reasons_against_cpp)
+register(OP, "cpp", cpp.percentile_rank, reasons_against_cpp)
 
 
 def percentile_rank(values: Tensor, labels: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, fail
-from mts_fast.ops import perturb_triton
-from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.backends.triton import perturb as triton
+from mts_fast.backends.registry import register, register_triton, resolve
 
 NORM, PERTURB = "global_norm", "perturb"
 register(NORM, "reference", reference.global_norm)
 register(PERTURB, "reference", reference.perturb)
-register_triton(NORM, perturb_triton.global_norm, perturb_triton.reasons)
-register_triton(PERTURB, perturb_triton.perturb, perturb_triton.reasons)
+register_triton(NORM, triton.global_norm, triton.reasons)
+register_triton(PERTURB, triton.perturb, triton.reasons)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

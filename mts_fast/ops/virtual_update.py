@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_number, fail
-from mts_fast.ops import virtual_update_cpp, virtual_update_triton
-from mts_fast.ops.registry import register, register_triton, resolve
+from mts_fast.backends.cpp import virtual_update as cpp
+from mts_fast.backends.triton import virtual_update as triton
+from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.ops.update_rules import rule_of
 from mts_fast.ops.virtual_update_door import (
     OP,
@@ -77,13 +78,13 @@ def _composed(
 register(OP, "reference", _updates)
 register(DIRECTION, "reference", _directions)
 register(ALONG, "reference", _composed)
-register(OP, "cpp", virtual_update_cpp.virtual_update, virtual_update_cpp.reasons)
-register(DIRECTION, "cpp", virtual_update_cpp.hypergradient_direction, virtual_update_cpp.reasons)
-register_triton(OP, virtual_update_triton.virtual_update, virtual_update_triton.reasons)
+register(OP, "cpp", cpp.virtual_update, cpp.reasons)
+register(DIRECTION, "cpp", cpp.hypergradient_direction, cpp.reasons)
+register_triton(OP, triton.virtual_update, triton.reasons)
 register_triton(
-    DIRECTION, virtual_update_triton.hypergradient_direction, virtual_update_triton.reasons
+    DIRECTION, triton.hypergradient_direction, triton.reasons
 )
-register_triton(ALONG, virtual_update_triton.virtual_update_along, virtual_update_triton.reasons)
+register_triton(ALONG, triton.virtual_update_along, triton.reasons)
 
 
 class ScaledDirection(list[Tensor]):

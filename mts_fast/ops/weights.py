@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
-from mts_fast.ops.transforms import under_transform
+from mts_fast.backends.eligibility import under_transform
 
 
 def normalize_weights(

@@ -20,7 +20,7 @@ from mts_fast._check import (
     describe,
     fail,
 )
-from mts_fast.ops.registry import BACKENDS
+from mts_fast.backends.registry import BACKENDS
 from mts_fast.ops.virtual_update_door import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 

@@ -23,7 +23,7 @@ from mts_fast._check import (
     describe,
     fail,
 )
-from mts_fast.ops.transforms import under_transform
+from mts_fast.backends.eligibility import under_transform
 
 OP = "Selector"
 

@@ -14,7 +14,7 @@ from comparison import assert_bitwise
 from pools import POOLS, many, pool, signs
 
 from mts_fast import reference, use_backend
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import (
     ClassCentroids,
     NeighborChunk,

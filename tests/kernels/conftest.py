@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mts_fast._triton import triton_reasons
+from mts_fast.backends.triton.eligibility import triton_reasons
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from comparison import assert_bitwise, errors, relative
 
 from mts_fast import reference, use_backend
-from mts_fast._triton import interpreted, recorded_launches
+from mts_fast.backends.triton.eligibility import interpreted
+from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
-from mts_fast.ops.registry import resolve
+from mts_fast.backends.registry import resolve
 from mts_fast.reference import Target
 
 IGNORED = -100
@@ -162,7 +163,7 @@ def test_expanded_logits_and_labels(device):
 
 @pytest.mark.parametrize("classes", [10, 8193])  # whole rows; in tiles
 def test_every_entry_is_written(classes, device, poisoned):
-    from mts_fast.kernels import cross_entropy as module
+    from mts_fast.backends.triton.kernels import cross_entropy as module
 
     logits, labels = batch(device, torch.float32, (3,), classes)
     weight = torch.ones(3, device=device)
@@ -203,7 +204,7 @@ def test_infinities(device):
 
 def test_a_label_outside_gives_nan_and_touches_nobody_else(device):
     """On a GPU values are not looked at: such a sample must not become somebody else's number."""
-    from mts_fast.kernels.cross_entropy import cross_entropy as run
+    from mts_fast.backends.triton.kernels.cross_entropy import cross_entropy as run
 
     logits, labels = batch(device, torch.float32, (4,), 10)
     wrong = labels.clone()

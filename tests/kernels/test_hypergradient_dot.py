@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference, use_backend
-from mts_fast._triton import interpreted, recorded_launches
+from mts_fast.backends.triton.eligibility import interpreted
+from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.ops import hypergradient_dot, sample_dot
@@ -101,7 +102,7 @@ def test_every_entry_is_written(device, poisoned):
 
 def test_offsets_that_do_not_reach(device, monkeypatch):
     """Rows further apart than int32 counts are copied first."""
-    from mts_fast.kernels import hypergradient_dot as module
+    from mts_fast.backends.triton.kernels import hypergradient_dot as module
 
     a, v, b, _ = problem(device, torch.float64, 3, 4, 5, 7)
     a = VIEWS["channels_first"](a)
@@ -119,7 +120,7 @@ def test_offsets_that_do_not_reach(device, monkeypatch):
 
 def test_rows_of_one_position_each():
     """h[:, -1] of long sequences: what lies far apart are the samples."""
-    from mts_fast.kernels.hypergradient_dot import reaches
+    from mts_fast.backends.triton.kernels.hypergradient_dot import reaches
 
     far = 2**26  # 32 rows of a float32 tile are within int32, 64 are not
     row = lambda n, width, stride: torch.empty_strided(  # noqa: E731

@@ -7,7 +7,8 @@ from torch import nn
 
 import mts_fast
 from mts_fast import reference, use_backend
-from mts_fast._triton import interpreted, recorded_launches
+from mts_fast.backends.triton.eligibility import interpreted
+from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
@@ -139,7 +140,7 @@ def test_tangent(moved, name, device):
 
 
 def test_the_slices_of_the_backward_add_up(device, monkeypatch):
-    from mts_fast.kernels import linear_cross_entropy_slopes as module
+    from mts_fast.backends.triton.kernels import linear_cross_entropy_backward as module
 
     given = problem(device, torch.float32, 5, 300, 24)
     cotangent = torch.rand(5, device=device)

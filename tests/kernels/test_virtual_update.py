@@ -10,9 +10,10 @@ import torch
 from comparison import assert_bitwise, relative, snapshot
 
 from mts_fast import reference, use_backend
-from mts_fast._triton import interpreted, recorded_launches
+from mts_fast.backends.triton.eligibility import interpreted
+from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import virtual_update
-from mts_fast.ops.registry import resolve
+from mts_fast.backends.registry import resolve
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 from mts_fast.reference import AdamState, SGDState
 
@@ -233,7 +234,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, name, device, monkeypatch):
-    from mts_fast.kernels import virtual_update as kernel
+    from mts_fast.backends.triton.kernels import virtual_update as kernel
 
     lay_parameter, lay_gradient, taken = LAYOUTS[layout]
     optimizer, gradients, v = make(name, device, steps=0, shapes=[(4, 3, 2, 3), (5,)])
@@ -271,7 +272,7 @@ def virtual_update_by_reference(optimizer, gradients, v):
 @pytest.mark.parametrize("step_tensor", [True, False])
 @pytest.mark.parametrize("hypergradient_lr", [None, 0.5])
 def test_numbers_on_the_device(lr_tensor, step_tensor, hypergradient_lr, device):
-    from mts_fast.kernels.virtual_update import virtual_update as kernel
+    from mts_fast.backends.triton.kernels.virtual_update import virtual_update as kernel
 
     p, g, m, s, v = (draw([(5,)] * 2, device, torch.float64, seed) for seed in range(5))
     plain = [

@@ -10,12 +10,12 @@ import torch
 from comparison import assert_bitwise
 
 from mts_fast import reference, use_backend
-from mts_fast._extension import ExtensionStatus, extension
-from mts_fast._triton import _too_old, triton_reasons
+from mts_fast.backends.cpp.extension import ExtensionStatus, extension
+from mts_fast.backends.triton.eligibility import _too_old, triton_reasons
 from mts_fast.ops import cross_entropy, current_backend, label_agreement, sample_dot
-from mts_fast.ops import registry as registry_module
+from mts_fast.backends import registry as registry_module
 
-op_module = __import__("mts_fast.ops.cpp", fromlist=["extension"])
+op_module = eligibility
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 
 

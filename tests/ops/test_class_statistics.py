@@ -5,7 +5,7 @@ import torch
 from comparison import assert_bitwise
 from pools import lonely_sample, many, no_real_sample, pool
 
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import ClassCentroids, class_centroids_, percentile_rank
 from mts_fast.reference import class_median
 

@@ -8,7 +8,7 @@ from comparison import assert_bitwise
 
 import mts_fast
 from mts_fast import reference, use_backend
-from mts_fast.ops.registry import backend_reasons
+from mts_fast.backends.registry import backend_reasons
 from mts_fast.ops.virtual_update import optimizer_states
 from mts_fast.reference.update_rules import is_noise, largest_gradient, noise_share
 

@@ -10,7 +10,7 @@ from comparison import assert_bitwise
 from pools import POOLS, many, pool, signs
 
 from mts_fast import reference, use_backend
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import (
     NeighborChunk,
     NeighborLists,
@@ -159,7 +159,7 @@ def test_bits_depend_on_nothing_but_the_numbers():
 PROBE = """
 import sys, torch, pools
 from mts_fast import use_backend, reference
-from mts_fast._extension import extension
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import neighbor_statistics
 assert extension().info["isa"] == sys.argv[1], extension().info
 for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 2e-15)):

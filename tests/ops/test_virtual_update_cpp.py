@@ -5,8 +5,9 @@ import torch
 from comparison import assert_bitwise, snapshot
 
 from mts_fast import use_backend
-from mts_fast._extension import extension
-from mts_fast.ops import virtual_update, virtual_update_cpp
+from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.cpp import virtual_update as cpp
+from mts_fast.ops import virtual_update
 
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 # a scalar, odd sizes, none, more than one task of 32768, a matrix
@@ -110,7 +111,7 @@ def test_memory_formats(gradient_format, monkeypatch):
         gradient = gradient.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     taken = []
-    whole = virtual_update_cpp._columns
+    whole = cpp._columns
     monkeypatch.setattr(
         virtual_update_cpp, "_columns", lambda *a: taken.append(len(a[0])) or whole(*a)
     )

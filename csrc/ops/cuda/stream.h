@@ -19,11 +19,11 @@ class OnDeviceOf {
     const int32_t device = tensor.get_device_index();
     cudaGetDevice(&before_);
     cudaSetDevice(device);
-    void* found = nullptr;
+    void* current = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
-                        aoti_torch_get_current_cuda_stream(device, &found) == 0,
+                        aoti_torch_get_current_cuda_stream(device, &current) == 0,
                     "mts_fast: torch must be a CUDA build to run CUDA kernels");
-    stream = static_cast<cudaStream_t>(found);
+    stream = static_cast<cudaStream_t>(current);
   }
   ~OnDeviceOf() { cudaSetDevice(before_); }
   OnDeviceOf(const OnDeviceOf&) = delete;

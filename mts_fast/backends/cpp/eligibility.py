@@ -1,0 +1,29 @@
+"""Why a compiled kernel of the extension cannot serve some tensors: what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mts_fast.backends.cpp.extension import extension
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
+    """For an op whose first tensor is of the dtype that it computes in; empty where it can run."""
+    status = extension()
+    reasons = [] if status.available else [status.reason]
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
+    on_gpu = any(device.type == "cuda" for device in devices)
+    if on_gpu and status.available and not status.info["cuda"]:
+        reasons.append("it was built without CUDA kernels; MTS_FAST_CUDA=1 builds them")
+    if tensors[0].dtype not in DTYPES:
+        reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
+    if any(t.requires_grad for t in tensors):
+        reasons.append("its kernel has no backward")
+    return reasons

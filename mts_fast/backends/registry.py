@@ -1,0 +1,232 @@
+"""Which implementation of an op runs: the registry, `use_backend`, and the reasons when none can.
+
+Every op has a `reference` implementation. A faster backend registers a function and a check that
+returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
+backend raises where its kernel cannot run; an op that has no kernel in it for the device at hand
+runs the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from mts_fast._check import check_choice, fail
+from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.eligibility import under_transform
+from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons
+
+logger = logging.getLogger("mts_fast")
+
+BACKENDS = ("auto", "reference", "triton", "cpp")
+# order in which `auto` asks; the reference can always run.
+PREFERENCE = ("triton", "cpp", "reference")
+ENVIRONMENT_VARIABLE = "MTS_FAST_BACKEND"
+
+Reasons = Callable[[Sequence[Tensor]], list[str]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op: the function, and the reasons why it cannot serve some tensors.
+
+    It has kernels for some kinds of device. `auto` takes it only where it was measured to win;
+    elsewhere it is there for those who name its backend.
+    """
+
+    function: Callable[..., Any]
+    reasons: Reasons
+    devices: tuple[str, ...]
+    wins: Callable[[Sequence[Tensor]], bool]
+
+    def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it was written for the devices that these tensors are on."""
+        return {t.device.type for t in tensors} <= {*self.devices}
+
+    def serves(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `auto` takes it."""
+        return self.has_kernel(tensors) and self.wins(tensors) and not self.reasons(tensors)
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_selected: ContextVar[str | None] = ContextVar("mts_fast_backend", default=None)
+_announced: set[tuple[str, str]] = set()
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Where the kernels of this version were measured: no GPU has run one yet."""
+    return all(t.device.type == "cpu" for t in tensors)
+
+
+def unmeasured(tensors: Sequence[Tensor]) -> bool:
+    """A kernel that no GPU has timed wins nowhere: it serves those who name its backend."""
+    return False
+
+
+def register(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    reasons: Reasons = lambda _: [],
+    *,
+    devices: tuple[str, ...] = ("cpu",),
+    wins: Callable[[Sequence[Tensor]], bool] = on_cpu,
+) -> None:
+    """Add an implementation of `op`; `reasons(tensors)` is empty where it can run, and
+    `wins(tensors)` says whether it was measured to be faster there."""
+    check_choice("register", "backend", backend, PREFERENCE)
+    found = Implementation(function, reasons, devices, wins)
+    _implementations.setdefault(op, {})[backend] = found
+
+
+def register_triton(op: str, function: Callable[..., Any], reasons: Reasons) -> None:
+    """Add the Triton kernel of `op`, for the devices that kernels of this process serve. `auto`
+    leaves it alone as long as no GPU has timed it."""
+    register(op, "triton", function, reasons, devices=kernel_devices(), wins=unmeasured)
+
+
+def current_backend() -> str:
+    """The backend in force: that of the last `use_backend` which holds, else MTS_FAST_BACKEND, else
+    `auto`."""
+    selected = _selected.get()
+    if selected is None:
+        selected = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        check_choice("mts_fast", f"environment variable {ENVIRONMENT_VARIABLE}", selected, BACKENDS)
+    return selected
+
+
+class use_backend:
+    """Run every op on one backend: inside a `with` block, inside a function that it decorates, or,
+    as a call of its own, from then on in this thread.
+
+    Args:
+        name: "auto", "reference", "triton" or "cpp".
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: the backend cannot run here, with all the reasons. An op whose kernel cannot
+            serve its tensors raises the same when it is called.
+
+    Notes:
+        It takes effect when it is called, as `torch.set_grad_enabled` does, and not when the block
+        is entered. Other threads keep theirs, and new ones begin with MTS_FAST_BACKEND or "auto".
+
+    Example:
+        >>> import torch, mts_fast
+        >>> with mts_fast.use_backend("reference"):
+        ...     mts_fast.normalize_weights(torch.zeros(4)).tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
+
+    def __init__(self, name: str) -> None:
+        check_choice("use_backend", "name", name, BACKENDS)
+        why = backend_reasons(name)
+        if why:
+            raise _cannot_run("use_backend", name, why, "use 'auto'")
+        self.name = name
+        self._before = _selected.get()
+        self._entered = False
+        _selected.set(name)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function with this backend in force in it, and the one before around it."""
+        _selected.set(self._before)
+
+        @functools.wraps(function)
+        def decorated(*args: P.args, **kwargs: P.kwargs) -> R:
+            with use_backend(self.name):
+                return function(*args, **kwargs)
+
+        return decorated
+
+    def __enter__(self) -> None:
+        if self._entered:
+            got = f"use_backend({self.name!r}) for the second time"
+            fail(RuntimeError, "use_backend", "block", "entered once", got, "call it anew")
+        self._entered = True
+        _selected.set(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _selected.set(self._before)
+
+
+def triton_in_force() -> bool:
+    """Whether Triton was named as the backend, and can run. torch.compile cannot look into this; it
+    is asked once, when the code is traced."""
+    return current_backend() == "triton" and not triton_reasons()
+
+
+# what torch.compiler.assume_constant_result sets, without its import of dynamo
+triton_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The function that serves `op` on these tensors under the backend in force.
+
+    torch.compile fuses for itself and gets the reference, unless Triton was named: its kernels stay
+    whole in the compiled graph. Under torch.func and forward-mode differentiation the reference
+    runs, too.
+    """
+    available = _implementations[op]
+    if under_transform():
+        return available["reference"].function
+    if torch.compiler.is_compiling():
+        kernel = available.get("triton")
+        if kernel is None or not kernel.has_kernel(tensors) or not triton_in_force():
+            return available["reference"].function
+        return kernel.function
+    backend = current_backend()
+    if backend != "auto":
+        if _selected.get() is None and (why := backend_reasons(backend)):
+            # of the environment, which nothing has checked yet
+            raise _cannot_run(
+                op, backend, why, f"unset {ENVIRONMENT_VARIABLE}, or set it to 'auto'"
+            )
+        chosen = available.get(backend, available["reference"])
+        if chosen is available["reference"] or not chosen.has_kernel(tensors):
+            return available["reference"].function
+        why = chosen.reasons(tensors)
+        if why:
+            raise _cannot_run(op, backend, why, "use backend 'auto' or 'reference'")
+        return chosen.function
+    faster = (n for n in PREFERENCE if n in available and available[n].serves(tensors))
+    name = next(faster, "reference")
+    if (op, name) not in _announced:
+        _announced.add((op, name))
+        logger.info("%s runs on backend %r", op, name)
+    return available[name].function
+
+
+def _cannot_run(op: str, backend: str, why: Sequence[str], hint: str) -> RuntimeError:
+    return RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
+
+
+def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """What serves `op` on these tensors, if it is another one than the reference."""
+    function = resolve(op, tensors)
+    return None if function is _implementations[op]["reference"].function else function
+
+
+def backend_reasons(backend: str) -> list[str]:
+    """Why a backend as a whole cannot run here; empty where it can."""
+    if backend == "cpp" and not extension().available:
+        return [extension().reason]
+    return list(triton_reasons()) if backend == "triton" else []
+
+
+def registered() -> dict[str, tuple[str, ...]]:
+    """Every op with its backends, for the doctor."""
+    return {
+        op: tuple(name for name in reversed(PREFERENCE) if name in found)
+        for op, found in sorted(_implementations.items())
+    }

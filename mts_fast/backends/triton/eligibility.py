@@ -1,0 +1,97 @@
+"""Whether Triton kernels run here, for which tensors, and in which dtypes they accumulate.
+
+`TRITON_INTERPRET=1`, set before mts_fast is imported, has Triton's interpreter run them on the CPU,
+for tests. Nothing here imports triton before a kernel is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# block pointers are gone in later ones, and earlier ones lack what the kernels use
+OLDEST_TRITON = (3, 6)
+# what the kernels are compiled for and checked on ahead of time
+OLDEST_CAPABILITY = (8, 0)
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What kernels sum up in: float32, and float64 of float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def kernel_devices() -> tuple[str, ...]:
+    """Kinds of devices that the kernels of this process serve."""
+    # the interpreter follows the addresses in a pointer table itself
+    return ("cpu",) if interpreted() else ("cuda",)
+
+
+@functools.cache
+def triton_reasons() -> tuple[str, ...]:
+    """Why no Triton kernel can run in this process; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed; pip install triton",)
+    version = _triton_version()
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or tuple(map(int, number.groups())) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (f"triton {version} is older than {oldest}; upgrade triton",)
+    if interpreted() or torch.cuda.is_available():
+        return ()
+    return ("no CUDA device was found (TRITON_INTERPRET=1 runs kernels on the CPU, for tests)",)
+
+
+def _triton_version() -> str:
+    """By the package's metadata; torch's nightly builds install triton under another name."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    have, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"its kernels need compute capability {need}, {device} has {have}"
+
+
+def reasons_against_triton(
+    tensors: Sequence[Tensor], *, floating: str = "tensors", backward: bool = True
+) -> list[str]:
+    """Why kernels cannot serve these tensors; empty where they can.
+
+    `floating` names those of a floating dtype, `backward` says whether gradients may be asked for.
+    """
+    reasons = list(triton_reasons())
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
+    if not reasons:
+        reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
+    found = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+    other = sorted(str(d).removeprefix("torch.") for d in found - set(DTYPES))
+    if other:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        reasons.append(f"its kernel takes {floating} of {names}, not {', '.join(other)}")
+    if not backward and any(t.requires_grad for t in tensors):
+        reasons.append("its kernel has no backward")
+    return reasons

@@ -1,0 +1,59 @@
+"""hypergradient_dot and sample_dot by the Triton kernels: schemas and fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mts_fast import reference
+from mts_fast.backends.eligibility import lies_like
+from mts_fast.backends.triton.eligibility import accumulator
+
+torch.library.define(
+    "mts_fast::hypergradient_dot", "(Tensor a, Tensor v, Tensor b, Tensor? bias) -> Tensor"
+)
+torch.library.define("mts_fast::sample_dot", "(Tensor x, Tensor y) -> Tensor")
+
+
+@torch.library.impl("mts_fast::hypergradient_dot", ("cpu", "cuda"))
+def _dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    from mts_fast.backends.triton.kernels import hypergradient_dot as kernel
+
+    if not kernel.reaches(a, v, b):
+        a, v, b = a.contiguous(), v.contiguous(), b.contiguous()
+    return kernel.hypergradient_dot(a, v, b, bias)
+
+
+@torch.library.impl("mts_fast::sample_dot", ("cpu", "cuda"))
+def _sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    from mts_fast.backends.triton.kernels import sample_dot as kernel
+
+    return kernel.sample_dot(x, y)
+
+
+@torch.library.register_fake("mts_fast::hypergradient_dot")
+def _fake_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(len(a), dtype=accumulator(b.dtype))
+
+
+@torch.library.register_fake("mts_fast::sample_dot")
+def _fake_sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(len(x), dtype=accumulator(torch.promote_types(x.dtype, y.dtype)))
+
+
+def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """As the reference; the replayed output is never written."""
+    return torch.ops.mts_fast.hypergradient_dot(a, v, b, bias)
+
+
+def sample_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Tensors that do not lie alike, sample after sample, take plain PyTorch."""
+    if _samples_lie_alike(x, y):
+        return torch.ops.mts_fast.sample_dot(x, y)
+    return reference.sample_dot(x, y)
+
+
+def _samples_lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Both in one order, without gaps, a sample ending where the next begins."""
+    outermost = len(x) == 1 or x.stride(0) == x[0].numel()
+    return outermost and lies_like(x, y)

@@ -1,0 +1,159 @@
+"""The norm of many tensors, and parameters moved along a direction, each in one launch a dtype."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mts_fast.backends.triton.eligibility import accumulator
+from mts_fast.backends.triton.launch import launch
+from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
+from mts_fast.backends.triton.kernels.pointer_table import (
+    BLOCK,
+    BLOCKS,
+    WARPS,
+    Kind,
+    block,
+    kind_of,
+    place,
+    places,
+    pointer,
+    pointer_table,
+)
+
+
+@triton.jit
+def square_sum_kernel(
+    places_ptr,
+    table_ptr,
+    sums_ptr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """sums [programs] of x^2 over each program's chunk.
+
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves every entry once.
+    """
+    _, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    x_ptr = pointer(row_ptr, 0, DTYPE, ALIGNED)
+    total = tl.zeros([BLOCK], ACC)
+    for i in range(BLOCKS):
+        first = start + i * BLOCK
+        if first + BLOCK <= size:
+            offs, mask = block(first, size, True, BLOCK)
+            x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+            total += x * x
+        elif first < size:
+            offs, mask = block(first, size, False, BLOCK)
+            x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+            total += x * x
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0).to(tl.float64))
+
+
+@triton.jit
+def perturb_block(first, size, p_ptr, v_ptr, out_ptr, scale, WHOLE: tl.constexpr, BLOCK, ACC):
+    """out = p + scale v, one block."""
+    offs, mask = block(first, size, WHOLE, BLOCK)
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(ACC)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
+    tl.store(out_ptr + offs, (p + scale * v).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def perturb_kernel(
+    places_ptr,
+    table_ptr,
+    scale_ptr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """moved = parameter + scale [] * direction.
+
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves each of the three once.
+    """
+    _, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    p_ptr = pointer(row_ptr, 0, PARAMETER, ALIGNED)
+    v_ptr = pointer(row_ptr, 1, DIRECTION, ALIGNED)
+    out_ptr = pointer(row_ptr, 2, PARAMETER, ALIGNED)
+    scale = tl.load(scale_ptr).to(ACC)
+    for i in range(BLOCKS):
+        first = start + i * BLOCK
+        if first + BLOCK <= size:
+            perturb_block(first, size, p_ptr, v_ptr, out_ptr, scale, True, BLOCK, ACC)
+        elif first < size:
+            perturb_block(first, size, p_ptr, v_ptr, out_ptr, scale, False, BLOCK, ACC)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm [] of all entries, in the dtype that theirs promote to; the tensors are dense."""
+    together = _by_kind([(t,) for t in tensors])
+    where = {kind: places(rows) for kind, rows in together.items()}
+    sums = tensors[0].new_empty(sum(map(len, where.values())), dtype=torch.float64)
+    written = 0
+    for kind, rows in together.items():
+        table, _ = pointer_table(rows)
+        (dtype,) = kind.dtypes
+        programs = len(where[kind])
+        launch(
+            square_sum_kernel,
+            (programs,),
+            *(where[kind], table, sums[written : written + programs]),
+            WIDTH=table.shape[1],
+            ALIGNED=kind.aligned,
+            DTYPE=TRITON_DTYPE[dtype],
+            ACC=TRITON_DTYPE[accumulator(dtype)],
+            BLOCK=BLOCK,
+            BLOCKS=BLOCKS,
+            num_warps=WARPS,
+        )
+        written += programs
+    promoted = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    return sums.sum().sqrt().to(promoted)
+
+
+def perturb(
+    parameters: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor
+) -> list[Tensor]:
+    """parameter + scale * direction; each pair is dense and lies alike, and scale is []."""
+    moved = [torch.empty_like(p) for p in parameters]
+    together = _by_kind(list(zip(parameters, direction, moved, strict=True)))
+    for kind, rows in together.items():
+        table, _ = pointer_table(rows)
+        where = places(rows)
+        launch(
+            perturb_kernel,
+            (len(where),),
+            *(where, table, scale),
+            WIDTH=table.shape[1],
+            ALIGNED=kind.aligned,
+            PARAMETER=TRITON_DTYPE[kind.dtypes[0]],
+            DIRECTION=TRITON_DTYPE[kind.dtypes[1]],
+            ACC=TRITON_DTYPE[accumulator(kind.dtypes[0])],
+            BLOCK=BLOCK,
+            BLOCKS=BLOCKS,
+            num_warps=WARPS,
+        )
+    return moved
+
+
+def _by_kind(rows: Sequence[tuple[Tensor, ...]]) -> dict[Kind, list[tuple[Tensor, ...]]]:
+    together: dict[Kind, list[tuple[Tensor, ...]]] = defaultdict(list)
+    for row in rows:
+        if row[0].numel():
+            together[kind_of(row)].append(row)
+    return together
