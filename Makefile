@@ -52,12 +52,12 @@ test-all: setup
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, then the usual build again.
 # Nothing of Python or torch is instrumented, so leaks are not looked for.
-ASAN_TESTS ?= tests/ops tests/features tests/test_golden_features.py
+ASAN_TESTS ?= tests/backends/cpp tests/ops tests/features tests/test_golden_features.py
 test-asan: setup
 	rm -rf build/asan && mkdir -p build/asan
 	git ls-files -co --exclude-standard | xargs cp --parents -t build/asan
 	cd build/asan && MTS_FAST_CPP=1 MTS_FAST_SANITIZE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd build/asan && PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	cd build/asan && PYTHONPATH=tests/helpers ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider -p sanitized $(ASAN_TESTS)
 
@@ -87,18 +87,18 @@ resources: setup
 	env -u TRITON_INTERPRET $(BIN)/python scripts/check_triton.py --json benchmarks/results/triton_resources.json
 
 # Compares with higher, torchopt and Opacus, too, where they install. BENCH picks one file.
-BENCH ?= benchmarks
+BENCH ?= benchmarks/cpu
 bench: setup
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev,bench]' || echo "bench: going on without the packages to compare with"
 	mkdir -p build
 	$(BIN)/python -m pytest $(BENCH) --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python scripts/condense.py build/bench.json benchmarks/results
+	$(BIN)/python benchmarks/tables/condense.py build/bench.json benchmarks/results
 
 # This checkout's step against that of another commit, turn by turn: make bench-compare BEFORE=5476895
 BEFORE ?= 5476895
 bench-compare: setup
 	@mkdir -p build
-	$(BIN)/python benchmarks/compare_step.py --before $(BEFORE)
+	$(BIN)/python benchmarks/cpu/compare_step.py --before $(BEFORE)
 
 # On a machine with a GPU: the whole suite on CUDA (compiled, never interpreted), the kernels' and
 # the steps' benchmarks, other tiles; records and table.md under OUT. Each part can be called alone,
@@ -108,7 +108,7 @@ bench-compare: setup
 GPU_SECONDS ?= 580
 BENCH_SECONDS ?= 450
 GPU_WORKERS ?= 8
-GPU_BENCH ?= triton_cross_entropy triton_linear_cross_entropy triton_virtual_update triton_hypergradient_dot
+GPU_BENCH ?= cross_entropy linear_cross_entropy virtual_update hypergradient_dot
 GPU_ARGS ?=
 TUNE ?=
 IN_TIME := timeout -s INT -k 10 $(GPU_SECONDS) env -u TRITON_INTERPRET -u MTS_FAST_BENCH_TINY MTS_FAST_BENCH_SECONDS=$(BENCH_SECONDS)
@@ -126,31 +126,30 @@ gpu-test: setup
 gpu-bench: setup
 	@$(MAKE) -k -j1 $(GPU_BENCH:%=gpu-run-%)
 
-# of the feature kernels only what runs on the GPU
 gpu-features: setup
-	@$(MAKE) gpu-run-neighbor_statistics GPU_ARGS="-k on_gpu"
+	@$(MAKE) gpu-run-neighbor_statistics
 
 gpu-step: setup
-	@$(MAKE) gpu-run-gpu_step
+	@$(MAKE) gpu-run-step
 
 gpu-run-%: setup
 	@mkdir -p build $(OUT)
 	@rm -f build/$*.json
-	@status=0; $(IN_TIME) $(BIN)/python -m pytest benchmarks/bench_$*.py -p no:cacheprovider --benchmark-only --benchmark-json=build/$*.json $(GPU_ARGS) || status=$$?; \
-	  test ! -s build/$*.json || $(BIN)/python scripts/condense.py build/$*.json $(OUT) "make gpu-run-$*"; \
-	  $(BIN)/python scripts/gpu_table.py $(OUT); exit $$status
+	@status=0; $(IN_TIME) $(BIN)/python -m pytest benchmarks/gpu/bench_$*.py -p no:cacheprovider --benchmark-only --benchmark-json=build/$*.json $(GPU_ARGS) || status=$$?; \
+	  test ! -s build/$*.json || $(BIN)/python benchmarks/tables/condense.py build/$*.json $(OUT) "make gpu-run-$*"; \
+	  $(BIN)/python benchmarks/tables/gpu.py $(OUT); exit $$status
 
 gpu-tune: setup
 	@mkdir -p $(OUT)
-	@status=0; $(IN_TIME) $(BIN)/python benchmarks/tune_triton.py --json $(OUT)/tune.json $(TUNE) || status=$$?; \
-	  $(BIN)/python scripts/gpu_table.py $(OUT); exit $$status
+	@status=0; $(IN_TIME) $(BIN)/python benchmarks/gpu/tune.py --json $(OUT)/tune.json $(TUNE) || status=$$?; \
+	  $(BIN)/python benchmarks/tables/gpu.py $(OUT); exit $$status
 
 # What tells most in three calls of at most nine minutes each on a GPU machine without network: build,
 # correctness and whole steps; the kernels that decide what `auto` takes; where a step's time goes.
 # Fewer than eight files land in OUT each time. The environment is not made anew between calls: files
 # copied again get new times, which would rebuild it.
 CALL := PIP_NO_INDEX=1 PYTHONUNBUFFERED=1
-CALL_TESTS := tests/kernels tests/ops tests/training tests/hypergradient tests/csrc/test_cuda_kernels.py --ignore tests/kernels/test_compiles.py
+CALL_TESTS := tests/backends tests/ops tests/training tests/hypergradient tests/csrc/test_cuda_kernels.py --ignore tests/backends/triton/test_compiles.py
 # benchmark:selection
 CALL_BENCH := hypergradient_dot:bfloat16 cross_entropy:bfloat16_and_not_statistics virtual_update:perturb_or_update linear_cross_entropy:50257
 
@@ -164,26 +163,26 @@ gpu-call-1: call-setup
 gpu-call-2: call-setup
 	@status=0; for pair in $(CALL_BENCH); do \
 	  words=$$(echo $${pair#*:} | tr _ ' '); \
-	  $(CALL) $(MAKE) GPU_SECONDS=130 BENCH_SECONDS=95 GPU_ARGS="-k '$$words'" gpu-run-triton_$${pair%%:*} || status=$$?; \
+	  $(CALL) $(MAKE) GPU_SECONDS=130 BENCH_SECONDS=95 GPU_ARGS="-k '$$words'" gpu-run-$${pair%%:*} || status=$$?; \
 	done; exit $$status
 
 gpu-call-3: call-setup
 	@mkdir -p $(OUT)
-	@timeout -k 10 300 env -u TRITON_INTERPRET $(BIN)/python scripts/gpu_profile.py $(OUT) || true
+	@timeout -k 10 300 env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu/profile_step.py $(OUT) || true
 	@$(CALL) $(MAKE) GPU_SECONDS=200 TUNE="hypergradient_dot sample_dot" gpu-tune
 
 # The GPU benchmarks in tiny form on the CPU, in triton's interpreter: that they still run.
 TINY := env MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 bench-tiny: setup
 	@mkdir -p build/tiny
-	$(TINY) $(BIN)/python -m pytest $(GPU_BENCH:%=benchmarks/bench_%.py) benchmarks/bench_gpu_step.py -W ignore --benchmark-only --benchmark-json=build/tiny.json
-	$(BIN)/python scripts/condense.py build/tiny.json build/tiny "make bench-tiny"
-	$(TINY) $(BIN)/python -W ignore benchmarks/tune_triton.py --json build/tiny/tune.json
-	$(BIN)/python scripts/gpu_table.py build/tiny > /dev/null
+	$(TINY) $(BIN)/python -m pytest $(GPU_BENCH:%=benchmarks/gpu/bench_%.py) benchmarks/gpu/bench_step.py -W ignore --benchmark-only --benchmark-json=build/tiny.json
+	$(BIN)/python benchmarks/tables/condense.py build/tiny.json build/tiny "make bench-tiny"
+	$(TINY) $(BIN)/python -W ignore benchmarks/gpu/tune.py --json build/tiny/tune.json
+	$(BIN)/python benchmarks/tables/gpu.py build/tiny > /dev/null
 
 # Copies the numbers of benchmarks/results into README.md and docs/
 tables: setup
-	$(BIN)/python scripts/tables.py
+	$(BIN)/python benchmarks/tables/documents.py
 
 doctor: setup
 	$(BIN)/mts-fast doctor

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,8 +182,8 @@ def test_every_instruction_set(isa):
     order = ["baseline", "avx2", "avx512"]
     if order.index(isa) > order.index(extension().info["isa"]):
         pytest.skip(f"this machine has {extension().info['isa']} at best")
-    tests = os.path.dirname(os.path.dirname(__file__))
-    environment = {**os.environ, "MTS_FAST_ISA": isa, "PYTHONPATH": tests}
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    environment = {**os.environ, "MTS_FAST_ISA": isa, "PYTHONPATH": helpers}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, isa], env=environment, capture_output=True, text=True
     )

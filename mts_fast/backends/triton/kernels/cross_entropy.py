@@ -14,7 +14,7 @@ from mts_fast.backends.triton.eligibility import accumulator
 from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE, reciprocal
 from mts_fast.backends.triton.kernels.row_softmax import (
-    absorb,
+    online_softmax_update,
     class_weights,
     finite_maximum,
     load_class_weight,
@@ -146,7 +146,7 @@ def cross_entropy_kernel(
         at = start[:, None] + offs_c[None, :].to(tl.int64) * stride_xc
         x = tl.load(logits_ptr + at, mask=mask, other=float("-inf")).to(ACC)
         s_before = s
-        m, s, shifted, e, decay, drop = absorb(x, m, s)
+        m, s, shifted, e, decay, drop = online_softmax_update(x, m, s)
         if STATISTICS:
             is_label = offs_c[None, :] == label[:, None]
             e_other = tl.where(is_label, 0.0, e)

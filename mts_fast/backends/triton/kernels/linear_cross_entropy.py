@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from mts_fast.backends.triton.launch import launch
-from mts_fast.backends.triton.kernels.logits_tile import Problem, Softmax, logits_tile, new, splits_of
+from mts_fast.backends.triton.kernels.logits_tile import Problem, RowLosses, logits_tile, new_accumulator, splits_of
 from mts_fast.backends.triton.kernels.row_softmax import (
-    absorb,
+    online_softmax_update,
     class_weights,
     finite_maximum,
     load_class_weight,
@@ -24,14 +24,14 @@ MERGE_BLOCK = 128
 
 
 @triton.jit
-def forward_kernel(
+def linear_cross_entropy_forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, class_weight_ptr, partial_ptr,
     rows, classes, width, ignore_index, tiles_per_split,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Softmax statistics of BLOCK_M rows over one split of the classes.
+    """RowLosses statistics of BLOCK_M rows over one split of the classes.
 
     Grid [cdiv(M, BLOCK_M), splits]; neighbours in the grid read the same classes. partial
     [5, splits, M]: maximum, sum, label's logit, sum of class weight times (logit - maximum), sum of
@@ -56,7 +56,7 @@ def forward_kernel(
             HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
         )  # fmt: skip
         x_label += tl.sum(tl.where(offs_n[None, :] == label[:, None], x, 0.0), axis=1)
-        m, s, shifted, _e, _decay, drop = absorb(x, m, s)
+        m, s, shifted, _e, _decay, drop = online_softmax_update(x, m, s)
         if SMOOTHING > 0:
             weight = load_class_weight(class_weight_ptr, offs_n, mask_n, WEIGHTED, ACC)
             terms = tl.where(mask_n[None, :], weight[None, :] * shifted, 0.0)
@@ -72,7 +72,7 @@ def forward_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def linear_cross_entropy_merge_kernel(
     partial_ptr, labels_ptr, class_weight_ptr, weight_sum_ptr, losses_ptr, maximum_ptr, total_ptr,
     rows, classes, ignore_index, splits,
     WEIGHTED: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -114,26 +114,26 @@ def merge_kernel(
     tl.store(total_ptr + offs_m, s, mask=mask_m)
 
 
-def linear_cross_entropy(problem: Problem) -> Softmax:
+def linear_cross_entropy(problem: Problem) -> RowLosses:
     """Losses of M rows: one product with the weight, cut into splits of the classes."""
     rows, classes, width = problem.sizes
     # smoothing sums up more of a tile, which is then kept smaller
     tile = problem.tile(products=2 if problem.target.label_smoothing else 1)
     splits, tiles_per_split = splits_of(rows, classes, tile)
-    partial = new(problem, 5, splits, rows)
+    partial = new_accumulator(problem, 5, splits, rows)
     weight, weight_sum = class_weights(problem.target)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]), splits)
     labels = problem.target.labels.contiguous()
     launch(
-        forward_kernel,
+        linear_cross_entropy_forward_kernel,
         grid,
         *(problem.hidden, problem.weight, problem.bias, labels, weight, partial),
         *(rows, classes, width, problem.target.ignore_index, tiles_per_split),
         **tile,
     )
-    out = Softmax(*(new(problem, rows) for _ in Softmax._fields))
+    out = RowLosses(*(new_accumulator(problem, rows) for _ in RowLosses._fields))
     launch(
-        merge_kernel,
+        linear_cross_entropy_merge_kernel,
         (triton.cdiv(rows, MERGE_BLOCK),),
         *(partial, labels, weight, weight_sum, *out, rows, classes, problem.target.ignore_index, splits),
         WEIGHTED=tile["WEIGHTED"],

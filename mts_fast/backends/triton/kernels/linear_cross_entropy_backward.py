@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import reciprocal
-from mts_fast.backends.triton.kernels.logits_tile import Problem, logits_tile, new, product_tile, splits_of
+from mts_fast.backends.triton.kernels.logits_tile import Problem, logits_tile, new_accumulator, product_tile, splits_of
 from mts_fast.backends.triton.kernels.row_softmax import (
     class_weights,
     load_class_weight,
@@ -49,7 +49,7 @@ def slope_tile(
 
 
 @triton.jit
-def gradient_kernel(
+def linear_cross_entropy_backward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, class_weight_ptr, weight_sum_ptr, maximum_ptr,
     total_ptr, cotangent_ptr, gradient_ptr,
     rows, classes, width, ignore_index, first_class, slice_classes,
@@ -83,7 +83,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def tangent_kernel(
+def linear_cross_entropy_tangent_kernel(
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, class_weight_ptr, weight_sum_ptr, maximum_ptr,
     total_ptr, weight_tangent_ptr, bias_tangent_ptr, partial_ptr,
     rows, classes, width, ignore_index, tiles_per_split,
@@ -138,16 +138,16 @@ def linear_cross_entropy_backward(
     tile = problem.tile()
     hidden, weight = problem.hidden, problem.weight
     per_slice = max(SLICE_ENTRIES // max(rows, 1) // SLICE_MULTIPLE, 1) * SLICE_MULTIPLE
-    d_hidden = new(problem, rows if needed[0] else 0, width).zero_()
+    d_hidden = new_accumulator(problem, rows if needed[0] else 0, width).zero_()
     d_weight = weight.new_empty(classes if needed[1] else 0, width)
-    d_bias = new(problem, classes if needed[2] else 0)
+    d_bias = new_accumulator(problem, classes if needed[2] else 0)
     scales = class_weights(problem.target)
     labels = problem.target.labels.contiguous()
     for first in range(0, classes, per_slice):
         size = min(per_slice, classes - first)
         gradient = hidden.new_empty(rows, size)
         launch(
-            gradient_kernel,
+            linear_cross_entropy_backward_kernel,
             (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(size, tile["BLOCK_N"])),
             *(hidden, weight, problem.bias, labels, *scales, maximum, total),
             *(cotangent.contiguous(), gradient),
@@ -175,9 +175,9 @@ def linear_cross_entropy_tangent(
     rows, classes, width = problem.sizes
     tile = problem.tile(products=2)
     splits, tiles_per_split = splits_of(rows, classes, tile)
-    partial = new(problem, splits, rows)
+    partial = new_accumulator(problem, splits, rows)
     launch(
-        tangent_kernel,
+        linear_cross_entropy_tangent_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), splits),
         *(problem.hidden, problem.weight, problem.bias, problem.target.labels.contiguous()),
         *class_weights(problem.target),

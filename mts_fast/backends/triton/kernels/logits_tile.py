@@ -18,7 +18,7 @@ ENOUGH_PROGRAMS = 512
 MOST_SPLITS = 64
 
 
-class Softmax(NamedTuple):
+class RowLosses(NamedTuple):
     """Per row [M]: the loss, the largest logit, the sum of exp(logit - maximum)"""
 
     losses: Tensor
@@ -79,7 +79,7 @@ def splits_of(rows: int, classes: int, tile: dict[str, Any]) -> tuple[int, int]:
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 
 
-def new(problem: Problem, *shape: int) -> Tensor:
+def new_accumulator(problem: Problem, *shape: int) -> Tensor:
     """Accumulators of that shape, not written."""
     wide = accumulator(problem.hidden.dtype)
     return torch.empty(shape, dtype=wide, device=problem.hidden.device)

@@ -24,7 +24,7 @@ def finite_maximum(m):
 
 
 @triton.jit
-def absorb(x, m, s):
+def online_softmax_update(x, m, s):
     """Take a tile x [BLOCK_M, BLOCK_C] (absent entries -inf) into the running maximum m and
     s = sum exp(x - m), [BLOCK_M].
 

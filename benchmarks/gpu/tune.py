@@ -1,6 +1,6 @@
 """Other tiles for the Triton kernels: which is fastest at which size. A command, not a test.
 
-`python benchmarks/tune_triton.py [--json FILE] [KERNEL ...]` sets the kernels' module constants to
+`python benchmarks/gpu/tune.py [--json FILE] [KERNEL ...]` sets the kernels' module constants to
 a few alternatives, checks that results stay the same, times all in turns, and says which won. With
 MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 it runs small, on the CPU.
 """
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 from measure import on_device
 from on_gpu import DEVICE, choose, dtype_name, relative_error, rounded, tf32, why_not
 from tune_settings import GROUPS

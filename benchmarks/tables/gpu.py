@@ -1,6 +1,6 @@
 """Tables of what the GPU benchmarks measured, from the records under a folder.
 
-`python scripts/gpu_table.py FOLDER` prints markdown and writes it to FOLDER/table.md. A ratio is
+`python benchmarks/tables/gpu.py FOLDER` prints markdown and writes it to FOLDER/table.md. A ratio is
 how many times longer a rival takes than ours: below 1 we lose.
 """
 
@@ -9,13 +9,8 @@ import sys
 from pathlib import Path
 
 # of bench_<noun>.py
-KERNELS = (
-    "triton_cross_entropy",
-    "triton_linear_cross_entropy",
-    "triton_virtual_update",
-    "triton_hypergradient_dot",
-)
-STEPS, TUNING = "gpu_step", "tune"
+KERNELS = ("cross_entropy", "linear_cross_entropy", "virtual_update", "hypergradient_dot")
+STEPS, TUNING = "step", "tune"
 OURS = "triton"
 
 

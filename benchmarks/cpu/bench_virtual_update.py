@@ -8,7 +8,7 @@ buffers read, the result written.
 import pytest
 import torch
 from measure import interleaved, ratios
-from update_ways import (
+from update_baselines import (
     FOREACH,
     FOREACH_DIRECTION,
     OPTIMIZERS,

@@ -11,7 +11,7 @@ from torch import nn
 
 import mts_fast
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 STEPS = (
     "step_mlp_layernorm",
     "step_mlp_plain_momentum",

@@ -1,6 +1,6 @@
 """Keeps of pytest-benchmark's report what is worth committing, one file per benchmark file.
 
-`python scripts/condense.py REPORT.json FOLDER [COMMAND]`: FOLDER/<noun>.json for every
+`python benchmarks/tables/condense.py REPORT.json FOLDER [COMMAND]`: FOLDER/<noun>.json for every
 bench_<noun>.py in it; COMMAND is what the record says it came from.
 """
 

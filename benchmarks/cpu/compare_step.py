@@ -1,6 +1,6 @@
 """The step of this checkout against that of another commit, turn by turn in one run.
 
-    python benchmarks/compare_step.py --before 5476895          # make bench-compare BEFORE=...
+    python benchmarks/cpu/compare_step.py --before 5476895          # make bench-compare BEFORE=...
 
 Each side is a process of its own, with its own mts_fast and the benchmarks of this checkout; they
 take steps in turns, never at the same time. Ratios are medians over rounds of after / before.
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "step_compared.json"
 MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp")
 OPTIMIZERS = ("momentum", "adamw")
@@ -73,7 +73,7 @@ class Side:
     """One checkout in a process of its own."""
 
     def __init__(self, package):
-        path = os.pathsep.join([str(package), str(ROOT / "benchmarks")])
+        path = os.pathsep.join([str(package), str(ROOT / "benchmarks" / "common")])
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve"],
             stdin=subprocess.PIPE,
@@ -146,7 +146,7 @@ def main():
             for label, options in arms.items():
                 row = compared(before, after, model=model, optimizer=optimizer, options=options)
                 rows[f"{model}, {optimizer}, {label}"] = row
-                command = f"python benchmarks/compare_step.py --before {arguments.before}"
+                command = f"python benchmarks/cpu/compare_step.py --before {arguments.before}"
                 result = {"command": command, "rounds": ROUNDS, "rows": rows}
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
                 print(f"{model}, {optimizer}, {label}: {row}", flush=True)

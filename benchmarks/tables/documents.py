@@ -1,6 +1,6 @@
 """Writes the tables of the documents from the committed results, between `<!-- NAME -->` marks.
 
-`python scripts/tables.py` rewrites; `--check` only says whether anything differs (exit status 1).
+`python benchmarks/tables/documents.py` rewrites; `--check` only says whether anything differs (exit status 1).
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_models import BUILD
 from on_gpu import DEVICE, OURS, choose, compare, compiled, needs_gpu, relative_error
-from update_ways import (
+from update_baselines import (
     FOREACH,
     FOREACH_DIRECTION,
     OPTIMIZERS,

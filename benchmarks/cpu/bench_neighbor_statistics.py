@@ -10,69 +10,17 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, peak_bytes, peak_resident_bytes, ratios
+from measure import interleaved, peak_resident_bytes, ratios
+from neighbor_pools import ALLOWED, NEIGHBORS, SIZES, K, make_pool, torch_tiles
 
 import mts_fast
 from mts_fast import reference
-from mts_fast.backends.cpp.extension import extension
 from mts_fast.features import distribution_features
 from mts_fast.ops import neighbor_statistics
 
-CLASSES = 10
-K, NEIGHBORS = 3, 5
-# scaling in N at the encoders' usual 512, and up to a pool whose N x N matrix is 16 GB; scaling
-# in D at the size that the goal names.
-SIZES = (
-    (2048, 512),
-    (8192, 512),
-    (16384, 64),
-    (16384, 256),
-    (16384, 512),
-    (16384, 1024),
-    (65536, 256),
-)
 # the others would not end, or not fit, beyond these
 LARGEST = {"full matrices": 8192, "reference backend": 8192, "torch tiles + topk": 16384}
-TILE = 1024
 BASE = "faiss, pool neighbours alone"
-# float32 sums of up to 1024 products; observed 4e-7
-ALLOWED = 2e-6
-
-
-def make_pool(size, dimension):
-    """Classes around centres of their own, half of each synthetic."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(CLASSES, (size,), generator=g)
-    centers = torch.randn(CLASSES, dimension, generator=g)
-    x = centers[labels] + 2 * torch.randn(size, dimension, generator=g)
-    return x, labels, torch.rand(size, generator=g) < 0.5
-
-
-def torch_tiles(x, labels, is_synthetic):
-    """What a careful user writes: sorted by class and source, rows by the thousand, one matrix
-    product each, topk over the pool and over the two runs of columns of every class."""
-    group = 2 * labels + is_synthetic
-    order = group.argsort(stable=True)
-    unit = F.normalize(x, dim=1)[order]
-    ends = torch.bincount(group, minlength=2 * CLASSES).cumsum(0).tolist()
-    starts = [0, *ends]
-    top = x.new_empty(len(x), NEIGHBORS)
-    index = order.new_empty(len(x), NEIGHBORS)
-    within = x.new_empty(len(x), 2, K)
-    for c in range(CLASSES):
-        for first in range(starts[2 * c], ends[2 * c + 1], TILE):
-            last = min(first + TILE, ends[2 * c + 1])
-            rows = torch.arange(first, last, device=x.device)
-            similarity = unit[rows] @ unit.T
-            similarity[torch.arange(len(rows), device=x.device), rows] = -2
-            top[order[rows]], place = similarity.topk(NEIGHBORS, dim=1)
-            index[order[rows]] = order[place]
-            for source in range(2):
-                run = similarity[:, starts[2 * c + source] : ends[2 * c + source]]
-                within[order[rows], source] = run.topk(K, dim=1).values
-    return top
-
-
 def faiss_search(unit, threads):
     import faiss
 
@@ -147,33 +95,3 @@ def check(calls):
             allowed = 1e-3 if "percentile" in name or "agreement" in name else ALLOWED
             wrong = (found[name] - column).abs().max(1).values > allowed
             assert wrong.float().mean() < 1e-3, (label, name)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("size", "dimension"), SIZES)
-def bench_on_gpu(benchmark, size, dimension):
-    """The CUDA kernels, which `auto` does not take before this was run, against torch."""
-    if not extension().info.get("cuda"):
-        pytest.skip("the extension was built without CUDA")
-    pool = tuple(t.cuda() for t in make_pool(size, dimension))
-
-    def run(backend):
-        with mts_fast.use_backend(backend):
-            return neighbor_statistics(*pool, k=K, neighbors=NEIGHBORS).similarity
-
-    calls = {
-        "CUDA": lambda: run("cpp"),
-        "reference backend": lambda: run("reference"),
-        "torch tiles + topk": lambda: torch_tiles(*pool),
-    }
-    for label, call in calls.items():
-        assert (call() - calls["CUDA"]()).abs().max() < ALLOWED, label
-    seconds = {}
-    benchmark.pedantic(lambda: seconds.update(interleaved(calls, 5)), rounds=1)
-    benchmark.extra_info |= {
-        "N": size,
-        "D": dimension,
-        "device": torch.cuda.get_device_name(),
-        "ratios": {label: round(r, 3) for label, r in ratios(seconds, "CUDA").items()},
-        "peak_mib": {label: round(peak_bytes(call) / 2**20) for label, call in calls.items()},
-    }

@@ -1,8 +1,9 @@
 """Where the time of a step goes on a GPU: waits, launches, kernels, races. Files in FOLDER.
 
-`python scripts/gpu_profile.py FOLDER`: waits.txt (every wait of one exact step), profile.txt (busy
-share, launches and the 20 longest kernels of plain, published and exact steps of a ViT-S), and
-sanitizer.txt (compute-sanitizer's racecheck and memcheck on one small launch of each kernel).
+`python benchmarks/gpu/profile_step.py FOLDER`: waits.txt (every wait of one exact step),
+profile.txt (busy share, launches and the 20 longest kernels of plain, published and exact steps of
+a ViT-S), and sanitizer.txt (compute-sanitizer's racecheck and memcheck on one small launch of each
+kernel).
 """
 
 import argparse
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "common"))
 WARM_UP = 6
 BATCHES = (64, 256)
 SANITIZER_SECONDS = 60
@@ -23,7 +24,7 @@ SANITIZER_SECONDS = 60
 
 def arms(batch):
     """label -> a call that takes one step, of ViT-S under bf16 autocast."""
-    from bench_gpu_step import in_precision
+    from bench_step import in_precision
     from gpu_models import make_gpu_task
     from step_arms import Ours, Plain, Published
 

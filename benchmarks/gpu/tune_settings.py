@@ -12,7 +12,7 @@ import torch
 from gpu_models import BUILD
 from on_gpu import DEVICE, choose
 from torch import Tensor
-from update_ways import draw_update
+from update_baselines import draw_update
 
 from mts_fast.reference import Target
 
