@@ -12,13 +12,24 @@ from mts_fast.hypergradient.check import EngineCheck, check_engine
 from mts_fast.hypergradient.choice import ENGINES, EngineChoice, make_engine
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.explain import EngineExplanation, explain_engine
-from mts_fast.hypergradient.ghost import LayerCall, register_layer
+from mts_fast.hypergradient.ghost import (
+    DensePart,
+    LayerCall,
+    OuterPart,
+    SampleAxis,
+    ScatteredPart,
+    register_layer,
+)
 from mts_fast.hypergradient.gradient_norm import GradientNorm
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
 from mts_fast.hypergradient.refused import Refused
 from mts_fast.hypergradient.streamed import Streamed
 
 __all__ = [
+    "ScatteredPart",
+    "SampleAxis",
+    "OuterPart",
+    "DensePart",
     "ENGINES",
     "Engine",
     "EngineCheck",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.ghost import Ghost, Unsupported
-from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
+from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 logger = logging.getLogger("mts_fast")

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mts_fast import reference
 from mts_fast.hypergradient.ghost import Ghost, Unsupported
-from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
+from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.refused import Refused
 

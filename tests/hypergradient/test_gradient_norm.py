@@ -13,7 +13,7 @@ from torch import nn
 import mts_fast
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
 from mts_fast.hypergradient.ghost import Ghost
-from mts_fast.hypergradient.ghost.gradient_norm import gradient_norms
+from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
 from mts_fast.hypergradient.ghost.sample_parts import Outer, Rows, inner
 
 EXACT = 1e-12  # float64; observed 2e-15

@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 
 from mts_fast._ambient import FunctionMode
-from mts_fast.hypergradient.ghost import norms  # noqa: F401, registers its layers
+from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
 from mts_fast.hypergradient.ghost.recorded import Recorded
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Source
@@ -67,7 +67,7 @@ class Capture(FunctionMode):
         self.may_mix = False
         # position of a recorded embedding -> its turn, where the index could be either kind
         self.ambiguous_rows: dict[int, int] = {}
-        self._shared_rows = set(shared_rows)
+        self._shared_turns = set(shared_rows)
         self._embeddings = 0
         self._moves: list[object] = []
         self._sources = {id(parameter): Source(parameter) for parameter in names}
@@ -77,7 +77,7 @@ class Capture(FunctionMode):
     def layout(self) -> Layout:
         """What a check of this forward holds for."""
         calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
-        return (*calls, *self._moves, *sorted(self._shared_rows))
+        return (*calls, *self._moves, *sorted(self._shared_turns))
 
     def __torch_function__(
         self,
@@ -173,10 +173,10 @@ class Capture(FunctionMode):
         if why is not None:
             self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
         shared = False
-        if function is F.embedding and used:
+        if call.rule.indexed and used:
             shared = self._serves_all_samples(call)
         if shared:
-            return self._rows(call, used[0])
+            return self._shared_rows(call, used[0])
         y = function(*call.args, **call.kwargs)
         if not used:
             return y
@@ -200,7 +200,7 @@ class Capture(FunctionMode):
             y = torch.ops.aten._unsafe_view(y, y.shape)
         a = call.input
         edge = get_gradient_edge(y)
-        if function is F.embedding and a.shape == (self.batch_size,):
+        if call.rule.indexed and a.shape == (self.batch_size,):
             self.ambiguous_rows[len(self.recorded)] = self._embeddings - 1
         self.recorded.append(
             Recorded(call, call.sources, edge, y.shape, path, _input=(a, a._version))
@@ -213,13 +213,14 @@ class Capture(FunctionMode):
         self._embeddings += 1
         if shape[:1] != (self.batch_size,):
             return True
-        return len(shape) == 1 and turn in self._shared_rows
+        return len(shape) == 1 and turn in self._shared_turns
 
-    def _rows(self, call: LayerCall, table: Tensor) -> Tensor:
+    def _shared_rows(self, call: LayerCall, table: Tensor) -> Tensor:
         """Such rows are a view of the table."""
         rows = call.run({})
+        (name,) = call.rule.parameters
         source = self._sources[id(table)]
-        self._sources[id(rows)] = source.then(lambda t: call.replay({"weight": t}))
+        self._sources[id(rows)] = source.then(lambda t: call.replay({name: t}))
         self._alive.append(rows)
         return rows
 

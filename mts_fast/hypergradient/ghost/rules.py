@@ -1,8 +1,9 @@
-"""Which functions the ghost engine can replay: functions that are linear in their parameters.
+"""What the ghost engine has to know of a function that is linear in its parameters, and the
+functions that it knows (`layers/` has torch's).
 
 Of such a layer y = f(a; W), the output's tangent under a parameter tangent V is f(a; V): the layer
 replayed with V in place of W. So a rule only has to say where the parameters stand among the
-arguments, and, where there is a cheaper way than autograd, how to get the weight gradients.
+arguments; the rest are cheaper ways than autograd's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mts_fast import ops
+from mts_fast.hypergradient.ghost.parts import GradientPart
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.source import Source
 
@@ -23,30 +23,48 @@ from mts_fast.hypergradient.ghost.source import Source
 WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
 # (call, output cotangent b, where its samples lie, B) -> [B, *parameter] by name
 SampleGradients = Callable[["LayerCall", Tensor, SampleAxis, int], dict[str, Tensor]]
+# the same arguments -> each sample's gradient in a form whose norm is cheap, by name; a reason why
+# it cannot be had; or None: one sample after the other
+SampleParts = Callable[
+    ["LayerCall", Tensor, SampleAxis, int], "Mapping[str, GradientPart] | str | None"
+]
+# (a [B, T, K], v [N, K], b [B, T, N], direction of the bias [N]) of a replay that is a product
+Product = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+# (call, directions by name, b, where its samples lie, B) -> the product, or None where it is none
+AsProduct = Callable[
+    ["LayerCall", Mapping[str, Tensor], Tensor, SampleAxis, int], "Product | None"
+]
+
+# (call, directions by name) -> the output's tangent
+Tangent = Callable[["LayerCall", Mapping[str, Tensor]], Tensor]
 
 # option name -> (position, its value in replays), or a function of the call that gives them
 Options = Mapping[str, tuple[int, Any]]
 ReplayOptions = Options | Callable[["LayerCall"], Options]
 
 
+def _no_reason(call: LayerCall) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class LayerRule:
-    """How to replay one function; positions are those of its arguments."""
+    """How to treat calls of one function; the fields are the arguments of `register_layer`."""
 
     function: Callable[..., Any]
     parameters: Mapping[str, int]  # name -> position
     input: int = 0
-    nullable: Collection[str] = ("bias",)  # parameters that may be None
+    nullable: Collection[str] = ("bias",)
     weight_gradient: WeightGradient | None = None
-    couples_samples: Callable[[LayerCall], str | None] = lambda call: None
+    couples_samples: Callable[[LayerCall], str | None] = _no_reason
     sample_gradients: SampleGradients | None = None
-    # (call, tangents by name) -> the output's tangent, of a function that is not linear in them
-    tangent: Callable[[LayerCall, Mapping[str, Tensor]], Tensor] | None = None
-    # (call, replayed output) -> the output, where autograd drops or scales entries of the gradient
+    sample_parts: SampleParts | None = None
+    as_product: AsProduct | None = None
+    tangent: Tangent | None = None
     adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None
-    refuses: Callable[[LayerCall], str | None] = lambda call: None
-    # of options that write to tensors, or change nothing but the form of the gradient
+    refuses: Callable[[LayerCall], str | None] = _no_reason
     replay_options: ReplayOptions = field(default_factory=dict)
+    indexed: bool = False
 
 
 @dataclass
@@ -143,12 +161,19 @@ def register_layer(
     input: int = 0,
     nullable: Collection[str] = ("bias",),
     weight_gradient: WeightGradient | None = None,
-    couples_samples: Callable[[LayerCall], str | None] | None = None,
+    couples_samples: Callable[[LayerCall], str | None] = _no_reason,
     sample_gradients: SampleGradients | None = None,
-    refuses: Callable[[LayerCall], str | None] | None = None,
+    sample_parts: SampleParts | None = None,
+    as_product: AsProduct | None = None,
+    tangent: Tangent | None = None,
+    adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None,
+    refuses: Callable[[LayerCall], str | None] = _no_reason,
     replay_options: ReplayOptions | None = None,
+    indexed: bool = False,
 ) -> None:
     """Teach the ghost engine a function that is linear in its parameters.
+
+    torch's own layers are registered by this function, too: yours can have all that they have.
 
     Args:
         function: as the model calls it: a torch function, or your own Python function on tensors
@@ -160,12 +185,25 @@ def register_layer(
         weight_gradient: (call, b) -> gradients by name; by autograd where left out.
         couples_samples: (call) -> why this call mixes samples, or None.
         sample_gradients: (call, b, axis, B) -> every sample's own gradients [B, *parameter] by
-            name, for layers with few parameters; they replace the replay.
+            name, for layers with few parameters; they replace the replay. b is the gradient at the
+            output; `axis.samples(b, B)` is [B, r, ...], with the samples first.
+        sample_parts: (call, b, axis, B) -> for gradient norms each sample's gradients by name, as
+            `OuterPart`, `ScatteredPart` or `DensePart`; or a reason why they cannot be had; or None
+            for one sample after the other, as where it is left out.
+        as_product: (call, directions by name, b, axis, B) -> (a [B, T, K], v [N, K], b [B, T, N],
+            direction of the bias [N] or None) where the replay is the product a v^T + bias, so that
+            a kernel may fuse it with the dot product; or None.
+        tangent: (call, directions by name) -> the output's tangent, of a function that is not
+            linear in its parameters but whose tangent is known.
+        adjusted: (call, replayed output) -> the output, where autograd drops or scales entries of
+            the gradient.
         refuses: (call) -> why the function is not linear in its parameters with the options of this
             call (`call.option(name, position, default)`), or None.
         replay_options: option name -> (position, value that replays use), or a function of the call
             that gives them: needed for options under which the function writes to its parameters
             (a replay passes the caller's direction in their place) or to a buffer.
+        indexed: its input holds indices into a table, its only parameter, as an embedding's does:
+            an input without a batch axis (positions) then serves all samples.
 
     Example:
         >>> import torch
@@ -178,148 +216,18 @@ def register_layer(
         input,
         nullable,
         weight_gradient,
-        couples_samples or (lambda call: None),
+        couples_samples,
         sample_gradients,
-        refuses=refuses or (lambda call: None),
-        replay_options=replay_options or {},
+        sample_parts,
+        as_product,
+        tangent,
+        adjusted,
+        refuses,
+        replay_options or {},
+        indexed,
     )
 
 
 def rule_of(function: Callable[..., Any]) -> LayerRule | None:
     """The rule of a function, or None."""
     return _rules.get(function)
-
-
-def _linear_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
-    """dW = b^T a and db = sum b, over all rows."""
-    a, gradients = call.input.detach(), {}
-    if call.argument("weight").ndim == 1:  # one output, without an axis of its own
-        b = b.unsqueeze(-1)
-    rows = b.reshape(-1, b.shape[-1])
-    if "weight" in call.sources:
-        dw = rows.T @ a.reshape(-1, a.shape[-1]).to(rows.dtype)
-        gradients["weight"] = dw.view(call.argument("weight").shape)
-    if "bias" in call.sources:
-        gradients["bias"] = rows.sum(0).view(call.argument("bias").shape)
-    return gradients
-
-
-_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
-
-
-def convolution_options(call: LayerCall) -> dict[str, Any] | None:
-    """What torch's convolution backward is called with.
-
-    None for padding by name, and for an input without a batch axis.
-    """
-    function = call.rule.function
-    transposed = function in _TRANSPOSED
-    axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
-    # positions after (input, weight, bias) as torch declares them
-    order = "stride padding dilation groups"
-    if transposed:
-        order = "stride padding output_padding groups dilation"
-    option = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    option |= dict(zip(order.split(), call.args[3:], strict=False)) | call.kwargs
-    if isinstance(option["padding"], str) or call.input.ndim != axes + 2:
-        return None
-
-    def per_axis(name: str) -> list[int]:
-        value = option[name]
-        return [value] * axes if isinstance(value, int) else list(value)
-
-    lists = ("stride", "padding", "output_padding", "dilation")
-    return {n: per_axis(n) for n in lists} | {"transposed": transposed, "groups": option["groups"]}
-
-
-def _convolution_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
-    """torch's own convolution backward without its input gradient."""
-    options = convolution_options(call)
-    if options is None:
-        plain = LayerRule(call.rule.function, call.rule.parameters)
-        return LayerCall(plain, call.args, call.kwargs, call.sources).weight_gradients(b)
-    wanted = [False, "weight" in call.sources, "bias" in call.sources]
-    _, dw, db = torch.ops.aten.convolution_backward(
-        b,
-        call.input.detach().to(b.dtype),
-        call.argument("weight").detach().to(b.dtype),
-        [b.shape[1]],
-        **options,
-        output_mask=wanted,
-    )
-    return {n: g for n, g in {"weight": dw, "bias": db}.items() if n in call.sources}
-
-
-def padding_row(call: LayerCall) -> int | None:
-    """The row of an embedding's table that gets no gradient."""
-    index = call.option("padding_idx", 2, None)
-    return None if index is None else index % len(call.argument("weight"))
-
-
-def scaled_by_frequency(call: LayerCall) -> bool:
-    """Whether autograd divides an embedding's gradient by how often its index is in the batch."""
-    return bool(call.option("scale_grad_by_freq", 5, False))
-
-
-def _as_autograd_has_it(call: LayerCall, y: Tensor) -> Tensor:
-    """Without rows of the padding index, which get no gradient; over the frequency if it counts."""
-    padding, index = padding_row(call), call.input
-    if padding is not None:
-        y = y.masked_fill((index == padding)[..., None], 0)
-    if scaled_by_frequency(call):
-        times = torch.bincount(index.flatten(), minlength=len(call.argument("weight")))
-        y = y / times[index][..., None].to(y.dtype)
-    return y
-
-
-def _bag_is_not_linear(call: LayerCall) -> str | None:
-    if call.option("mode", 6, "mean") == "max":
-        return "EmbeddingBag with mode='max' is not linear in its table"
-    if call.option("scale_grad_by_freq", 5, False):
-        return "EmbeddingBag with scale_grad_by_freq=True has a gradient of its own"
-    return None
-
-
-register_layer(F.linear, {"weight": 1, "bias": 2}, weight_gradient=_linear_gradient)
-_convolutions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
-for _function in _convolutions:
-    register_layer(_function, {"weight": 1, "bias": 2}, weight_gradient=_convolution_gradient)
-for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-    register_layer(_function, {"weight": 1})
-register_layer(torch.einsum, {"weight": 2}, input=1)
-register_layer(torch.addmm, {"bias": 0, "weight": 2}, input=1, nullable=())
-# autograd gives the row of the padding index no gradient here, though a tied head may; the forward
-# has already renormalised the table with max_norm
-_rules[F.embedding] = LayerRule(
-    F.embedding,
-    {"weight": 1},
-    adjusted=_as_autograd_has_it,
-    replay_options={
-        "max_norm": (3, None),
-        "scale_grad_by_freq": (5, False),
-        "sparse": (6, False),
-    },
-)
-register_layer(
-    F.embedding_bag,
-    {"weight": 1},
-    nullable=(),
-    refuses=_bag_is_not_linear,
-    replay_options={"max_norm": (3, None), "sparse": (7, False)},
-)
-
-
-def _losses_tangent(call: LayerCall, tangents: Mapping[str, Tensor]) -> Tensor:
-    return ops.linear_cross_entropy_tangent(
-        *call.args,
-        **call.kwargs,
-        weight_tangent=tangents.get("weight"),
-        bias_tangent=tangents.get("bias"),
-    )
-
-
-# a last layer whose output is the losses
-_rules[ops.linear_cross_entropy] = LayerRule(
-    ops.linear_cross_entropy, {"weight": 1, "bias": 3}, tangent=_losses_tangent
-)

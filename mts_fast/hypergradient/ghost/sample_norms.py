@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+from mts_fast.hypergradient.ghost.parts import GradientPart, inner
 from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
-from mts_fast.hypergradient.ghost.sample_parts import Part, inner, sample_parts
+from mts_fast.hypergradient.ghost.sample_parts import sample_parts
 from mts_fast.hypergradient.ghost.source import Source
 from mts_fast.hypergradient.objective import LabelledBatch
 
@@ -30,7 +31,7 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
     assert isinstance(line, LeanLinearization)
     times = line.times_used()
     squares = torch.zeros_like(line.losses)
-    several: dict[Tensor, list[tuple[Source, Part]]] = defaultdict(list)
+    several: dict[Tensor, list[tuple[Source, GradientPart]]] = defaultdict(list)
 
     def add(use: Recorded, axis: SampleAxis, b: Tensor) -> None:
         with failure_named(use):
@@ -48,7 +49,7 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
     return squares.clamp(min=0).sqrt()
 
 
-def _square(parts: list[tuple[Source, Part]], path: str) -> Tensor:
+def _square(parts: list[tuple[Source, GradientPart]], path: str) -> Tensor:
     """Squared norm [B] of the sum of several parts of one parameter."""
     if not any(source.maps for source, _ in parts):
         total = sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
@@ -69,7 +70,7 @@ def _square(parts: list[tuple[Source, Part]], path: str) -> Tensor:
     return _pulled_back(parts).square().flatten(1).sum(1)
 
 
-def _pulled_back(parts: list[tuple[Source, Part]]) -> Tensor:
+def _pulled_back(parts: list[tuple[Source, GradientPart]]) -> Tensor:
     """Every sample's gradient of the parameter itself, [B, *parameter]."""
     total = []
     for source, part in parts:
