@@ -397,7 +397,7 @@ def test_a_custom_operator_is_not_taken_for_the_one_of_torch_with_its_name():
     for _ in range(4):
         engine.linearize(batch)
     model.reverse = True
-    with pytest.raises(Unsupported, match="body.weight: .*mixe"):
+    with pytest.raises(Unsupported, match=r"body.weight: .*mixe"):
         engine.linearize(batch)
 
 
