@@ -351,6 +351,56 @@ def test_a_layer_that_is_never_reached_costs_no_check(monkeypatch):
     assert backward_passes(monkeypatch, lambda: engine.linearize(batch)) <= 2
 
 
+def test_losses_of_the_cpp_kernel_cost_no_check(monkeypatch):
+    """From 1000 classes on the loss of the default is an operator of this library."""
+    engine = engine_of(nn.Sequential(nn.Flatten(), nn.Linear(35, 1000)))
+    batch = batch_of(6, 7, 5)
+    batch = LabelledBatch(batch.inputs.float(), batch.labels)
+    for _ in range(2):
+        engine.linearize(batch)
+    assert backward_passes(monkeypatch, lambda: engine.linearize(batch)) == 0
+
+
+@torch.library.custom_op("mts_fast_tests::relu", mutates_args=())
+def relu(x: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """Of torch's name, with the samples in another order where asked for."""
+    return (x.flip(0) if reverse else x).clamp(min=0)
+
+
+def relu_context(ctx, inputs, output):
+    ctx.save_for_backward(output > 0)
+    ctx.reverse = inputs[1]
+
+
+def relu_backward(ctx, grad):
+    grad = grad * ctx.saved_tensors[0]
+    return grad.flip(0) if ctx.reverse else grad, None
+
+
+relu.register_autograd(relu_backward, setup_context=relu_context)
+
+
+class CustomOperator(nn.Module):
+    """An operator of a user's own between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.reverse = nn.Linear(5, 8), nn.Linear(8, 3), False
+
+    def forward(self, x):
+        return self.head(torch.ops.mts_fast_tests.relu(self.body(x), self.reverse))
+
+
+def test_a_custom_operator_is_not_taken_for_the_one_of_torch_with_its_name():
+    model = CustomOperator().double()
+    engine, batch = engine_of(model), batch_of(6, 5)
+    for _ in range(4):
+        engine.linearize(batch)
+    model.reverse = True
+    with pytest.raises(Unsupported, match=r"body.weight: .*mixe"):
+        engine.linearize(batch)
+
+
 def test_a_sample_with_a_nan_is_not_called_mixed():
     batch = batch_of(6, 5)
     batch.inputs[2] = torch.nan

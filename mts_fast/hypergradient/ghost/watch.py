@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 
 def _words(text: str) -> list[str]:
@@ -54,6 +55,9 @@ _INDEPENDENT = {
     *_BINARY,
     *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")),
     *("__neg__", "__pos__", "__abs__", "__invert__"),
+    # of this library, a loss for every row
+    *("mts_fast::cross_entropy", "mts_fast::cross_entropy_triton"),
+    "mts_fast::linear_cross_entropy_triton",
 }
 _MOVES = _words(
     """transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint rot90 einsum"""
@@ -91,8 +95,14 @@ _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "add
 
 
 def plain_name(function: Callable[..., Any]) -> str:
-    """The function's name without an in-place underscore; a property's own name."""
+    """The function's name without an in-place underscore; a property's own name; with its namespace
+    that of a custom operator, which may be called like one of torch's and be another."""
     name = getattr(function, "__name__", str(function))
+    if isinstance(function, OpOverloadPacket | OpOverload):
+        packet = getattr(function, "overloadpacket", function)
+        namespace, _, name = packet._qualified_op_name.partition("::")
+        if namespace != "aten":
+            return packet._qualified_op_name
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", name)
     return name if name.endswith("__") else name.removesuffix("_")
