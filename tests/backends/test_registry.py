@@ -10,12 +10,12 @@ import torch
 from comparison import assert_bitwise
 
 from mts_fast import reference, use_backend
+from mts_fast.backends import registry as registry_module
+from mts_fast.backends.cpp import eligibility
 from mts_fast.backends.cpp.extension import ExtensionStatus, extension
 from mts_fast.backends.triton.eligibility import _too_old, triton_reasons
 from mts_fast.ops import cross_entropy, current_backend, label_agreement, sample_dot
-from mts_fast.backends import registry as registry_module
 
-op_module = eligibility
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 
 
@@ -285,7 +285,7 @@ REASON = "the C++ extension is not built: no compiler was found"
 def no_extension(monkeypatch):
     """As on a machine without a compiler."""
     absent = lambda: ExtensionStatus(False, REASON)  # noqa: E731
-    monkeypatch.setattr(op_module, "extension", absent)
+    monkeypatch.setattr(eligibility, "extension", absent)
     monkeypatch.setattr(registry_module, "extension", absent)
     monkeypatch.setattr(registry_module, "_announced", set())
 

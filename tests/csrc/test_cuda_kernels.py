@@ -22,8 +22,8 @@ from mts_fast.ops import (
     label_agreement,
     neighbor_statistics,
 )
-from mts_fast.ops.class_centroids import add_groups
-from mts_fast.ops.neighbor_statistics import merge_tiles
+from mts_fast.backends.cpp.class_centroids import add_groups
+from mts_fast.backends.cpp.neighbor_statistics import merge_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")

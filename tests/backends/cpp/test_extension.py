@@ -64,8 +64,8 @@ def test_another_python_loads_the_library_without_its_module():
 
 def test_nothing_was_built(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "none.so")
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     assert "not built: no build was made for this Python; run `make setup`" in fresh().reason
     (tmp_path / "_build.json").write_text(json.dumps({"built": False, "reason": "no cmake"}))
     assert fresh().reason == "the C++ extension is not built: no cmake"
@@ -77,8 +77,8 @@ def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
     library.write_bytes(content)
     (tmp_path / "_build.json").write_text(json.dumps({"torch_version": "2.12.0"}))
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", library)
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", library)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     expected = "built with torch 2.12.0 and runs on torch 2.11 and newer; this is "
     found = fresh()
     assert not found.available
@@ -92,8 +92,8 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
     library.write_bytes(b"junk")
     (tmp_path / "_build.json").write_text(content)
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", library)
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", library)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     assert module.build_record() == {}
     assert "does not load: " in fresh().reason and "it runs on torch 2.11" in fresh().reason
 
@@ -101,7 +101,7 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
 @needs_cpp
 @pytest.mark.parametrize("said", ["", "version", "isa=avx2"])
 def test_a_library_that_says_nothing_of_itself(said, fresh, monkeypatch):
-    monkeypatch.setattr(_extension, "_load", lambda: said)
+    monkeypatch.setattr(module, "_load", lambda: said)
     assert not fresh().available
     assert "; run `make setup`" in fresh().reason
 
@@ -109,7 +109,7 @@ def test_a_library_that_says_nothing_of_itself(said, fresh, monkeypatch):
 @needs_cpp
 def test_a_library_of_another_version(fresh, monkeypatch):
     record = {"version": "9.9"}
-    monkeypatch.setattr(_extension, "build_record", lambda: record)
+    monkeypatch.setattr(module, "build_record", lambda: record)
     assert f"is of version {mts_fast.__version__}, the package of 9.9; run" in fresh().reason
 
 

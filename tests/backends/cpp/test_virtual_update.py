@@ -113,7 +113,7 @@ def test_memory_formats(gradient_format, monkeypatch):
     taken = []
     whole = cpp._columns
     monkeypatch.setattr(
-        virtual_update_cpp, "_columns", lambda *a: taken.append(len(a[0])) or whole(*a)
+        cpp, "_columns", lambda *a: taken.append(len(a[0])) or whole(*a)
     )
     with use_backend("cpp"):
         (found,) = virtual_update(optimizer, [gradient]).parameters
