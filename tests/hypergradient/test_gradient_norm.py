@@ -14,7 +14,7 @@ import mts_fast
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
-from mts_fast.hypergradient.ghost.sample_parts import Outer, Rows, inner
+from mts_fast.hypergradient.ghost.parts import OuterPart, ScatteredPart, inner
 
 EXACT = 1e-12  # float64; observed 2e-15
 
@@ -100,14 +100,14 @@ def test_embeddings_of_tokens_and_positions():
 
 @pytest.mark.parametrize("positions", [1, 3, 40])  # a product; Gram matrices; the gradient itself
 def test_outer_forms_agree(positions):
-    part = Outer(torch.randn(4, positions, 5).double(), torch.randn(4, positions, 6).double())
+    part = OuterPart(torch.randn(4, positions, 5).double(), torch.randn(4, positions, 6).double())
     assert relative(part.squares(), part.dense().square().sum(1)) < EXACT
     assert relative(inner(part, part), part.dense().square().sum(1)) < EXACT
 
 
 def test_inner_products_of_unlike_parts():
-    outer = Outer(torch.randn(4, 3, 5).double(), torch.randn(4, 3, 6).double())
-    rows = Rows(torch.randint(5, (4, 2)), torch.randn(4, 2, 6).double(), 5)
+    outer = OuterPart(torch.randn(4, 3, 5).double(), torch.randn(4, 3, 6).double())
+    rows = ScatteredPart(torch.randint(5, (4, 2)), torch.randn(4, 2, 6).double(), 5)
     expected = (outer.dense() * rows.dense()).sum(1)
     assert relative(inner(outer, rows), expected) < EXACT
     assert relative(inner(rows, outer), expected) < EXACT
