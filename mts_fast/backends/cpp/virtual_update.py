@@ -112,7 +112,8 @@ def hypergradient_direction(
         lr = s.lr if hypergradient_lr is None else hypergradient_lr
         floor = float(noise_floor(g[0].dtype, largest))
         *directions, count = torch.ops.mts_fast.hypergradient_direction_adam(
-            p, g, *(state_lists or ([], [])), [along[i] for i in members], floor, lr, *_adam_scalars(s)
+            *(p, g, *(state_lists or ([], [])), [along[i] for i in members]),
+            *(floor, lr, *_adam_scalars(s)),
         )
         counts.append(count)
         for i, direction in zip(members, directions, strict=True):

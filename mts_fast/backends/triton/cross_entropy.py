@@ -147,7 +147,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, class_weight, maximum, total = ctx.saved_tensors
         target = Target(labels, class_weight, *ctx.options)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: the reference's graph
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             rows = reference.cross_entropy(logits.flatten(0, -2), **target.flat().keywords())
             gradients = torch.autograd.grad(rows, logits, grad.to(rows.dtype), create_graph=True)
             return *gradients, None, None, None, None, None
@@ -199,7 +199,7 @@ class _Weighted(torch.autograd.Function):
         if grad_losses is not None:
             cotangent = grad_losses.to(dtype) if cotangent is None else cotangent + grad_losses
         d_logits = d_p = None
-        if torch.is_grad_enabled():  # create_graph: the reference's graph
+        if torch.is_grad_enabled():  # create_graph
             losses = reference.cross_entropy(logits, **target.keywords())
             if to_logits and cotangent is not None:
                 cotangent = cotangent.to(losses.dtype)

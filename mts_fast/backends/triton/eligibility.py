@@ -38,7 +38,7 @@ def interpreted() -> bool:
 
 def kernel_devices() -> tuple[str, ...]:
     """Device types that the kernels of this process serve."""
-    # not both: the interpreter dereferences the pointers of a pointer table itself, on the CPU
+    # the interpreter reads the pointers of a pointer table directly: they must be to CPU memory
     return ("cpu",) if interpreted() else ("cuda",)
 
 

@@ -161,8 +161,8 @@ class _Losses(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         gradients: Sequence[Tensor]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            # aliases: hidden may itself depend on the weight, and autograd.grad would then add the
-            # gradient that flows through hidden, which autograd adds later by itself
+            # aliases: where hidden itself depends on the weight, autograd.grad would include the
+            # gradient through hidden, which autograd adds later
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
             bias = bias if bias is None else bias.view_as(bias)
             losses = reference.linear_cross_entropy(

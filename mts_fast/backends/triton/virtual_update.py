@@ -44,7 +44,7 @@ def virtual_update_along(
     hypergradient_lr: float | None,
     largest: Tensor,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(theta', kappa * along, counts of masked entries), from one read of parameters and gradients."""
+    """(theta', kappa * along, counts of masked entries); parameters and gradients are read once."""
     return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=True)
 
 
@@ -61,9 +61,8 @@ def _run(
     """(theta', kappa along, counts of the entries whose kappa is masked); a list that was not asked
     for is empty.
 
-    One launch for all tensors that share dtypes and alignment. The reference serves, one by one,
-    tensors whose rule has no kernel, or whose memory layout is not that of their gradient, state and
-    direction.
+    One launch for all tensors that share dtypes and alignment. The reference serves tensors whose
+    rule has no kernel, or whose memory layout is not that of their gradient, state and direction.
     """
     from mts_fast.backends.triton.kernels import virtual_update as kernel
 
