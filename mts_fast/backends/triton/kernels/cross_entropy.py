@@ -26,8 +26,8 @@ from mts_fast.backends.triton.launch import launch
 from mts_fast.reference.target import Target
 
 # bytes of a row (in the accumulator's dtype) up to which it stays in registers: 16 warps with 16
-# float32 a thread; twice as many bytes spill registers (triton 3.6 and 3.9). Longer rows are read in
-# tiles, and once more for the gradient, which the L2 cache serves in part.
+# float32 a thread; twice as many bytes spill registers (triton 3.6 and 3.9). Longer rows are read
+# in tiles, and once more for the gradient, which the L2 cache serves in part.
 WHOLE_BYTES = 32_768
 # (tile bytes, warps) for rows read in tiles. Statistics and smoothing keep more values live. These
 # sizes do not spill registers; the neighbouring ones do.
@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(classes: int, acc_dtype: torch.dtype, *, sums: bool) -> Tile:
-    """The tile for rows of `classes` entries; `sums` is whether there are statistics or smoothing."""
+    """The tile for rows of `classes` entries; `sums`: there are statistics or smoothing."""
     columns = triton.next_power_of_2(classes)
     if columns * acc_dtype.itemsize > WHOLE_BYTES:
         size, warps = (LOOP_WITH_SUMS if sums else LOOP)[acc_dtype]
@@ -154,7 +154,7 @@ def cross_entropy_kernel(
     wrong_sum = tl.zeros([BLOCK_M], ACC)
     wrong_squares = tl.zeros([BLOCK_M], ACC)
     weighted_e = tl.zeros([BLOCK_M], ACC)
-    ranked_ahead = tl.zeros([BLOCK_M], tl.int32)  # classes that argmax would return before the label
+    ranked_ahead = tl.zeros([BLOCK_M], tl.int32)  # classes before the label in order
     weights_seen = tl.zeros([BLOCK_M], ACC)
     differences = tl.zeros([BLOCK_M], ACC)
     e = tl.zeros([BLOCK_M, BLOCK_C], ACC)
@@ -383,8 +383,8 @@ def _alignment(logits: Tensor) -> int:
 
 
 def _row_layout(logits: Tensor, aligned: int) -> tuple[int, int, int, int, int]:
-    """(classes, positions of a sample, strides of sample, position and class); classes and the first
-    two strides are divided by `aligned`, and the kernels multiply them back."""
+    """(classes, positions of a sample, strides of sample, position and class); classes and the
+    first two strides are divided by `aligned`, and the kernels multiply them back."""
     *rows, classes = logits.shape
     positions = rows[1] if len(rows) == 2 else 1
     stride_xb, stride_xt, stride_xc = (*logits.stride()[:-1], 0)[:2] + logits.stride()[-1:]

@@ -58,7 +58,7 @@ def logits_tile(
     hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
     HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
 ):  # fmt: skip
-    """Logits of the tile from row first_m and class first_n (int64) on; -inf where mask_n is false."""
+    """Logits of the tile from row first_m and class first_n (int64) on; -inf outside mask_n."""
     x = product_tile(
         hidden_ptr + first_m * width, weight_ptr + first_n * width, mask_m, mask_n, width,
         width, 1, width, 1, BLOCK_K, PRECISION, OPERAND, ACC,

@@ -13,7 +13,7 @@ from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
 
 
 class ProductTile(NamedTuple):
-    """Rows, columns and entries of the summed axis that a program takes at a time, and its warps."""
+    """Rows, columns and entries of the summed axis that a program takes at once, and its warps."""
 
     rows: int
     columns: int
@@ -21,8 +21,8 @@ class ProductTile(NamedTuple):
     warps: int
 
 
-# (tile of a kernel that holds one product, tile of one that holds two): large tiles without register
-# spills on sm_80 and sm_90 (triton 3.6 and 3.9)
+# (tile of a kernel that holds one product, tile of one that holds two): large tiles that do not
+# spill registers on sm_80 and sm_90 (triton 3.6 and 3.9)
 TILES = {
     "float64": (ProductTile(32, 32, 16, 4), ProductTile(32, 32, 16, 4)),
     "float32": (ProductTile(32, 64, 16, 4), ProductTile(32, 64, 16, 4)),

@@ -38,8 +38,8 @@ def online_softmax_update(x, m, s):
         sum exp(x - m') = decay sum exp(x - m)
         sum w (x - m')  = sum w (x - m) + drop sum w
 
-    Returns m', s', x - m' and exp(x - m') of the tile, decay, drop. While a row has no finite entry,
-    0 stands for its maximum in all differences, and drop is 0.
+    Returns m', s', x - m' and exp(x - m') of the tile, decay, drop. While all entries of a row are
+    -inf, 0 stands for its maximum in all differences, and drop is 0.
     """
     m_new = tl.maximum(m, tl.max(x, axis=1))
     base = finite_maximum(m_new)
@@ -52,8 +52,8 @@ def online_softmax_update(x, m, s):
 
 @triton.jit
 def logit_gradient(softmax, is_label, class_weight, label_share, smooth_share, mass):
-    """d l/d logits of a tile [BLOCK_M, BLOCK_C]; label_share and mass are [BLOCK_M, 1], smooth_share
-    is [1], class_weight [1, BLOCK_C].
+    """d l/d logits of a tile [BLOCK_M, BLOCK_C]; label_share and mass are [BLOCK_M, 1],
+    smooth_share is [1], class_weight [1, BLOCK_C].
 
         l        = label_share (lse - x_y) + smooth_share sum_j class_weight_j (lse - x_j)
         mass     = label_share + smooth_share sum_j class_weight_j
