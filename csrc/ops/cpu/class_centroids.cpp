@@ -7,12 +7,12 @@
 namespace mts_fast {
 namespace {
 
-// columns per task: two cache lines of the sums, so that threads never write to the same one.
+// columns per task: two cache lines of the sums, so that no two threads write to one cache line.
 constexpr int64_t kColumnsPerTask = 16;
 
 void class_centroids_(const Tensor& embedding, const Tensor& label, const Tensor& is_synthetic,
                       Tensor sum, Tensor count) {
-  // the Python op has checked shapes, dtypes and ranges; strides are this layer's business.
+  // the Python op has checked shapes, dtypes and ranges, but not strides.
   const Tensor embedding_c = torch::stable::contiguous(embedding);
   const Tensor label_c = torch::stable::contiguous(label);
   const Tensor is_synthetic_c = torch::stable::contiguous(is_synthetic);

@@ -11,7 +11,7 @@
 namespace mts_fast {
 namespace {
 
-// exponentials per task: some ten microseconds.
+// logits per task: their exponentials take some ten microseconds.
 constexpr int64_t kLogitsPerTask = 32768;
 
 int64_t rows_per_task(int64_t classes) {

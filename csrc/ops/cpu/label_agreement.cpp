@@ -9,7 +9,7 @@
 namespace mts_fast {
 namespace {
 
-// rows per task: a row costs some ten nanoseconds, so a task is well above thread start-up.
+// rows per task: a row costs some ten nanoseconds, so a task takes much longer than a thread start.
 constexpr int64_t kRowsPerTask = 4096;
 
 std::tuple<Tensor, Tensor> label_agreement(const Tensor& similarity, const Tensor& neighbor,

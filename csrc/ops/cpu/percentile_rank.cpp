@@ -10,7 +10,7 @@ namespace mts_fast {
 namespace {
 
 Tensor percentile_rank(const Tensor& value, const Tensor& label, int64_t num_classes) {
-  // the Python op has checked shapes, dtypes and ranges; strides are this layer's business.
+  // the Python op has checked shapes, dtypes and ranges, but not strides.
   const Tensor value_c = torch::stable::contiguous(value);
   const Tensor label_c = torch::stable::contiguous(label);
   Tensor rank = torch::stable::new_empty(value_c, {value_c.size(0)});
