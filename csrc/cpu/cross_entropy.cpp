@@ -18,8 +18,8 @@ constexpr int64_t kBlock = 64 * kLanes;
 // below, exp(x) is no longer a normal float, and 0 stands for it.
 constexpr float kSmallest = -87.0f;
 
-// exp(x) for x <= 0, relative error 2e-7. NaN stays NaN. Without branches, calls and conversions, so
-// that it runs in vector registers:
+// exp(x) for x <= 0, relative error 2e-7. NaN stays NaN. Without branches, calls and conversions,
+// so that it runs in vector registers:
 //   k = round(x / ln 2), r = x - k ln 2 in [-ln 2 / 2, ln 2 / 2]
 //   exp(x) = 2^k (1 + r + r^2 p(r)), with Cephes' coefficients of p
 MTS_FAST_INLINE float exp_of_negative(float x) {

@@ -57,8 +57,8 @@ void offer(const NeighborStatisticsParams<scalar_t>& params, const NeighborChunk
   }
 }
 
-// Merges one row's similarities to columns [begin, end) into `row_list` of the row and `column_list`
-// of each column; value[j] is that of column j.
+// Merges one row's similarities to columns [begin, end) into `row_list` of the row and
+// `column_list` of each column; value[j] is that of column j.
 template <typename scalar_t>
 void merge_row(const NeighborStatisticsParams<scalar_t>& params, int64_t row, int row_list,
                int column_list, const scalar_t* value, int64_t begin, int64_t end) {
@@ -161,8 +161,8 @@ void sweep_tiles(const NeighborStatisticsParams<scalar_t>& params, std::atomic<i
         rows.packed + row.begin * params.depth, columns.packed + column.begin * params.depth,
         params.depth, ceil_divide(row.end - row.begin, panel),
         ceil_divide(column.end - column.begin, panel), diagonal, similarity, params.tile);
-    // 3. merge them into the lists. Locks are taken rows before columns, and within one chunk in the
-    // order i < j, so that threads cannot deadlock.
+    // 3. merge them into the lists. Locks are taken rows before columns, and within one chunk in
+    // the order i < j, so that threads cannot deadlock.
     const std::lock_guard<std::mutex> row_lists(rows.locks[i]);
     if (diagonal) {
       merge_tile(params, row, column, true, similarity);

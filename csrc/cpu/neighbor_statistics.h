@@ -12,7 +12,7 @@
 namespace mts_fast::cpu {
 
 // Samples are sorted by class, real before synthetic; a place is a position in that order. The
-// candidates of a class's lists are then adjacent, and found without labels.
+// candidates of a class's lists are then adjacent, and no labels are needed.
 template <typename scalar_t>
 struct NeighborChunk {
   const scalar_t* packed;  // [panels, depth, panel_rows], unit rows by place
@@ -43,9 +43,9 @@ int64_t num_tiles(const NeighborStatisticsParams<scalar_t>& params);
 template <typename scalar_t>
 void load_thresholds(const NeighborChunk<scalar_t>& chunk, const NeighborLists<scalar_t>& lists);
 
-// Takes tiles from the counter `next` until none is left; any number of threads may run it at once.
-// The lists depend neither on the number of threads nor on the tiles: the order of a list is unique,
-// and a similarity does not depend on its position in a tile. `similarity` is a buffer for
+// Takes tiles from the counter `next` until none is left; any number of threads may run it at
+// once. The lists depend neither on the number of threads nor on the tiles: the order of a list is
+// unique, and a similarity does not depend on its position in a tile. `similarity` is a buffer for
 // tile x tile entries.
 template <typename scalar_t>
 void sweep_tiles(const NeighborStatisticsParams<scalar_t>& params, std::atomic<int64_t>& next,
