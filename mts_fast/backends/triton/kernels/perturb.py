@@ -1,5 +1,4 @@
-"""Norm of many tensors, and parameters moved along a direction: one launch per dtype and
-alignment each."""
+"""Norm of many tensors, and parameters moved along a direction, a launch per dtype each."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""One launch over many tensors: a table with the pointers and scalars of each tensor, and a map
-from program to (tensor, chunk).
+"""One launch over many tensors: a table of their pointers and scalars, and a map of programs.
 
 A row of the table belongs to one parameter and holds its size, the pointers of its tensors
-(parameter, gradient, ...; 0 for a missing one) and its scalars. Each program handles one chunk of
-CHUNK entries.
+(parameter, gradient, ...; 0 for a missing one) and its scalars. The map gives each program a row
+and a chunk of CHUNK entries.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Functions of a tile of logits that all cross-entropy kernels share: labels, online softmax,
-gradient."""
+"""Labels, online softmax and gradient of a tile of logits, for all cross-entropy kernels."""
 
 from __future__ import annotations
 
