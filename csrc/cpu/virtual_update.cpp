@@ -195,7 +195,7 @@ MTS_FAST_INLINE void adam_direction(const AdamParams& params, double floor,
   MTS_FAST_FOR_EVERY_ISA(adam_span, adam, (const AdamParams& p, const UpdateSpan<scalar_t>& s), \
                          (p, s))                                                                \
   MTS_FAST_FOR_EVERY_ISA(adam_direction_span, adam_direction,                                   \
-                         (const AdamParams& p, double f, const UpdateSpan<scalar_t>& s),     \
+                         (const AdamParams& p, double f, const UpdateSpan<scalar_t>& s),        \
                          (p, f, s))
 MTS_FAST_UPDATES(float)
 MTS_FAST_UPDATES(double)

@@ -3,7 +3,6 @@
 
 #include "../tensor.h"
 
-
 namespace mts_fast {
 namespace {
 
@@ -17,10 +16,13 @@ void class_centroids_(const Tensor& embedding, const Tensor& label, const Tensor
   const Tensor label_c = torch::stable::contiguous(label);
   const Tensor is_synthetic_c = torch::stable::contiguous(is_synthetic);
   with_scalar_type(embedding_c, [&]<typename scalar_t>() {
-    const cpu::ClassCentroidsParams<scalar_t> params{
-        data<const scalar_t>(embedding_c), data<const int64_t>(label_c),
-        data<const bool>(is_synthetic_c), data<double>(sum),
-        embedding_c.size(0), sum.size(1), embedding_c.size(1)};
+    const cpu::ClassCentroidsParams<scalar_t> params{data<const scalar_t>(embedding_c),
+                                                     data<const int64_t>(label_c),
+                                                     data<const bool>(is_synthetic_c),
+                                                     data<double>(sum),
+                                                     embedding_c.size(0),
+                                                     sum.size(1),
+                                                     embedding_c.size(1)};
     torch::stable::parallel_for(
         0, params.dimension, kColumnsPerTask,
         [&](int64_t begin, int64_t end) { cpu::class_centroids_columns(params, begin, end); });

@@ -1,7 +1,6 @@
 // neighbor_statistics: torch's stable ABI on one side, the plain C++ kernel on the other.
 #include "../../cpu/neighbor_statistics.h"
 
-
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -75,19 +74,15 @@ void run(const Tensor& rows, const Tensor& row_order, const Tensor& row_offsets,
   params.depth = rows.size(1);
   params.num_classes = (row_offsets.size(0) - 1) / 2;
   params.same = row_start == column_start;
-  params.lists = {data<scalar_t>(similarity),
-                  data<int64_t>(index),
-                  data<scalar_t>(real),
-                  data<scalar_t>(synthetic),
-                  similarity.size(1),
-                  real.size(1)};
+  params.lists = {data<scalar_t>(similarity), data<int64_t>(index), data<scalar_t>(real),
+                  data<scalar_t>(synthetic),  similarity.size(1),   real.size(1)};
   ChunkStorage<scalar_t> row_chunk(rows, row_order, row_offsets, row_start, params.tile,
                                    params.lists, kernel);
   params.rows = row_chunk.chunk;
   std::vector<ChunkStorage<scalar_t>> column_chunk;  // empty where rows and columns are one chunk
   if (!params.same) {
     column_chunk.emplace_back(columns, column_order, column_offsets, column_start, params.tile,
-                       params.lists, kernel);
+                              params.lists, kernel);
   }
   params.columns = params.same ? params.rows : column_chunk.front().chunk;
 

@@ -1,7 +1,6 @@
 // percentile_rank: torch's stable ABI on one side, the plain C++ kernel on the other.
 #include "../../cpu/percentile_rank.h"
 
-
 #include <vector>
 
 #include "../tensor.h"
@@ -17,9 +16,13 @@ Tensor percentile_rank(const Tensor& value, const Tensor& label, int64_t num_cla
   with_scalar_type(value_c, [&]<typename scalar_t>() {
     std::vector<cpu::Ranked<scalar_t>> sorted(value_c.size(0));
     std::vector<int64_t> offset(num_classes + 1);
-    const cpu::PercentileRankParams<scalar_t> params{
-        data<const scalar_t>(value_c), data<const int64_t>(label_c), sorted.data(), offset.data(),
-        data<scalar_t>(rank), value_c.size(0), num_classes};
+    const cpu::PercentileRankParams<scalar_t> params{data<const scalar_t>(value_c),
+                                                     data<const int64_t>(label_c),
+                                                     sorted.data(),
+                                                     offset.data(),
+                                                     data<scalar_t>(rank),
+                                                     value_c.size(0),
+                                                     num_classes};
     cpu::group_by_class(params);
     torch::stable::parallel_for(0, num_classes, 1, [&](int64_t begin, int64_t end) {
       cpu::percentile_rank_classes(params, begin, end);

@@ -1,7 +1,6 @@
 // virtual_update: torch's stable ABI on one side, the plain C++ kernels on the other.
 #include "../../cpu/virtual_update.h"
 
-
 #include <algorithm>
 #include <numeric>
 #include <vector>

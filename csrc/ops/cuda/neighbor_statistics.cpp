@@ -1,7 +1,6 @@
 // neighbor_statistics: torch's stable ABI on one side, the CUDA kernel on the other.
 #include "../../cuda/neighbor_statistics.h"
 
-
 #include "../tensor.h"
 #include "stream.h"
 

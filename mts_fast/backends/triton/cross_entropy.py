@@ -176,9 +176,7 @@ class _Weighted(torch.autograd.Function):
         loss = (p * losses).sum()
         dtype = _dtype_of_losses(logits)
         loss, losses = loss.to(torch.promote_types(p.dtype, dtype)), losses.to(dtype)
-        ctx.save_for_backward(
-            logits, target.labels, target.class_weight, p, maximum, total, losses
-        )
+        ctx.save_for_backward(logits, target.labels, target.class_weight, p, maximum, total, losses)
         ctx.options = target.label_smoothing, target.ignore_index
         ctx.gradient = gradient  # returned by the first backward; a second one computes it again
         ctx.set_materialize_grads(False)

@@ -96,9 +96,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """As the reference."""
     dtype = _dtype(hidden)
-    rows = _Losses.apply(
-        hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, *target.flat()
-    )
+    rows = _Losses.apply(hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, *target.flat())
     losses = target.mean_of_positions(rows.view(target.labels.shape))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return losses if autocast else losses.to(hidden.dtype)
@@ -165,9 +163,7 @@ class _Losses(torch.autograd.Function):
             # gradient through hidden, which autograd adds later
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
             bias = bias if bias is None else bias.view_as(bias)
-            losses = reference.linear_cross_entropy(
-                hidden, weight, bias=bias, **target.keywords()
-            )
+            losses = reference.linear_cross_entropy(hidden, weight, bias=bias, **target.keywords())
             inputs = [t for t, need in zip((hidden, weight, bias), needed, strict=True) if need]
             computed = iter(
                 torch.autograd.grad(losses, inputs, grad.to(losses.dtype), create_graph=True)

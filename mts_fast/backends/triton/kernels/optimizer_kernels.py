@@ -86,10 +86,10 @@ def sgd_block(
 ):
     """One block of theta' and kappa v under SGD.
 
-        buffer' = momentum buffer + (1 - dampening) g       (g alone at the first step)
-        theta'  = p - lr buffer'                            (with nesterov g + momentum buffer')
-                = p - lr (gradient_share g + buffer_share buffer)
-        kappa   = sign kappa_lr gradient_share
+    buffer' = momentum buffer + (1 - dampening) g       (g alone at the first step)
+    theta'  = p - lr buffer'                            (with nesterov g + momentum buffer')
+            = p - lr (gradient_share g + buffer_share buffer)
+    kappa   = sign kappa_lr gradient_share
     """
     offs, mask = block(first, size, WHOLE, BLOCK)
     if UPDATE:

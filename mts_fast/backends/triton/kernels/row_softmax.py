@@ -82,8 +82,8 @@ def row_offsets(offs_m, positions, stride_xb, stride_xt):
 def shares(label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SMOOTHING, ACC):
     """(label_share, smooth_share, mass) of rows [BLOCK_M], as in `logit_gradient`.
 
-        label_share  = (1 - smoothing) class_weight_y    (class_weight 1 without weights)
-        smooth_share = smoothing / C
+    label_share  = (1 - smoothing) class_weight_y    (class_weight 1 without weights)
+    smooth_share = smoothing / C
     """
     label_share = tl.full(label.shape, 1.0 - SMOOTHING, ACC)
     smooth_share = tl.full([1], SMOOTHING, ACC) / classes
