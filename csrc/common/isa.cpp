@@ -33,8 +33,8 @@ Isa chosen() {
 }  // namespace
 
 Isa isa() {
-  static const Isa found = chosen();
-  return found;
+  static const Isa selected = chosen();
+  return selected;
 }
 
 const char* isa_name() { return kNames[static_cast<int>(isa())]; }

@@ -8,8 +8,8 @@ namespace mts_fast {
 // Running lists of the whole pool, descending; equal similarities by ascending index.
 template <typename scalar_t>
 struct NeighborLists {
-  scalar_t* similarity;  // [N, neighbors], to the nearest of the pool
-  int64_t* index;        // [N, neighbors], which these are
+  scalar_t* similarity;  // [N, neighbors], to the nearest samples of the pool
+  int64_t* index;        // [N, neighbors], the indices of these samples
   scalar_t* real;        // [N, k], to the nearest real samples of the class
   scalar_t* synthetic;   // [N, k], to the nearest synthetic ones
   int64_t neighbors;

@@ -7,9 +7,11 @@ template <typename scalar_t>
 void class_centroids_columns(const ClassCentroidsParams<scalar_t>& params, int64_t begin,
                              int64_t end) {
   for (int64_t i = 0; i < params.num_samples; ++i) {
+    // 1. the sum of the sample's class and source
     const int64_t group = params.label[i] + (params.is_synthetic[i] ? params.num_classes : 0);
     const scalar_t* row = params.embedding + i * params.dimension;
     double* sum = params.sum + group * params.dimension;
+    // 2. add its columns, in double
     for (int64_t d = begin; d < end; ++d) sum[d] += static_cast<double>(row[d]);
   }
 }

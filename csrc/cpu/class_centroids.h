@@ -16,8 +16,8 @@ struct ClassCentroidsParams {
   int64_t dimension;
 };
 
-// Adds columns [begin, end) of every sample, in order of index: threads that share out the columns
-// neither meet nor change the sums.
+// Adds columns [begin, end) of every sample, in order of index. Threads that divide the columns
+// write to different entries, and the sums do not depend on their number.
 template <typename scalar_t>
 void class_centroids_columns(const ClassCentroidsParams<scalar_t>& params, int64_t begin,
                              int64_t end);

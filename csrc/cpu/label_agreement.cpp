@@ -10,7 +10,8 @@ int64_t label_agreement_rows(const LabelAgreementParams<scalar_t>& params, int64
   for (int64_t i = begin; i < end; ++i) {
     const int64_t* neighbor = params.neighbor + i * k;
     const scalar_t* similarity = params.similarity + i * k;
-    // sums in double: K is small, so the cost is nil and fp32 results round once.
+    // 1. sum over the neighbours, in double: K is small, so it costs nothing, and float32 results
+    // are rounded once.
     int64_t matches = 0;
     double matching = 0.0;
     double total = 0.0;
@@ -21,6 +22,7 @@ int64_t label_agreement_rows(const LabelAgreementParams<scalar_t>& params, int64
       matching += same ? similarity[j] : 0.0;
       total += similarity[j];
     }
+    // 2. shares of the neighbours with the same label
     params.plain[i] = static_cast<scalar_t>(static_cast<double>(matches) / static_cast<double>(k));
     params.weighted[i] = static_cast<scalar_t>(matching / (total + params.epsilon));
   }

@@ -15,18 +15,18 @@ template <typename scalar_t>
 struct PercentileRankParams {
   const scalar_t* value;     // [num_samples], no NaN
   const int64_t* label;      // [num_samples], in [0, num_classes)
-  Ranked<scalar_t>* sorted;  // [num_samples], room
+  Ranked<scalar_t>* sorted;  // [num_samples], work space
   int64_t* offset;           // [num_classes + 1], out: where each class begins in `sorted`
   scalar_t* rank;            // [num_samples], out: in [0, 1]
   int64_t num_samples;
   int64_t num_classes;
 };
 
-// Lays the values out by class.
+// Groups the values by class in `sorted`, and fills `offset`.
 template <typename scalar_t>
 void group_by_class(const PercentileRankParams<scalar_t>& params);
 
-// Sorts and ranks classes [begin, end).
+// Sorts classes [begin, end), and writes the ranks of their samples.
 template <typename scalar_t>
 void percentile_rank_classes(const PercentileRankParams<scalar_t>& params, int64_t begin,
                              int64_t end);

@@ -20,18 +20,21 @@ struct VectorOf {
   typedef scalar_t type __attribute__((vector_size(kLanes * sizeof(scalar_t)), may_alias));
 };
 
-// one block of rows x (3 vectors of columns), over `depth` terms.
+// One block of kRows rows x 3 vectors of columns over `depth` terms: out = sum_k a_k b_k^T where
+// `first`, else out += it.
 template <typename scalar_t, int kLanes, int kRows>
 MTS_FAST_INLINE void multiply_block(const scalar_t* a, const scalar_t* b, int64_t depth, bool first,
                                     scalar_t* out, int64_t stride) {
   using Vector = typename VectorOf<scalar_t, kLanes>::type;
   constexpr int kPanel = kVectors * kLanes;
+  // 1. sums in registers
   Vector sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector{};
   }
+  // 2. one outer product per term
   for (int64_t k = 0; k < depth; ++k) {
     Vector column[kVectors];
 #pragma GCC unroll 3
@@ -40,21 +43,24 @@ MTS_FAST_INLINE void multiply_block(const scalar_t* a, const scalar_t* b, int64_
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vector row = a[k * kPanel + r] - Vector{};  // the same number in every lane
+      const Vector row = a[k * kPanel + r] - Vector{};  // the same value in every lane
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sum[r][v] += row * column[v];
     }
   }
+  // 3. store
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
-      Vector* place = reinterpret_cast<Vector*>(out + r * stride + v * kLanes);
-      *place = first ? sum[r][v] : *place + sum[r][v];
+      Vector* entries = reinterpret_cast<Vector*>(out + r * stride + v * kLanes);
+      *entries = first ? sum[r][v] : *entries + sum[r][v];
     }
   }
 }
 
+// TileKernel::multiply: runs of kDepthBlock terms outermost, then panels of b, which stay in the
+// first-level cache, then panels of a.
 template <typename scalar_t, int kLanes, int kRows>
 MTS_FAST_INLINE void multiply_tile(const scalar_t* a, const scalar_t* b, int64_t depth,
                                    int64_t panels_a, int64_t panels_b, bool diagonal, scalar_t* out,
@@ -76,6 +82,7 @@ MTS_FAST_INLINE void multiply_tile(const scalar_t* a, const scalar_t* b, int64_t
   }
 }
 
+// TileKernel::find: whole blocks of kSearchBlock without a branch, then the rest one by one.
 template <typename scalar_t>
 MTS_FAST_INLINE int64_t find_reaching(const scalar_t* value, const scalar_t* thresholds,
                                       scalar_t threshold, int64_t begin, int64_t end) {
@@ -144,7 +151,8 @@ const TileKernel<double>& tile_kernel(Isa) {
 template <typename scalar_t>
 void pack_panel(const scalar_t* rows, int64_t row_stride, const int64_t* source, int64_t count,
                 int64_t depth, int64_t panel_rows, scalar_t* panel) {
-  // 16 columns at a time: a cache line of every row is read whole, and written lines stay near.
+  // 16 columns at a time: a cache line of each row is read whole, and the lines written stay in
+  // cache.
   constexpr int64_t kColumns = 16;
   for (int64_t k = 0; k < depth; k += kColumns) {
     const int64_t end = std::min(k + kColumns, depth);

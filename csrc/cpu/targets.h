@@ -1,5 +1,5 @@
-// How a loop is compiled once per instruction set: the same inlined body in three functions, and a
-// choice at run time. A macro, as the attribute cannot be a template parameter.
+// Compiles a loop once per instruction set: the same inlined body in three functions, one of which
+// is chosen at run time. A macro, as the attribute cannot be a template parameter.
 #pragma once
 
 #include "../common/isa.h"

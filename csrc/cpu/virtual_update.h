@@ -5,20 +5,20 @@
 
 namespace mts_fast::cpu {
 
-// Part of one tensor. What is null counts as 0: a state before the optimizer's first step.
+// Part of one tensor. A null pointer stands for zeros: the optimizer's state before its first step.
 template <typename scalar_t>
 struct UpdateSpan {
   const scalar_t* parameter;
   const scalar_t* gradient;
   const scalar_t* first;   // SGD: momentum buffer; Adam: exp_avg
   const scalar_t* second;  // Adam: exp_avg_sq
-  const scalar_t* along;   // of a direction: v
-  scalar_t* out;           // theta'; of a direction: kappa * v
+  const scalar_t* along;   // adam_direction_span: v
+  scalar_t* out;           // theta'; adam_direction_span: kappa * v
   int64_t count;
-  int64_t* masked;  // of a direction, out: entries of kappa that were taken for noise
+  int64_t* masked;  // adam_direction_span, out: number of entries of kappa masked as noise
 };
 
-// As torch.optim.SGD names them.
+// Hyper-parameters, named as in torch.optim.SGD.
 struct SgdParams {
   double lr;
   double momentum;
@@ -28,7 +28,8 @@ struct SgdParams {
   bool maximize;
 };
 
-// As torch.optim.Adam names them; step: taken so far; decoupled: AdamW's decay.
+// Hyper-parameters, named as in torch.optim.Adam; step: steps taken so far; decoupled: the decay
+// of AdamW.
 struct AdamParams {
   double lr;
   double beta1;
@@ -40,15 +41,15 @@ struct AdamParams {
   bool maximize;
 };
 
-// They round where the reference's tensor operations round: SGD gives the same bits, Adam does but
-// for the last one of a division.
+// theta' of a span. Results are rounded where the reference's tensor operations round: SGD gives
+// the same bits, Adam all but the last bit of a division.
 void sgd_span(const SgdParams& params, const UpdateSpan<float>& span);
 void sgd_span(const SgdParams& params, const UpdateSpan<double>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<float>& span);
 void adam_span(const AdamParams& params, const UpdateSpan<double>& span);
 
-// kappa = lr * slope of theta' by the gradient, times v; 0 where the root of the second moment is
-// below `floor`, or 0. params.lr: that of kappa.
+// kappa * v of a span, with kappa = lr times the slope of Adam's step by the gradient; kappa is 0
+// where the root of the second moment is below `floor`, or 0. params.lr is that of kappa.
 void adam_direction_span(const AdamParams& params, double floor, const UpdateSpan<float>& span);
 void adam_direction_span(const AdamParams& params, double floor, const UpdateSpan<double>& span);
 

@@ -1,5 +1,5 @@
-// class_centroids on a GPU: a thread per group and column walks the group's samples; neighbouring
-// threads read neighbouring columns. Bytes: the embeddings, once.
+// class_centroids on a GPU: a thread per group and column loops over the group's samples;
+// neighbouring threads read neighbouring columns. Bytes moved: the embeddings, once.
 #include "class_centroids.h"
 #include "launch.h"
 
@@ -10,25 +10,28 @@ constexpr int kThreads = 128;
 
 template <typename scalar_t>
 __global__ void class_centroids_kernel(ClassCentroidsParams<scalar_t> params) {
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t group = place / params.dimension;
-  const int64_t d = place % params.dimension;
+  // 1. the group and column of this thread
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t group = entry / params.dimension;
+  const int64_t d = entry % params.dimension;
   if (group >= params.num_groups) return;
-  double sum = params.sum[place];
+  // 2. add the group's samples in order, in double
+  double sum = params.sum[entry];
   for (int64_t i = params.offset[group]; i < params.offset[group + 1]; ++i) {
     sum += static_cast<double>(params.embedding[params.order[i] * params.dimension + d]);
   }
-  params.sum[place] = sum;
+  // 3. store
+  params.sum[entry] = sum;
 }
 
 }  // namespace
 
 template <typename scalar_t>
 cudaError_t class_centroids(const ClassCentroidsParams<scalar_t>& params, cudaStream_t stream) {
-  const int64_t places = params.num_groups * params.dimension;
-  if (places == 0) return cudaSuccess;
-  MTS_FAST_LAUNCH(class_centroids_kernel<scalar_t>, ceil_divide(places, kThreads), kThreads, stream,
-                  params);
+  const int64_t entries = params.num_groups * params.dimension;
+  if (entries == 0) return cudaSuccess;
+  MTS_FAST_LAUNCH(class_centroids_kernel<scalar_t>, ceil_divide(entries, kThreads), kThreads,
+                  stream, params);
   return cudaGetLastError();
 }
 

@@ -17,7 +17,7 @@ struct ClassCentroidsParams {
   int64_t dimension;
 };
 
-// Every sum is taken in order of index: no atomics, the same bits every time.
+// Every sum is taken in order of index, without atomics, so that results are the same bit for bit.
 template <typename scalar_t>
 cudaError_t class_centroids(const ClassCentroidsParams<scalar_t>& params, cudaStream_t stream);
 

@@ -1,5 +1,6 @@
-// label_agreement on a GPU: a thread per sample; K is a handful, so rows lie close enough for the
-// cache to make up for the stride.
+// label_agreement on a GPU: a thread per sample. K is a handful: the rows of a warp are close
+// together, so that the cache makes up for strided reads. Bytes moved: similarities and neighbours
+// once, a label per neighbour, and two results per sample.
 #include <cmath>
 
 #include "label_agreement.h"
@@ -14,9 +15,11 @@ template <typename scalar_t>
 __global__ void label_agreement_kernel(LabelAgreementParams<scalar_t> params) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= params.num_samples) return;
+  // 1. the row of this thread
   const int64_t k = params.num_neighbors;
   const int64_t* neighbor = params.neighbor + i * k;
   const scalar_t* similarity = params.similarity + i * k;
+  // 2. sum over its neighbours, in double
   int64_t matches = 0;
   double matching = 0.0;
   double total = 0.0;
@@ -29,6 +32,7 @@ __global__ void label_agreement_kernel(LabelAgreementParams<scalar_t> params) {
     matching += same ? static_cast<double>(similarity[j]) : 0.0;
     total += static_cast<double>(similarity[j]);
   }
+  // 3. shares of the neighbours with the same label; NaN where a neighbour is outside the pool
   const scalar_t share = static_cast<scalar_t>(static_cast<double>(matches) / k);
   params.plain[i] = inside ? share : static_cast<scalar_t>(NAN);
   params.weighted[i] = static_cast<scalar_t>(inside ? matching / (total + params.epsilon) : NAN);

@@ -7,7 +7,7 @@
 
 namespace mts_fast::cuda {
 
-// A neighbour outside the pool counts as one of another class, and makes both results NaN.
+// As on the CPU, but a neighbour outside the pool makes both results of its row NaN.
 template <typename scalar_t>
 cudaError_t label_agreement(const LabelAgreementParams<scalar_t>& params, cudaStream_t stream);
 

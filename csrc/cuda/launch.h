@@ -1,4 +1,4 @@
-// One spelling of a kernel launch for nvcc and for the emulator of tests/cuda_emulator.
+// Kernel launches that compile with nvcc and with the emulator of tests/cuda_emulator.
 #pragma once
 
 #include <cuda_runtime.h>

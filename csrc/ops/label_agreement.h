@@ -1,4 +1,4 @@
-// label_agreement of any device: contiguous inputs, outputs, and the params of a kernel.
+// label_agreement on any device: makes inputs contiguous, allocates outputs, fills the params.
 #pragma once
 
 #include <tuple>
@@ -8,7 +8,7 @@
 
 namespace mts_fast {
 
-// `run(params)` fills the outputs. The Python op has checked shapes and dtypes, but not strides.
+// `run(params)` writes the outputs. The Python op has checked shapes and dtypes, but not strides.
 template <typename Run>
 std::tuple<Tensor, Tensor> label_agreement_by(const Tensor& similarity, const Tensor& neighbor,
                                               const Tensor& label, double epsilon, Run&& run) {

@@ -1,4 +1,4 @@
-// What all ops take from torch's stable ABI: typed pointers, and the choice of a scalar type.
+// Helpers of all ops over torch's stable ABI: typed pointers, and dispatch by scalar type.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// Calls run<double>() for a tensor of that dtype, else run<float>(): the Python ops admit no other.
+// Calls run<double>() for a float64 tensor, else run<float>(): the Python ops admit only these two.
 template <typename Run>
 auto with_scalar_type(const Tensor& tensor, Run&& run) {
   if (tensor.scalar_type() == ScalarType::Double) return run.template operator()<double>();

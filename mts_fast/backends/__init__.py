@@ -1,1 +1,1 @@
-"""The ways to run an op: which serves (registry), C++ (cpp) and Triton (triton)."""
+"""Implementations of ops: which one runs (registry), C++ and CUDA (cpp), and Triton (triton)."""

@@ -1,4 +1,4 @@
-"""What decides in every backend whether a kernel may serve: transforms and memory layout."""
+"""Checks that every backend makes before a kernel runs: torch.func transforms, memory layout."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.autograd import forward_ad
 
 
 def under_transform() -> bool:
-    """Inside torch.func (vmap, grad, jvp) or forward-mode differentiation: an op with a backward of
-    its own would silently have a tangent of 0 there."""
+    """Whether this call is inside torch.func (vmap, grad, jvp) or forward-mode differentiation,
+    where an op with a custom backward would silently have a tangent of 0."""
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or bool(torch._C._functorch.peek_interpreter_stack())
 
 
-def lies_like(a: Tensor, b: Tensor) -> bool:
-    """Whether both are of one shape and device, in the same order and without gaps."""
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether both have one shape, device and order of entries in memory, without gaps."""
     if a.shape != b.shape or a.device != b.device:
         return False
     if a.is_contiguous() and b.is_contiguous():

@@ -2,8 +2,8 @@
 
 Every op has a `reference` implementation. A faster backend registers a function and a check that
 returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
-backend raises where its kernel cannot run; an op that has no kernel in it for the device at hand
-runs the reference.
+backend raises where its kernel cannot run; an op without a kernel for the device runs the
+reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons
 logger = logging.getLogger("mts_fast")
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
-# order in which `auto` asks; the reference can always run.
+# order in which `auto` tries them; the reference can always run.
 PREFERENCE = ("triton", "cpp", "reference")
 ENVIRONMENT_VARIABLE = "MTS_FAST_BACKEND"
 
@@ -40,8 +40,8 @@ R = TypeVar("R")
 class Implementation:
     """One way to run an op: the function, and the reasons why it cannot serve some tensors.
 
-    It has kernels for some kinds of device. `auto` takes it only where it was measured to win;
-    elsewhere it is there for those who name its backend.
+    It has kernels for the device types in `devices`. `auto` takes it only where it was measured to
+    be faster; elsewhere it runs when its backend is named.
     """
 
     function: Callable[..., Any]
@@ -50,11 +50,11 @@ class Implementation:
     wins: Callable[[Sequence[Tensor]], bool]
 
     def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether it was written for the devices that these tensors are on."""
+        """Whether it has a kernel for the devices of these tensors."""
         return {t.device.type for t in tensors} <= {*self.devices}
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether `auto` takes it."""
+        """Whether `auto` takes it for these tensors."""
         return self.has_kernel(tensors) and self.wins(tensors) and not self.reasons(tensors)
 
 
@@ -64,12 +64,12 @@ _announced: set[tuple[str, str]] = set()
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Where the kernels of this version were measured: no GPU has run one yet."""
+    """Whether all tensors are on the CPU, where the kernels of this version were measured."""
     return all(t.device.type == "cpu" for t in tensors)
 
 
 def unmeasured(tensors: Sequence[Tensor]) -> bool:
-    """A kernel that no GPU has timed wins nowhere: it serves those who name its backend."""
+    """False: no GPU has timed the Triton kernels, so they run only when Triton is named."""
     return False
 
 
@@ -85,19 +85,19 @@ def register(
     """Add an implementation of `op`; `reasons(tensors)` is empty where it can run, and
     `wins(tensors)` says whether it was measured to be faster there."""
     check_choice("register", "backend", backend, PREFERENCE)
-    found = Implementation(function, reasons, devices, wins)
-    _implementations.setdefault(op, {})[backend] = found
+    implementation = Implementation(function, reasons, devices, wins)
+    _implementations.setdefault(op, {})[backend] = implementation
 
 
 def register_triton(op: str, function: Callable[..., Any], reasons: Reasons) -> None:
-    """Add the Triton kernel of `op`, for the devices that kernels of this process serve. `auto`
-    leaves it alone as long as no GPU has timed it."""
+    """Add the Triton kernel of `op` for the devices of `kernel_devices`; `auto` does not take it
+    (see `unmeasured`)."""
     register(op, "triton", function, reasons, devices=kernel_devices(), wins=unmeasured)
 
 
 def current_backend() -> str:
-    """The backend in force: that of the last `use_backend` which holds, else MTS_FAST_BACKEND, else
-    `auto`."""
+    """The backend in force: that of the last `use_backend` still in effect, else
+    MTS_FAST_BACKEND, else `auto`."""
     selected = _selected.get()
     if selected is None:
         selected = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -107,7 +107,7 @@ def current_backend() -> str:
 
 class use_backend:
     """Run every op on one backend: inside a `with` block, inside a function that it decorates, or,
-    as a call of its own, from then on in this thread.
+    as a plain call, from then on in this thread.
 
     Args:
         name: "auto", "reference", "triton" or "cpp".
@@ -119,7 +119,8 @@ class use_backend:
 
     Notes:
         It takes effect when it is called, as `torch.set_grad_enabled` does, and not when the block
-        is entered. Other threads keep theirs, and new ones begin with MTS_FAST_BACKEND or "auto".
+        is entered. Other threads keep their backend, and new threads begin with MTS_FAST_BACKEND or
+        "auto".
 
     Example:
         >>> import torch, mts_fast
@@ -139,7 +140,7 @@ class use_backend:
         _selected.set(name)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The function with this backend in force in it, and the one before around it."""
+        """The function, run under this backend; the backend before it is restored at once."""
         _selected.set(self._before)
 
         @functools.wraps(function)
@@ -161,21 +162,21 @@ class use_backend:
 
 
 def triton_in_force() -> bool:
-    """Whether Triton was named as the backend, and can run. torch.compile cannot look into this; it
-    is asked once, when the code is traced."""
+    """Whether Triton was named as the backend, and can run. torch.compile cannot trace into this
+    function; it calls it once, when the code is traced."""
     return current_backend() == "triton" and not triton_reasons()
 
 
-# what torch.compiler.assume_constant_result sets, without its import of dynamo
+# the attribute that torch.compiler.assume_constant_result sets, without its import of dynamo
 triton_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """The function that serves `op` on these tensors under the backend in force.
 
-    torch.compile fuses for itself and gets the reference, unless Triton was named: its kernels stay
-    whole in the compiled graph. Under torch.func and forward-mode differentiation the reference
-    runs, too.
+    Under torch.compile the reference is traced, so that the compiler can fuse it, unless Triton was
+    named: the graph then calls its kernels. Under torch.func and forward-mode differentiation the
+    reference runs, too.
     """
     available = _implementations[op]
     if under_transform():
@@ -188,7 +189,7 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     backend = current_backend()
     if backend != "auto":
         if _selected.get() is None and (why := backend_reasons(backend)):
-            # of the environment, which nothing has checked yet
+            # a backend from the environment variable: nothing has checked yet that it can run
             raise _cannot_run(
                 op, backend, why, f"unset {ENVIRONMENT_VARIABLE}, or set it to 'auto'"
             )
@@ -212,13 +213,13 @@ def _cannot_run(op: str, backend: str, why: Sequence[str], hint: str) -> Runtime
 
 
 def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """What serves `op` on these tensors, if it is another one than the reference."""
+    """The function that serves `op` on these tensors; None where it is the reference."""
     function = resolve(op, tensors)
     return None if function is _implementations[op]["reference"].function else function
 
 
 def backend_reasons(backend: str) -> list[str]:
-    """Why a backend as a whole cannot run here; empty where it can."""
+    """Why no kernel of a backend can run in this process; empty where they can."""
     if backend == "cpp" and not extension().available:
         return [extension().reason]
     return list(triton_reasons()) if backend == "triton" else []
@@ -227,6 +228,6 @@ def backend_reasons(backend: str) -> list[str]:
 def registered() -> dict[str, tuple[str, ...]]:
     """Every op with its backends, for the doctor."""
     return {
-        op: tuple(name for name in reversed(PREFERENCE) if name in found)
-        for op, found in sorted(_implementations.items())
+        op: tuple(name for name in reversed(PREFERENCE) if name in by_backend)
+        for op, by_backend in sorted(_implementations.items())
     }

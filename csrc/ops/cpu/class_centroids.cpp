@@ -3,24 +3,26 @@
 
 #include "../tensor.h"
 
-
 namespace mts_fast {
 namespace {
 
-// columns per task: two cache lines of the sums, so that threads never write to the same one.
+// columns per task: two cache lines of the sums, so that no two threads write to one cache line.
 constexpr int64_t kColumnsPerTask = 16;
 
 void class_centroids_(const Tensor& embedding, const Tensor& label, const Tensor& is_synthetic,
                       Tensor sum, Tensor count) {
-  // the Python op has checked shapes, dtypes and ranges; strides are this layer's business.
+  // the Python op has checked shapes, dtypes and ranges, but not strides.
   const Tensor embedding_c = torch::stable::contiguous(embedding);
   const Tensor label_c = torch::stable::contiguous(label);
   const Tensor is_synthetic_c = torch::stable::contiguous(is_synthetic);
   with_scalar_type(embedding_c, [&]<typename scalar_t>() {
-    const cpu::ClassCentroidsParams<scalar_t> params{
-        data<const scalar_t>(embedding_c), data<const int64_t>(label_c),
-        data<const bool>(is_synthetic_c), data<double>(sum),
-        embedding_c.size(0), sum.size(1), embedding_c.size(1)};
+    const cpu::ClassCentroidsParams<scalar_t> params{data<const scalar_t>(embedding_c),
+                                                     data<const int64_t>(label_c),
+                                                     data<const bool>(is_synthetic_c),
+                                                     data<double>(sum),
+                                                     embedding_c.size(0),
+                                                     sum.size(1),
+                                                     embedding_c.size(1)};
     torch::stable::parallel_for(
         0, params.dimension, kColumnsPerTask,
         [&](int64_t begin, int64_t end) { cpu::class_centroids_columns(params, begin, end); });

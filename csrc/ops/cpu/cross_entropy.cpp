@@ -1,7 +1,6 @@
 // cross_entropy: torch's stable ABI on one side, the plain C++ kernel on the other.
 #include "../../cpu/cross_entropy.h"
 
-
 #include <algorithm>
 #include <atomic>
 #include <tuple>
@@ -11,7 +10,7 @@
 namespace mts_fast {
 namespace {
 
-// exponentials per task: some ten microseconds.
+// logits per task: their exponentials take some ten microseconds.
 constexpr int64_t kLogitsPerTask = 32768;
 
 int64_t rows_per_task(int64_t classes) {
@@ -19,8 +18,7 @@ int64_t rows_per_task(int64_t classes) {
 }
 
 cpu::CrossEntropyParams make_params(const Tensor& logit, const Tensor& label, int64_t ignored) {
-  return {data<const float>(logit),
-          data<const int64_t>(label), logit.size(1), ignored};
+  return {data<const float>(logit), data<const int64_t>(label), logit.size(1), ignored};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logit, const Tensor& label,
@@ -33,9 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logit, const Tens
   std::atomic<int64_t> bad_row{-1};
   torch::stable::parallel_for(
       0, logit.size(0), rows_per_task(params.classes), [&](int64_t begin, int64_t end) {
-        const int64_t row = cpu::cross_entropy_rows(
-            params, data<float>(loss), data<float>(maximum),
-            data<float>(log_sum), begin, end);
+        const int64_t row = cpu::cross_entropy_rows(params, data<float>(loss), data<float>(maximum),
+                                                    data<float>(log_sum), begin, end);
         if (row >= 0) bad_row.store(row);
       });
   STD_TORCH_CHECK(bad_row.load() < 0, "cross_entropy: labels must be in [0, ", params.classes,
@@ -51,8 +48,7 @@ Tensor cross_entropy_backward(const Tensor& logit, const Tensor& label, const Te
   torch::stable::parallel_for(
       0, logit.size(0), rows_per_task(params.classes), [&](int64_t begin, int64_t end) {
         cpu::cross_entropy_backward_rows(params, data<const float>(maximum),
-                                         data<const float>(log_sum),
-                                         data<const float>(grad_c),
+                                         data<const float>(log_sum), data<const float>(grad_c),
                                          data<float>(out), begin, end);
       });
   return out;

@@ -9,18 +9,18 @@
 namespace mts_fast {
 namespace {
 
-// rows per task: a row costs some ten nanoseconds, so a task is well above thread start-up.
+// rows per task: a row costs some ten nanoseconds, so a task takes much longer than a thread start.
 constexpr int64_t kRowsPerTask = 4096;
 
 std::tuple<Tensor, Tensor> label_agreement(const Tensor& similarity, const Tensor& neighbor,
                                            const Tensor& label, double epsilon) {
   return label_agreement_by(similarity, neighbor, label, epsilon, [](const auto& params) {
     std::atomic<int64_t> bad_row{-1};
-    torch::stable::parallel_for(
-        0, params.num_samples, kRowsPerTask, [&](int64_t begin, int64_t end) {
-          const int64_t row = cpu::label_agreement_rows(params, begin, end);
-          if (row >= 0) bad_row.store(row);
-        });
+    torch::stable::parallel_for(0, params.num_samples, kRowsPerTask,
+                                [&](int64_t begin, int64_t end) {
+                                  const int64_t row = cpu::label_agreement_rows(params, begin, end);
+                                  if (row >= 0) bad_row.store(row);
+                                });
     STD_TORCH_CHECK(bad_row.load() < 0, "label_agreement: neighbors must be in [0, ",
                     params.num_samples, "), but row ", bad_row.load(), " names one outside");
   });

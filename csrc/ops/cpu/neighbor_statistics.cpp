@@ -1,7 +1,6 @@
 // neighbor_statistics: torch's stable ABI on one side, the plain C++ kernel on the other.
 #include "../../cpu/neighbor_statistics.h"
 
-
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -19,7 +18,7 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A chunk with the memory that its pointers need: packed rows, thresholds and locks.
+// A chunk and the memory that it points to: packed rows, thresholds and locks.
 template <typename scalar_t>
 class ChunkStorage {
  public:
@@ -75,30 +74,26 @@ void run(const Tensor& rows, const Tensor& row_order, const Tensor& row_offsets,
   params.depth = rows.size(1);
   params.num_classes = (row_offsets.size(0) - 1) / 2;
   params.same = row_start == column_start;
-  params.lists = {data<scalar_t>(similarity),
-                  data<int64_t>(index),
-                  data<scalar_t>(real),
-                  data<scalar_t>(synthetic),
-                  similarity.size(1),
-                  real.size(1)};
+  params.lists = {data<scalar_t>(similarity), data<int64_t>(index), data<scalar_t>(real),
+                  data<scalar_t>(synthetic),  similarity.size(1),   real.size(1)};
   ChunkStorage<scalar_t> row_chunk(rows, row_order, row_offsets, row_start, params.tile,
                                    params.lists, kernel);
   params.rows = row_chunk.chunk;
-  std::vector<ChunkStorage<scalar_t>> other;  // empty where rows and columns are one chunk
+  std::vector<ChunkStorage<scalar_t>> column_chunk;  // empty where rows and columns are one chunk
   if (!params.same) {
-    other.emplace_back(columns, column_order, column_offsets, column_start, params.tile,
-                       params.lists, kernel);
+    column_chunk.emplace_back(columns, column_order, column_offsets, column_start, params.tile,
+                              params.lists, kernel);
   }
-  params.columns = params.same ? params.rows : other.front().chunk;
+  params.columns = params.same ? params.rows : column_chunk.front().chunk;
 
   const int64_t threads =
       std::min<int64_t>(torch::stable::get_num_threads(), cpu::num_tiles(params));
   Tensor tiles = torch::stable::new_empty(rows, {threads, params.tile, params.tile});
-  scalar_t* room = data<scalar_t>(tiles);
+  scalar_t* buffers = data<scalar_t>(tiles);
   std::atomic<int64_t> next{0};
-  // one range per thread; which tiles it takes is decided as it goes.
+  // one call per thread; each takes tiles from `next` until none is left.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    cpu::sweep_tiles(params, next, room + begin * params.tile * params.tile);
+    cpu::sweep_tiles(params, next, buffers + begin * params.tile * params.tile);
   });
 }
 

@@ -1,7 +1,6 @@
 // virtual_update: torch's stable ABI on one side, the plain C++ kernels on the other.
 #include "../../cpu/virtual_update.h"
 
-
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -14,7 +13,7 @@ namespace {
 // elements per task: 128 KiB of each stream, some ten microseconds.
 constexpr int64_t kSpan = 32768;
 
-// The streams of an update: one tensor per parameter in each, or none at all where it is absent.
+// The streams of an update: each has one tensor per parameter, or is empty where it is absent.
 struct Streams {
   const std::vector<Tensor>& parameters;
   const std::vector<Tensor>& gradients;
@@ -24,7 +23,7 @@ struct Streams {
   const std::vector<Tensor>& out;
 };
 
-// Element `begin` of tensor i, null where the stream is absent.
+// Pointer to element `begin` of tensor i; null where the stream is absent.
 template <typename scalar_t>
 scalar_t* at(const std::vector<Tensor>& stream, size_t i, int64_t begin) {
   return stream.empty() ? nullptr : data<scalar_t>(stream[i]) + begin;
@@ -49,7 +48,7 @@ std::vector<cpu::UpdateSpan<scalar_t>> cut(const Streams& streams) {
   return spans;
 }
 
-// Every span on one of torch's threads.
+// Runs `update` on every span, on torch's threads.
 template <typename scalar_t, typename Update>
 void for_each(const std::vector<cpu::UpdateSpan<scalar_t>>& spans, Update&& update) {
   const int64_t count = static_cast<int64_t>(spans.size());
@@ -58,8 +57,8 @@ void for_each(const std::vector<cpu::UpdateSpan<scalar_t>>& spans, Update&& upda
   });
 }
 
-// The Python op has checked that the tensors of a parameter lie in memory alike, without gaps, and
-// that all are of one dtype.
+// Outputs with the layout of the parameters. The Python op has checked that all tensors of a
+// parameter have one memory layout without gaps, and that all tensors have one dtype.
 std::vector<Tensor> empty_like(const std::vector<Tensor>& parameters) {
   std::vector<Tensor> out;
   out.reserve(parameters.size());
@@ -94,7 +93,7 @@ std::vector<Tensor> virtual_update_adam(std::vector<Tensor> parameters,
   return out;
 }
 
-// kappa * along of every parameter, and last how many entries were masked.
+// kappa * along of every parameter, and as the last tensor the number of masked entries.
 std::vector<Tensor> hypergradient_direction_adam(
     std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> exp_avg,
     std::vector<Tensor> exp_avg_sq, std::vector<Tensor> along, double floor, double lr,

@@ -1,7 +1,6 @@
 // neighbor_statistics: torch's stable ABI on one side, the CUDA kernel on the other.
 #include "../../cuda/neighbor_statistics.h"
 
-
 #include "../tensor.h"
 #include "stream.h"
 
@@ -12,7 +11,7 @@ void merge_neighbors_(const Tensor& tile, const Tensor& row_sample, const Tensor
                       const Tensor& column_sample, const Tensor& column_offset,
                       int64_t first_column, Tensor similarity, Tensor index, Tensor real,
                       Tensor synthetic) {
-  // the Python op passes contiguous tensors, as it has made them.
+  // the Python op has created these tensors, all contiguous.
   with_scalar_type(tile, [&]<typename scalar_t>() {
     const cuda::MergeParams<scalar_t> params{
         data<const scalar_t>(tile),

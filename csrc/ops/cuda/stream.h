@@ -1,4 +1,4 @@
-// Where a CUDA kernel of this library is launched, without torch's CUDA headers.
+// The device and stream on which a CUDA kernel is launched, without torch's CUDA headers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,13 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-// weak: a torch without CUDA has no such symbol, and then no tensor to call these ops with.
+// weak: a torch without CUDA lacks this symbol, but has no CUDA tensors to call these ops with.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace mts_fast {
 
-// Makes the tensor's device the current one, and the former one again at the end.
+// Makes the tensor's device current, and restores the former device at the end of the scope.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const torch::stable::Tensor& tensor) {

@@ -1,1 +1,1 @@
-"""Glue of the C++ and CUDA kernels of csrc: schemas, derivatives, what they cannot serve."""
+"""Glue of the C++ and CUDA kernels of csrc: schemas, derivatives, reasons why they cannot run."""

@@ -1,4 +1,4 @@
-"""class_centroids by the C++ and CUDA kernels: schemas and the order in which a GPU adds."""
+"""class_centroids by the C++ and CUDA kernels: schemas, and the sorted order that a GPU needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _fake(*_: Tensor) -> None:
     """Adds to sums and counts and returns nothing."""
 
 
-# what a GPU does: rows in a given order, added group by group.
+# the op of a GPU: adds rows group by group, in the order of `order`.
 torch.library.define(
     "mts_fast::sum_groups_",
     "(Tensor embeddings, Tensor order, Tensor offsets, Tensor(a!) sums) -> ()",
@@ -52,7 +52,8 @@ def add_groups(
     labels: Tensor,
     is_synthetic: Tensor,
 ) -> None:
-    """The sums of a GPU: samples sorted by source and class, so that none needs an atomic."""
+    """Add a chunk on a GPU: its samples are sorted by source and class, so that no sum needs an
+    atomic."""
     group = labels + centroids.counts.shape[1] * is_synthetic
     counts = torch.bincount(group, minlength=centroids.counts.numel())
     offsets = F.pad(counts.cumsum(0), (1, 0))

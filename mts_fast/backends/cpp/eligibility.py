@@ -1,4 +1,4 @@
-"""Why a compiled kernel of the extension cannot serve some tensors: what all of them share."""
+"""Why the C++ and CUDA kernels cannot serve some tensors: the reasons that all ops share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
-    """For an op whose first tensor is of the dtype that it computes in; empty where it can run."""
+    """Why no kernel can serve these tensors, the first of which has the dtype that the op computes
+    in; empty where one can."""
     status = extension()
     reasons = [] if status.available else [status.reason]
     devices = {t.device for t in tensors}

@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[2]
 LIBRARY = PACKAGE / "libmts_fast_ops.so"
-# what CMakeLists.txt asks of the stable ABI
+# the version of the stable ABI that CMakeLists.txt asks for
 OLDEST_TORCH = "2.11"
 REBUILD = "run `make setup` or `pip install --no-build-isolation .` again"
 
@@ -44,7 +44,8 @@ def extension() -> ExtensionStatus:
 
 
 def _load() -> str:
-    """The library depends on no Python, `_C` on one: a wheel serves the others through ctypes."""
+    """Load the library and return its build info, through `_C` or, where this Python has none,
+    through ctypes: `_C` is built for one Python version, the library for all."""
     try:
         return importlib.import_module("mts_fast._C").build_info()
     except ModuleNotFoundError:
@@ -53,13 +54,13 @@ def _load() -> str:
     import torch
 
     torch.ops.load_library(str(LIBRARY))
-    ask = ctypes.CDLL(str(LIBRARY)).mts_fast_build_info
-    ask.restype = ctypes.c_char_p
-    return ask().decode()
+    build_info = ctypes.CDLL(str(LIBRARY)).mts_fast_build_info
+    build_info.restype = ctypes.c_char_p
+    return build_info().decode()
 
 
 def _mismatch(error: Exception) -> str:
-    """Why a library that is there does not load: mostly another torch than it was made for."""
+    """Why an existing library does not load: mostly another torch than it was built for."""
     import torch
 
     built = build_record().get("torch_version")
@@ -73,7 +74,7 @@ def _parse(lines: str) -> dict[str, str]:
 
 
 def build_record() -> dict[str, Any]:
-    """What the build said of itself (setup.py), empty where it left no word, or a damaged one."""
+    """The record that the build wrote (setup.py); empty where it is missing or damaged."""
     try:
         record = json.loads((PACKAGE / "_build.json").read_text())
     except (OSError, ValueError, RecursionError):

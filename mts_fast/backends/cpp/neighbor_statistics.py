@@ -12,7 +12,7 @@ from torch import Tensor
 from mts_fast.backends.cpp.class_numbers import table_numbers
 from mts_fast.reference.neighbor_statistics import NeighborChunk, NeighborLists
 
-# samples per side of a tile on a GPU: 256 MB of float32 keep cuBLAS and the merge busy.
+# rows and columns of a tile on a GPU: 256 MB of float32 keep cuBLAS and the merge busy.
 CUDA_TILE = 8192
 
 torch.library.define(
@@ -29,7 +29,7 @@ def _fake(*_: Tensor | int) -> None:
     """Writes to its lists and returns nothing."""
 
 
-# what a GPU does per tile of similarities, which cuBLAS makes.
+# the op of a GPU: merges one tile of similarities, computed by cuBLAS.
 torch.library.define(
     "mts_fast::merge_neighbors_",
     "(Tensor tile, Tensor row_sample, Tensor row_class, Tensor column_sample,"
@@ -43,8 +43,9 @@ def _fake_merge(*_: Tensor | int) -> None:
     """Writes to its lists and returns nothing."""
 
 
-def _sorted(chunk: NeighborChunk, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(order [n], offsets [2 C + 1]): samples by class, real ones first, and where each begins."""
+def _sort_by_group(chunk: NeighborChunk, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(order [n], offsets [2 C + 1]): samples sorted by class, real before synthetic, and the start
+    of each group."""
     group = 2 * chunk.labels + chunk.is_synthetic
     counts = torch.bincount(group, minlength=2 * num_classes)
     return group.argsort(stable=True), F.pad(counts.cumsum(0), (1, 0))
@@ -56,19 +57,19 @@ def neighbor_statistics_(
     if rows.unit.is_cuda:
         merge_tiles(torch.ops.mts_fast.merge_neighbors_, lists, rows, columns, tile or CUDA_TILE)
         return
-    rows, columns, num_classes = _numbered(rows, columns)
+    rows, columns, num_classes = _renumber(rows, columns)
     torch.ops.mts_fast.neighbor_statistics_(
-        *(rows.unit, *_sorted(rows, num_classes), rows.start),
-        *(columns.unit, *_sorted(columns, num_classes), columns.start),
+        *(rows.unit, *_sort_by_group(rows, num_classes), rows.start),
+        *(columns.unit, *_sort_by_group(columns, num_classes), columns.start),
         *(lists.similarity, lists.index, lists.real, lists.synthetic),
         tile or 0,
     )
 
 
-def _numbered(
+def _renumber(
     rows: NeighborChunk, columns: NeighborChunk
 ) -> tuple[NeighborChunk, NeighborChunk, int]:
-    """The chunks with class numbers for tables of C, and C."""
+    """The chunks with classes renumbered to [0, C), and C."""
     labels, num_classes = table_numbers(torch.cat([rows.labels, columns.labels]))
     parts = labels.split([len(rows.labels), len(columns.labels)])
     return replace(rows, labels=parts[0]), replace(columns, labels=parts[1]), num_classes
@@ -82,25 +83,34 @@ def merge_tiles(
     tile: int,
 ) -> None:
     """The sweep of a GPU: tiles by matrix product in torch's float32 precision, each merged into
-    its rows and, transposed, into its columns."""
-    rows, columns, num_classes = _numbered(rows, columns)
-    sides = []
+    the lists of its rows and, transposed, into those of its columns."""
+    rows, columns, num_classes = _renumber(rows, columns)
+    # per chunk: unit rows, rows of the lists, classes, offsets; index 0 the rows, 1 the columns
+    sorted_chunks = []
     for chunk in (rows, columns):
-        order, offsets = _sorted(chunk, num_classes)
-        sides.append((chunk.unit[order], order + chunk.start, chunk.labels[order], offsets))
-    of_lists = (lists.similarity, lists.index, lists.real, lists.synthetic)
+        order, offsets = _sort_by_group(chunk, num_classes)
+        sorted_chunks.append((chunk.unit[order], order + chunk.start, chunk.labels[order], offsets))
+    list_tensors = (lists.similarity, lists.index, lists.real, lists.synthetic)
 
-    def offer(similarity: Tensor, row_side: int, r: int, column_side: int, c: int) -> None:
-        _, sample, label, _ = sides[row_side]
-        _, other, _, offsets = sides[column_side]
+    def merge_tile(similarity: Tensor, row_chunk: int, r: int, column_chunk: int, c: int) -> None:
+        _, row_samples, row_labels, _ = sorted_chunks[row_chunk]
+        _, column_samples, _, offsets = sorted_chunks[column_chunk]
         height, width = similarity.shape
-        mine = slice(r, r + height)
-        merge(similarity, sample[mine], label[mine], other[c : c + width], offsets, c, *of_lists)
+        merge(
+            similarity,
+            row_samples[r : r + height],
+            row_labels[r : r + height],
+            column_samples[c : c + width],
+            offsets,
+            c,
+            *list_tensors,
+        )
 
+    row_unit, column_unit = sorted_chunks[0][0], sorted_chunks[1][0]
     for r in range(0, len(rows.unit), tile):
         first = r if rows.start == columns.start else 0
         for c in range(first, len(columns.unit), tile):
-            similarity = sides[0][0][r : r + tile] @ sides[1][0][c : c + tile].T
-            offer(similarity, 0, r, 1, c)
+            similarity = row_unit[r : r + tile] @ column_unit[c : c + tile].T
+            merge_tile(similarity, 0, r, 1, c)
             if rows.start != columns.start or r != c:
-                offer(similarity.T.contiguous(), 1, c, 0, r)
+                merge_tile(similarity.T.contiguous(), 1, c, 0, r)

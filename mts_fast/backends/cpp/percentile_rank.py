@@ -7,7 +7,9 @@ from torch import Tensor
 
 from mts_fast.backends.cpp.class_numbers import table_numbers
 
-torch.library.define("mts_fast::percentile_rank", "(Tensor values, Tensor labels, int num_classes) -> Tensor")
+torch.library.define(
+    "mts_fast::percentile_rank", "(Tensor values, Tensor labels, int num_classes) -> Tensor"
+)
 
 
 @torch.library.register_fake("mts_fast::percentile_rank")

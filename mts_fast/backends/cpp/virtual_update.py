@@ -1,4 +1,4 @@
-"""virtual_update by the C++ kernel: schemas, and which tensors go together in one call."""
+"""virtual_update by the C++ kernel: schemas, and how tensors are grouped into calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast.backends.cpp.eligibility import DTYPES, reasons_against_cpp
-from mts_fast.backends.eligibility import lies_like
+from mts_fast.backends.eligibility import same_layout
 from mts_fast.reference.update_rules.noise import noise_floor
 from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
 
@@ -47,19 +47,19 @@ def _fake_direction(parameters: list[Tensor], *_: object) -> list[Tensor]:
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot serve these parameters and gradients."""
-    found = reasons_against_cpp(tensors)
+    reasons = reasons_against_cpp(tensors)
     other = {str(t.dtype) for t in tensors if t.dtype not in DTYPES}
     if other and tensors[0].dtype in DTYPES:
-        found.append(f"its kernel takes float32 or float64, not {', '.join(sorted(other))}")
-    return found
+        reasons.append(f"its kernel takes float32 or float64, not {', '.join(sorted(other))}")
+    return reasons
 
 
 def virtual_update(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
     """theta' of every parameter: one call for all that share their hyper-parameters and count of
-    steps. A tensor whose rule has no kernel, or that does not lie in memory like its gradient and
-    state, takes the reference.
+    steps. The reference serves tensors whose rule has no kernel, or whose memory layout is not that
+    of their gradient and state.
     """
     rows = list(zip(parameters, gradients, states, strict=True))
     served = [i for i, (p, g, state) in enumerate(rows) if _fits(state, p, g)]
@@ -67,17 +67,17 @@ def virtual_update(
     for i in set(range(len(rows))).difference(served):
         out[i] = reference.virtual_update(*rows[i])
     for members in _groups(parameters, states, served):
-        p, g, held = _columns(members, parameters, gradients, states)
+        p, g, state_lists = _columns(members, parameters, gradients, states)
         s = states[members[0]]
         if isinstance(s, SGDState):
             updates = torch.ops.mts_fast.virtual_update_sgd(
-                *(p, g, held[0] if held else []),
+                *(p, g, state_lists[0] if state_lists else []),
                 *(s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, s.maximize),
             )
         else:
             assert isinstance(s, AdamState)
             updates = torch.ops.mts_fast.virtual_update_adam(
-                p, g, *(held or ([], [])), s.lr, *_adam_numbers(s)
+                p, g, *(state_lists or ([], [])), s.lr, *_adam_scalars(s)
             )
         for i, updated in zip(members, updates, strict=True):
             out[i] = updated
@@ -92,8 +92,8 @@ def hypergradient_direction(
     hypergradient_lr: float | None,
     largest: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(kappa * along, counts of masked entries): Adam's by the kernel, as above. Other rules, of
-    one product a tensor, take the reference.
+    """(kappa * along, counts of masked entries): Adam's by the kernel, grouped as in
+    `virtual_update`. The reference serves the other rules; SGD's kappa is one product a tensor.
     """
     rows = list(zip(parameters, gradients, states, along, strict=True))
     served = [
@@ -106,13 +106,14 @@ def hypergradient_direction(
         out[i], noise = masked_direction(*rows[i], hypergradient_lr, largest)
         counts += [] if noise is None else [noise.sum()]
     for members in _groups(parameters, states, served):
-        p, g, held = _columns(members, parameters, gradients, states)
+        p, g, state_lists = _columns(members, parameters, gradients, states)
         s = states[members[0]]
         assert isinstance(s, AdamState)
         lr = s.lr if hypergradient_lr is None else hypergradient_lr
         floor = float(noise_floor(g[0].dtype, largest))
         *directions, count = torch.ops.mts_fast.hypergradient_direction_adam(
-            p, g, *(held or ([], [])), [along[i] for i in members], floor, lr, *_adam_numbers(s)
+            *(p, g, *(state_lists or ([], [])), [along[i] for i in members]),
+            *(floor, lr, *_adam_scalars(s)),
         )
         counts.append(count)
         for i, direction in zip(members, directions, strict=True):
@@ -123,7 +124,7 @@ def hypergradient_direction(
 def _groups(
     parameters: Sequence[Tensor], states: Sequence[State], served: Sequence[int]
 ) -> Iterable[list[int]]:
-    """Indices of tensors that one call of a kernel serves."""
+    """Indices of the tensors of each call of a kernel."""
     together: dict[tuple, list[int]] = defaultdict(list)
     for i in served:
         together[_key(parameters[i], states[i])].append(i)
@@ -136,53 +137,53 @@ def _columns(
     gradients: Sequence[Tensor],
     states: Sequence[State],
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Parameters, gradients and each kind of state tensor of a group."""
-    held = zip(*(_state_tensors(states[i]) for i in members), strict=True)
+    """Parameters, gradients and state tensors of a group; a list for each name of the state."""
+    by_name = zip(*(_state_tensors(states[i]) for i in members), strict=True)
     return (
         [parameters[i] for i in members],
         [gradients[i] for i in members],
-        [list(column) for column in held],
+        [list(column) for column in by_name],
     )
 
 
-def _adam_numbers(s: AdamState) -> tuple:
-    """As the schemas of Adam's kernels have them after lr."""
+def _adam_scalars(s: AdamState) -> tuple:
+    """The scalars after lr, in the order of the schemas of Adam's kernels."""
     return (*s.betas, s.eps, s.weight_decay, s.step, s.decoupled, s.maximize)
 
 
 def _state_tensors(state: State) -> list[Tensor]:
-    """What a rule reads besides parameter and gradient: nothing before the first step."""
-    held: list[Tensor | None] = []
+    """The tensors that a rule reads besides parameter and gradient; none before the first step."""
+    tensors: list[Tensor | None] = []
     if isinstance(state, SGDState):
-        held = [state.buffer if state.momentum else None]
+        tensors = [state.buffer if state.momentum else None]
     elif isinstance(state, AdamState):
-        held = [state.exp_avg, state.exp_avg_sq]
-    return [t for t in held if t is not None]
+        tensors = [state.exp_avg, state.exp_avg_sq]
+    return [t for t in tensors if t is not None]
 
 
 def _fits(state: State, parameter: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel has the rule with its options and numbers, and can walk through all tensors
-    side by side: of one dtype, in the same order in memory, without gaps."""
+    """Whether a kernel supports the rule with its options and scalars, and all tensors have one
+    dtype and one memory layout, so that one loop reads them in the order of memory."""
     if not isinstance(state, SGDState | AdamState):
         return False
     if isinstance(state, AdamState) and state.amsgrad:
         return False
-    if any(isinstance(number, Tensor) for number in _numbers(state)):
+    if any(isinstance(scalar, Tensor) for scalar in _scalars(state)):
         return False
     tensors = [parameter, *others, *_state_tensors(state)]
-    return all(t.dtype == parameter.dtype and lies_like(parameter, t) for t in tensors)
+    return all(t.dtype == parameter.dtype and same_layout(parameter, t) for t in tensors)
 
 
-def _numbers(state: SGDState | AdamState) -> list[float | Tensor]:
-    """All hyper-parameters; those on a device are tensors."""
+def _scalars(state: SGDState | AdamState) -> list[float | Tensor]:
+    """All hyper-parameters; those that are on a device are tensors."""
     if isinstance(state, SGDState):
         return [state.lr, state.momentum, state.dampening, state.weight_decay]
     return [state.lr, *state.betas, state.eps, state.weight_decay, state.step]
 
 
 def _key(parameter: Tensor, state: State) -> tuple:
-    """What tensors of one call share."""
+    """The grouping key: tensors of equal key go in one call."""
     assert isinstance(state, SGDState | AdamState)
     flags = (state.nesterov,) if isinstance(state, SGDState) else (state.decoupled,)
     started = bool(_state_tensors(state))
-    return type(state), parameter.dtype, started, *flags, state.maximize, *_numbers(state)
+    return type(state), parameter.dtype, started, *flags, state.maximize, *_scalars(state)

@@ -1,1 +1,1 @@
-"""Glue of the Triton kernels: schemas, derivatives, what they cannot serve, how they launch."""
+"""Glue of the Triton kernels: schemas, derivatives, reasons why they cannot run, launches."""

@@ -12,7 +12,7 @@ from mts_fast import reference
 from mts_fast.backends.triton.eligibility import accumulator, reasons_against_triton
 from mts_fast.reference import SampleStatistics, Target
 
-# the fields of a Target in their order
+# the fields of a Target, in their order, as arguments of a schema
 TARGET = "Tensor labels, Tensor? class_weight, float label_smoothing, int ignore_index"
 torch.library.define(
     "mts_fast::cross_entropy_triton",
@@ -74,7 +74,7 @@ def reasons(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def split_target(arguments: Sequence[Any]) -> tuple[Target, Sequence[Any]]:
-    """Flat arguments of a schema: the target at their head, and those after it."""
+    """The flat arguments of a schema as a target and the arguments after it."""
     fields = len(Target._fields)
     return Target(*arguments[:fields]), arguments[fields:]
 
@@ -90,8 +90,8 @@ def weighted_cross_entropy(
 ) -> tuple[Tensor, Tensor, SampleStatistics | None]:
     """(L, l, statistics where asked for), as the reference; everything from one pass.
 
-    Where the logits need a gradient the same pass leaves that of L, so that its backward reads the
-    logits no second time.
+    Where the logits need a gradient, the same pass computes that of L, and the backward of L does
+    not read the logits again.
     """
     if torch.compiler.is_compiling():
         # a gradient kept from the forward to the backward defeats the compiler's memory planning
@@ -107,13 +107,13 @@ def weighted_cross_entropy(
 
 
 def _of_samples(rows: Tensor, logits: Tensor, target: Target) -> Tensor:
-    """Losses of samples [B] in torch's dtype from those of rows [M]."""
+    """Losses of samples [B] from those of rows [M], in the dtype of torch's loss."""
     losses = target.mean_of_positions(rows.view(target.labels.shape))
     return losses.to(_dtype_of_losses(logits))
 
 
 def _dtype_of_losses(logits: Tensor) -> torch.dtype:
-    """torch's: that of the logits, and float32 under autocast."""
+    """The dtype of torch's loss: that of the logits, and float32 under autocast."""
     if torch.is_autocast_enabled(logits.device.type):
         return accumulator(logits.dtype)
     return logits.dtype
@@ -164,8 +164,8 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         target, (p, statistics) = split_target(arguments)
-        # the gradient of L, where one will be asked for, is made in the only read of the logits;
-        # not in float16, where p times slope would underflow before a loss scale can save it
+        # the gradient of L, where the logits need one, is computed in the only read of the logits;
+        # not in float16, where p times slope would underflow before a loss scale is applied
         cotangent = None
         if ctx.needs_input_grad[0] and logits.dtype != torch.float16:
             cotangent = _row_cotangent(p.to(accumulator(logits.dtype)), target)
@@ -176,11 +176,9 @@ class _Weighted(torch.autograd.Function):
         loss = (p * losses).sum()
         dtype = _dtype_of_losses(logits)
         loss, losses = loss.to(torch.promote_types(p.dtype, dtype)), losses.to(dtype)
-        ctx.save_for_backward(
-            logits, target.labels, target.class_weight, p, maximum, total, losses
-        )
+        ctx.save_for_backward(logits, target.labels, target.class_weight, p, maximum, total, losses)
         ctx.options = target.label_smoothing, target.ignore_index
-        ctx.gradient = gradient  # returned once; a second backward computes its own
+        ctx.gradient = gradient  # returned by the first backward; a second one computes it again
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(table)
         return loss, losses, table

@@ -1,7 +1,7 @@
 """Whether Triton kernels run here, for which tensors, and in which dtypes they accumulate.
 
-`TRITON_INTERPRET=1`, set before mts_fast is imported, has Triton's interpreter run them on the CPU,
-for tests. Nothing here imports triton before a kernel is asked for.
+`TRITON_INTERPRET=1`, set before mts_fast is imported, makes Triton's interpreter run them on the
+CPU, for tests. Importing this module does not import triton.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# block pointers are gone in later ones, and earlier ones lack what the kernels use
+# earlier versions lack functions that the kernels use; block pointers, which later versions remove,
+# are not used
 OLDEST_TRITON = (3, 6)
-# what the kernels are compiled for and checked on ahead of time
+# the oldest compute capability that the kernels are compiled for and checked on ahead of time
 OLDEST_CAPABILITY = (8, 0)
-
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What kernels sum up in: float32, and float64 of float64."""
+    """The dtype that kernels sum up in: float32, and float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -37,8 +37,8 @@ def interpreted() -> bool:
 
 
 def kernel_devices() -> tuple[str, ...]:
-    """Kinds of devices that the kernels of this process serve."""
-    # the interpreter follows the addresses in a pointer table itself
+    """Device types that the kernels of this process serve."""
+    # the interpreter reads the pointers of a pointer table directly: they must be to CPU memory
     return ("cpu",) if interpreted() else ("cuda",)
 
 
@@ -58,7 +58,8 @@ def triton_reasons() -> tuple[str, ...]:
 
 
 def _triton_version() -> str:
-    """By the package's metadata; torch's nightly builds install triton under another name."""
+    """From the package's metadata, or from the module: torch's nightly builds install triton under
+    another package name."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -79,7 +80,8 @@ def reasons_against_triton(
 ) -> list[str]:
     """Why kernels cannot serve these tensors; empty where they can.
 
-    `floating` names those of a floating dtype, `backward` says whether gradients may be asked for.
+    `floating` names the tensors of a floating dtype in the reason; `backward` is whether the kernel
+    has a backward.
     """
     reasons = list(triton_reasons())
     devices = {t.device for t in tensors}
@@ -87,8 +89,8 @@ def reasons_against_triton(
         reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
     if not reasons:
         reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
-    found = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
-    other = sorted(str(d).removeprefix("torch.") for d in found - set(DTYPES))
+    dtypes = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+    other = sorted(str(d).removeprefix("torch.") for d in dtypes - set(DTYPES))
     if other:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         reasons.append(f"its kernel takes {floating} of {names}, not {', '.join(other)}")

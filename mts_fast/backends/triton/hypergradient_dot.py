@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast.backends.eligibility import lies_like
+from mts_fast.backends.eligibility import same_layout
 from mts_fast.backends.triton.eligibility import accumulator
 
 torch.library.define(
@@ -19,7 +19,7 @@ torch.library.define("mts_fast::sample_dot", "(Tensor x, Tensor y) -> Tensor")
 def _dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     from mts_fast.backends.triton.kernels import hypergradient_dot as kernel
 
-    if not kernel.reaches(a, v, b):
+    if not kernel.offsets_fit_int32(a, v, b):
         a, v, b = a.contiguous(), v.contiguous(), b.contiguous()
     return kernel.hypergradient_dot(a, v, b, bias)
 
@@ -42,18 +42,18 @@ def _fake_sample_dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """As the reference; the replayed output is never written."""
+    """As the reference; the replayed output is never written to memory."""
     return torch.ops.mts_fast.hypergradient_dot(a, v, b, bias)
 
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Tensors that do not lie alike, sample after sample, take plain PyTorch."""
-    if _samples_lie_alike(x, y):
+    """As the reference, which serves tensors whose samples have different memory layouts."""
+    if _samples_same_layout(x, y):
         return torch.ops.mts_fast.sample_dot(x, y)
     return reference.sample_dot(x, y)
 
 
-def _samples_lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Both in one order, without gaps, a sample ending where the next begins."""
+def _samples_same_layout(x: Tensor, y: Tensor) -> bool:
+    """Whether both have one memory layout without gaps, in which samples follow one another."""
     outermost = len(x) == 1 or x.stride(0) == x[0].numel()
-    return outermost and lies_like(x, y)
+    return outermost and same_layout(x, y)

@@ -1,4 +1,4 @@
-"""How Triton kernels are launched: on a GPU, in the interpreter, or recorded."""
+"""How Triton kernels are launched: on a GPU, in the interpreter, or recorded without a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch was asked to do, for those who compile it without a GPU."""
+    """A kernel with the arguments of one launch, from which it can be compiled without a GPU."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -28,7 +28,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run but written down, with their arguments."""
+    """A block in which launches are appended to the list instead of being run."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -38,7 +38,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first tensor, whichever device is the current one."""
+    """Run a kernel on the device of its first tensor, which need not be the current device."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, options))
         return

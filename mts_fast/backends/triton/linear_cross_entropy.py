@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast.backends.triton.eligibility import accumulator, reasons_against_triton
 from mts_fast.backends.triton.cross_entropy import TARGET, split_target
+from mts_fast.backends.triton.eligibility import accumulator, reasons_against_triton
 from mts_fast.reference import Target
 
-# hidden, weight, bias and target: a `Problem` of the kernels, flat
+# the fields of the kernels' `Problem` (hidden, weight, bias, target) as arguments of a schema
 PROBLEM = f"Tensor hidden, Tensor weight, Tensor? bias, {TARGET}"
 torch.library.define(
     "mts_fast::linear_cross_entropy_triton", f"({PROBLEM}) -> (Tensor, Tensor, Tensor)"
@@ -40,7 +40,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("mts_fast::linear_cross_entropy_backward_triton", ("cpu", "cuda"))
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import linear_cross_entropy_backward
+    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import (
+        linear_cross_entropy_backward,
+    )
 
     problem, rest = _split_problem(arguments)
     return linear_cross_entropy_backward(problem, *rest)
@@ -48,14 +50,16 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("mts_fast::linear_cross_entropy_tangent_triton", ("cpu", "cuda"))
 def _tangent(*arguments: Any) -> Tensor:
-    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import linear_cross_entropy_tangent
+    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import (
+        linear_cross_entropy_tangent,
+    )
 
     problem, rest = _split_problem(arguments)
     return linear_cross_entropy_tangent(problem, *rest)
 
 
 def _split_problem(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    """Flat arguments of a schema: the kernels' `Problem`, and those after it."""
+    """The flat arguments of a schema as the kernels' `Problem` and the arguments after it."""
     from mts_fast.backends.triton.kernels.logits_tile import Problem
 
     target, rest = split_target(arguments[3:])
@@ -92,9 +96,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """As the reference."""
     dtype = _dtype(hidden)
-    rows = _Losses.apply(
-        hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, *target.flat()
-    )
+    rows = _Losses.apply(hidden.flatten(0, -2).to(dtype), weight.to(dtype), bias, *target.flat())
     losses = target.mean_of_positions(rows.view(target.labels.shape))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     return losses if autocast else losses.to(hidden.dtype)
@@ -109,7 +111,7 @@ def linear_cross_entropy_tangent(
     weight_tangent: Tensor | None,
     bias_tangent: Tensor | None,
 ) -> Tensor:
-    """As the reference; the logits and their tangents live a tile at a time."""
+    """As the reference; the logits and their tangents exist one tile at a time."""
     dtype, labels = _dtype(hidden), target.labels
     rows = hidden.flatten(0, -2).to(dtype).contiguous()
     problem = (rows, weight.to(dtype).contiguous(), bias, *target.flat())
@@ -126,7 +128,7 @@ def linear_cross_entropy_tangent(
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """What the product is made in: that of hidden, or autocast's."""
+    """The dtype of the matrix product: that of hidden, or autocast's."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -157,12 +159,11 @@ class _Losses(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         gradients: Sequence[Tensor]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            # aliases: hidden may itself depend on the weight, and its part comes later
+            # aliases: where hidden itself depends on the weight, autograd.grad would include the
+            # gradient through hidden, which autograd adds later
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
             bias = bias if bias is None else bias.view_as(bias)
-            losses = reference.linear_cross_entropy(
-                hidden, weight, bias=bias, **target.keywords()
-            )
+            losses = reference.linear_cross_entropy(hidden, weight, bias=bias, **target.keywords())
             inputs = [t for t, need in zip((hidden, weight, bias), needed, strict=True) if need]
             computed = iter(
                 torch.autograd.grad(losses, inputs, grad.to(losses.dtype), create_graph=True)

@@ -1,4 +1,4 @@
-"""virtual_update and hypergradient_direction by the Triton kernels, and which tensors they take."""
+"""virtual_update and hypergradient_direction by Triton, and which tensors the kernels serve."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mts_fast import reference
+from mts_fast.backends.eligibility import same_layout
 from mts_fast.backends.triton.eligibility import DTYPES, reasons_against_triton
-from mts_fast.backends.eligibility import lies_like
 from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
 
 
@@ -44,7 +44,7 @@ def virtual_update_along(
     hypergradient_lr: float | None,
     largest: Tensor,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Both and the counts, from one read of what both need."""
+    """(theta', kappa * along, counts of masked entries); parameters and gradients are read once."""
     return _run(parameters, gradients, states, along, hypergradient_lr, largest, update=True)
 
 
@@ -58,16 +58,16 @@ def _run(
     *,
     update: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(theta', kappa along), each without entries where not asked for, and counts of the entries
-    whose kappa is masked.
+    """(theta', kappa along, counts of the entries whose kappa is masked); a list that was not asked
+    for is empty.
 
-    One launch for all that share dtypes and alignment. A tensor whose rule has no kernel, or that
-    does not lie in memory like its gradient, state and direction, takes the reference, one by one.
+    One launch for all tensors that share dtypes and alignment. The reference serves tensors whose
+    rule has no kernel, or whose memory layout is not that of their gradient, state and direction.
     """
     from mts_fast.backends.triton.kernels import virtual_update as kernel
 
     rows = list(zip(parameters, gradients, states, along or parameters, strict=True))
-    fitting = [_fits(p, g, s, v) for p, g, s, v in rows]  # of each parameter
+    fitting = [_fits(p, g, s, v) for p, g, s, v in rows]
     served = [row for row, fits in zip(rows, fitting, strict=True) if fits]
     updated, direction, counts = kernel.virtual_update(
         [p for p, _, _, _ in served],
@@ -78,13 +78,13 @@ def _run(
         hypergradient_lr=hypergradient_lr,
         largest=largest,
     )
-    left, right = iter(updated or ()), iter(direction or ())
+    kernel_updated, kernel_direction = iter(updated or ()), iter(direction or ())
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
     for (p, g, s, v), fits in zip(rows, fitting, strict=True):
         if update:
-            results[0].append(next(left) if fits else reference.virtual_update(p, g, s))
+            results[0].append(next(kernel_updated) if fits else reference.virtual_update(p, g, s))
         if along is not None and fits:
-            results[1].append(next(right))
+            results[1].append(next(kernel_direction))
         elif along is not None:
             scaled, noise = masked_direction(p, g, s, v, hypergradient_lr, largest)
             results[1].append(scaled)
@@ -93,23 +93,23 @@ def _run(
 
 
 def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> bool:
-    """Whether a kernel knows the rule and can walk through all of a parameter's tensors side by
-    side."""
+    """Whether a kernel supports the rule, and all tensors of a parameter have dtypes of the kernels
+    and one memory layout, so that one offset addresses the same entry in each."""
     from mts_fast.backends.triton.kernels.virtual_update import state_tensors
 
     if not isinstance(state, SGDState | AdamState):
         return False
-    # lr and the steps taken may be on the device, other numbers not
-    numbers: tuple[float | Tensor, ...]
+    # lr and the steps taken may be tensors on the device, the other scalars may not
+    scalars: tuple[float | Tensor, ...]
     if isinstance(state, AdamState):
-        numbers = (*state.betas, state.eps, state.weight_decay)
+        scalars = (*state.betas, state.eps, state.weight_decay)
         moments = {m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}
         if state.amsgrad or len(moments) > 1:
             return False
     else:
-        numbers = state.momentum, state.dampening, state.weight_decay
-    if any(isinstance(number, Tensor) for number in numbers):
+        scalars = state.momentum, state.dampening, state.weight_decay
+    if any(isinstance(scalar, Tensor) for scalar in scalars):
         return False
     tensors = [t for t in (gradient, along, *state_tensors(state)) if t is not None]
     known = all(t.dtype in DTYPES for t in tensors)
-    return known and all(lies_like(parameter, t) for t in (parameter, *tensors))
+    return known and all(same_layout(parameter, t) for t in (parameter, *tensors))

@@ -110,17 +110,17 @@ def test_offsets_that_do_not_reach(device, monkeypatch):
     run = module.hypergradient_dot
     monkeypatch.setattr(module, "hypergradient_dot", lambda a, *r: seen.append(a) or run(a, *r))
     truth = reference.hypergradient_dot(a, v, b)
-    assert module.reaches(a, v, b)
+    assert module.offsets_fit_int32(a, v, b)
     assert relative(hypergradient_dot(a, v, b), truth) < 1e-13
     monkeypatch.setattr(module, "LARGEST_OFFSET", 100)
-    assert not module.reaches(a, v, b)
+    assert not module.offsets_fit_int32(a, v, b)
     assert relative(hypergradient_dot(a, v, b), truth) < 1e-13
     assert [t.is_contiguous() for t in seen] == [False, True]
 
 
 def test_rows_of_one_position_each():
     """h[:, -1] of long sequences: what lies far apart are the samples."""
-    from mts_fast.backends.triton.kernels.hypergradient_dot import reaches
+    from mts_fast.backends.triton.kernels.hypergradient_dot import offsets_fit_int32
 
     far = 2**26  # 32 rows of a float32 tile are within int32, 64 are not
     row = lambda n, width, stride: torch.empty_strided(  # noqa: E731
@@ -128,9 +128,9 @@ def test_rows_of_one_position_each():
     )
     v = torch.zeros(5, 4)
     near, wide = row(64, 4, 1000), row(64, 4, far)
-    assert reaches(near, v, row(64, 5, 1000))
-    assert not reaches(wide, v, row(64, 5, 1000))
-    assert not reaches(near, v, row(64, 5, far))
+    assert offsets_fit_int32(near, v, row(64, 5, 1000))
+    assert not offsets_fit_int32(wide, v, row(64, 5, 1000))
+    assert not offsets_fit_int32(near, v, row(64, 5, far))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,5 @@
-"""How, in Triton: one noun a file, each with its kernels and the function that launches them.
+"""Triton kernels and the functions that launch them, one op a file, and files of shared functions.
 
-The functions take checked tensors of one device. They are imported when they are first run, since
-`import mts_fast` does not bring triton.
+The launching functions take checked tensors of one device. They are imported when they first run,
+since `import mts_fast` does not import triton.
 """

@@ -1,4 +1,4 @@
-"""triton's names of dtypes, and division rounded once."""
+"""Triton's dtypes of torch's, and division rounded once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ TRITON_DTYPE = {
 
 @triton.jit
 def divide(x, y, ACC: tl.constexpr):
-    """x / y of one shape, rounded once: triton's own float32 division is two places off."""
+    """x / y of one shape, rounded once: Triton's own float32 division may be two units in the last
+    place off."""
     return tl.div_rn(x, y) if tl.float32 == ACC else x / y
 
 

@@ -1,4 +1,4 @@
-"""Gradients and tangents of the losses of hidden @ weight^T + bias: logits are made once more."""
+"""Gradients and tangents of the losses of hidden @ weight^T + bias; logits are recomputed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import reciprocal
-from mts_fast.backends.triton.kernels.logits_tile import Problem, logits_tile, new_accumulator, product_tile, splits_of
+from mts_fast.backends.triton.kernels.logits_tile import (
+    Problem,
+    logits_tile,
+    new_accumulator,
+    splits_of,
+)
+from mts_fast.backends.triton.kernels.product import product_tile
 from mts_fast.backends.triton.kernels.row_softmax import (
     class_weights,
     load_class_weight,
@@ -17,8 +22,9 @@ from mts_fast.backends.triton.kernels.row_softmax import (
     logit_gradient,
     shares,
 )
+from mts_fast.backends.triton.launch import launch
 
-# entries of a slice of logit gradients: 128 MiB in 16 bits
+# entries of a slice of logit gradients: 128 MiB in 16 bits; its classes are a multiple
 SLICE_ENTRIES = 2**26
 SLICE_MULTIPLE = 128
 
@@ -29,7 +35,10 @@ def slope_tile(
     labels_ptr, class_weight_ptr, weight_sum_ptr, maximum_ptr, total_ptr, classes, ignore_index,
     WEIGHTED, SMOOTHING, ACC,
 ):  # fmt: skip
-    """d l_i/d logits of a tile of logits x; 0 where the label is ignored, NaN where it is none."""
+    """d l_i/d logits of a tile of logits x: `logit_gradient` of softmax = exp(x - maximum) / total.
+
+    0 where the label is ignored, NaN where it is outside [0, C).
+    """
     label, counted, known = load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index)
     label_share, smooth_share, mass = shares(
         label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SMOOTHING, ACC
@@ -59,7 +68,9 @@ def linear_cross_entropy_backward_kernel(
 ):  # fmt: skip
     """cotangent_i * d l_i/d logits [M, slice] of the classes from first_class on.
 
-    Grid [cdiv(M, BLOCK_M), cdiv(slice, BLOCK_N)].
+    Grid [cdiv(M, BLOCK_M), cdiv(slice, BLOCK_N)]; a tile [BLOCK_M, BLOCK_N] a program. Requests
+    hidden cdiv(slice, BLOCK_N) times and the slice of weight cdiv(M, BLOCK_M) times, which caches
+    serve in part; writes M slice entries.
     """
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -67,16 +78,19 @@ def linear_cross_entropy_backward_kernel(
     first_n = first_class + tl.program_id(1).to(tl.int64) * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < rows, (offs_s < slice_classes) & (offs_n < classes)
+    # 1. recompute the logits of the tile
     x = logits_tile(
         hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
         HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
     )  # fmt: skip
+    # 2. their gradient, times the cotangent of the row
     slope = slope_tile(
         x, offs_m, offs_n, mask_m, mask_n,
         labels_ptr, class_weight_ptr, weight_sum_ptr, maximum_ptr, total_ptr, classes, ignore_index,
         WEIGHTED, SMOOTHING, ACC,
     )  # fmt: skip
     slope *= tl.load(cotangent_ptr + offs_m, mask=mask_m, other=0.0).to(ACC)[:, None]
+    # 3. store
     out = gradient_ptr + offs_m[:, None] * slice_classes + offs_s[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(out, slope.to(gradient_ptr.dtype.element_ty), mask=mask)
@@ -92,9 +106,15 @@ def linear_cross_entropy_tangent_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum over a split's classes of d l_i/d logit times the logit's tangent; partial [splits, M].
+    """partial [splits, M]: sum over a split's classes of d l_i/d logit times the logit's tangent.
 
-    Grid as of the forward. Two products a tile: the logits and their tangents.
+        t_ic = sum_k hidden_ik weight_tangent_ck + bias_tangent_c
+        d l_i = sum_c (d l_i/dx_ic) t_ic
+
+    Grid [cdiv(M, BLOCK_M), splits]; tiles [BLOCK_M, BLOCK_N], with two products each: the logits
+    and their tangents. Requests hidden 2 cdiv(C, BLOCK_N) times, and weight and its tangent
+    cdiv(M, BLOCK_M) times each, which caches serve in part; writes one accumulator for each row and
+    split.
     """
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -105,6 +125,7 @@ def linear_cross_entropy_tangent_kernel(
         first_n = tl.cast(tile, tl.int64) * BLOCK_N
         offs_n = first_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < classes
+        # 1. recompute the logits of a tile, and their gradient
         x = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
             HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
@@ -114,15 +135,17 @@ def linear_cross_entropy_tangent_kernel(
             maximum_ptr, total_ptr, classes, ignore_index, WEIGHTED, SMOOTHING, ACC,
         )  # fmt: skip
         slope = tl.where(mask_n[None, :], slope, 0.0)
-        moved = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        # 2. the tangents of its logits
+        tangent = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         if MOVES_WEIGHT:
-            moved = product_tile(
+            tangent = product_tile(
                 hidden_ptr + first_m * width, weight_tangent_ptr + first_n * width, mask_m, mask_n,
                 width, width, 1, width, 1, BLOCK_K, PRECISION, OPERAND, ACC,
             )  # fmt: skip
         if MOVES_BIAS:
-            moved += tl.load(bias_tangent_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
-        total += tl.sum(slope * moved, axis=1)
+            tangent += tl.load(bias_tangent_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
+        # 3. add their product, summed over the tile's classes
+        total += tl.sum(slope * tangent, axis=1)
     tl.store(partial_ptr + tl.cast(split, tl.int64) * rows + offs_m, total, mask=mask_m)
 
 
@@ -131,8 +154,8 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where not needed) for row cotangents [M].
 
-    A slice of logit gradients at a time, as many classes as SLICE_ENTRIES allow; from it the
-    library's products give the slice's weight gradients and its part of the hidden ones.
+    One slice of logit gradients at a time, of as many classes as SLICE_ENTRIES allow. torch's
+    matrix products of the slice give its weight gradients and its part of the hidden gradients.
     """
     rows, classes, width = problem.sizes
     tile = problem.tile()
@@ -154,13 +177,13 @@ def linear_cross_entropy_backward(
             *(rows, classes, width, problem.target.ignore_index, first, size),
             **tile,
         )
-        own = slice(first, first + size)
+        class_slice = slice(first, first + size)
         if needed[0]:
-            d_hidden += gradient @ weight[own]
+            d_hidden += gradient @ weight[class_slice]
         if needed[1]:
-            torch.mm(gradient.T, hidden, out=d_weight[own])
+            torch.mm(gradient.T, hidden, out=d_weight[class_slice])
         if needed[2]:
-            torch.sum(gradient, 0, dtype=d_bias.dtype, out=d_bias[own])
+            torch.sum(gradient, 0, dtype=d_bias.dtype, out=d_bias[class_slice])
     return d_hidden.to(hidden.dtype), d_weight, d_bias
 
 

@@ -1,4 +1,4 @@
-"""Tiles of logits hidden @ weight^T + bias by a matrix product, and what they are made of."""
+"""Tiles of the logits hidden @ weight^T + bias, and the tensors and options of such a problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_SPLITS = 64
 
 
 class RowLosses(NamedTuple):
-    """Per row [M]: the loss, the largest logit, the sum of exp(logit - maximum)"""
+    """Per row [M]: the loss, the largest logit, and the sum of exp(logit - maximum)."""
 
     losses: Tensor
     maximum: Tensor
@@ -58,7 +58,7 @@ def logits_tile(
     hidden_ptr, weight_ptr, bias_ptr, first_m, first_n, mask_m, mask_n, width,
     HAS_BIAS, BLOCK_K, PRECISION, OPERAND, ACC,
 ):  # fmt: skip
-    """Logits of the tile from row first_m and class first_n (int64) on; -inf where none is."""
+    """Logits of the tile from row first_m and class first_n (int64) on; -inf outside mask_n."""
     x = product_tile(
         hidden_ptr + first_m * width, weight_ptr + first_n * width, mask_m, mask_n, width,
         width, 1, width, 1, BLOCK_K, PRECISION, OPERAND, ACC,
@@ -70,8 +70,8 @@ def logits_tile(
 
 
 def splits_of(rows: int, classes: int, tile: dict[str, Any]) -> tuple[int, int]:
-    """Into how many parts the classes are cut, and tiles in each; by the sizes alone, so that
-    results do not depend on the GPU."""
+    """(number of splits of the classes, tiles per split); from the sizes alone, so that results do
+    not depend on the GPU."""
     tiles = triton.cdiv(classes, tile["BLOCK_N"])
     row_blocks = max(1, triton.cdiv(rows, tile["BLOCK_M"]))
     wanted = min(tiles, MOST_SPLITS, triton.cdiv(ENOUGH_PROGRAMS, row_blocks))
@@ -80,6 +80,6 @@ def splits_of(rows: int, classes: int, tile: dict[str, Any]) -> tuple[int, int]:
 
 
 def new_accumulator(problem: Problem, *shape: int) -> Tensor:
-    """Accumulators of that shape, not written."""
-    wide = accumulator(problem.hidden.dtype)
-    return torch.empty(shape, dtype=wide, device=problem.hidden.device)
+    """An uninitialised tensor of the problem's accumulator dtype."""
+    acc_dtype = accumulator(problem.hidden.dtype)
+    return torch.empty(shape, dtype=acc_dtype, device=problem.hidden.device)

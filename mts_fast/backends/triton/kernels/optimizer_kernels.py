@@ -1,7 +1,11 @@
 """The element maths of theta' and kappa v under SGD and Adam, for rows of a pointer table.
 
-Columns of a row: parameter, gradient, along, updated, direction, then the optimizer's state. Its
-numbers start with lr, the lr of kappa, the sign of the gradient and the decay that is added to it.
+A row belongs to one parameter p. Its tensors are p, its gradient, v, theta', kappa v and the
+optimizer's state; its scalars are listed below. In both optimizers
+
+    g = sign gradient + decay p
+
+with sign -1 under `maximize`, and decay the weight decay that is added to the gradient.
 """
 
 from __future__ import annotations
@@ -10,24 +14,50 @@ import triton
 import triton.language as tl
 
 from mts_fast.backends.triton.kernels.arithmetic import divide
-from mts_fast.backends.triton.kernels.pointer_table import address, block, place, pointer, where_present
+from mts_fast.backends.triton.kernels.pointer_table import (
+    block,
+    load_pointer,
+    load_raw_pointer,
+    load_scalar,
+    locate,
+    where_present,
+)
 
-
-@triton.jit
-def number(numbers_ptr, row, COLUMN: tl.constexpr, WIDTH: tl.constexpr):
-    """A float64 of a row's numbers."""
-    return tl.load(numbers_ptr + row * WIDTH + COLUMN)
+# columns of a row's tensors
+P_COLUMN = tl.constexpr(0)
+G_COLUMN = tl.constexpr(1)
+V_COLUMN = tl.constexpr(2)
+UPDATED_COLUMN = tl.constexpr(3)
+DIRECTION_COLUMN = tl.constexpr(4)
+STATE_COLUMN = tl.constexpr(5)  # SGD: momentum buffer; Adam: first moment
+SECOND_STATE_COLUMN = tl.constexpr(6)  # Adam: second moment
+# columns of a row's scalars, of both optimizers
+LR = tl.constexpr(0)
+KAPPA_LR = tl.constexpr(1)
+SIGN = tl.constexpr(2)
+DECAY = tl.constexpr(3)
+# of SGD
+GRADIENT_SHARE = tl.constexpr(4)
+BUFFER_SHARE = tl.constexpr(5)
+# of Adam
+DECOUPLED_DECAY = tl.constexpr(4)
+BETA1 = tl.constexpr(5)
+BETA2 = tl.constexpr(6)
+EPS = tl.constexpr(7)
+CORRECTION1 = tl.constexpr(8)
+CORRECTION2 = tl.constexpr(9)
+NOISE_FLOOR = tl.constexpr(10)
 
 
 @triton.jit
 def effective_gradient(g, p, sign, decay):
-    """sign g + decay p; without decay the parameter does not count, be it infinite."""
+    """sign g + decay p; without decay exactly sign g, even where the parameter is infinite."""
     return sign * g + tl.where(decay != 0, decay * p, 0.0)
 
 
 @triton.jit
 def exact_sqrt(x):
-    """Rounded to nearest, also of subnormal x, which the fast one takes for 0."""
+    """sqrt(x) rounded to nearest, also for subnormal x, which the approximate sqrt flushes to 0."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
@@ -41,7 +71,7 @@ def sgd_block(
     updated_ptr,
     direction_ptr,
     buffer_ptr,
-    buffer_address,
+    raw_buffer_ptr,
     lr,
     kappa,
     sign,
@@ -54,13 +84,20 @@ def sgd_block(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """p - lr (gradient_share g' + buffer_share buffer) and kappa v, one block."""
+    """One block of theta' and kappa v under SGD.
+
+    buffer' = momentum buffer + (1 - dampening) g       (g alone at the first step)
+    theta'  = p - lr buffer'                            (with nesterov g + momentum buffer')
+            = p - lr (gradient_share g + buffer_share buffer)
+    kappa   = sign kappa_lr gradient_share
+    """
     offs, mask = block(first, size, WHOLE, BLOCK)
     if UPDATE:
         p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(ACC)
         g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC)
-        has_buffer = where_present(mask, buffer_address)
+        has_buffer = where_present(mask, raw_buffer_ptr)
         buffer = tl.load(buffer_ptr + offs, mask=has_buffer, other=0.0).to(ACC)
+        # theta'
         step = gradient_share * effective_gradient(g, p, sign, decay) + buffer_share * buffer
         tl.store(updated_ptr + offs, (p - lr * step).to(updated_ptr.dtype.element_ty), mask=mask)
     if DIRECTION:
@@ -70,9 +107,9 @@ def sgd_block(
 
 @triton.jit
 def sgd_kernel(
-    places_ptr,
+    program_map_ptr,
     table_ptr,
-    numbers_ptr,
+    scalars_ptr,
     counts_ptr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -88,36 +125,38 @@ def sgd_kernel(
 ):
     """theta' (UPDATE) and kappa v (DIRECTION) of a chunk of one tensor under SGD.
 
-    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves parameter, gradient, momentum
-    buffer and theta' once for the one, v and kappa v once for the other.
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. UPDATE reads parameter, gradient and
+    momentum buffer and writes theta', DIRECTION reads v and writes kappa v, each once.
     """
-    row, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
-    p_ptr = pointer(row_ptr, 0, PARAMETER, ALIGNED)
-    g_ptr = pointer(row_ptr, 1, GRADIENT, ALIGNED)
-    v_ptr = pointer(row_ptr, 2, ALONG, ALIGNED)
-    updated_ptr = pointer(row_ptr, 3, PARAMETER, ALIGNED)
-    direction_ptr = pointer(row_ptr, 4, PARAMETER, ALIGNED)
-    buffer_ptr = pointer(row_ptr, 5, STATE, ALIGNED)
-    buffer_address = address(row_ptr, 5)
-    sign = number(numbers_ptr, row, 2, WIDTH)
-    gradient_share = number(numbers_ptr, row, 4, WIDTH)
-    lr = number(numbers_ptr, row, 0, WIDTH).to(ACC)
-    kappa = (number(numbers_ptr, row, 1, WIDTH) * sign * gradient_share).to(ACC)
-    decay = number(numbers_ptr, row, 3, WIDTH).to(ACC)
-    buffer_share = number(numbers_ptr, row, 5, WIDTH).to(ACC)
+    # 1. locate this program's chunk, load the pointers and scalars of its row
+    row, row_ptr, size, start = locate(program_map_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    p_ptr = load_pointer(row_ptr, P_COLUMN, PARAMETER, ALIGNED)
+    g_ptr = load_pointer(row_ptr, G_COLUMN, GRADIENT, ALIGNED)
+    v_ptr = load_pointer(row_ptr, V_COLUMN, ALONG, ALIGNED)
+    updated_ptr = load_pointer(row_ptr, UPDATED_COLUMN, PARAMETER, ALIGNED)
+    direction_ptr = load_pointer(row_ptr, DIRECTION_COLUMN, PARAMETER, ALIGNED)
+    buffer_ptr = load_pointer(row_ptr, STATE_COLUMN, STATE, ALIGNED)
+    raw_buffer_ptr = load_raw_pointer(row_ptr, STATE_COLUMN)
+    sign = load_scalar(scalars_ptr, row, SIGN, WIDTH)
+    gradient_share = load_scalar(scalars_ptr, row, GRADIENT_SHARE, WIDTH)
+    lr = load_scalar(scalars_ptr, row, LR, WIDTH).to(ACC)
+    kappa = (load_scalar(scalars_ptr, row, KAPPA_LR, WIDTH) * sign * gradient_share).to(ACC)
+    decay = load_scalar(scalars_ptr, row, DECAY, WIDTH).to(ACC)
+    buffer_share = load_scalar(scalars_ptr, row, BUFFER_SHARE, WIDTH).to(ACC)
     sign, gradient_share = sign.to(ACC), gradient_share.to(ACC)
+    # 2. update block by block; the last block of a tensor is masked
     for i in range(BLOCKS):
         first = start + i * BLOCK
         if first + BLOCK <= size:
             sgd_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr),
-                *(buffer_ptr, buffer_address, lr, kappa, sign, decay, gradient_share, buffer_share),
+                *(buffer_ptr, raw_buffer_ptr, lr, kappa, sign, decay, gradient_share, buffer_share),
                 *(True, UPDATE, DIRECTION, BLOCK, ACC),
             )
         elif first < size:
             sgd_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr),
-                *(buffer_ptr, buffer_address, lr, kappa, sign, decay, gradient_share, buffer_share),
+                *(buffer_ptr, raw_buffer_ptr, lr, kappa, sign, decay, gradient_share, buffer_share),
                 *(False, UPDATE, DIRECTION, BLOCK, ACC),
             )
 
@@ -133,7 +172,7 @@ def adam_block(
     direction_ptr,
     mean_ptr,
     square_ptr,
-    state_address,
+    raw_state_ptr,
     kappa_lr,
     sign,
     decay,
@@ -153,27 +192,45 @@ def adam_block(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """shrink p - (step_mean m0 + step_fresh g) / (r + eps), r^2 = root_square v0 + root_fresh g^2,
-    and kappa v, one block; `reference` derives the slope. Returns how many entries of kappa are
-    noise: r < noise_floor, or r = 0."""
+    """One block of theta' and kappa v under Adam, from the old moments m0 and v0.
+
+    Returns the number of entries whose kappa is masked as noise: r < noise_floor, or r = 0.
+
+        m      = (beta1 m0 + (1 - beta1) g) / correction1   = mean m0 + fresh_mean g
+        r^2    = (beta2 v0 + (1 - beta2) g^2) / correction2 = square v0 + fresh_square g^2
+        theta' = shrink p - lr m / (r + eps)
+        slope  = d/dg [m / (r + eps)]
+               = (fresh_mean (r + eps) - m fresh_square g / r) / (r + eps)^2
+               = (eps fresh_mean + (fresh_mean square v0 - mean fresh_square m0 g) / r)
+                 / (r + eps)^2                              (the terms in g^2 cancel)
+        kappa  = kappa_lr slope, 0 where masked             (kappa_lr has the sign of the gradient)
+
+    step_mean = lr mean, step_fresh = lr fresh_mean, root_square = square, root_fresh =
+    fresh_square, slope_eps = eps fresh_mean, slope_square = fresh_mean square, slope_mean = mean
+    fresh_square.
+    """
+    # 1. load parameter, gradient and moments
     offs, mask = block(first, size, WHOLE, BLOCK)
     p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(ACC)
     g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC)
-    # before the first step there is no state, and it counts as zeros
-    has_state = where_present(mask, state_address)
+    # before the first step there is no state: zeros
+    has_state = where_present(mask, raw_state_ptr)
     old_mean = tl.load(mean_ptr + offs, mask=has_state, other=0.0).to(ACC)
     old_square = tl.load(square_ptr + offs, mask=has_state, other=0.0).to(ACC)
+    # 2. the root r of the second moment, and where it is noise
     g = effective_gradient(g, p, sign, decay)
     root = exact_sqrt(root_square * old_square + root_fresh * g * g)
     below = root + eps
     masked = tl.full((), 0, tl.int32)
     if DIRECTION:
-        # counted before v is loaded, which keeps registers free
+        # counted before v is loaded, so that fewer registers are live
         noise = (root < noise_floor) | (root == 0)
         masked = tl.sum((noise & mask).to(tl.int32))
+    # 3. theta'
     if UPDATE:
         updated = shrink * p - divide(step_mean * old_mean + step_fresh * g, below, ACC)
         tl.store(updated_ptr + offs, updated.to(updated_ptr.dtype.element_ty), mask=mask)
+    # 4. kappa v
     if DIRECTION:
         v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
         old = slope_square * old_square - slope_mean * old_mean * g
@@ -185,9 +242,9 @@ def adam_block(
 
 @triton.jit
 def adam_kernel(
-    places_ptr,
+    program_map_ptr,
     table_ptr,
-    numbers_ptr,
+    scalars_ptr,
     counts_ptr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -203,29 +260,31 @@ def adam_kernel(
 ):
     """theta' (UPDATE) and kappa v (DIRECTION) of a chunk of one tensor under Adam or AdamW.
 
-    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves parameter, gradient and both
-    moments once for both, and each result (and v) once.
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Reads parameter, gradient and both
+    moments once, for DIRECTION v as well, and writes each result once; 4 bytes a program for the
+    count.
     """
-    row, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
-    p_ptr = pointer(row_ptr, 0, PARAMETER, ALIGNED)
-    g_ptr = pointer(row_ptr, 1, GRADIENT, ALIGNED)
-    v_ptr = pointer(row_ptr, 2, ALONG, ALIGNED)
-    updated_ptr = pointer(row_ptr, 3, PARAMETER, ALIGNED)
-    direction_ptr = pointer(row_ptr, 4, PARAMETER, ALIGNED)
-    mean_ptr = pointer(row_ptr, 5, STATE, ALIGNED)
-    square_ptr = pointer(row_ptr, 6, STATE, ALIGNED)
-    state_address = address(row_ptr, 5)
-    lr = number(numbers_ptr, row, 0, WIDTH)
-    sign = number(numbers_ptr, row, 2, WIDTH)
-    kappa_lr = (sign * number(numbers_ptr, row, 1, WIDTH)).to(ACC)
-    decay = number(numbers_ptr, row, 3, WIDTH).to(ACC)
-    shrink = (1 - lr * number(numbers_ptr, row, 4, WIDTH)).to(ACC)
-    beta1 = number(numbers_ptr, row, 5, WIDTH)
-    beta2 = number(numbers_ptr, row, 6, WIDTH)
-    eps = number(numbers_ptr, row, 7, WIDTH)
-    correction1 = number(numbers_ptr, row, 8, WIDTH)
-    correction2 = number(numbers_ptr, row, 9, WIDTH)
-    # all that does not change in a tensor is multiplied in float64, rounded once
+    # 1. locate this program's chunk, load the pointers and scalars of its row
+    row, row_ptr, size, start = locate(program_map_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    p_ptr = load_pointer(row_ptr, P_COLUMN, PARAMETER, ALIGNED)
+    g_ptr = load_pointer(row_ptr, G_COLUMN, GRADIENT, ALIGNED)
+    v_ptr = load_pointer(row_ptr, V_COLUMN, ALONG, ALIGNED)
+    updated_ptr = load_pointer(row_ptr, UPDATED_COLUMN, PARAMETER, ALIGNED)
+    direction_ptr = load_pointer(row_ptr, DIRECTION_COLUMN, PARAMETER, ALIGNED)
+    mean_ptr = load_pointer(row_ptr, STATE_COLUMN, STATE, ALIGNED)
+    square_ptr = load_pointer(row_ptr, SECOND_STATE_COLUMN, STATE, ALIGNED)
+    raw_state_ptr = load_raw_pointer(row_ptr, STATE_COLUMN)
+    lr = load_scalar(scalars_ptr, row, LR, WIDTH)
+    sign = load_scalar(scalars_ptr, row, SIGN, WIDTH)
+    kappa_lr = (sign * load_scalar(scalars_ptr, row, KAPPA_LR, WIDTH)).to(ACC)
+    decay = load_scalar(scalars_ptr, row, DECAY, WIDTH).to(ACC)
+    shrink = (1 - lr * load_scalar(scalars_ptr, row, DECOUPLED_DECAY, WIDTH)).to(ACC)
+    beta1 = load_scalar(scalars_ptr, row, BETA1, WIDTH)
+    beta2 = load_scalar(scalars_ptr, row, BETA2, WIDTH)
+    eps = load_scalar(scalars_ptr, row, EPS, WIDTH)
+    correction1 = load_scalar(scalars_ptr, row, CORRECTION1, WIDTH)
+    correction2 = load_scalar(scalars_ptr, row, CORRECTION2, WIDTH)
+    # 2. products of scalars, in float64 and rounded once
     mean, fresh_mean = beta1 / correction1, (1 - beta1) / correction1
     square, fresh_square = beta2 / correction2, (1 - beta2) / correction2
     step_mean, step_fresh = (lr * mean).to(ACC), (lr * fresh_mean).to(ACC)
@@ -233,14 +292,15 @@ def adam_kernel(
     slope_eps, slope_square = (eps * fresh_mean).to(ACC), (fresh_mean * square).to(ACC)
     slope_mean = (mean * fresh_square).to(ACC)
     eps, sign = eps.to(ACC), sign.to(ACC)
-    noise_floor = number(numbers_ptr, row, 10, WIDTH).to(ACC)
+    noise_floor = load_scalar(scalars_ptr, row, NOISE_FLOOR, WIDTH).to(ACC)
+    # 3. update block by block; the last block of a tensor is masked
     masked = tl.full((), 0, tl.int32)
     for i in range(BLOCKS):
         first = start + i * BLOCK
         if first + BLOCK <= size:
             masked += adam_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
-                *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
+                *(square_ptr, raw_state_ptr, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
                 *(slope_eps, slope_square, slope_mean, noise_floor),
                 *(True, UPDATE, DIRECTION, BLOCK, ACC),
@@ -248,10 +308,11 @@ def adam_kernel(
         elif first < size:
             masked += adam_block(
                 *(first, size, p_ptr, g_ptr, v_ptr, updated_ptr, direction_ptr, mean_ptr),
-                *(square_ptr, state_address, kappa_lr, sign, decay, shrink, eps),
+                *(square_ptr, raw_state_ptr, kappa_lr, sign, decay, shrink, eps),
                 *(step_mean, step_fresh, root_square, root_fresh),
                 *(slope_eps, slope_square, slope_mean, noise_floor),
                 *(False, UPDATE, DIRECTION, BLOCK, ACC),
             )
+    # 4. store the number of masked entries
     if DIRECTION:
         tl.store(counts_ptr + tl.program_id(0), masked)

@@ -1,4 +1,4 @@
-"""The norm of many tensors, and parameters moved along a direction, each in one launch a dtype."""
+"""Norm of many tensors, and parameters moved along a direction, a launch per dtype each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast.backends.triton.eligibility import accumulator
-from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
 from mts_fast.backends.triton.kernels.pointer_table import (
     BLOCK,
@@ -21,16 +20,17 @@ from mts_fast.backends.triton.kernels.pointer_table import (
     Kind,
     block,
     kind_of,
-    place,
-    places,
-    pointer,
+    load_pointer,
+    locate,
     pointer_table,
+    program_map,
 )
+from mts_fast.backends.triton.launch import launch
 
 
 @triton.jit
 def square_sum_kernel(
-    places_ptr,
+    program_map_ptr,
     table_ptr,
     sums_ptr,
     WIDTH: tl.constexpr,
@@ -40,12 +40,15 @@ def square_sum_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """sums [programs] of x^2 over each program's chunk.
+    """sums [programs] of x^2 over each program's chunk, float64.
 
-    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves every entry once.
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Reads every entry once, and writes
+    8 bytes a program.
     """
-    _, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
-    x_ptr = pointer(row_ptr, 0, DTYPE, ALIGNED)
+    # 1. locate this program's chunk
+    _, row_ptr, size, start = locate(program_map_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    x_ptr = load_pointer(row_ptr, 0, DTYPE, ALIGNED)
+    # 2. sum squares per lane; the last block of a tensor is masked
     total = tl.zeros([BLOCK], ACC)
     for i in range(BLOCKS):
         first = start + i * BLOCK
@@ -57,12 +60,13 @@ def square_sum_kernel(
             offs, mask = block(first, size, False, BLOCK)
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
             total += x * x
+    # 3. sum over the lanes; the sum over programs is torch's
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0).to(tl.float64))
 
 
 @triton.jit
 def perturb_block(first, size, p_ptr, v_ptr, out_ptr, scale, WHOLE: tl.constexpr, BLOCK, ACC):
-    """out = p + scale v, one block."""
+    """out = p + scale v, one block; rounded once to the dtype of p."""
     offs, mask = block(first, size, WHOLE, BLOCK)
     p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(ACC)
     v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -71,7 +75,7 @@ def perturb_block(first, size, p_ptr, v_ptr, out_ptr, scale, WHOLE: tl.constexpr
 
 @triton.jit
 def perturb_kernel(
-    places_ptr,
+    program_map_ptr,
     table_ptr,
     scale_ptr,
     WIDTH: tl.constexpr,
@@ -84,12 +88,15 @@ def perturb_kernel(
 ):
     """moved = parameter + scale [] * direction.
 
-    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Moves each of the three once.
+    Grid [programs]; tiles [BLOCK], BLOCKS of them a program. Reads parameter and direction once and
+    writes the result once.
     """
-    _, row_ptr, size, start = place(places_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
-    p_ptr = pointer(row_ptr, 0, PARAMETER, ALIGNED)
-    v_ptr = pointer(row_ptr, 1, DIRECTION, ALIGNED)
-    out_ptr = pointer(row_ptr, 2, PARAMETER, ALIGNED)
+    # 1. locate this program's chunk
+    _, row_ptr, size, start = locate(program_map_ptr, table_ptr, WIDTH, BLOCK * BLOCKS)
+    p_ptr = load_pointer(row_ptr, 0, PARAMETER, ALIGNED)
+    v_ptr = load_pointer(row_ptr, 1, DIRECTION, ALIGNED)
+    out_ptr = load_pointer(row_ptr, 2, PARAMETER, ALIGNED)
+    # 2. load the scale, then move block by block; the last block of a tensor is masked
     scale = tl.load(scale_ptr).to(ACC)
     for i in range(BLOCKS):
         first = start + i * BLOCK
@@ -100,19 +107,19 @@ def perturb_kernel(
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Norm [] of all entries, in the dtype that theirs promote to; the tensors are dense."""
+    """Norm [] of all entries, in the dtype that the tensors' dtypes promote to; they are dense."""
     together = _by_kind([(t,) for t in tensors])
-    where = {kind: places(rows) for kind, rows in together.items()}
-    sums = tensors[0].new_empty(sum(map(len, where.values())), dtype=torch.float64)
+    mappings = {kind: program_map(rows) for kind, rows in together.items()}
+    sums = tensors[0].new_empty(sum(map(len, mappings.values())), dtype=torch.float64)
     written = 0
     for kind, rows in together.items():
         table, _ = pointer_table(rows)
         (dtype,) = kind.dtypes
-        programs = len(where[kind])
+        programs = len(mappings[kind])
         launch(
             square_sum_kernel,
             (programs,),
-            *(where[kind], table, sums[written : written + programs]),
+            *(mappings[kind], table, sums[written : written + programs]),
             WIDTH=table.shape[1],
             ALIGNED=kind.aligned,
             DTYPE=TRITON_DTYPE[dtype],
@@ -129,16 +136,16 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 def perturb(
     parameters: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor
 ) -> list[Tensor]:
-    """parameter + scale * direction; each pair is dense and lies alike, and scale is []."""
+    """parameter + scale [] * direction; each pair is dense and has one memory layout."""
     moved = [torch.empty_like(p) for p in parameters]
     together = _by_kind(list(zip(parameters, direction, moved, strict=True)))
     for kind, rows in together.items():
         table, _ = pointer_table(rows)
-        where = places(rows)
+        mapping = program_map(rows)
         launch(
             perturb_kernel,
-            (len(where),),
-            *(where, table, scale),
+            (len(mapping),),
+            *(mapping, table, scale),
             WIDTH=table.shape[1],
             ALIGNED=kind.aligned,
             PARAMETER=TRITON_DTYPE[kind.dtypes[0]],
@@ -152,6 +159,7 @@ def perturb(
 
 
 def _by_kind(rows: Sequence[tuple[Tensor, ...]]) -> dict[Kind, list[tuple[Tensor, ...]]]:
+    """Rows by their launch, without those of empty tensors."""
     together: dict[Kind, list[tuple[Tensor, ...]]] = defaultdict(list)
     for row in rows:
         if row[0].numel():

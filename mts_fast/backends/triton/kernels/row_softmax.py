@@ -1,4 +1,4 @@
-"""Rows of logits, tile by tile: labels, online softmax and gradient, for all cross-entropies."""
+"""Labels, online softmax and gradient of a tile of logits, for all cross-entropy kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mts_fast.reference.target import Target
 
 
 def class_weights(target: Target) -> tuple[Tensor | None, Tensor | None]:
-    """The weights [C] and, where smoothing needs it, their sum []."""
+    """The class weights [C] and, where labels are smoothed, their sum []; None without weights."""
     if target.class_weight is None:
         return None, None
     weight = target.class_weight.contiguous()
@@ -19,17 +19,26 @@ def class_weights(target: Target) -> tuple[Tensor | None, Tensor | None]:
 
 @triton.jit
 def finite_maximum(m):
-    """m, and 0 where a row has no entry above -inf yet: -inf - (-inf) would be NaN."""
+    """m, but 0 where all entries of a row so far are -inf: -inf - (-inf) would be NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def online_softmax_update(x, m, s):
-    """Take a tile x [BLOCK_M, BLOCK_C] (absent entries -inf) into the running maximum m and
-    s = sum exp(x - m), [BLOCK_M].
+    """Add a tile x [BLOCK_M, BLOCK_C] (-inf outside the logits) to the running maximum m and the
+    running sum s = sum exp(x - m), both [BLOCK_M].
 
-    Returns the new (m, s), x - m and exp(x - m) of the tile, and how old sums of exponentials and
-    old sums of differences x - m follow the new maximum: times `decay`, and plus `drop` a term.
+        m' = max(m, max_tile x)
+        s' = decay s + sum_tile exp(x - m')
+
+    Sums over earlier tiles, taken under the old maximum m, become sums under m' by
+    decay = exp(m - m') and drop = m - m':
+
+        sum exp(x - m') = decay sum exp(x - m)
+        sum w (x - m')  = sum w (x - m) + drop sum w
+
+    Returns m', s', x - m' and exp(x - m') of the tile, decay, drop. While all entries of a row are
+    -inf, 0 stands for its maximum in all differences, and drop is 0.
     """
     m_new = tl.maximum(m, tl.max(x, axis=1))
     base = finite_maximum(m_new)
@@ -42,10 +51,12 @@ def online_softmax_update(x, m, s):
 
 @triton.jit
 def logit_gradient(softmax, is_label, class_weight, label_share, smooth_share, mass):
-    """d l/d logits of a tile: mass softmax - label_share onehot - smooth_share class_weight.
+    """d l/d logits of a tile [BLOCK_M, BLOCK_C]; label_share and mass are [BLOCK_M, 1],
+    smooth_share is [1], class_weight [1, BLOCK_C].
 
-    l = label_share (lse - x_y) + smooth_share sum_j class_weight_j (lse - x_j), and
-    mass = label_share + smooth_share sum_j class_weight_j; all but the tile are [BLOCK_M, 1].
+        l        = label_share (lse - x_y) + smooth_share sum_j class_weight_j (lse - x_j)
+        mass     = label_share + smooth_share sum_j class_weight_j
+        d l/dx_c = mass softmax_c - label_share [c = y] - smooth_share class_weight_c
     """
     target = tl.where(is_label, label_share, 0.0) + smooth_share * class_weight
     return mass * softmax - target
@@ -53,8 +64,8 @@ def logit_gradient(softmax, is_label, class_weight, label_share, smooth_share, m
 
 @triton.jit
 def load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index):
-    """Labels [BLOCK_M] as int32, -1 where there is none, with which rows count and which of those
-    have a label in [0, C)."""
+    """(label, counted, known) of rows [BLOCK_M]: counted rows are not ignored, known ones have a
+    label in [0, C) as well; label is int32, and -1 where it is not known."""
     label = tl.load(labels_ptr + offs_m, mask=mask_m, other=ignore_index)
     counted = mask_m & (label != ignore_index)
     known = counted & (label >= 0) & (label < classes)
@@ -63,13 +74,17 @@ def load_labels(labels_ptr, offs_m, mask_m, classes, ignore_index):
 
 @triton.jit
 def row_offsets(offs_m, positions, stride_xb, stride_xt):
-    """Where rows m = b T + t of [B, T, C] begin, in entries."""
+    """Offsets, in entries, of the rows m = b T + t of logits [B, T, C]."""
     return (offs_m // positions) * stride_xb + (offs_m % positions) * stride_xt
 
 
 @triton.jit
 def shares(label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SMOOTHING, ACC):
-    """Label share, smooth share and their mass (see `logit_gradient`) of rows [BLOCK_M]."""
+    """(label_share, smooth_share, mass) of rows [BLOCK_M], as in `logit_gradient`.
+
+    label_share  = (1 - smoothing) class_weight_y    (class_weight 1 without weights)
+    smooth_share = smoothing / C
+    """
     label_share = tl.full(label.shape, 1.0 - SMOOTHING, ACC)
     smooth_share = tl.full([1], SMOOTHING, ACC) / classes
     weight_sum = tl.full([1], 1.0, ACC) * classes
@@ -82,7 +97,7 @@ def shares(label, known, class_weight_ptr, weight_sum_ptr, classes, WEIGHTED, SM
 
 @triton.jit
 def load_class_weight(class_weight_ptr, offs_c, mask_c, WEIGHTED, ACC):
-    """Weights [BLOCK_C] of a tile's classes; 1 without weights, 0 outside."""
+    """Class weights [BLOCK_C] of a tile; 1 without weights, 0 outside [0, C)."""
     if WEIGHTED:
         weight = tl.load(class_weight_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
     else:

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast.backends.triton.eligibility import accumulator
-from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
+from mts_fast.backends.triton.launch import launch
 
-# entries of one load, and loads of one program
+# entries per load, and loads per program
 BLOCK = 2048
 LOADS = 4
 
@@ -27,13 +27,16 @@ def sample_dot_kernel(
     LOADS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """partial [B, chunks]: sum of x y over BLOCK LOADS entries of a sample.
+    """partial [B, chunks]: sum of x y over a chunk, BLOCK LOADS entries of a sample.
 
-    Grid [B chunks]; moves x and y once.
+    Grid [B chunks]; tiles [BLOCK], LOADS of them a program. Reads x and y once, and writes one
+    accumulator a program.
     """
+    # 1. the sample and chunk of this program
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // chunks
     first = pid % chunks * (BLOCK * LOADS)
+    # 2. sum products per lane
     total = tl.zeros([BLOCK], ACC)
     for i in tl.static_range(LOADS):
         offs = first + i * BLOCK + tl.arange(0, BLOCK)
@@ -41,23 +44,24 @@ def sample_dot_kernel(
         x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
         y = tl.load(y_ptr + sample * size + offs, mask=mask, other=0.0)
         total += x.to(ACC) * y.to(ACC)
+    # 3. sum over the lanes; the sum over chunks is torch's
     tl.store(partial_ptr + pid, tl.sum(total, axis=0))
 
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> [B] of two tensors whose B samples lie one after the other, without gaps and in
-    the same order; float32 (float64 of float64)."""
+    """<x_i, y_i> [B] of two tensors of one memory layout, without gaps, whose B samples follow one
+    another; float32, and float64 for float64."""
     samples, size = len(x), x[0].numel()
-    wide = accumulator(torch.promote_types(x.dtype, y.dtype))
+    acc_dtype = accumulator(torch.promote_types(x.dtype, y.dtype))
     chunks = max(1, triton.cdiv(size, BLOCK * LOADS))
-    partial = torch.empty((samples, chunks), dtype=wide, device=x.device)
+    partial = torch.empty((samples, chunks), dtype=acc_dtype, device=x.device)
     launch(
         sample_dot_kernel,
         (samples * chunks,),
         *(x, y, partial, size, chunks),
         BLOCK=BLOCK,
         LOADS=LOADS,
-        ACC=TRITON_DTYPE[wide],
+        ACC=TRITON_DTYPE[acc_dtype],
         num_warps=8,
     )
     return partial.sum(1)

@@ -8,13 +8,20 @@ from torch import Tensor
 
 from mts_fast.backends.triton.launch import launch
 
+# entries per program: 16 a thread with 8 warps
 BLOCK = 4096
 
 
 @triton.jit
 def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
-    """values *= factor []; where the factor is 1, as in most backward passes, nothing moves."""
+    """values *= factor [], in place.
+
+    Grid [cdiv(size, BLOCK)]; tile [BLOCK]. Reads and writes each value once; where the factor is 1,
+    as in most backward passes, moves nothing but the factor.
+    """
+    # 1. load the factor
     factor = tl.load(factor_ptr)
+    # 2. multiply, unless that changes nothing
     if factor != 1.0:
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(values_ptr + offs, mask=offs < size)

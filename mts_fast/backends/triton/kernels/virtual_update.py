@@ -1,4 +1,4 @@
-"""theta' and kappa v of many parameters: a launch for each optimizer, dtypes and alignment."""
+"""theta' and kappa v of many parameters: one launch per optimizer, dtypes and alignment."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ import triton
 from torch import Tensor
 
 from mts_fast.backends.triton.eligibility import accumulator
-from mts_fast.backends.triton.launch import launch
 from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
+from mts_fast.backends.triton.kernels.optimizer_kernels import (
+    BETA1,
+    BETA2,
+    CORRECTION1,
+    CORRECTION2,
+    KAPPA_LR,
+    LR,
+    NOISE_FLOOR,
+    adam_kernel,
+    sgd_kernel,
+)
 from mts_fast.backends.triton.kernels.pointer_table import (
     BLOCK,
     BLOCKS,
     WARPS,
     Kind,
     kind_of,
-    places,
     pointer_table,
+    program_map,
 )
-from mts_fast.backends.triton.kernels.optimizer_kernels import adam_kernel, sgd_kernel
+from mts_fast.backends.triton.launch import launch
 from mts_fast.reference.update_rules import noise_share
 from mts_fast.reference.virtual_update import AdamState, SGDState
 
-# the rules that have a kernel
+# states of the rules that have a kernel
 KernelState = SGDState | AdamState
-# columns of the numbers that may live on the device
-LR, KAPPA_LR = 0, 1
-BETAS, CORRECTIONS, NOISE_FLOOR = slice(5, 7), slice(8, 10), 10
+# columns of Adam's scalars, per moment
+BETAS = slice(BETA1.value, BETA2.value + 1)
+CORRECTIONS = slice(CORRECTION1.value, CORRECTION2.value + 1)
 
 
 def virtual_update(
@@ -42,11 +52,11 @@ def virtual_update(
     hypergradient_lr: float | None = None,
     largest: Tensor | None = None,
 ) -> tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor]]:
-    """(theta' where asked for by `update`, kappa * along where given), in the parameters' dtype,
-    and counts of the entries whose kappa is noise beside `largest` [], max |g| of the whole call.
+    """(theta' if `update`, kappa * along unless `along` is None), in the parameters' dtype, and
+    counts of the entries whose kappa is masked as noise against `largest` [], max |g| of the call.
 
-    All tensors of a parameter are dense, lie alike in memory and are on one device, that of all
-    parameters. lr and the steps taken may be tensors on it, and are then not waited for.
+    All tensors of a parameter are dense and have one memory layout; all parameters are on one
+    device. lr and the steps taken may be tensors on it, and the host does not wait for them.
     """
     updated = [torch.empty_like(p) for p in parameters] if update else None
     direction = None if along is None else [torch.empty_like(p) for p in parameters]
@@ -63,7 +73,7 @@ def virtual_update(
     for i, (row, state) in enumerate(zip(rows, states, strict=True)):
         if parameters[i].numel():
             step = None if isinstance(state, SGDState) else state.step
-            on_device = tuple(_on(parameters[i].device, value) for value in (state.lr, step))
+            on_device = tuple(_is_on(parameters[i].device, value) for value in (state.lr, step))
             together[type(state), kind_of(row), on_device].append(i)
     counts = []
     for (family, kind, on_device), members in together.items():
@@ -83,7 +93,8 @@ def virtual_update(
 
 
 def state_tensors(state: KernelState) -> tuple[Tensor | None, ...]:
-    """What the update reads besides parameter and gradient; None before the first step."""
+    """The tensors that the update reads besides parameter and gradient; None before the first
+    step."""
     if isinstance(state, SGDState):
         return (state.buffer if state.momentum else None,)
     if state.exp_avg is None or state.exp_avg_sq is None:
@@ -96,32 +107,32 @@ def _launch(
     kind: Kind,
     rows: list[tuple[Tensor | None, ...]],
     states: list[KernelState],
-    on_device: Sequence[bool],  # whether lr is a tensor there, whether the steps taken are
+    on_device: Sequence[bool],  # of lr, of the steps taken
     hypergradient_lr: float | None,
     largest: Tensor | None,
     switches: dict[str, bool],
 ) -> Tensor:
-    """Counts of masked entries [programs]."""
-    table, numbers = pointer_table(rows, [_numbers(s, hypergradient_lr, on_device) for s in states])
+    """Launch one kernel over all rows; counts of masked entries [programs]."""
+    table, scalars = pointer_table(rows, [_scalars(s, hypergradient_lr, on_device) for s in states])
     if on_device[0]:
         lr = torch.stack([s.lr.reshape(()) for s in states if isinstance(s.lr, Tensor)])
-        numbers[:, LR] = lr
+        scalars[:, LR.value] = lr
         if hypergradient_lr is None:
-            numbers[:, KAPPA_LR] = lr
+            scalars[:, KAPPA_LR.value] = lr
     if on_device[1]:
-        taken = [s.step for s in states if isinstance(s, AdamState)]
-        steps = torch.stack([t.reshape(()) for t in taken if isinstance(t, Tensor)]).double() + 1
-        numbers[:, CORRECTIONS] = 1 - numbers[:, BETAS] ** steps[:, None]
+        before = [s.step for s in states if isinstance(s, AdamState)]
+        steps = torch.stack([t.reshape(()) for t in before if isinstance(t, Tensor)]).double() + 1
+        scalars[:, CORRECTIONS] = 1 - scalars[:, BETAS] ** steps[:, None]
     parameter, gradient, along, _, _, state, *_ = kind.dtypes
     if largest is not None and kernel is adam_kernel:
-        numbers[:, NOISE_FLOOR] = noise_share(gradient) * largest.double()
-    wide = 2 if accumulator(parameter) == torch.float64 else 1
-    where = places(rows)
-    counts = torch.zeros(len(where), dtype=torch.int32, device=where.device)
+        scalars[:, NOISE_FLOOR.value] = noise_share(gradient) * largest.double()
+    registers = 2 if accumulator(parameter) == torch.float64 else 1  # per accumulator
+    mapping = program_map(rows)
+    counts = torch.zeros(len(mapping), dtype=torch.int32, device=mapping.device)
     launch(
         kernel,
-        (len(where),),
-        *(where, table, numbers, counts),
+        (len(mapping),),
+        *(mapping, table, scalars, counts),
         WIDTH=table.shape[1],
         ALIGNED=kind.aligned,
         **switches,
@@ -130,18 +141,18 @@ def _launch(
         ALONG=TRITON_DTYPE[along],
         STATE=TRITON_DTYPE[state],
         ACC=TRITON_DTYPE[accumulator(parameter)],
-        # float64 takes twice the registers: half the tile, twice as often
-        BLOCK=BLOCK // wide,
-        BLOCKS=BLOCKS * wide,
+        # float64 takes twice the registers: half the block, twice as many
+        BLOCK=BLOCK // registers,
+        BLOCKS=BLOCKS * registers,
         num_warps=WARPS,
     )
     return counts
 
 
-def _numbers(
+def _scalars(
     state: KernelState, hypergradient_lr: float | None, on_device: Sequence[bool]
 ) -> tuple[float, ...]:
-    """A row's numbers in the order of its kernel; those that live on the device are 0 here."""
+    """A row's scalars in the order of its kernel; 0 for those that are set on the device later."""
     lr = 0.0 if on_device[0] else float(state.lr)
     sign = -1.0 if state.maximize else 1.0
     shared = lr, lr if hypergradient_lr is None else float(hypergradient_lr), sign
@@ -153,21 +164,22 @@ def _numbers(
         *(*shared, decay * float(state.weight_decay), decoupled * float(state.weight_decay)),
         *map(float, (*state.betas, state.eps)),
         *(1 - float(beta) ** steps for beta in state.betas),
-        0.0,  # the floor of noise, which lives on the device
+        0.0,  # NOISE_FLOOR, set on the device later
     )
 
 
 def _sgd_shares(state: SGDState) -> tuple[float, float]:
-    """How much of the gradient and of the old buffer is in the step."""
+    """(gradient_share, buffer_share): the step is their combination of gradient and old buffer."""
     if not state.momentum:
         return 1.0, 0.0
-    # the first step fills the buffer without dampening
     momentum = float(state.momentum)
+    # the first step fills the buffer without dampening
     fresh, old = (1.0, 0.0) if state.buffer is None else (1 - float(state.dampening), momentum)
     if state.nesterov:
         return 1 + momentum * fresh, momentum * old
     return fresh, old
 
 
-def _on(device: torch.device, value: float | Tensor | None) -> bool:
+def _is_on(device: torch.device, value: float | Tensor | None) -> bool:
+    """Whether a hyper-parameter is a tensor on the device."""
     return isinstance(value, Tensor) and value.device == device
