@@ -98,7 +98,7 @@ def training_dynamics(
 
 
 def _checked_pool(inputs: Any, labels: object, *, classes: bool) -> LabelledBatch:
-    """The pool, of tensors that fit one another; labels are classes or whatever a loss takes."""
+    """The pool, of tensors that fit one another; labels are classes, or any that the loss takes."""
     targets = check_tensor(OP, "labels", labels)
     leaves = LabelledBatch(inputs, targets).tensors()
     if not leaves:
@@ -159,11 +159,11 @@ class _Scorer:
             logits = self._logits(output, batch)
             scores = {}
             if logits is not None:
-                alike = torch.ones(len(batch), dtype=logits.dtype, device=logits.device)
-                _, scores["loss"], found = ops.weighted_cross_entropy(
-                    logits, batch.labels, alike, statistics=True
+                ones = torch.ones(len(batch), dtype=logits.dtype, device=logits.device)
+                _, scores["loss"], statistics = ops.weighted_cross_entropy(
+                    logits, batch.labels, ones, statistics=True
                 )
-                scores["error_norm"] = found.error_norm
+                scores["error_norm"] = statistics.error_norm
             if self.objective.loss is not None:
                 scores["loss"] = self.objective.losses_of(output, batch.labels)
         if self.norms is not None:
@@ -172,8 +172,8 @@ class _Scorer:
         return scores
 
     def _logits(self, output: Any, batch: LabelledBatch) -> Any:
-        """Logits that the labels are classes of; with a loss of the caller's None where they are
-        not."""
+        """Logits whose classes the labels are; None where they are not and the caller has passed a
+        loss."""
         try:
             logits = self.objective.logits_of(output)
         except TypeError:
@@ -191,7 +191,7 @@ class _Scorer:
         return logits if self.has_error_norm else None
 
     def _are_classes(self, classes: int) -> bool:
-        """Whether all labels are among so many classes, which a loss of the caller's decides."""
+        """Whether all labels are classes; with a caller's loss they may be something else."""
         labels = self.labels
         if self.objective.loss is None:
             counted = labels[labels != IGNORED] if labels.ndim == 2 else labels

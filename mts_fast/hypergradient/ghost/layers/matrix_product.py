@@ -1,4 +1,4 @@
-"""Products with a weight as a matrix, y = a W or c + a W: matmul, addmm; and einsum."""
+"""Products with a weight matrix, y = a W (matmul) or c + a W (addmm); and einsum."""
 
 from __future__ import annotations
 
