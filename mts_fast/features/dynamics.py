@@ -98,7 +98,7 @@ def training_dynamics(
 
 
 def _checked_pool(inputs: Any, labels: object, *, classes: bool) -> LabelledBatch:
-    """The pool, of tensors that fit one another; labels are classes, or any that the loss takes."""
+    """The pool, of tensors that fit one another; labels are classes or whatever a loss takes."""
     targets = check_tensor(OP, "labels", labels)
     leaves = LabelledBatch(inputs, targets).tensors()
     if not leaves:
@@ -172,8 +172,8 @@ class _Scorer:
         return scores
 
     def _logits(self, output: Any, batch: LabelledBatch) -> Any:
-        """Logits whose classes the labels are; None where they are not and the caller has passed a
-        loss."""
+        """Logits of which the labels are class indices; None where they are not, which is allowed
+        with a caller's loss."""
         try:
             logits = self.objective.logits_of(output)
         except TypeError:

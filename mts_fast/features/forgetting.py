@@ -47,7 +47,7 @@ class ForgettingCounter:
 
         Raises:
             TypeError, ValueError: wrong dtypes or shapes, probabilities or classes in place of
-                flags, indices out of range or repeated (not checked on a GPU, which would wait).
+                flags, indices out of range or repeated (on a GPU not checked: it would wait).
         """
         op = "ForgettingCounter.update"
         check_integer(op, "indices", indices, ndim=1)

@@ -85,7 +85,7 @@ def check_batch(op: str, batch: Any) -> Tensor:
 
 
 def _begins_with_indices(batch: tuple[Any, ...] | list[Any]) -> bool:
-    """Whether one integer per sample comes before possible inputs: a nest, or 2 axes and more."""
+    """Whether one integer per sample comes before possible inputs: a nest, or 2 or more axes."""
     first, *rest = batch
     if first.ndim != 1 or first.dtype not in INTEGER_DTYPES or not rest:
         return False

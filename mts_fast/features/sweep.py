@@ -259,15 +259,16 @@ class DistributionSweep:
         )
 
     def _compare(self, first: int, second: int) -> None:
-        # chunks of the pair before that are not in this one are dropped, the shared one is kept
+        # of the previous pair only the chunks that this one needs stay in memory
         held = {i: chunk for i, chunk in self._held.items() if i in (first, second)}
         self._held = {i: held.get(i) or self._unit_chunk(i) for i in {first, second}}
         neighbor_statistics_(self._lists, self._held[first], self._held[second])
 
     def _measure_distances(self, index: int) -> None:
         rows = self._slice(index)
-        part = self._read(index)
-        cosines, distance = centroid_distances(part, self.labels[rows], self._centroids)
+        cosines, distance = centroid_distances(
+            self._read(index), self.labels[rows], self._centroids
+        )
         name = "the distance of embeddings to their class's mean"
         hint = "divide all of them by one number"
         check_finite(OP, name, distance, hint, first=rows.start)

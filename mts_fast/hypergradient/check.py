@@ -135,7 +135,7 @@ def check_engine(
                 continue
             dots_errors[name] = _error([dots], [truth])
             pairs = zip(results, gradients, strict=True)
-            gradient_errors[name] = max(_error(result, truth) for result, truth in pairs)
+            gradient_errors[name] = max(_error(result, g) for result, g in pairs)
     return EngineCheck(dots_errors, gradient_errors, refusals)
 
 

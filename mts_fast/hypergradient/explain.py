@@ -97,8 +97,8 @@ def explain_engine(
     seen, final = _owners(model), False
     if labels is not None:
         batch = LabelledBatch(inputs, labels)
-        uses_seen, more, final = _uses(ghost, batch)
-        seen |= uses_seen
+        calls, more, final = _uses(ghost, batch)
+        seen |= calls
         why = sorted({*why, *more})
     reasons = {"ghost": why} if not final else dict.fromkeys(ENGINES, why)
     for name in [] if final else list(ENGINES)[1:]:

@@ -48,7 +48,7 @@ Layout = tuple[object, ...]
 class Capture(FunctionMode):
     """Active during one forward of `batch_size` samples.
 
-    Embedding calls are counted from 0. `shared_rows` holds the counts of those whose index of B
+    Embedding calls are numbered from 0. `shared_rows` holds the numbers of those whose index of B
     entries holds positions, which all samples share, and not one entry per sample.
     """
 
@@ -65,7 +65,7 @@ class Capture(FunctionMode):
         self.reasons: list[str] = []
         # whether a call might exchange entries of samples, depending on values
         self.may_mix = False
-        # where an embedding's index could be either: its place in `recorded` -> its count
+        # of embeddings whose index could be either: position in `recorded` -> number of the call
         self.ambiguous_rows: dict[int, int] = {}
         self._shared_turns = set(shared_rows)
         self._embeddings = 0
@@ -208,7 +208,7 @@ class Capture(FunctionMode):
         return y
 
     def _serves_all_samples(self, call: LayerCall) -> bool:
-        """Whether an embedding's index has no batch axis, as an index of positions has not."""
+        """Whether an embedding's index holds positions that all samples share."""
         turn, shape = self._embeddings, call.input.shape
         self._embeddings += 1
         if shape[:1] != (self.batch_size,):
@@ -268,7 +268,7 @@ class Capture(FunctionMode):
             return value
 
         swapped = [swap(a) for a in args]
-        if name == "repeat":  # the argument already is one copy per sample
+        if name == "repeat":  # there already is one copy per sample
             times = swapped[1:] if isinstance(swapped[1], int) else list(swapped[1])
             swapped[1:] = [1, *times[1:]]
         return swapped

@@ -55,7 +55,7 @@ class Ghost(Engine):
     and drops each after its use.
 
     Where the samples lie in every layer's output, and that they are not mixed, is checked on the
-    graph of the forward itself, before its gradients are used: at forwards 1, 2, 4, 8, ... of a
+    graph of the forward itself, before any part of it is used: at forwards 1, 2, 4, 8, ... of a
     layout, and at every forward with calls that might exchange entries of samples (see `watch`).
     A check costs two or three backward passes. It cannot exclude mixing inside a user's autograd
     function that begins, or changes, between two checks.
@@ -120,7 +120,7 @@ class Ghost(Engine):
         if history is None:
             history = _History([Knowledge.before(use) for use in capture.recorded])
         axes = self._axes(graph, capture, history)
-        # nothing below raises, so that the history and the forward agree
+        # nothing below raises, so the history may be updated
         history.forwards += 1
         self._shared_rows = shared_rows
         self._histories[layout] = history

@@ -209,7 +209,7 @@ class FastLinearization(GhostLinearization):
 
 
 class LeanLinearization(GhostLinearization):
-    """Keeps the graph; once v is known, a backward pass recomputes each b, which is used once."""
+    """Keeps the graph; once v is known, a backward pass recomputes each b, uses it and drops it."""
 
     _dots_are_due = True
 
@@ -239,7 +239,7 @@ class LeanLinearization(GhostLinearization):
         return total
 
     def visit(self, consume: Callable[[RecordedCall, SampleAxis, Tensor], object]) -> None:
-        """Call `consume` with every use and its output gradient b of sum_i l_i, as b is computed."""
+        """Call `consume` with every use and its output gradient b of sum_i l_i, one at a time."""
         graph, pairs = self._graph, self._uses
         assert graph is not None
         if not self._gradients_left:
