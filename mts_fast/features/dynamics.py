@@ -46,7 +46,8 @@ def training_dynamics(
     Args:
         model: a classifier, trained without selection, whose output is logits [B, C] or [B, T, C],
             or has them as `.logits` or `["logits"]`.
-        inputs: [N, ...]; or a tuple (`model(*inputs)`) or a dict (`model(**inputs)`) of such.
+        inputs: [N, ...]; or a tuple (`model(*inputs)`) or a dict (`model(**inputs)`) of tensors
+            [N, ...].
         labels: [N], integers in [0, C); or [N, T], where -100 marks positions that do not count,
             but not all of a sample's. With `loss`, what it takes.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.

@@ -122,7 +122,7 @@ class Engine(ABC):
     def reasons(self) -> list[str]:
         """Why this engine cannot serve the model in its present modes; empty where it can.
 
-        What shows only in a forward is raised by `linearize`.
+        Reasons that only a forward shows are raised by `linearize`.
         """
 
     @abstractmethod

@@ -37,7 +37,7 @@ def invariant_gap(
 def is_rounding(
     p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
 ) -> bool:
-    """Whether rounding of the two sums explains a gap: all of d may be noise. Waits for the
+    """Whether rounding of the two sums explains a gap, as where all of d is noise; waits for the
     device."""
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
     terms = [p * dots, *(g * u for g, u in pairs)]

@@ -31,7 +31,7 @@ class LabelledBatch:
     """Inputs and labels of B samples, first axis B everywhere.
 
     inputs: one tensor, a tuple or list (`model(*inputs)`), or a mapping (`model(**inputs)`).
-    name: what the caller's argument for the labels is called.
+    name: the name of the caller's argument for the labels.
     """
 
     inputs: Any

@@ -16,8 +16,8 @@ def call_dots(
 ) -> Tensor:
     """<replay, b> per sample [B] for tangents of the parameters, given by id.
 
-    Where a kernel is in force, one launch replays and dots a layer that is a matrix product (a
-    linear layer, a 1 x 1 convolution), and other replays are dotted without writing the products.
+    Where a kernel is in force, layers that are matrix products (linear ones, 1 x 1 convolutions)
+    are replayed and dotted in one call, and other replays are dotted without writing the products.
     """
     if use.call is not None and use.call.rule.as_product is not None:
         images = {n: s.image(tangents[id(s.parameter)]) for n, s in use.sources.items()}

@@ -86,7 +86,7 @@ class GhostLinearization(Linearization):
 class Record:
     """One use after the backward: p b and its layer call, or the gradients of every sample.
 
-    The latter are [B, *argument] by name, times p; input and output gradient are then released.
+    The latter are [B, *argument] by name, times p; the layer's input and b are then released.
     """
 
     use: RecordedCall

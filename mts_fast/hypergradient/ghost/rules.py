@@ -31,9 +31,7 @@ SampleParts = Callable[
 # (a [B, T, K], v [N, K], b [B, T, N], direction of the bias [N]) of a replay that is a product
 Product = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 # (call, directions by name, b, where its samples lie, B) -> the product, or None where it is none
-AsProduct = Callable[
-    ["LayerCall", Mapping[str, Tensor], Tensor, SampleAxis, int], "Product | None"
-]
+AsProduct = Callable[["LayerCall", Mapping[str, Tensor], Tensor, SampleAxis, int], "Product | None"]
 
 # (call, directions by name) -> the output's tangent
 Tangent = Callable[["LayerCall", Mapping[str, Tensor]], Tensor]

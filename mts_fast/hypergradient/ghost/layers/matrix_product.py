@@ -40,9 +40,7 @@ def _sample_parts(
 
 
 for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-    register_layer(
-        _function, {"weight": 1}, as_product=_as_product, sample_parts=_sample_parts
-    )
+    register_layer(_function, {"weight": 1}, as_product=_as_product, sample_parts=_sample_parts)
 register_layer(
     torch.addmm,
     {"bias": 0, "weight": 2},
