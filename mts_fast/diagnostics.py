@@ -36,11 +36,11 @@ class WeightStatistics:
     max_p: Tensor
     var_p: Tensor  # population variance
     effective_batch_size: Tensor  # 1 / sum p^2, between 1 and B
-    # of a step in which the selector learned: entries of kappa that were rounding noise, set to 0
+    # where the step updated the selector: entries of kappa that were rounding noise, set to 0
     masked_entries: Tensor | None = None
 
     def read(self) -> dict[str, float]:
-        """Plain floats by name, without what is None; waits for the device once."""
+        """Plain floats by name, without fields that are None; waits for the device once."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         present = {name: value for name, value in named.items() if value is not None}
         values = torch.stack([value.double() for value in present.values()]).tolist()
@@ -82,7 +82,7 @@ class GSNRMeter:
     """Gradient signal-to-noise ratio from observed gradients: mean^2 / variance, per parameter.
 
     Each observation is one independent gradient estimate (one batch, or one micro-batch). The
-    squared mean of n observations overstates the true one by variance / n, which is taken off.
+    squared mean of n observations overstates the true one by variance / n, which is subtracted.
 
     Example:
         >>> import torch, mts_fast
@@ -102,8 +102,8 @@ class GSNRMeter:
         """Add one observation: a tensor per parameter, always of the same shapes.
 
         Raises:
-            TypeError, ValueError: something else than floating-point tensors (None of a parameter
-                that got no gradient), other shapes or devices than before, on the CPU also NaN or
+            TypeError, ValueError: something else than floating-point tensors (None for a parameter
+                without a gradient), other shapes or devices than before, on the CPU also NaN or
                 infinity. Nothing is counted then.
         """
         observed = [g.detach().double() for g in self._checked(gradient)]
@@ -129,7 +129,7 @@ class GSNRMeter:
                 hint = "pass zeros for a parameter that has none"
                 fail(TypeError, op, name, "a floating-point tensor", "None", hint)
             check_floating(op, name, g)
-            if not g.is_cuda:  # there it would wait for the device
+            if not g.is_cuda:  # on a GPU this check would wait for the device
                 check_finite(op, name, g, "leave this observation out")
         if self.count:
             shapes = [tuple(m.shape) for m in self._mean]

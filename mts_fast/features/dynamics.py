@@ -46,7 +46,8 @@ def training_dynamics(
     Args:
         model: a classifier, trained without selection, whose output is logits [B, C] or [B, T, C],
             or has them as `.logits` or `["logits"]`.
-        inputs: [N, ...]; or a tuple (`model(*inputs)`) or a dict (`model(**inputs)`) of such.
+        inputs: [N, ...]; or a tuple (`model(*inputs)`) or a dict (`model(**inputs)`) of tensors
+            [N, ...].
         labels: [N], integers in [0, C); or [N, T], where -100 marks positions that do not count,
             but not all of a sample's. With `loss`, what it takes.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits without.
@@ -159,11 +160,11 @@ class _Scorer:
             logits = self._logits(output, batch)
             scores = {}
             if logits is not None:
-                alike = torch.ones(len(batch), dtype=logits.dtype, device=logits.device)
-                _, scores["loss"], found = ops.weighted_cross_entropy(
-                    logits, batch.labels, alike, statistics=True
+                ones = torch.ones(len(batch), dtype=logits.dtype, device=logits.device)
+                _, scores["loss"], statistics = ops.weighted_cross_entropy(
+                    logits, batch.labels, ones, statistics=True
                 )
-                scores["error_norm"] = found.error_norm
+                scores["error_norm"] = statistics.error_norm
             if self.objective.loss is not None:
                 scores["loss"] = self.objective.losses_of(output, batch.labels)
         if self.norms is not None:
@@ -172,8 +173,8 @@ class _Scorer:
         return scores
 
     def _logits(self, output: Any, batch: LabelledBatch) -> Any:
-        """Logits that the labels are classes of; with a loss of the caller's None where they are
-        not."""
+        """Logits of which the labels are class indices; None where they are not, which is allowed
+        with a caller's loss."""
         try:
             logits = self.objective.logits_of(output)
         except TypeError:
@@ -191,7 +192,7 @@ class _Scorer:
         return logits if self.has_error_norm else None
 
     def _are_classes(self, classes: int) -> bool:
-        """Whether all labels are among so many classes, which a loss of the caller's decides."""
+        """Whether all labels are classes; with a caller's loss they may be something else."""
         labels = self.labels
         if self.objective.loss is None:
             counted = labels[labels != IGNORED] if labels.ndim == 2 else labels

@@ -35,9 +35,9 @@ def embed(
 
     Args:
         model: a module, or a pretrained one by name: "timm:NAME" (its pooled features) or
-            "torchvision:NAME" (what goes into its classifier), where those are installed.
-        loader: batches in the order of the dataset: tensors [B, ...], or sequences whose first is
-            such.
+            "torchvision:NAME" (the input of its classifier), where those are installed.
+        loader: batches in the order of the dataset: tensors [B, ...], or sequences that begin with
+            one.
         layer: None takes the model's output; "penultimate" the input of its last linear layer; a
             module path the input of that module. Outputs [B, ..., D] are averaged over the axes
             between, [B, D, H, W] over H and W.
@@ -47,7 +47,8 @@ def embed(
         ordered: vouches for the order of a loader with a sampler of its own, which cannot be seen.
 
     Returns:
-        [N, D] float32 (or float64, of such a model), on the CPU; with `out`, memory-mapped.
+        [N, D] float32 (or float64, where the model computes in it), on the CPU; with `out`,
+        memory-mapped.
 
     Raises:
         ValueError, TypeError: a loader that shuffles or may do so (the rows would not fit the
@@ -197,7 +198,7 @@ def _to_file(
                 file.write(rows.tobytes())
         with writing(OP, out):
             file.flush()
-    # copy-on-write, as torch has no tensors that cannot be written to
+    # copy-on-write, since torch has no read-only tensors
     return torch.from_numpy(np.load(out, mmap_mode="c"))
 
 
@@ -208,15 +209,15 @@ def _by_name(name: str, layer: str | None) -> tuple[nn.Module, str | None]:
         expected, hint = "a module, 'timm:NAME' or 'torchvision:NAME'", "say whose model it is"
         fail(ValueError, OP, "model", expected, repr(name), hint)
     try:
-        found = importlib.import_module(package)
+        library = importlib.import_module(package)
     except (ImportError, RuntimeError) as error:  # torchvision of another torch: RuntimeError
         hint = f"install a {package} that fits this torch, or pass a module"
         expected, got = "of an installed package", f"{name!r} ({error})"
         fail(ModuleNotFoundError, OP, "model", expected, got, hint)
     try:
         if package == "timm":
-            return found.create_model(model, pretrained=True, num_classes=0), layer
-        return found.models.get_model(model, weights="DEFAULT"), layer or PENULTIMATE
-    except (RuntimeError, ValueError, KeyError) as error:  # how the packages say: unknown
+            return library.create_model(model, pretrained=True, num_classes=0), layer
+        return library.models.get_model(model, weights="DEFAULT"), layer or PENULTIMATE
+    except (RuntimeError, ValueError, KeyError) as error:  # the packages' errors for unknown names
         hint = f"{package}'s list_models() names them"
         fail(ValueError, OP, "model", f"one that {package} has", f"{name!r} ({error})", hint)

@@ -47,7 +47,7 @@ class ForgettingCounter:
 
         Raises:
             TypeError, ValueError: wrong dtypes or shapes, probabilities or classes in place of
-                flags, indices out of range or repeated (on a GPU, looking at those would wait).
+                flags, indices out of range or repeated (on a GPU not checked: it would wait).
         """
         op = "ForgettingCounter.update"
         check_integer(op, "indices", indices, ndim=1)
@@ -93,8 +93,7 @@ class ForgettingCounter:
         """Take over counts and last predictions of a counter of the same size, onto this device.
 
         Raises:
-            TypeError, ValueError: something else than `state_dict` of such a counter gives; nothing
-                is changed.
+            TypeError, ValueError: not a state of a counter of the same size; nothing is changed.
         """
         op, hint = "ForgettingCounter.load_state_dict", "pass what state_dict() gave"
         check_mapping(op, "state", state, hint)

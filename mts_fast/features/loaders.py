@@ -12,8 +12,8 @@ from mts_fast._check import INTEGER_DTYPES, check_readable, describe, fail
 
 
 def check_loader(op: str, loader: object, *, ordered: bool) -> None:
-    """Batches whose order is that of the dataset as far as can be seen, or that the caller vouches
-    for: a loader without samplers is in the order that it has."""
+    """Refuse a loader whose order may not be its dataset's, unless the caller vouches for it with
+    `ordered`. A loader without samplers counts as ordered."""
     if isinstance(loader, Tensor) or _is_map_style(loader):
         hint = "wrap it in torch.utils.data.DataLoader(..., batch_size=256)"
         fail(TypeError, op, "loader", "batches", f"single samples of {_name(loader)}", hint)
@@ -46,14 +46,14 @@ def _disorder(loader: object) -> str:
     if workers and not getattr(loader, "in_order", True):
         return "in_order=False"
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
-        # one worker after the other gives a batch
+        # several workers deliver their batches in turn
         return "an IterableDataset with several workers" if workers > 1 else ""
     sampler = getattr(loader, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(loader, "sampler", None)
     while type(sampler) is BatchSampler:
         sampler = sampler.sampler
-    # a class of its own may go through the samples in another order
+    # a sampler of another class may visit the samples in another order
     if sampler is None or type(sampler) is SequentialSampler:
         return ""
     return f"shuffle=True or a sampler of its own ({_name(sampler)})"
@@ -68,7 +68,7 @@ def pool_size(loader: object) -> int | None:
 
 
 def check_batch(op: str, batch: Any) -> Tensor:
-    """The inputs [B, ...] in a batch: the batch itself, or what it begins with."""
+    """The inputs [B, ...] in a batch: the batch itself, or its first element."""
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(inputs, Tensor):
         expected = "batches of tensors, or of sequences that begin with one"
@@ -85,7 +85,7 @@ def check_batch(op: str, batch: Any) -> Tensor:
 
 
 def _begins_with_indices(batch: tuple[Any, ...] | list[Any]) -> bool:
-    """One integer a sample, and then what can be the inputs: a nest, or more than one number."""
+    """Whether one integer per sample comes before possible inputs: a nest, or 2 or more axes."""
     first, *rest = batch
     if first.ndim != 1 or first.dtype not in INTEGER_DTYPES or not rest:
         return False

@@ -1,4 +1,4 @@
-"""Penultimate features: what goes into a model's last linear layer."""
+"""Penultimate features: the input of a model's last linear layer."""
 
 from __future__ import annotations
 

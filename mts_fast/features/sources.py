@@ -20,14 +20,14 @@ from mts_fast.features.sweep import EmbeddingSource
 logger = logging.getLogger("mts_fast")
 OP = "open_embeddings"
 SUFFIXES = (".npy", ".npz", ".safetensors")
-# what torch and this library compute with, as numpy and as safetensors name it; unsigned integers
-# of 16 to 64 bits are for labels, which become int64
+# dtypes that torch and this library compute with, by their names in numpy and safetensors; unsigned
+# integers of 16 to 64 bits are for labels, which become int64
 NUMPY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 SAFETENSORS_DTYPES = (
     *("F16", "BF16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"),
 )
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-# a member's own header in a zip file: 30 bytes, then its name and extra field.
+# bytes of a member's own header in a zip file; its name and extra field follow
 ZIP_HEADER = 30
 ZIP_ENCRYPTED = 0x1  # a bit of a member's flags
 READ_HEADER = {
@@ -45,7 +45,7 @@ class ArraySource:
 
     def __getitem__(self, rows: slice) -> Tensor:
         part = self.array[rows]
-        # torch knows this machine's byte order alone, and a copy lets go of the file.
+        # torch supports only this machine's byte order, and a copy does not keep the file mapped
         return torch.from_numpy(np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))
 
 
@@ -63,7 +63,7 @@ class SafetensorsSource:
 def open_embeddings(path: str | os.PathLike[str], *, key: str | None = None) -> EmbeddingSource:
     """Embeddings [N, D] of a .npy, .npz or .safetensors file, without reading them.
 
-    .npy files and uncompressed .npz members are memory-mapped (their checksum is not looked at),
+    .npy files and uncompressed .npz members are memory-mapped (their checksum is not verified),
     safetensors read by slices; a compressed .npz member is read whole, which is said at INFO. `key`
     names the array in a file with several.
 
@@ -92,8 +92,11 @@ def open_embeddings(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
 
 def open_vector(path: str | os.PathLike[str], *, key: str | None = None) -> Tensor:
-    """Labels or flags [N] of a file as above, read whole. The errors are the same; unsigned
-    integers of 16 bits and more are refused, which torch holds but does not compute with."""
+    """Labels or flags [N] of a file, read whole; files and errors as for `open_embeddings`.
+
+    Unsigned integers of 16 bits and more are refused: torch stores them, but does not compute with
+    them.
+    """
     source = _open(path, key)
     if len(source.shape) != 1:
         _refuse(path, "an [N] array", f"shape {tuple(source.shape)}", "name another with FILE:KEY")
@@ -139,7 +142,7 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _map_member(file: Path, key: str | None) -> np.ndarray:
-    """An array of a .npz, mapped where it is stored as it is."""
+    """An array of a .npz, memory-mapped where it is stored uncompressed."""
     with zipfile.ZipFile(file) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         info = archive.getinfo(members[_pick(file, key, list(members))])
@@ -169,8 +172,8 @@ def _map_member(file: Path, key: str | None) -> np.ndarray:
 def _check_member(
     file: Path, info: zipfile.ZipInfo, shape: tuple[int, ...], dtype: np.dtype, begin: int
 ) -> None:
-    """A member whose header promises more or less than it holds would be read into its neighbour,
-    or ask for memory without end. `begin` is the length of the header."""
+    """Refuse a member whose size is not the one in its header: reading it would run into the next
+    member, or ask for unbounded memory. `begin` is the length of the header."""
     if dtype.hasobject:
         _refuse(file, "an array of numbers", "pickled objects", "save it as numbers")
     size = math.prod(shape) * dtype.itemsize

@@ -33,10 +33,10 @@ from mts_fast.reference.unit_rows import unit_rows
 
 OP = "distribution_features"
 BAD_ROWS = "drop or repair these rows"
-# rows in memory at once, twice: 8192 x 1024 float32 are 32 MB; packing them for the kernel costs
-# 1 % of comparing them.
+# rows of a chunk; two chunks are in memory at once. 8192 x 1024 float32 are 32 MB; packing them for
+# the kernel costs 1 % of comparing them
 CHUNK = 8192
-# what a chunk may be compared in; half precision is converted.
+# dtypes that chunks are compared in; half precision is converted
 COMPUTED = (torch.float32, torch.float64)
 AFRESH = "start afresh"
 
@@ -93,7 +93,8 @@ class DistributionSweep:
             fail(ValueError, OP, "k", f"at most the pool size {size}", k, "no class is so large")
         self.source = source
         self.labels, self.is_synthetic = check_pool(OP, labels, is_synthetic, size)
-        names, self.labels = self.labels.unique(return_inverse=True)  # tables by name may be large
+        # the caller's class numbers may be large: tables by class are indexed by 0, 1, ... C - 1
+        names, self.labels = self.labels.unique(return_inverse=True)
         if small_class == "error":
             _check_class_sizes(self.labels, self.is_synthetic, names, k)
         self.starts = range(0, size, chunk)
@@ -150,11 +151,11 @@ class DistributionSweep:
         if self.done < self.total:
             got = f"{self.done} of {self.total} units"
             fail(RuntimeError, OP, "run()", "exhausted first", got, "iterate over it to the end")
-        found = self._lists.statistics()
-        agreement = label_agreement(found.similarity, found.index, self.labels)
+        statistics = self._lists.statistics()
+        agreement = label_agreement(statistics.similarity, statistics.index, self.labels)
         gap = (self._distance - class_median(self._distance, self.labels)).abs()
         rank = percentile_rank(gap, self.labels).to(self._cosines.dtype)
-        return feature_columns(found, agreement, self._cosines, rank)
+        return feature_columns(statistics, agreement, self._cosines, rank)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a later sweep over the same pool and chunks needs to go on.
@@ -195,8 +196,8 @@ class DistributionSweep:
             if not isinstance(got, Tensor):
                 fail(ValueError, OP, f"state[{name!r}]", expected, describe(got), AFRESH)
             if got.shape != value.shape or got.dtype != value.dtype:
-                found = f"{got.dtype} {tuple(got.shape)}"
-                fail(ValueError, OP, f"state[{name!r}]", expected, found, AFRESH)
+                actual = f"{got.dtype} {tuple(got.shape)}"
+                fail(ValueError, OP, f"state[{name!r}]", expected, actual, AFRESH)
         done, chunk = state["progress"].tolist()
         if chunk != self.chunk:
             fail(ValueError, OP, "chunk", f"{chunk}, as in the state", self.chunk, AFRESH)
@@ -208,7 +209,7 @@ class DistributionSweep:
         self.done, self._whole = done, True
 
     def _check_values(self, state: Mapping[str, Tensor], done: int) -> None:
-        """What `done` units can have left in a state."""
+        """Refuse a state that `done` units cannot have left."""
         size, count = len(self.labels), len(self.starts)
         for name in ("centroids/sums", "distance"):
             check_finite(OP, f"state[{name!r}]", state[name], AFRESH)
@@ -218,7 +219,7 @@ class DistributionSweep:
             got = counts.sum(1).tolist()
             fail(ValueError, OP, "state['centroids/counts']", f"of {seen} samples", got, AFRESH)
         for name in ("lists/similarity", "lists/real", "lists/synthetic", "cosines"):
-            # not a number is not in a range
+            # NaN fails this comparison, too
             if not state[name].abs().le(-EXCLUDED).all():
                 fail(ValueError, OP, f"state[{name!r}]", "of cosines", "others", AFRESH)
         index = state["lists/index"]
@@ -230,13 +231,13 @@ class DistributionSweep:
             expected = f"full after {done} units"
             fail(ValueError, OP, "state['lists/similarity']", expected, "empty places", AFRESH)
 
-    def _rows(self, index: int) -> slice:
+    def _slice(self, index: int) -> slice:
         start = self.starts[index]
         return slice(start, min(start + self.chunk, self.source.shape[0]))
 
     def _read(self, index: int) -> Tensor:
         """Chunk `index` [n, D], checked, in a dtype that is computed in."""
-        rows = self._rows(index)
+        rows = self._slice(index)
         part = check_floating(OP, "embeddings", self.source[rows], ndim=2).detach()
         shape = (rows.stop - rows.start, self.source.shape[1])
         if part.shape != shape:
@@ -247,33 +248,35 @@ class DistributionSweep:
 
     def _unit_chunk(self, index: int) -> NeighborChunk:
         """Chunk `index` with rows of unit length."""
-        rows = self._rows(index)
+        rows = self._slice(index)
         unit = unit_rows(self._read(index))
         return NeighborChunk(unit, self.labels[rows], self.is_synthetic[rows], rows.start)
 
     def _add_to_centroids(self, index: int) -> None:
-        rows = self._rows(index)
+        rows = self._slice(index)
         class_centroids_(
             self._centroids, self._read(index), self.labels[rows], self.is_synthetic[rows]
         )
 
     def _compare(self, first: int, second: int) -> None:
-        # the first of a pair stays for the pairs that follow.
+        # of the previous pair only the chunks that this one needs stay in memory
         held = {i: chunk for i, chunk in self._held.items() if i in (first, second)}
         self._held = {i: held.get(i) or self._unit_chunk(i) for i in {first, second}}
         neighbor_statistics_(self._lists, self._held[first], self._held[second])
 
     def _measure_distances(self, index: int) -> None:
-        rows = self._rows(index)
-        found = centroid_distances(self._read(index), self.labels[rows], self._centroids)
+        rows = self._slice(index)
+        cosines, distance = centroid_distances(
+            self._read(index), self.labels[rows], self._centroids
+        )
         name = "the distance of embeddings to their class's mean"
         hint = "divide all of them by one number"
-        check_finite(OP, name, found[1], hint, first=rows.start)
-        self._cosines[rows], self._distance[rows] = found
+        check_finite(OP, name, distance, hint, first=rows.start)
+        self._cosines[rows], self._distance[rows] = cosines, distance
 
 
 def _checked_shape(source: object) -> tuple[int, int]:
-    """(N, D) of a tensor, or of what is read like one."""
+    """(N, D) of a tensor, or of a source that is read like one."""
     if isinstance(source, Tensor):
         check_floating(OP, "embeddings", source)
         check_readable(OP, "embeddings", source)
@@ -286,8 +289,8 @@ def _checked_shape(source: object) -> tuple[int, int]:
 
 
 def _check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:
-    """Every class needs k others of each source that it or its opposite could ask for. `names` [C]
-    are the classes as the caller numbers them."""
+    """Refuse a class with k samples of a source or fewer, as a sample is no neighbour of itself.
+    `names` [C] are the classes as the caller numbers them."""
     hint = "pass small_class='pad' to accept this"
     for source, chosen in (("real", ~synthetic), ("synthetic", synthetic)):
         count = torch.bincount(labels[chosen], minlength=len(names))

@@ -41,7 +41,7 @@ PAPER_COLUMNS = (
 FORMAT = "mts_fast.FeatureTable/2"
 # files without a checksum, whose order of columns stands under a key of its own
 OLD_FORMAT = "mts_fast.FeatureTable/1"
-# the squares of float64 numbers in between neither overflow nor vanish
+# squares of float64 numbers between these neither overflow nor underflow
 SQUARABLE = (1e-100, 1e100)
 
 
@@ -101,7 +101,7 @@ class FeatureTable(Mapping[str, Tensor]):
                 _checked_column(name, value, first)
                 .detach()
                 .clone(
-                    memory_format=torch.contiguous_format  # views are not to keep what they are of
+                    memory_format=torch.contiguous_format  # a view would keep its base in memory
                 )
             )
         self._columns.update(checked)
@@ -117,7 +117,7 @@ class FeatureTable(Mapping[str, Tensor]):
     def standardized(self, names: Sequence[str] | None = None) -> Tensor:
         """Columns side by side [N, F], each entry with mean 0 and deviation 1 over the pool.
 
-        Computed in float64, given in the columns' dtype.
+        Computed in float64, returned in the columns' dtype.
         """
         return torch.cat([_standardized(self[name]) for name in self._order(names)], dim=1)
 
@@ -191,7 +191,7 @@ def _checked_column(name: str, value: object, first: Tensor | None) -> Tensor:
 
 
 def _names(names: Iterable[str]) -> list[str]:
-    """Several columns' names; a lone string would be taken letter by letter."""
+    """Several columns' names; a lone string would be read letter by letter."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         hint = "pass a list of names"
         fail(TypeError, OP, "names", "a sequence of names", describe(names), hint)
@@ -200,14 +200,14 @@ def _names(names: Iterable[str]) -> list[str]:
 
 def _standardized(column: Tensor) -> Tensor:
     """(column - mean) / deviation, 0 where an entry is constant. column [N, width]."""
-    wide = column.double()
-    largest = wide.abs().amax(0)
+    values = column.double()
+    largest = values.abs().amax(0)
     usual = (largest >= SQUARABLE[0]) & (largest <= SQUARABLE[1])
-    wide = wide / largest.where(~usual & (largest > 0), torch.ones_like(largest))
-    deviation, mean = torch.std_mean(wide, dim=0, correction=0)
+    values = values / largest.where(~usual & (largest > 0), torch.ones_like(largest))
+    deviation, mean = torch.std_mean(values, dim=0, correction=0)
     # a constant entry carries no information, and its rounding noise must not be blown up.
     constant = deviation <= torch.finfo(column.dtype).eps * mean.abs()
-    scaled = (wide - mean) / deviation.masked_fill(constant, 1.0)
+    scaled = (values - mean) / deviation.masked_fill(constant, 1.0)
     return scaled.masked_fill(constant, 0.0).to(column.dtype)
 
 
@@ -242,7 +242,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _parsed(file: Path, text: str) -> Any:
-    """JSON, which damage may have left in any state, nested without end, too."""
+    """Parsed JSON; a damaged file may hold any text, even nested too deep."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -26,11 +26,8 @@ from mts_fast.hypergradient.refused import Refused
 from mts_fast.hypergradient.streamed import Streamed
 
 __all__ = [
-    "ScatteredPart",
-    "SampleAxis",
-    "OuterPart",
-    "DensePart",
     "ENGINES",
+    "DensePart",
     "Engine",
     "EngineCheck",
     "EngineChoice",
@@ -41,7 +38,10 @@ __all__ = [
     "Linearization",
     "Loss",
     "Objective",
+    "OuterPart",
     "Refused",
+    "SampleAxis",
+    "ScatteredPart",
     "Streamed",
     "check_engine",
     "explain_engine",

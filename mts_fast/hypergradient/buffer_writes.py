@@ -21,7 +21,7 @@ Written = Tensor | None
 
 
 class _Watch(FunctionMode, ABC):
-    """Sees every buffer that is assigned, and every function that writes into one."""
+    """Intercepts every assignment of a buffer, and every function that writes into one."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -59,18 +59,18 @@ class _Watch(FunctionMode, ABC):
         in_place = name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
         in_place = in_place or (name.endswith("_") and not name.endswith("__"))
         if in_place and args and id(args[0]) in self._known:
-            kept = self.on_write(args[0])
-            if kept is not args[0]:
-                args[0].data.copy_(kept)
+            value = self.on_write(args[0])
+            if value is not args[0]:
+                args[0].data.copy_(value)
         return result
 
     @abstractmethod
     def on_write(self, value: Tensor) -> Tensor:
-        """What the buffer shall hold after this write."""
+        """The value that the buffer holds after this write."""
 
 
 class RecordedWrites(_Watch):
-    """Around the training forward: keeps every value that is written."""
+    """Around the training forward: records every value that is written."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -82,7 +82,7 @@ class RecordedWrites(_Watch):
 
 
 class ReplayedWrites(_Watch):
-    """Around another forward: the writes put the recorded values, in their order."""
+    """Around another forward: its writes store the recorded values, in their order."""
 
     def __init__(self, world: World, values: Sequence[Written]) -> None:
         super().__init__(world)

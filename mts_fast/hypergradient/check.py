@@ -18,8 +18,9 @@ from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective, map_tensors
 from mts_fast.hypergradient.refused import Refused
 
-# float64: exact engines round (observed 1e-15); a central difference with its step of 1.2e-5 was
-# seen at 3e-10 on smooth models, and errs by the step itself where a kink (ReLU) lies within it.
+# largest errors in float64. Exact engines only round (observed 1e-15). A central difference with
+# its step of 1.2e-5 was seen at 3e-10 on smooth models, and errs by the step itself where a kink
+# (ReLU) lies within it.
 EXACT, DIFFERENCES = 1e-9, 1e-4
 ALLOWED = dict.fromkeys(ENGINES, EXACT) | {FiniteDifference.name: DIFFERENCES}
 
@@ -125,15 +126,16 @@ def check_engine(
                 refusals[name] = why
                 continue
             try:
-                line = engine.linearize(batch)
-                found = [line.gradient(weights[0])]
-                dots = line.dots(direction)
-                found.append(line.gradient(weights[1]))
+                linearization = engine.linearize(batch)
+                results = [linearization.gradient(weights[0])]
+                dots = linearization.dots(direction)
+                results.append(linearization.gradient(weights[1]))
             except Refused as refused:
                 refusals[name] = refused.reasons
                 continue
             dots_errors[name] = _error([dots], [truth])
-            gradient_errors[name] = max(_error(f, g) for f, g in zip(found, gradients, strict=True))
+            pairs = zip(results, gradients, strict=True)
+            gradient_errors[name] = max(_error(result, g) for result, g in pairs)
     return EngineCheck(dots_errors, gradient_errors, refusals)
 
 
@@ -141,8 +143,8 @@ def _true_dots(losses: Tensor, parameters: Sequence[Tensor], direction: Sequence
     """d_i = <direction, autograd's gradient of l_i> [B]."""
     dots = []
     for loss in losses:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        pairs = zip(dense(found), direction, strict=True)
+        gradient = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(dense(gradient), direction, strict=True)
         dots.append(torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum())
     return torch.stack(dots)
 
@@ -151,11 +153,11 @@ def _double(value: Any) -> Any:
     return map_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
 
 
-def _error(found: Any, truth: Any) -> float:
+def _error(results: Any, truth: Any) -> float:
     """Largest error over the largest entry of the truth, over all tensors together."""
     pairs = [
         (torch.zeros_like(g) if f is None else f, torch.zeros_like(f) if g is None else g)
-        for f, g in zip(found, truth, strict=True)
+        for f, g in zip(results, truth, strict=True)
         if not (f is None and g is None)
     ]
     gap = max((float((f - g).abs().max()) for f, g in pairs if g.numel()), default=0.0)

@@ -44,7 +44,7 @@ def make_engine(
 
 @dataclass(frozen=True)
 class Choice:
-    """What is known of one layout."""
+    """The engine of one layout, and why."""
 
     engine: str  # the engine that serves
     calls: int = 0  # in which it was asked for dots

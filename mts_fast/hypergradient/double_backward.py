@@ -48,8 +48,8 @@ class DoubleBackwardLinearization(Linearization):
         super().__init__(engine, batch, gradients)
         self._dots_are_due = dots
         self._first: tuple[Tensor, list[Tensor | None]] | None = None  # p and its gradient
-        # with a graph of its own torch takes the gradient of a norm in single 16-bit operations:
-        # errors of 20 % were seen, so there the gradient to train on is one without
+        # with create_graph torch takes the gradient of a norm in single 16-bit operations: errors
+        # of 20 % were seen, so in 16 bits the gradient to train on is taken without it
         self._coarse = is_low_precision(engine.parameters)
         objective = engine.objective
         # fused attention and cuDNN's recurrent layers have no second derivative
@@ -75,16 +75,16 @@ class DoubleBackwardLinearization(Linearization):
         if self._dots_are_due and self._first is None and not self._coarse:
             p = p.clone().requires_grad_()
             with serving(self.engine.name):
-                found = torch.autograd.grad(
+                gradient = torch.autograd.grad(
                     graph, parameters, p, create_graph=True, allow_unused=True
                 )
-            self._first = p, dense(found)
+            self._first = p, dense(gradient)
             return [None if g is None else g.detach() for g in self._first[1]]
         keep = self._dots_are_due or self._gradients_left > 0
-        found = torch.autograd.grad(graph, parameters, p, retain_graph=keep, allow_unused=True)
+        gradient = torch.autograd.grad(graph, parameters, p, retain_graph=keep, allow_unused=True)
         if not keep:
             self._graph = None
-        return dense(found)
+        return dense(gradient)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         graph = self._graph

@@ -1,4 +1,4 @@
-"""What an engine is: the per-sample losses at fixed parameters, with J^T p and J v at hand."""
+"""The interface of engines: per-sample losses at fixed parameters, and their J^T p and J v."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 
 def dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of one layout: an Embedding(sparse=True) gives sparse ones, which update rules and
-    dots do not take. The optimizer's step on the dense gradient is the same."""
+    """Strided gradients: an Embedding(sparse=True) gives sparse ones, which update rules and dots
+    do not take. The optimizer's step on the dense gradient is the same."""
     return [g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients]
 
 
@@ -42,7 +42,7 @@ class Linearization(ABC):
         _ = self.losses
 
     def begin(self) -> None:  # noqa: B027, most have run by then
-        """Fix the generators that a forward which has not been run yet begins from."""
+        """Fix the random state in which a forward that has not been run yet will begin."""
 
     @property
     @abstractmethod
@@ -88,7 +88,7 @@ class RetainedGraph(Linearization):
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
         assert self._graph is not None
-        found = torch.autograd.grad(
+        gradient = torch.autograd.grad(
             self._graph,
             self.engine.parameters,
             p.to(self._graph.dtype),
@@ -97,14 +97,14 @@ class RetainedGraph(Linearization):
         )
         if not self._gradients_left:
             self._graph = None
-        return dense(found)
+        return dense(gradient)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         with self._rewound_buffers():
             return self.engine.dots_from_scratch(self.batch, direction, self._rng)
 
     def _rewound_buffers(self) -> Restoring:
-        """Buffers as this forward found them: a model may read what it has written."""
+        """Buffers as they were before this forward: a model may read buffers that it writes."""
         now = SavedBuffers(self.engine.objective.world)
         return Restoring(now.restore, self._buffers.restore)
 
@@ -122,7 +122,7 @@ class Engine(ABC):
     def reasons(self) -> list[str]:
         """Why this engine cannot serve the model in its present modes; empty where it can.
 
-        What shows only in a forward is raised by `linearize`.
+        Reasons that only a forward shows are raised by `linearize`.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Which engine serves a model, and why: what the automatic choice rests on, as a table."""
+"""Which engine serves a model, and why: the reasons of the automatic choice, as a table."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def explain_engine(
     seen, final = _owners(model), False
     if labels is not None:
         batch = LabelledBatch(inputs, labels)
-        found, more, final = _uses(ghost, batch)
-        seen |= found
+        calls, more, final = _uses(ghost, batch)
+        seen |= calls
         why = sorted({*why, *more})
     reasons = {"ghost": why} if not final else dict.fromkeys(ENGINES, why)
     for name in [] if final else list(ENGINES)[1:]:
@@ -107,7 +107,7 @@ def explain_engine(
         if labels is not None and not reasons[name]:
             reasons[name] = _tried(engine, LabelledBatch(inputs, labels))
     uses = [ParameterUse(n, tuple(p.shape), seen.get(n, "not used")) for n, p in named.items()]
-    choice = next((name for name, found in reasons.items() if not found), "none")
+    choice = next((name for name, against in reasons.items() if not against), "none")
     return EngineExplanation(choice, reasons, uses, labels is not None)
 
 

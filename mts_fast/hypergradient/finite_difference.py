@@ -21,7 +21,7 @@ from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.precision import low_precision_autocast
 from mts_fast.ops.perturb import global_norm, perturb
 
-# the error of a central difference with step h is a h^2 + b u / h (u the unit roundoff), least
+# the error of a central difference with step h is a h^2 + b u / h (u the unit roundoff), smallest
 # near h = cbrt(u) times the scale of the problem; 2 cbrt(u) is 1.0e-2 in float32, the step of the
 # published code, and 1.2e-5 in float64.
 STEP_OVER_CUBE_ROOT = 2.0
@@ -96,7 +96,7 @@ class FiniteDifference(Engine):
 
 
 class DifferenceLinearization(RetainedGraph):
-    """The kept graph of the forward, and what it wrote into buffers."""
+    """The kept graph of the forward, and the values it wrote into buffers."""
 
     engine: FiniteDifference
 

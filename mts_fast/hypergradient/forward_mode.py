@@ -25,17 +25,17 @@ class ForwardMode(Engine):
     name = "forward_mode"
 
     def reasons(self) -> list[str]:
-        # an RNN keeps a flat list of its weights, which parameters swapped in do not reach.
-        found = [
+        # an RNN keeps a flat list of its weights, which parameters swapped in do not reach
+        reasons = [
             f"{path or 'the model'} is a {type(module).__name__}, whose weights cannot be swapped"
             for path, module in self.objective.model.named_modules()
             if isinstance(module, nn.RNNBase)
         ]
-        found += frequency_reasons(self.objective)
+        reasons += frequency_reasons(self.objective)
         known = {id(p) for p in self.objective.model.parameters()}
         if any(id(p) not in known for p in self.parameters):
-            found.append("the optimizer holds parameters that are not the model's")
-        return found
+            reasons.append("the optimizer holds parameters that are not the model's")
+        return reasons
 
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
@@ -45,7 +45,7 @@ class ForwardMode(Engine):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         world = self.objective.world
         # fused attention and fused encoder layers have no forward mode; the plain ones compute the
-        # same.
+        # same values
         with (
             serving(self.name),
             torch.no_grad(),

@@ -19,12 +19,12 @@ from mts_fast._isolation import Restoring
 from mts_fast.hypergradient.objective import Objective
 
 OPTION = "scale_grad_by_freq=True"
-# (table, indices, its output) -> what takes the output's place
+# (table, indices, its output) -> the tensor that replaces the output
 Hook = Callable[[nn.Embedding, Tensor, Tensor], Tensor]
 
 
 def frequency_reasons(objective: Objective) -> list[str]:
-    """Why such tables cannot be run by engines that take derivatives."""
+    """Why engines that take derivatives cannot run tables with this option."""
     tables = objective.world.frequency_tables
     if not tables:
         return []
@@ -42,7 +42,7 @@ def frequency_reasons(objective: Objective) -> list[str]:
 
 
 class FrequencyTables:
-    """Contexts for the forwards of one linearization; without such tables they do nothing."""
+    """Contexts for the forwards of one linearization; without these tables they do nothing."""
 
     def __init__(self, objective: Objective) -> None:
         self._tables = objective.world.frequency_tables
@@ -64,7 +64,7 @@ class FrequencyTables:
         def moved(table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
             constant = next(constants, None)
             if constant is None or constant.shape != y.shape:
-                return y  # other calls than before: the guard looks at the dots
+                return y  # the calls have changed: the guard checks the dots
             return constant + _share(table, index, y) * (y - constant)
 
         return self._hooked(moved)
@@ -97,7 +97,7 @@ class FrequencyTables:
 
 
 def _differentiable(table: nn.Embedding, index: Tensor, y: Tensor) -> Tensor:
-    # the module's own output has a backward that divides, this one has not
+    # the backward of the module's own output divides by the counts, this one's does not
     plain = F.embedding(index, table.weight, table.padding_idx, sparse=table.sparse)
     return y.detach() + _share(table, index, y) * (plain - plain.detach())
 

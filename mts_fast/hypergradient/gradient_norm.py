@@ -39,5 +39,5 @@ class GradientNorm:
 
     def _of_one(self, one: LabelledBatch) -> Tensor:
         loss = self._objective.losses(one).sum()
-        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        return torch.stack(torch._foreach_norm([g for g in found if g is not None])).norm()
+        gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return torch.stack(torch._foreach_norm([g for g in gradient if g is not None])).norm()

@@ -37,28 +37,29 @@ def invariant_gap(
 def is_rounding(
     p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
 ) -> bool:
-    """Whether rounding of the two sums explains a gap: all of d may be noise. Waits."""
+    """Whether rounding of the two sums explains a gap, as where all of d is noise; waits for the
+    device."""
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
     terms = [p * dots, *(g * u for g, u in pairs)]
-    found, *along = [t.double().sum() for t in terms]
+    total, *along = [t.double().sum() for t in terms]
     size = torch.stack([t.double().norm() for t in terms]).norm()
-    gap = (found - torch.stack(along).sum()).abs()
+    gap = (total - torch.stack(along).sum()).abs()
     return bool(gap <= ROUNDINGS * torch.finfo(dots.dtype).eps * size)
 
 
 def bound(engine: str, parameters: Sequence[Tensor]) -> float:
     """The largest gap that right dots of an engine may have."""
-    wide = all(p.dtype == torch.float64 for p in parameters)
+    is_float64 = all(p.dtype == torch.float64 for p in parameters)
     if engine == "finite_difference":
-        return DIFFERENCES_64_BIT if wide else DIFFERENCES
+        return DIFFERENCES_64_BIT if is_float64 else DIFFERENCES
     if is_low_precision(parameters):
         return EXACT_16_BIT
-    return EXACT_64_BIT if wide else EXACT
+    return EXACT_64_BIT if is_float64 else EXACT
 
 
 def random_signs(p: Tensor, number: int) -> Tensor:
-    """+1 or -1 for each sample [B], drawn aside from all generators: of differences the sum over
-    the batch alone may be right by chance, where autograd's gradient is another one."""
+    """+1 or -1 for each sample [B], drawn from a generator of its own: with differences the sum
+    over the batch alone may be right by chance, though autograd's gradient is another one."""
     generator = torch.Generator().manual_seed(number)
     signs = torch.randint(2, p.shape, generator=generator).to(p.device, p.dtype)
     return 2 * signs - 1

@@ -31,7 +31,7 @@ class LabelledBatch:
     """Inputs and labels of B samples, first axis B everywhere.
 
     inputs: one tensor, a tuple or list (`model(*inputs)`), or a mapping (`model(**inputs)`).
-    name: what the caller's argument for the labels is called.
+    name: the name of the caller's argument for the labels.
     """
 
     inputs: Any
@@ -103,7 +103,7 @@ class Objective:
     def forward(self, inputs: Any) -> Any:
         """The model's output, in whatever mode it is in."""
         if torch.is_grad_enabled():
-            # a forward without gradients may have left casts of the weights that have no graph
+            # after a forward without gradients the cache may hold casts that have no graph
             torch.clear_autocast_cache()
         return self._on_copies("inputs", self._call, inputs)
 
@@ -118,7 +118,7 @@ class Objective:
             self._check_labels(logits, labels, name)
             return self._with_graph(ops.cross_entropy(logits, labels))
         loss = self.loss
-        losses = self._on_copies("labels", lambda own: loss(output, own), labels)
+        losses = self._on_copies("labels", lambda targets: loss(output, targets), labels)
         size = labels.shape[0]
         if not isinstance(losses, Tensor) or losses.shape != (size,):
             got = describe(losses)
@@ -249,16 +249,16 @@ class Objective:
 
 def _modules_of(loss: Loss | None) -> list[nn.Module]:
     """The modules that a loss is, is a method of, or carries as arguments or in its closure."""
-    found: list[Any] = []
+    candidates: list[Any] = []
     while isinstance(loss, functools.partial):
-        found += [*loss.args, *loss.keywords.values()]
+        candidates += [*loss.args, *loss.keywords.values()]
         loss = loss.func
-    found += [loss, getattr(loss, "__self__", None)]
+    candidates += [loss, getattr(loss, "__self__", None)]
     # what a function closes over, as a lambda does
     for cell in getattr(loss, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # one that is not filled yet
-            found.append(cell.cell_contents)
-    modules = [m for m in found if isinstance(m, nn.Module)]
+            candidates.append(cell.cell_contents)
+    modules = [m for m in candidates if isinstance(m, nn.Module)]
     return list(dict.fromkeys(modules))
 
 

@@ -11,7 +11,7 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(parameters: Sequence[Tensor]) -> torch.dtype | None:
-    """What autocast runs matrix products in where the parameters are; None where it is off."""
+    """Autocast's dtype of matrix products on the parameters' device; None where it is off."""
     kind = parameters[0].device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

@@ -1,4 +1,4 @@
-"""A batch in micro-batches: the same numbers, memory for one micro-batch at a time.
+"""A batch in micro-batches: the same results, memory for one micro-batch at a time.
 
 A compiled model's graph cannot be differentiated twice: its whole batch goes the same way, as one
 micro-batch whose forward is run again.
@@ -49,7 +49,7 @@ class Streamed(Engine):
 
 
 class StreamedLinearization(Linearization):
-    """Passes over the micro-batches, as they are asked for."""
+    """Passes over the micro-batches, one for each request."""
 
     engine: Streamed
 
@@ -61,7 +61,7 @@ class StreamedLinearization(Linearization):
         self._losses: list[Tensor] = []
 
     def begin(self) -> None:
-        self.run()  # where each micro-batch's masks begin shows in the pass itself
+        self.run()  # the random state of each micro-batch is known only after the ones before it
 
     @property
     def losses(self) -> Tensor:
@@ -77,18 +77,18 @@ class StreamedLinearization(Linearization):
         total: list[Tensor | None] = [None] * len(self.engine.parameters)
 
         def add(k: int, chunk: LabelledBatch) -> Tensor:
-            line = self.engine.inner.linearize(chunk, gradients=1, dots=False)
-            for i, g in enumerate(line.gradient(parts[k])):
+            linearization = self.engine.inner.linearize(chunk, gradients=1, dots=False)
+            for i, g in enumerate(linearization.gradient(parts[k])):
                 old = total[i]
                 total[i] = g if old is None else old if g is None else old + g
-            return line.losses
+            return linearization.losses
 
         self._losses = self._over_chunks(add)
         return total
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         if not self._starts:
-            _ = self.losses  # the first pass, which says where each micro-batch's masks begin
+            _ = self.losses  # the first pass, which records the random state of each micro-batch
         inner = self.engine.inner
         return torch.cat(
             self._over_chunks(lambda k, chunk: inner.linearize(chunk, gradients=0).dots(direction))

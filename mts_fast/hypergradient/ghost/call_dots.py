@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.recorded import Recorded
+from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.ops import kernel_for
 
 
 def call_dots(
-    use: Recorded, axis: SampleAxis, b: Tensor, tangents: Mapping[int, Tensor], size: int
+    use: RecordedCall, axis: SampleAxis, b: Tensor, tangents: Mapping[int, Tensor], size: int
 ) -> Tensor:
     """<replay, b> per sample [B] for tangents of the parameters, given by id.
 
-    Where a kernel is in force, layers that are products (linear ones, 1 x 1 convolutions) are
-    replayed and dotted in one go, and other replays are dotted without writing the products.
+    Where a kernel is in force, layers that are matrix products (linear ones, 1 x 1 convolutions)
+    are replayed and dotted in one call, and other replays are dotted without writing the products.
     """
     if use.call is not None and use.call.rule.as_product is not None:
         images = {n: s.image(tangents[id(s.parameter)]) for n, s in use.sources.items()}
@@ -32,5 +32,5 @@ def call_dots(
         if run is not None:
             return run(tangent, b)
     # the replayed output is a temporary and may be overwritten. Without a call the tangent is a
-    # view of v, which may not
+    # view of v, which must not be overwritten
     return axis.dot(tangent, b, size, overwrite=use.call is not None)

@@ -2,9 +2,9 @@
 
 It works on function calls, not modules: functional code, tied weights, layers called twice and
 attention's packed projections are all seen. A parameter that meets other tensors elementwise (a
-position embedding, a class token, a layer scale) is handed on as one copy per sample, whose
-gradient is then the per-sample gradient. A use without a gradient (under torch.no_grad, as of a
-momentum encoder) is none: autograd has no part of it.
+position embedding, a class token, a layer scale) is passed on as one copy per sample, whose
+gradient is then the per-sample gradient. A use without a gradient (under torch.no_grad, as in a
+momentum encoder) is not recorded: it adds nothing to autograd's gradient.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from mts_fast._ambient import FunctionMode
 from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
-from mts_fast.hypergradient.ghost.recorded import Recorded
+from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
-from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.ghost.source import ParameterSource
 from mts_fast.hypergradient.ghost.watch import may_mix, move_of, plain_name
 
 # linear maps of one tensor that move or cast its entries
@@ -41,15 +41,15 @@ ELEMENTWISE = {
 SPREAD = {"expand", "expand_as", "repeat"}
 
 
-# what identifies a forward: its recorded calls, and the order in which axes were moved
+# identifies a forward: its recorded calls, and the order in which axes were moved
 Layout = tuple[object, ...]
 
 
 class Capture(FunctionMode):
     """Active during one forward of `batch_size` samples.
 
-    `shared_rows` holds the turns of embedding calls whose index of B entries is one of positions,
-    the same for all samples, and not one entry a sample.
+    Embedding calls are numbered from 0. `shared_rows` holds the numbers of those whose index of B
+    entries holds positions, which all samples share, and not one entry per sample.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class Capture(FunctionMode):
         super().__init__()
         self.names = names  # parameter -> its dotted path
         self.batch_size = batch_size
-        self.recorded: list[Recorded] = []
+        self.recorded: list[RecordedCall] = []
         self.reasons: list[str] = []
         # whether a call might exchange entries of samples, depending on values
         self.may_mix = False
-        # position of a recorded embedding -> its turn, where the index could be either kind
+        # of embeddings whose index could be either: position in `recorded` -> number of the call
         self.ambiguous_rows: dict[int, int] = {}
         self._shared_turns = set(shared_rows)
         self._embeddings = 0
         self._moves: list[object] = []
-        self._sources = {id(parameter): Source(parameter) for parameter in names}
-        self._alive: list[Any] = []  # ids stay unique only while their tensors live
-        self._ranges: set[int] = set()  # ids of what torch.arange made
+        self._sources = {id(parameter): ParameterSource(parameter) for parameter in names}
+        self._alive: list[Any] = []  # an id is unique only while its tensor exists
+        self._ranges: set[int] = set()  # ids of the results of torch.arange
 
     def layout(self) -> Layout:
-        """What a check of this forward holds for."""
+        """Identifies the forwards for which a check of this one is valid."""
         calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
         return (*calls, *self._moves, *sorted(self._shared_turns))
 
@@ -90,7 +90,7 @@ class Capture(FunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         used = [t for t in _tensors((args, kwargs)) if id(t) in self._sources]
-        if torch.is_grad_enabled():  # a view that was taken under no_grad is a constant
+        if torch.is_grad_enabled():  # a view made under no_grad is a constant
             used = [t for t in used if t.requires_grad]
         rule = rule_of(func)
         if rule is not None:
@@ -140,7 +140,7 @@ class Capture(FunctionMode):
             self.may_mix = self._may_mix(name, args, kwargs)
 
     def _watch_inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The same for calls on the inputs of an autograd function, whose results show no graph."""
+        """The same for calls inside an autograd function's forward, whose results have no graph."""
         if (
             not self.may_mix
             and not torch.is_grad_enabled()
@@ -154,7 +154,7 @@ class Capture(FunctionMode):
         return may_mix(name, args, kwargs, size, lambda index: id(index) in self._ranges)
 
     def _without_gradient(self, paths: str) -> None:
-        """A use under no_grad. It counts only inside an autograd function with its own backward."""
+        """A use under no_grad: unsupported only in an autograd function with its own backward."""
         if torch.is_grad_enabled():
             return
         function = _surrounding_function()
@@ -196,19 +196,19 @@ class Capture(FunctionMode):
             self.reasons.append(f"{path}: {why}")
             return y
         if y._is_view():
-            # an in-place activation on a view would cut this node out of the graph.
+            # an in-place activation on a view would cut this node out of the graph
             y = torch.ops.aten._unsafe_view(y, y.shape)
         a = call.input
         edge = get_gradient_edge(y)
         if call.rule.indexed and a.shape == (self.batch_size,):
             self.ambiguous_rows[len(self.recorded)] = self._embeddings - 1
         self.recorded.append(
-            Recorded(call, call.sources, edge, y.shape, path, _input=(a, a._version))
+            RecordedCall(call, call.sources, edge, y.shape, path, _input=(a, a._version))
         )
         return y
 
     def _serves_all_samples(self, call: LayerCall) -> bool:
-        """Whether an embedding's index has no batch axis, as of positions."""
+        """Whether an embedding's index holds positions that all samples share."""
         turn, shape = self._embeddings, call.input.shape
         self._embeddings += 1
         if shape[:1] != (self.batch_size,):
@@ -216,7 +216,7 @@ class Capture(FunctionMode):
         return len(shape) == 1 and turn in self._shared_turns
 
     def _shared_rows(self, call: LayerCall, table: Tensor) -> Tensor:
-        """Such rows are a view of the table."""
+        """The rows that serve all samples, tracked as a view of the table."""
         rows = call.run({})
         (name,) = call.rule.parameters
         source = self._sources[id(table)]
@@ -268,7 +268,7 @@ class Capture(FunctionMode):
             return value
 
         swapped = [swap(a) for a in args]
-        if name == "repeat":  # the copies already are one per sample
+        if name == "repeat":  # there already is one copy per sample
             times = swapped[1:] if isinstance(swapped[1], int) else list(swapped[1])
             swapped[1:] = [1, *times[1:]]
         return swapped
@@ -289,7 +289,7 @@ class Capture(FunctionMode):
         sources = {"value": self._sources[id(used)]}
         edge = get_gradient_edge(copies)
         self.recorded.append(
-            Recorded(None, sources, edge, copies.shape, self._path(used), value=value)
+            RecordedCall(None, sources, edge, copies.shape, self._path(used), value=value)
         )
         self._alive.append(copies)
         return copies
@@ -297,7 +297,7 @@ class Capture(FunctionMode):
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """nn.MultiheadAttention's function, its inner calls seen by this mode.
 
-        The function hands itself to the mode whenever one is active; inside, that is switched off.
+        The function passes itself to an active mode by has_torch_function, which is off inside.
         """
         with self, mock.patch.object(F, "has_torch_function", return_value=False):
             return F.multi_head_attention_forward(*args, **kwargs)

@@ -1,5 +1,5 @@
 """Row 6 by layer replay: every layer's input and output gradient are kept, and the layer is run
-once more with v in the place of its weights. No second derivative, no differences."""
+once more with v in place of its weights. No second derivative, no differences."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from mts_fast.hypergradient.ghost.sample_check import (
 )
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
-# layouts that are remembered; beyond them (layers left out at random) the oldest is forgotten,
-# and checked again when it comes back
+# layouts with a history. With more of them (layers left out at random) the oldest is dropped, and
+# checked again when it recurs
 MOST_LAYOUTS = 256
 
 
 @dataclass
 class _History:
-    """Forwards of one layout: how many, and what they told of every use."""
+    """The forwards of one layout: their number, and what they showed of every use."""
 
     knowledge: list[Knowledge]
     forwards: int = 0
@@ -51,14 +51,14 @@ class _History:
 class Ghost(Engine):
     """d_i = sum over all layer calls of <f(a_i; v), b_i>; exact where samples are independent.
 
-    memory "fast" keeps every b from the first backward on, "low" makes them once more when v is
-    known and drops each as it is used.
+    memory "fast" keeps every b from the first backward on, "low" recomputes them when v is known
+    and drops each after its use.
 
     Where the samples lie in every layer's output, and that they are not mixed, is checked on the
-    graph of the forward itself, before anything of it is used: at the forwards 1, 2, 4, 8, ... of
-    a layout, and at every forward with calls that might exchange entries of samples (see `watch`).
-    A check costs two or three backward passes. What it cannot exclude is mixing inside an autograd
-    function of the user's own that begins, or changes, between two checks.
+    graph of the forward itself, before any part of it is used: at forwards 1, 2, 4, 8, ... of a
+    layout, and at every forward with calls that might exchange entries of samples (see `watch`).
+    A check costs two or three backward passes. It cannot exclude mixing inside a user's autograd
+    function that begins, or changes, between two checks.
     """
 
     name = "ghost"
@@ -120,14 +120,14 @@ class Ghost(Engine):
         if history is None:
             history = _History([Knowledge.before(use) for use in capture.recorded])
         axes = self._axes(graph, capture, history)
-        # from here on nothing raises: what was learned stands
+        # nothing below raises, so the history may be updated
         history.forwards += 1
         self._shared_rows = shared_rows
         self._histories[layout] = history
         if len(self._histories) > MOST_LAYOUTS:
             del self._histories[next(iter(self._histories))]
         uses = list(zip(capture.recorded, axes, strict=True))
-        # dots alone need no b twice
+        # dots alone need each b once
         if self.memory == "low" or not gradients:
             return LeanLinearization(self, batch, gradients, graph, uses)
         return FastLinearization(self, batch, gradients, graph, uses)
@@ -137,7 +137,7 @@ class Ghost(Engine):
 
         Raises:
             Unsupported: samples are mixed, uses were not seen, or cannot be replayed.
-            _SharedRows: an index of B entries turned out to be one of positions.
+            _SharedRows: an index of B entries may hold positions, which all samples share.
         """
         uses, size = capture.recorded, len(graph)
         axes = [k.axis(use.shape, size) for use, k in zip(uses, history.knowledge, strict=True)]
@@ -177,7 +177,7 @@ class Ghost(Engine):
 
 
 class _SharedRows(Unsupported):
-    """Some embeddings with an index of B entries may be positions; their turns."""
+    """The embeddings numbered `turns` may have an index of B positions, not of B samples."""
 
     def __init__(self, reasons: Iterable[str], turns: set[int]) -> None:
         super().__init__(reasons)

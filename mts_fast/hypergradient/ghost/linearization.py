@@ -1,5 +1,5 @@
-"""Gradients and dots of a captured forward, in two ways: every output gradient b is stored, or made
-again and used at once."""
+"""Gradients and dots of a captured forward, in two ways: every output gradient b is stored, or
+recomputed and used at once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
-from mts_fast.hypergradient.ghost.recorded import Recorded, add_gradients
+from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.objective import LabelledBatch
 
-# weights below this share of the largest are taken as this share in backward passes: b of such a
-# sample stays known to full precision, and its part of a gradient far below rounding.
+# weights below this share of the largest are raised to it in backward passes: b of their samples
+# keeps full precision, and their part of a gradient is still far below rounding
 SMALLEST_SHARE = 2.0**-60
 
 
 class GhostLinearization(Linearization):
     """Losses, graph and recorded calls of one forward.
 
-    A use whose axis is None has no gradient in this forward: it has no part of the dots.
+    A use whose axis is None has no gradient in this forward and adds nothing to the dots.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class GhostLinearization(Linearization):
         batch: LabelledBatch,
         gradients: int,
         graph: Tensor,
-        uses: list[tuple[Recorded, SampleAxis | None]],
+        uses: list[tuple[RecordedCall, SampleAxis | None]],
     ) -> None:
         super().__init__(engine, batch, gradients)
         self._graph: Tensor | None = graph
@@ -47,8 +47,8 @@ class GhostLinearization(Linearization):
     def losses(self) -> Tensor:
         return self._losses
 
-    def _dots(self, use: Recorded, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
-        """This call's part of b's cotangent times d [B]."""
+    def _dots(self, use: RecordedCall, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
+        """This call's part of d [B], times the cotangent with which b was computed."""
         with failure_named(use):
             dots = call_dots(use, axis, b, tangents, len(self._losses))
         return dots.to(self._losses.dtype)
@@ -61,11 +61,13 @@ class GhostLinearization(Linearization):
         return {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
 
     def _with_copies(
-        self, autograds: Sequence[Tensor | None], copies: Sequence[tuple[Recorded, Tensor | None]]
+        self,
+        autograds: Sequence[Tensor | None],
+        copies: Sequence[tuple[RecordedCall, Tensor | None]],
     ) -> list[Tensor | None]:
         """Autograd's gradients, and those of parameters that entered the graph as copies.
 
-        All dense, as the gradients are that are made from b.
+        All are dense, as gradients computed from b are.
         """
         extra: dict[Tensor, Tensor] = {}
         for use, b in copies:
@@ -82,12 +84,12 @@ class GhostLinearization(Linearization):
 
 @dataclass
 class Record:
-    """What the backward left of one use: p b and its layer, or every sample's own gradients.
+    """One use after the backward: p b and its layer call, or the gradients of every sample.
 
-    The latter [B, *argument] by name, times p; then neither input nor output gradient is held.
+    The latter are [B, *argument] by name, times p; the layer's input and b are then released.
     """
 
-    use: Recorded
+    use: RecordedCall
     axis: SampleAxis | None
     b: Tensor | None = None
     sample_gradients: dict[str, Tensor] | None = None
@@ -109,7 +111,7 @@ class Record:
 class FastLinearization(GhostLinearization):
     """One backward with the cotangent p gives the gradient and, on the way, p_i b_i at each call.
 
-    The graph is gone then. p_i d_i = <replay, p b>_i, and the gradient for other weights p' is that
+    It frees the graph. p_i d_i = <replay, p b>_i, and the gradient for other weights p' is that
     of p b times p'/p: one GEMM per layer, no second backward.
     """
 
@@ -160,7 +162,7 @@ class FastLinearization(GhostLinearization):
             r.b = b
         self._p, self._records, self._uses = p, records, []
         for r in records:
-            r.use.output = None  # an edge holds the graph
+            r.use.output = None  # an edge keeps the graph in memory
         copies = [(r.use, r.b) for r in rest if r.use.call is None]
         return self._with_copies(gradients[: len(parameters)], copies)
 
@@ -171,7 +173,7 @@ class FastLinearization(GhostLinearization):
         )
 
     def _keeper(self, record: Record) -> Callable[[tuple[Tensor | None, ...]], None]:
-        """Turns b into every sample's own gradients during the backward, and releases a."""
+        """A hook that turns b into per-sample gradients during the backward, and releases a."""
 
         def store(_: int, b: Tensor) -> None:
             call, axis = record.use.call, record.axis
@@ -198,7 +200,7 @@ class FastLinearization(GhostLinearization):
         return torch.where(self._p > 0, values / self._p, torch.zeros_like(values))
 
     def _consumed(self) -> Iterator[Record]:
-        """The records; dropped one by one unless a gradient is still to come."""
+        """The records, each dropped after its use unless a gradient is still to come."""
         if self._gradients_left:
             yield from self._records
             return
@@ -207,7 +209,7 @@ class FastLinearization(GhostLinearization):
 
 
 class LeanLinearization(GhostLinearization):
-    """The graph is kept; once v is known a pass of input gradients meets each b, and drops it."""
+    """Keeps the graph; once v is known, a backward pass recomputes each b, uses it and drops it."""
 
     _dots_are_due = True
 
@@ -236,18 +238,18 @@ class LeanLinearization(GhostLinearization):
         self.visit(lambda use, axis, b: total.add_(self._dots(use, axis, b, tangents)))
         return total
 
-    def visit(self, consume: Callable[[Recorded, SampleAxis, Tensor], object]) -> None:
-        """Hand over every use with the output gradient b of sum_i l_i, as it comes."""
+    def visit(self, consume: Callable[[RecordedCall, SampleAxis, Tensor], object]) -> None:
+        """Call `consume` with every use and its output gradient b of sum_i l_i, one at a time."""
         graph, pairs = self._graph, self._uses
         assert graph is not None
         if not self._gradients_left:
             self._graph, self._uses = None, []
 
-        def meet(i: int, b: Tensor) -> None:
+        def consume_at(i: int, b: Tensor) -> None:
             use, axis = pairs[i]
             if axis is not None:
                 consume(use, axis, b)
 
         self._dots_are_due = False
         uses, ones = [use for use, _ in pairs], torch.ones_like(self._losses)
-        visit_output_gradients(graph, uses, ones, meet, retain=self._gradients_left > 0)
+        visit_output_gradients(graph, uses, ones, consume_at, retain=self._gradients_left > 0)

@@ -1,4 +1,4 @@
-"""A call's part of every sample's gradient, in whichever form is cheapest to take the norm of."""
+"""A call's part of every sample's gradient, in the form whose norm is cheapest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward passes over a captured forward that hand over each output gradient b and drop it."""
+"""Backward passes over a captured forward that pass each output gradient b to a function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mts_fast.hypergradient.ghost.recorded import Recorded
+from mts_fast.hypergradient.ghost.recorded import RecordedCall
 
 # (position of the use, its b)
 Consumer = Callable[[int, Tensor], object]
@@ -28,8 +28,8 @@ def nodes_of(graph: Tensor) -> Iterator[Node]:
         waiting += new
 
 
-def _has_other_leaves(graph: Tensor, uses: Sequence[Recorded]) -> bool:
-    """Whether a tensor requires a gradient that is no parameter of a use, and no copy of one."""
+def _has_other_leaves(graph: Tensor, uses: Sequence[RecordedCall]) -> bool:
+    """Whether the graph has a leaf that is neither a parameter of a use nor a copy of one."""
     tracked = {id(source.parameter) for use in uses for source in use.sources.values()}
     copies = {use.edge.node for use in uses if use.call is None}
     return any(
@@ -40,7 +40,7 @@ def _has_other_leaves(graph: Tensor, uses: Sequence[Recorded]) -> bool:
 
 
 def in_callers_context(function: Consumer, device: torch.device) -> Consumer:
-    """The function under the autocast setting and the context variables that hold here.
+    """The function under the autocast setting and the context variables of the caller.
 
     Autograd runs hooks of GPU nodes in a thread of its own, to which neither the dtype of autocast
     nor a context variable (the backend in force) is passed on.
@@ -62,18 +62,18 @@ def in_callers_context(function: Consumer, device: torch.device) -> Consumer:
 
 def visit_output_gradients(
     graph: Tensor,
-    uses: Sequence[Recorded],
+    uses: Sequence[RecordedCall],
     cotangent: Tensor,
     consume: Consumer,
     *,
     retain: bool,
 ) -> None:
-    """Hand over every use's b as the backward reaches it; a use that is not reached is left out."""
+    """Call `consume` with every b as the backward reaches its use; others are left out."""
     consume = in_callers_context(consume, graph.device)
-    # a layer whose input requires a gradient for the sake of another tensor than the uses' own is
-    # reached by a second pass only
+    # a layer whose input requires a gradient because of a leaf outside the uses is reached only by
+    # a second pass
     twice = retain or _has_other_leaves(graph, uses)
-    # the first pass has to reach the uses with nothing recorded before them
+    # the first pass asks for b of the uses whose input requires no gradient; hooks see other uses
     first = {i for i, use in enumerate(uses) if use.is_first()}
     unmet = set(range(len(uses))) - first
 
@@ -103,14 +103,14 @@ def visit_output_gradients(
 
 def visit_with_gradients(
     graph: Tensor,
-    uses: Sequence[Recorded],
+    uses: Sequence[RecordedCall],
     parameters: Sequence[Tensor],
     cotangent: Tensor,
     consume: Consumer,
 ) -> list[Tensor | None]:
     """Autograd's gradients of the parameters, and every b on the way; the graph is kept.
 
-    Copies of parameters are not among the parameters: their b is all there is of them.
+    Copies of parameters are not among the parameters: only their b is computed.
     """
     consume = in_callers_context(consume, graph.device)
     copies = [i for i, use in enumerate(uses) if use.call is None]

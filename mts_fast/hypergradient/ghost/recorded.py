@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mts_fast.hypergradient.ghost.rules import LayerCall
-from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.ghost.source import ParameterSource
 from mts_fast.hypergradient.refused import Refused
 
 
@@ -22,15 +22,15 @@ class Unsupported(Refused):
 
 
 @dataclass
-class Recorded:
+class RecordedCall:
     """One recorded use: a layer call, or (call None) a copy per sample of a parameter's image."""
 
     call: LayerCall | None
-    sources: dict[str, Source]  # argument name -> its origin; "value" for a copy
+    sources: dict[str, ParameterSource]  # argument name -> its origin; "value" for a copy
     output: GradientEdge | None  # None once the graph is released
     shape: torch.Size
     path: str  # of a parameter in use
-    value: Tensor | None = None  # what was copied
+    value: Tensor | None = None  # the tensor that was copied
     _input: tuple[Tensor, int] | None = None  # layer input and its version when it was used
 
     @property
@@ -44,7 +44,7 @@ class Recorded:
         self.call = self._input = None
 
     def is_first(self) -> bool:
-        """Whether no gradient goes on from here."""
+        """Whether the backward ends here: no gradient is required of the input."""
         return self._input is None or not self._input[0].requires_grad
 
     def input_was_changed(self) -> bool:
@@ -63,7 +63,7 @@ class Recorded:
         return [(s.parameter, s.pullback(by_name[n])) for n, s in self.sources.items()]
 
     def _summed(self, b: Tensor) -> Tensor:
-        """The gradient of all copies, in the shape of what was copied."""
+        """The gradient of all copies, in the shape of the copied tensor."""
         assert self.value is not None
         if b.ndim == self.value.ndim:
             return b.sum(0, keepdim=True)

@@ -1,9 +1,9 @@
 """What the ghost engine has to know of a function that is linear in its parameters, and the
 functions that it knows (`layers/` has torch's).
 
-Of such a layer y = f(a; W), the output's tangent under a parameter tangent V is f(a; V): the layer
-replayed with V in place of W. So a rule only has to say where the parameters stand among the
-arguments; the rest are cheaper ways than autograd's.
+For a layer y = f(a; W) of this kind, the output's tangent under a parameter tangent V is f(a; V):
+the layer replayed with V in place of W. So a rule only has to say where the parameters stand among
+the arguments; its other fields are cheaper ways than autograd's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mts_fast.hypergradient.ghost.parts import GradientPart
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
-from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.ghost.source import ParameterSource
 
 # (call, output cotangent b) -> gradient of each parameter that stands in the call, by name
 WeightGradient = Callable[["LayerCall", Tensor], dict[str, Tensor]]
@@ -31,9 +31,7 @@ SampleParts = Callable[
 # (a [B, T, K], v [N, K], b [B, T, N], direction of the bias [N]) of a replay that is a product
 Product = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 # (call, directions by name, b, where its samples lie, B) -> the product, or None where it is none
-AsProduct = Callable[
-    ["LayerCall", Mapping[str, Tensor], Tensor, SampleAxis, int], "Product | None"
-]
+AsProduct = Callable[["LayerCall", Mapping[str, Tensor], Tensor, SampleAxis, int], "Product | None"]
 
 # (call, directions by name) -> the output's tangent
 Tangent = Callable[["LayerCall", Mapping[str, Tensor]], Tensor]
@@ -74,7 +72,7 @@ class LayerCall:
     rule: LayerRule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    sources: dict[str, Source] = field(default_factory=dict)  # argument name -> its origin
+    sources: dict[str, ParameterSource] = field(default_factory=dict)  # argument name -> its origin
 
     @property
     def input(self) -> Tensor:
@@ -109,7 +107,7 @@ class LayerCall:
         return self._with({name: (positions[name], value) for name, value in replaced.items()})
 
     def replay_with(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
-        """The same under the options of replays."""
+        """`run` under the options of replays."""
         options, positions = self.rule.replay_options, self.rule.parameters
         fixed = options(self) if callable(options) else options
         parameters = {name: (positions[name], value) for name, value in replaced.items()}
@@ -171,7 +169,7 @@ def register_layer(
     replay_options: ReplayOptions | None = None,
     indexed: bool = False,
 ) -> None:
-    """Teach the ghost engine a function that is linear in its parameters.
+    """Register a function that is linear in its parameters with the ghost engine.
 
     torch's own layers are registered by this function, too: yours can have all that they have.
 

@@ -20,7 +20,7 @@ NOISE = 16
 # factors of the samples' cotangents: distinct, of both signs, and exact in any precision
 FACTORS = (1.0, -1.0, 2.0, -2.0, 4.0, -4.0, 8.0, -8.0)
 
-# numbers that stand for one sample's b: signed sums of its entries. Their norm is that of b to
+# entries of the sketch of one sample's b: signed sums of the entries of b. Its norm is that of b to
 # about 1 / sqrt(2 x 16) = 18 %.
 SKETCH_SIZE = 16
 
@@ -72,8 +72,8 @@ class SampleAxis:
     def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
         """<x, y> per sample [B], accumulated in float32 or wider; x may broadcast to y.
 
-        `overwrite` allows x to be lost: a product in memory of its own took 8 times as long (all
-        layers of a ViT in a step, 2 CPU cores), though it did not in a loop over one layer.
+        `overwrite` allows writing the product into x: a product in new memory took 8 times as long
+        (all layers of a ViT in a step, 2 CPU cores), though it did not in a loop over one layer.
         """
         if x.dtype in (torch.bfloat16, torch.float16) or x.dtype != y.dtype:
             x, y = x.float(), y.float()
@@ -87,7 +87,7 @@ def layouts(shape: torch.Size) -> tuple[SampleAxis, ...]:
 
 
 def distinct(candidates: Iterable[SampleAxis], shape: torch.Size, size: int) -> list[SampleAxis]:
-    """The candidates that fit the shape, one of each way to share the entries among B samples."""
+    """The candidates that fit the shape, one for each way to divide the entries among B samples."""
     fitting = (c.simplest(shape, size) for c in candidates if c.fits(shape, size))
     return list(dict.fromkeys(fitting))
 
@@ -95,7 +95,7 @@ def distinct(candidates: Iterable[SampleAxis], shape: torch.Size, size: int) -> 
 def factor_rounds(size: int, like: Tensor, seed: int) -> Iterator[Tensor]:
     """Factors [B], round after round until the rounds together tell any two samples apart.
 
-    Sample i has the digits of a number of its own as the positions of its factors.
+    Each sample has a distinct number, whose digits in base 8 index FACTORS round by round.
     """
     numbers = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     values = torch.tensor(FACTORS, dtype=like.dtype)

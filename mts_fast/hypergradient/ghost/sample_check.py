@@ -1,9 +1,9 @@
-"""What the graph of a forward tells of it: where samples lie, mixing, uses that were not seen.
+"""What the graph of a forward shows: where samples lie, whether they mix, uses not seen.
 
 Every sample's loss gets a factor of its own. Where samples are independent, each output gradient b
 is that of equal factors, times the factor of the sample that an entry belongs to: this finds the
-entries of every sample, and no such layout exists where samples are mixed. The sum over the
-samples, which engines are compared by, is right along every axis and shows neither.
+entries of every sample, and no layout fits where samples are mixed. The sum over the samples, by
+which engines are compared, is right along every axis and shows neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mts_fast.hypergradient.ghost.passes import (
     visit_output_gradients,
     visit_with_gradients,
 )
-from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported, add_gradients
+from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import (
     SampleAxis,
     agrees,
@@ -30,20 +30,20 @@ from mts_fast.hypergradient.ghost.sample_axis import (
     sketch,
 )
 
-# seeds of the sketches of different uses lie apart by a prime
+# the seeds of two uses' sketches differ by multiples of a prime
 SEED_STRIDE = 7919
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What forwards so far tell of one use: the layouts that they left, if any had a gradient."""
+    """The layouts of one use that no forward has ruled out; `seen` if it ever had a gradient."""
 
     candidates: tuple[SampleAxis, ...]
     seen: bool = False
 
     @classmethod
-    def before(cls, use: Recorded) -> Knowledge:
-        """Anything is possible, but a copy per sample has them first."""
+    def before(cls, use: RecordedCall) -> Knowledge:
+        """Every layout is possible, but a copy per sample has its samples first."""
         return cls((SampleAxis(),) if use.call is None else layouts(use.shape))
 
     def axis(self, shape: torch.Size, size: int) -> SampleAxis | None:
@@ -56,7 +56,7 @@ class Knowledge:
 class _Look:
     """One use in the passes of a check."""
 
-    use: Recorded
+    use: RecordedCall
     options: list[SampleAxis]
     seed: int
     plain: list[Tensor] = field(default_factory=list)  # sketches by option
@@ -72,7 +72,7 @@ class _Look:
         return [sketch(b, option, size, self.seed) for option in self.options]
 
 
-def has_gradients(graph: Tensor, uses: Sequence[Recorded], seed: int) -> bool:
+def has_gradients(graph: Tensor, uses: Sequence[RecordedCall], seed: int) -> bool:
     """Whether any of the uses has an output gradient in this forward."""
     factors = next(factor_rounds(len(graph), graph, seed))
     seen: list[Tensor] = []
@@ -83,7 +83,7 @@ def has_gradients(graph: Tensor, uses: Sequence[Recorded], seed: int) -> bool:
 
 def check_samples(
     graph: Tensor,
-    uses: Sequence[Recorded],
+    uses: Sequence[RecordedCall],
     knowledge: Sequence[Knowledge],
     names: dict[Tensor, str] | None,
     seed: int,
@@ -100,7 +100,7 @@ def check_samples(
     looks = []
     for i, (use, known) in enumerate(zip(uses, knowledge, strict=True)):
         options = distinct(known.candidates, use.shape, size)
-        if not options:  # sizes for which what is known cannot be
+        if not options:  # no candidate that is left fits this size
             options = distinct(Knowledge.before(use).candidates, use.shape, size)
         looks.append(_Look(use, options, seed + SEED_STRIDE * i))
     sums = _Sums(uses)
@@ -149,7 +149,7 @@ def check_samples(
 
 
 def _learned(look: _Look, known: Knowledge, size: int) -> Knowledge:
-    """The candidates that are left after a check; NaN and infinity teach nothing."""
+    """The candidates that are left after a check; NaN and infinity rule nothing out."""
     if not bool(torch.stack(look.finite).all()):
         return known
     shape = look.use.shape
@@ -165,10 +165,10 @@ def _learned(look: _Look, known: Knowledge, size: int) -> Knowledge:
 class _Sums:
     """The parameters' gradients from recorded output gradients, beside autograd's."""
 
-    def __init__(self, uses: Sequence[Recorded]) -> None:
+    def __init__(self, uses: Sequence[RecordedCall]) -> None:
         self._uses = uses
         self._gradients: dict[Tensor, Tensor] = {}
-        self._terms: dict[Tensor, Tensor] = {}  # what the sums amount to where nothing cancels
+        self._terms: dict[Tensor, Tensor] = {}  # the sums with |b|: their size without cancellation
         self._allowed = 0.0
 
     def add(self, i: int, b: Tensor) -> None:
@@ -196,7 +196,7 @@ class _Sums:
         return reasons
 
 
-def _try_replay(use: Recorded, b: Tensor) -> None:
+def _try_replay(use: RecordedCall, b: Tensor) -> None:
     """Replay a use with tangents of 0, to see that it can be, and that it leaves them as they are.
 
     Raises:
@@ -212,8 +212,8 @@ def _try_replay(use: Recorded, b: Tensor) -> None:
 
 
 @contextmanager
-def failure_named(use: Recorded) -> Iterator[None]:
-    """Errors inside become reasons that name the parameter; out of memory stays what it is."""
+def failure_named(use: RecordedCall) -> Iterator[None]:
+    """Errors inside become reasons that name the parameter; out of memory is raised as it is."""
     try:
         yield
     except (Unsupported, torch.OutOfMemoryError):

@@ -10,14 +10,14 @@ from torch import Tensor
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.linearization import LeanLinearization
 from mts_fast.hypergradient.ghost.parts import GradientPart, inner
-from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
+from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.ghost.sample_parts import sample_parts
-from mts_fast.hypergradient.ghost.source import Source
+from mts_fast.hypergradient.ghost.source import ParameterSource
 from mts_fast.hypergradient.objective import LabelledBatch
 
-# of all samples' gradients by one parameter, 512 MiB in float32
+# entries of all samples' gradients by one parameter: 512 MiB in float32
 MOST_ENTRIES = 2**27
 
 
@@ -27,13 +27,13 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
     Raises:
         Unsupported: the model mixes samples, or uses parameters in ways that cannot be taken apart.
     """
-    line = engine.linearize(batch, gradients=0)
-    assert isinstance(line, LeanLinearization)
-    times = line.times_used()
-    squares = torch.zeros_like(line.losses)
-    several: dict[Tensor, list[tuple[Source, GradientPart]]] = defaultdict(list)
+    linearization = engine.linearize(batch, gradients=0)
+    assert isinstance(linearization, LeanLinearization)
+    times = linearization.times_used()
+    squares = torch.zeros_like(linearization.losses)
+    several: dict[Tensor, list[tuple[ParameterSource, GradientPart]]] = defaultdict(list)
 
-    def add(use: Recorded, axis: SampleAxis, b: Tensor) -> None:
+    def add(use: RecordedCall, axis: SampleAxis, b: Tensor) -> None:
         with failure_named(use):
             parts = sample_parts(use, axis, b, len(batch))
         for name, part in parts.items():
@@ -43,13 +43,13 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
             else:
                 squares.add_(part.squares().to(squares.dtype))
 
-    line.visit(add)
+    linearization.visit(add)
     for parameter, parts in several.items():
         squares += _square(parts, engine.names[parameter]).to(squares.dtype)
     return squares.clamp(min=0).sqrt()
 
 
-def _square(parts: list[tuple[Source, GradientPart]], path: str) -> Tensor:
+def _square(parts: list[tuple[ParameterSource, GradientPart]], path: str) -> Tensor:
     """Squared norm [B] of the sum of several parts of one parameter."""
     if not any(source.maps for source, _ in parts):
         total = sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
@@ -57,12 +57,12 @@ def _square(parts: list[tuple[Source, GradientPart]], path: str) -> Tensor:
             for _, y in parts[:i]:
                 total = total + 2 * inner(x, y)
         return total
-    # views: where no entry of the parameter is met twice, the parts are orthogonal
-    met = sum(
+    # views: where no entry of the parameter is used twice, the parts are orthogonal
+    uses_of_entries = sum(
         source.pullback(torch.ones_like(source.image(source.parameter.detach())))
         for source, _ in parts
     )
-    if float(torch.as_tensor(met).max()) <= 1:
+    if float(torch.as_tensor(uses_of_entries).max()) <= 1:
         return sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
     entries = len(parts[0][1].squares()) * parts[0][0].parameter.numel()
     if entries > MOST_ENTRIES:
@@ -70,7 +70,7 @@ def _square(parts: list[tuple[Source, GradientPart]], path: str) -> Tensor:
     return _pulled_back(parts).square().flatten(1).sum(1)
 
 
-def _pulled_back(parts: list[tuple[Source, GradientPart]]) -> Tensor:
+def _pulled_back(parts: list[tuple[ParameterSource, GradientPart]]) -> Tensor:
     """Every sample's gradient of the parameter itself, [B, *parameter]."""
     total = []
     for source, part in parts:

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.ghost.parts import DensePart, GradientPart
-from mts_fast.hypergradient.ghost.recorded import Recorded, Unsupported
+from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported
 from mts_fast.hypergradient.ghost.rules import LayerCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
-def sample_parts(use: Recorded, axis: SampleAxis, b: Tensor, size: int) -> dict[str, GradientPart]:
+def sample_parts(
+    use: RecordedCall, axis: SampleAxis, b: Tensor, size: int
+) -> dict[str, GradientPart]:
     """The parts of one use by argument name, for the output cotangent b of sum_i l_i."""
     call = use.call
     if call is None:

@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Source:
+class ParameterSource:
     """A parameter and the views that led from it to the tensor in use (chunk, transpose, ...)."""
 
     parameter: Tensor
     maps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
-    def then(self, view: Callable[[Tensor], Tensor]) -> Source:
+    def then(self, view: Callable[[Tensor], Tensor]) -> ParameterSource:
         """The same with one view more."""
-        return Source(self.parameter, (*self.maps, view))
+        return ParameterSource(self.parameter, (*self.maps, view))
 
     def image(self, tangent: Tensor) -> Tensor:
-        """What a tangent of the parameter becomes at the tensor in use."""
+        """The tangent of the tensor in use for a tangent of the parameter."""
         for view in self.maps:
             tangent = view(tangent)
         return tangent

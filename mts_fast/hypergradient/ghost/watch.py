@@ -1,9 +1,9 @@
 """Which function calls between layers might exchange entries of different samples.
 
 A check of one forward holds for the next one only where nothing but the values of activations has
-changed. Samples can be exchanged by an index or a permutation that holds other numbers now (mixup,
-routing to experts), or by a sum over the batch behind a factor that was zero. So a forward with
-such a call is checked every time; and forwards are told apart by the order in which axes are moved.
+changed. Samples can be exchanged by an index or a permutation whose values have changed (mixup,
+routing to experts), or by a sum over the batch behind a factor that was zero. So every forward with
+a call of this kind is checked; and forwards are told apart by the order in which axes are moved.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ _LOSSES = _words(
     l1_loss smooth_l1_loss huber_loss kl_div soft_margin_loss gaussian_nll_loss poisson_nll_loss
     cosine_embedding_loss margin_ranking_loss multi_margin_loss"""
 )
-# functions that combine or move the entries of some axes: position of that argument, and the axes
-# where it is left out (None: all of them)
+# functions that combine or move the entries of some axes -> position of the axes' argument, and its
+# default (None: all axes)
 _ALONG: dict[str, tuple[int, int | None]] = {
-    name: place
-    for place, names in {
+    name: axes
+    for axes, names in {
         (1, None): """sum nansum mean nanmean var std var_mean std_mean amax amin aminmax max min
             argmax logsumexp prod median nanmedian any all count_nonzero""",
         (1, -1): """softmax log_softmax softmin cumsum cumprod cummax logcumsumexp sort argsort
@@ -109,7 +109,7 @@ def plain_name(function: Callable[..., Any]) -> str:
 
 
 def move_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object | None:
-    """What tells two orders of axes apart: name and axes of a call that moves them, or None."""
+    """Name and axes of a call that moves axes, by which two forwards are told apart; or None."""
     if name not in _MOVES:
         return None
     axes = [a for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
@@ -207,7 +207,7 @@ def _is_mask(item: Any) -> bool:
 
 
 def _product_may_mix(operands: list[Tensor], size: int) -> bool:
-    """Products whose operands share a leading batch keep to it; else by what is summed over."""
+    """False where the operands share a leading batch axis; else by the axis that is summed."""
     left, right = operands[-2:] if len(operands) > 1 else (operands[0], operands[0])
     if min(left.ndim, right.ndim) >= 3 and not (left.shape[0] % size or right.shape[0] % size):
         return False

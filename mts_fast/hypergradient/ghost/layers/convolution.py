@@ -18,7 +18,7 @@ _TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d:
 
 
 def _options(call: LayerCall) -> dict[str, Any] | None:
-    """What torch's convolution backward is called with.
+    """The options of torch's convolution backward.
 
     None for padding by name, and for an input without a batch axis.
     """
@@ -63,7 +63,7 @@ def _weight_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
 def _as_product(
     call: LayerCall, directions: Mapping[str, Tensor], b: Tensor, axis: SampleAxis, size: int
 ) -> Product | None:
-    """Of a 1 x 1 convolution with stride 1: the channels at every position, a linear layer."""
+    """A 1 x 1 convolution with stride 1 is a linear layer on the channels of every position."""
     v, a, options = directions.get("weight"), call.input.detach(), _options(call)
     if v is None or options is None or axis != SampleAxis() or not len(a) == len(b) == size:
         return None

@@ -23,7 +23,7 @@ def _scaled_by_frequency(call: LayerCall) -> bool:
 
 
 def _as_autograd_has_it(call: LayerCall, y: Tensor) -> Tensor:
-    """Without rows of the padding index, which get no gradient; over the frequency if it counts."""
+    """y with 0 at the padding index, divided by the frequency of an index if autograd does so."""
     padding, index = _padding_row(call), call.input
     if padding is not None:
         y = y.masked_fill((index == padding)[..., None], 0)
@@ -54,8 +54,8 @@ def _sample_parts(
     return {"weight": ScatteredPart(index, right, len(call.argument("weight")))}
 
 
-# autograd gives the row of the padding index no gradient here, though a tied head may; the forward
-# has already renormalised the table with max_norm
+# `adjusted`: autograd gives the row of the padding index no gradient here, though a tied head may.
+# `max_norm` is None in replays: the forward has already renormalised the table
 register_layer(
     F.embedding,
     {"weight": 1},

@@ -1,4 +1,4 @@
-"""Products with a weight as a matrix, y = a W or c + a W: matmul, addmm; and einsum."""
+"""Products with a weight matrix, y = a W (matmul) or c + a W (addmm); and einsum."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def _sample_parts(
 
 
 for _function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-    register_layer(
-        _function, {"weight": 1}, as_product=_as_product, sample_parts=_sample_parts
-    )
+    register_layer(_function, {"weight": 1}, as_product=_as_product, sample_parts=_sample_parts)
 register_layer(
     torch.addmm,
     {"bias": 0, "weight": 2},

@@ -18,16 +18,16 @@ from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
 def _terms(call: LayerCall, name: str, b: Tensor) -> Tensor:
-    """What a parameter's gradient is the sum of, at every entry of the output."""
+    """The terms, one per entry of the output, whose sum is a parameter's gradient."""
     if name == "bias":
         return b
-    # without parameters a norm gives x^, in a tensor of its own
+    # without parameters the layer returns x^ in a new tensor, which may be overwritten
     normalized = call.replay_with(dict.fromkeys(call.rule.parameters))
     return normalized.mul_(b) if normalized.dtype == b.dtype else normalized * b
 
 
 def _sum(rows: Tensor) -> Tensor:
-    """Over axis 1, in float32 at least."""
+    """Sum over axis 1, in float32 at least."""
     return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -47,7 +47,7 @@ def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dic
     for name in call.sources:
         terms = _terms(call, name, b)
         if axis.axis != 0:
-            # samples first; then come r, the rows of axis 0, and the channels
+            # [B, r, rows of axis 0, C, ...] -> [B, C, r, rows of axis 0, ...]
             rows = axis.samples(terms, size).movedim(3, 1)
             gradients[name] = rows.flatten(2).sum(
                 2, dtype=torch.promote_types(b.dtype, torch.float32)
@@ -64,7 +64,7 @@ def _batch_norm_couples(call: LayerCall) -> str | None:
 
 
 def _without_statistics(call: LayerCall) -> dict[str, tuple[int, Any]]:
-    """Instance norm moves its running statistics where it does not read them."""
+    """Replays of instance norm without running statistics, where it would update them."""
     if call.option("use_input_stats", 5, True):
         return {"running_mean": (1, None), "running_var": (2, None)}
     return {}
