@@ -16,7 +16,7 @@ from mts_fast.backends.cpp import virtual_update as cpp
 from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.ops.update_rules import rule_of
-from mts_fast.ops.virtual_update_door import (
+from mts_fast.ops.virtual_update_checks import (
     OP,
     check_like,
     check_optimizer,
