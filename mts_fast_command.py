@@ -12,21 +12,21 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line; returns the exit status."""
     names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    # what is ignored (nohup, a shell's background jobs) stays ignored
+    # ignored signals (nohup, a shell's background jobs) stay ignored
     answered = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
     for name in answered:
         signal.signal(name, _leave)
     from mts_fast.cli.main import main as run
 
     status = run()
-    # everything is written: a signal while Python takes itself apart changes nothing more
+    # everything is written: signals are ignored while Python shuts down
     for name in answered:
         signal.signal(name, signal.SIG_IGN)
     return status
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """An exception would be lost, or become another one, in the middle of some imports."""
+    """End at once: an exception would be lost, or become another one, inside some imports."""
     os.write(2, b"mts-fast: interrupted while it started; nothing was changed\n")
     os._exit(INTERRUPTED)
 

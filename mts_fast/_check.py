@@ -20,15 +20,15 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def fail(
     error: type[Exception], op: str, arg: str, expected: str, got: object, hint: str
 ) -> NoReturn:
-    """Raise `error` in the one format of mts_fast: argument and expectation; what came; what to do.
+    """Raise `error` in the one format of mts_fast: argument and expectation; actual value; hint.
 
-    A test walks every call and every `raise` of the package for the three.
+    A test checks every call and every `raise` of the package for these three.
     """
     raise error(f"{op}: {arg} must be {expected}, got {got}; {hint}")
 
 
 def describe(value: object) -> str:
-    """Say what a value is in a few words, for error messages."""
+    """A value in a few words, for error messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"[:120]

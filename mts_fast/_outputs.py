@@ -1,4 +1,4 @@
-"""Where results are to go is tried before the work; what a killed process left there is removed."""
+"""Tries output folders before the work, and removes what killed processes left in them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from mts_fast.cli.usage import usage_message, whole
 DEFAULT_SEEDS = 2
 # torch counts in int64
 LARGEST = 2**63 - 1
-# asked for before the demo's work, in the process that is seen
+# imported before the demo's work, so that the main process reports what is missing
 DEMO_NEEDS = ("matplotlib.pyplot", "PIL.ImageFont", "rich", "sklearn.datasets", "sklearn.metrics")
 # every seed takes minutes, and has a line in the progress display
 MOST_SEEDS = 1000
@@ -209,7 +209,7 @@ def features(
     ] = True,
 ) -> int:
     """Distribution features of a pool of embeddings, as a FeatureTable."""
-    import safetensors  # noqa: F401  (asked for before the work, not after it)
+    import safetensors  # noqa: F401  (a missing package is reported before the work, not after it)
 
     from mts_fast.cli.features import FeaturesOptions, run_features
 
@@ -229,7 +229,7 @@ def doctor(
         ),
     ] = None,
 ) -> int:
-    """What runs here, and why what does not run does not."""
+    """What runs here, and reasons for what does not."""
     from mts_fast.cli.doctor import model_report, report
 
     print(report() if model is None else model_report(model))

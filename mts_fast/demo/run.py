@@ -111,11 +111,11 @@ def summarize(results: Sequence[SeedResult]) -> dict[str, dict[str, float | None
 
     rows: dict[str, dict[str, float | None]] = {}
     for arm in ARMS:
-        found = [100 * r.accuracy[arm] for r in results]
+        accuracies = [100 * r.accuracy[arm] for r in results]
         auc = [r.auc[arm] for r in results if arm in r.auc]
         rows[arm] = {
-            "accuracy": statistics.mean(found),
-            "accuracy_spread": spread(found),
+            "accuracy": statistics.mean(accuracies),
+            "accuracy_spread": spread(accuracies),
             "auc": statistics.mean(auc) if auc else None,
             "auc_spread": spread(auc) if auc else None,
             "seconds": statistics.mean(r.seconds[arm] for r in results),

@@ -124,7 +124,7 @@ def weighted_cross_entropy(
             the mean over its counted positions.
 
     Returns:
-        (L [], l [B]), both differentiable, by p, too. For sequences l_i is the mean over the
+        (L [], l [B]), both differentiable, also in p. For sequences l_i is the mean over the
         positions of sequence i that are not ignored; where all are ignored it is 0.
 
     Raises:
