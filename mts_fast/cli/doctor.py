@@ -16,11 +16,11 @@ import torch
 
 import mts_fast
 from mts_fast._check import describe, fail
+from mts_fast.backends import registry
 from mts_fast.backends.cpp.extension import build_record, extension
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.cli.packages import OPTIONAL
 from mts_fast.hypergradient import ENGINES
-from mts_fast.backends import registry
 
 # module -> its distribution, where the names differ
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}

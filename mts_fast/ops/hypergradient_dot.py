@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, fail
+from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import hypergradient_dot as triton
 from mts_fast.backends.triton.eligibility import reasons_against_triton
-from mts_fast.backends.registry import register, register_triton, resolve
 
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
 register(DOT, "reference", reference.hypergradient_dot)

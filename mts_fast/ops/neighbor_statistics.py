@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import reference

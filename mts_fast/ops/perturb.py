@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, fail
-from mts_fast.backends.triton import perturb as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import perturb as triton
 
 NORM, PERTURB = "global_norm", "perturb"
 register(NORM, "reference", reference.global_norm)

@@ -13,8 +13,8 @@ from torch import Tensor
 from mts_fast import reference
 from mts_fast._check import check_number, fail
 from mts_fast.backends.cpp import virtual_update as cpp
-from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.ops.update_rules import rule_of
 from mts_fast.ops.virtual_update_checks import (
     OP,
@@ -81,9 +81,7 @@ register(ALONG, "reference", _composed)
 register(OP, "cpp", cpp.virtual_update, cpp.reasons)
 register(DIRECTION, "cpp", cpp.hypergradient_direction, cpp.reasons)
 register_triton(OP, triton.virtual_update, triton.reasons)
-register_triton(
-    DIRECTION, triton.hypergradient_direction, triton.reasons
-)
+register_triton(DIRECTION, triton.hypergradient_direction, triton.reasons)
 register_triton(ALONG, triton.virtual_update_along, triton.reasons)
 
 
