@@ -1,4 +1,4 @@
-"""The console script mts-fast: answers signals before torch is imported, which takes seconds."""
+"""The console script mts-fast: handles signals before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     # ignored signals (nohup, a shell's background jobs) stay ignored
-    answered = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
-    for name in answered:
+    handled = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
+    for name in handled:
         signal.signal(name, _leave)
     from mts_fast.cli.main import main as run
 
     status = run()
     # everything is written: signals are ignored while Python shuts down
-    for name in answered:
+    for name in handled:
         signal.signal(name, signal.SIG_IGN)
     return status
 

@@ -69,12 +69,12 @@ def failure(command: str, output: str) -> str:
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     causes = {NO_NVCC: INSTALL_NVCC, NO_COMPILER: INSTALL_COMPILER, ERROR_LINE: SEE_OUTPUT}
     for pattern, hint in causes.items():
-        telling = []
+        matches = []
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             if pattern.search(line):
-                telling.append(f"{line} {following}" if line.endswith(":") else line)
-        if telling:
-            return f"`{command}` failed: {' | '.join(telling[:LINES_SHOWN])}; {hint}"
+                matches.append(f"{line} {following}" if line.endswith(":") else line)
+        if matches:
+            return f"`{command}` failed: {' | '.join(matches[:LINES_SHOWN])}; {hint}"
     return f"`{command}` failed: {' | '.join(lines[-LINES_SHOWN:])}; {SEE_OUTPUT}"
 
 

@@ -40,8 +40,8 @@ class Ambient:
         return cls(torch.is_grad_enabled(), _get_current_function_mode_stack(), level)
 
     def restore(self) -> None:
-        """After an exception: leave what was entered since, and enter what was left. May be
-        repeated."""
+        """After an exception: leave modes and levels entered since the capture, and enter those
+        that were left. May be repeated."""
         # torch counts the levels twice, and the two counts may differ
         for level in range(max(forward_ad._current_level, self.level + 1), self.level, -1):
             with suppress(RuntimeError):

@@ -62,7 +62,7 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     """Whether this process alone has the folder inside the block. It does not where another one has
-    it and `wait` is off, or where the system knows no such locks."""
+    it and `wait` is off, or where the system has no such locks."""
     try:
         import fcntl
 

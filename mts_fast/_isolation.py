@@ -62,7 +62,7 @@ class World:
 
 
 def world_of(modules: nn.Module | World) -> World:
-    """A world as it is; a module as a world of its own."""
+    """A World as it is; a module wrapped in a World."""
     return modules if isinstance(modules, World) else World(modules)
 
 

@@ -42,13 +42,13 @@ def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[Non
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    answered = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in answered:
+    handled = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in handled:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in answered.items():
+        for number, old in handled.items():
             signal.signal(number, old)
 
 

@@ -92,7 +92,7 @@ def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
     """Do the remaining work and save it; False where a signal asked to stop."""
     with postponed() as stop, _bar(sweep.total) as show:
         show(sweep.done)
-        # a unit is never cut short, so that what is saved is whole.
+        # a unit of work is never interrupted, so that the saved state is whole
         with by_flags():
             for done in sweep.run():
                 show(done)
@@ -104,7 +104,7 @@ def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
 
 
 def _add_columns(out: Path, columns: Mapping[str, Tensor], progress: _Progress) -> int:
-    """Into the table as it is now: another process may have added columns meanwhile."""
+    """Add to the table as it is on disk: another process may have added columns meanwhile."""
     with postponed():
         table = _load_table(out, progress.pool.shape[0])
         table.update(columns)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = command.main(args=words, prog_name="mts-fast", standalone_mode=False) or 0
             if out is not None:
                 out.flush()
-                # a reader that has seen enough is no error, a full disk behind stdout is one
+                # a reader that closes the pipe is no error, a full disk behind stdout is one
                 if out.error is not None and not isinstance(out.error, BrokenPipeError):
                     raise OSError(
                         f"{verb}: standard output must be writable, got {out.error}; free the disk,"
@@ -89,7 +89,7 @@ def _one_line(error: Exception, verb: str) -> str:
 
 
 class _Interrupted(Exception):
-    """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a word."""
+    """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a message."""
 
 
 def _verb(run: Callable[..., int]) -> Callable[..., int]:

@@ -107,7 +107,7 @@ class PoolFile:
     """Embeddings [N, D] of a file, read in chunks, each of which has to be the same every time.
 
     The first reading of a chunk leaves a hash. Later ones are compared with it where the file's
-    time has changed, and all of them when a sweep goes on with `digests` of an earlier process.
+    time has changed, and all of them when a sweep resumes with `digests` of an earlier process.
     Rows are copied: reading a mapped page of a file that was truncated kills the process.
     """
 

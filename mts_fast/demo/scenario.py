@@ -16,7 +16,7 @@ from mts_fast.demo.edits import Edit, edit_images
 from mts_fast.demo.glyphs import draw_glyphs
 from mts_fast.demo.images import LabelledImages, load_digits, load_fashion
 
-# what a synthetic sample really is, with its share of the pool; REAL marks real images
+# kinds of synthetic samples and the share of each among them; REAL marks real images
 KINDS = {
     "good": 0.35,
     "other style": 0.10,

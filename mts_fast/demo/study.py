@@ -52,7 +52,7 @@ def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> l
         try:
             save_record(record, out)
             picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
-        finally:  # on a disk that has filled up meanwhile the table is all that is left
+        finally:  # where the disk has filled up meanwhile, the table is the only output
             print_table(console, *_table(data, rows))
     console.print(f"Written to {out}/: results.json, {picture.name}", markup=False)
     return rows

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from mts_fast._check import fail
 from mts_fast._process import postponed
 
-# how often the main process looks whether a seed has ended
-LOOK_SECONDS = 0.2
+# time between checks of the main process for seeds that have ended
+POLL_SECONDS = 0.2
 # signals that a terminal sends to all processes; the main one ends its workers
 SENT_TO_ALL = (signal.SIGINT, signal.SIGHUP)
 
@@ -78,16 +78,16 @@ def _collect(
             error = future.exception()
             ended(seed, error is None)
             if isinstance(error, BrokenProcessPool):
-                _fail_of_killed()
+                _fail_for_killed_process()
             if error is not None:
                 raise error
         # the pool does not watch a process that started while it was already waiting
         if not all(worker.is_alive() for worker in workers):
             for future in running:
                 ended(running[future], False)
-            _fail_of_killed()
+            _fail_for_killed_process()
         try:
-            seed, arm, steps = messages.get(timeout=LOOK_SECONDS)
+            seed, arm, steps = messages.get(timeout=POLL_SECONDS)
         except queue.Empty:
             continue
         if seed in running.values():
@@ -95,7 +95,7 @@ def _collect(
     return [future.result() for future in futures]
 
 
-def _fail_of_killed() -> NoReturn:
+def _fail_for_killed_process() -> NoReturn:
     expected = "alive until its seed is done"
     hint = "it may have had too little memory: close other programs, run fewer --seeds"
     fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)

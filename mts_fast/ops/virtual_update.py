@@ -148,8 +148,8 @@ def virtual_update(
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, NAdam, RAdam or Muon of torch.optim with any of their
-            options but `differentiable`, or one that `register_update_rule` knows, with any number
-            of parameter groups. Only read.
+            options but `differentiable`, or one added by `register_update_rule`, with any number of
+            parameter groups. Only read.
         gradients: one per trainable parameter, in the order of the groups, of the parameter's
             shape; None where a parameter had none (it stays as it is, as in torch).
         along: v, likewise; asks for kappa * v from the same pass.

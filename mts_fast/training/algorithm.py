@@ -62,9 +62,9 @@ class Prepared:
     gradient: list[Tensor | None] | None = None  # row 3, unscaled
     update: SelectorUpdate | None = None
     val_loss: Tensor | None = None
-    gap: Tensor | None = None
+    gap: Tensor | None = None  # [], of the sum rule; see `invariant_gap`
     guarded: bool = False  # the guard has checked the dots
-    masked: Tensor | None = None
+    masked: Tensor | None = None  # [], entries of kappa set to 0
     engine: str = ""
     overflow: bool = False  # loss scaling has pushed a gradient beyond float16
 

@@ -25,8 +25,8 @@ from mts_fast.ops.virtual_update_checks import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 
 OP = "MTSStep"
-# wrappers whose hooks torch.autograd.grad does not run, by name of the class: importing them here
-# would import torch.distributed
+# wrappers whose hooks torch.autograd.grad does not run, by class name: importing the classes would
+# import torch.distributed
 DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -190,7 +190,7 @@ def _check_torch_optimizer(arg: str, value: object) -> torch.optim.Optimizer:
 
 
 def _check_undoable(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a selector's optimizer whose step is known to raise, or wants a closure."""
+    """Refuse a selector's optimizer whose step is known to raise, or needs a closure."""
     arg, name = "selector_optimizer", type(optimizer).__name__
     step: Callable[..., object] = optimizer.step
     closure = inspect.signature(step).parameters.get("closure")

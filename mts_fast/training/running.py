@@ -205,7 +205,7 @@ def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
 def _step_optimizer(
     step: MTSStep, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
 ) -> bool:
-    """Step the classifier's optimizer, undone with the rest where it raises; whether it stepped."""
+    """Step the classifier's optimizer, undone with the call where it raises; whether it stepped."""
     copies = step.atomic
     if copies is None:
         copies = state_bytes(step.optimizer) <= ATOMIC_BYTES

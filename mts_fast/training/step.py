@@ -302,7 +302,7 @@ class MTSStep:
         is_synthetic: Tensor | None = None,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Raw weights w [B] that the selector now gives to samples; nothing is changed.
+        """Raw weights w [B] that the selector currently gives to samples; nothing is changed.
 
         Arguments and errors as for a step. With batch-wise standardised online features
         (online_momentum=None) the weight of a sample depends on the batch it is scored in.
@@ -354,7 +354,7 @@ class MTSStep:
         return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; afterwards the run goes on bit for bit as the saved one would.
+        """Load a state; afterwards the run goes on bit for bit as the saved one would.
 
         The state is copied: torch's optimizers would go on to write into its tensors. A state
         that does not fit changes nothing.

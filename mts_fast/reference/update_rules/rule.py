@@ -110,7 +110,7 @@ class UpdateRule(ABC):
     numbers: ClassVar[Mapping[str, Bounds]] = {"lr": NOT_NEGATIVE}
     #: names of single numbers, such as a count of steps, that a state which is not empty holds
     state_numbers: ClassVar[tuple[str, ...]] = ()
-    #: names of state tensors of the parameter's shape that need not be there
+    #: names of state tensors of the parameter's shape that may be missing
     optional_state_tensors: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -153,7 +153,7 @@ class UpdateRule(ABC):
 
     def state_tensors(self, group: Options) -> Iterable[str]:
         """Names of the state tensors of the parameter's shape that a step needs once the state of
-        a parameter is not empty. They are looked for in every call."""
+        a parameter is not empty. Every call checks that they are there."""
         return ()
 
     def read(self, group: Options, state: Options) -> State:
