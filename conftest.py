@@ -17,11 +17,11 @@ FENCE = re.compile(r"^```(\w+)$.*?^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture
 def folder_of_its_own(tmp_path, monkeypatch):
-    """What a block writes does not land in the checkout."""
+    """Run a block in a folder of its own, so that its files do not land in the checkout."""
     monkeypatch.chdir(tmp_path)
 
 
-# a GPU machine without network may lack it
+# a GPU machine without network may lack sybil
 if importlib.util.find_spec("sybil"):
     from sybil import Sybil
     from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser

@@ -1,4 +1,4 @@
-"""The console script mts-fast: answers signals before torch is imported, which takes seconds."""
+"""The console script mts-fast: handles signals before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line; returns the exit status."""
     names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    # what is ignored (nohup, a shell's background jobs) stays ignored
-    answered = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
-    for name in answered:
+    # ignored signals (nohup, a shell's background jobs) stay ignored
+    handled = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
+    for name in handled:
         signal.signal(name, _leave)
     from mts_fast.cli.main import main as run
 
     status = run()
-    # everything is written: a signal while Python takes itself apart changes nothing more
-    for name in answered:
+    # everything is written: signals are ignored while Python shuts down
+    for name in handled:
         signal.signal(name, signal.SIG_IGN)
     return status
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """An exception would be lost, or become another one, in the middle of some imports."""
+    """End at once: an exception would be lost, or become another one, inside some imports."""
     os.write(2, b"mts-fast: interrupted while it started; nothing was changed\n")
     os._exit(INTERRUPTED)
 

@@ -34,10 +34,10 @@ INSTALL_NVCC = f"install the CUDA toolkit, or leave MTS_FAST_CUDA unset, {AGAIN}
 SEE_OUTPUT = (
     f"run `pip install -v --no-build-isolation .` to see all of its output, mend it, {AGAIN}"
 )
-# what CMake says where a compiler is missing or cannot compile
+# CMake's messages where a compiler is missing or cannot compile
 NO_NVCC = re.compile("CMAKE_CUDA_COMPILER|CUDA compiler|find nvcc")
 NO_COMPILER = re.compile(r"CMAKE_CXX_COMPILER|C\+\+ compiler|variable CXX")
-# what tells from the lines of a build why it failed
+# lines of a build's output that say why it failed
 ERROR_LINE = re.compile(r"\berror\b|not found|FAILED", re.IGNORECASE)
 LINES_SHOWN = 3
 
@@ -69,12 +69,12 @@ def failure(command: str, output: str) -> str:
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     causes = {NO_NVCC: INSTALL_NVCC, NO_COMPILER: INSTALL_COMPILER, ERROR_LINE: SEE_OUTPUT}
     for pattern, hint in causes.items():
-        telling = []
+        matches = []
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             if pattern.search(line):
-                telling.append(f"{line} {following}" if line.endswith(":") else line)
-        if telling:
-            return f"`{command}` failed: {' | '.join(telling[:LINES_SHOWN])}; {hint}"
+                matches.append(f"{line} {following}" if line.endswith(":") else line)
+        if matches:
+            return f"`{command}` failed: {' | '.join(matches[:LINES_SHOWN])}; {hint}"
     return f"`{command}` failed: {' | '.join(lines[-LINES_SHOWN:])}; {SEE_OUTPUT}"
 
 
@@ -167,8 +167,8 @@ class CMakeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python 3: the ops library asks nothing of it, and where `_C` is of
-    another Python the library is loaded without it."""
+    """One wheel for every Python 3: the ops library does not depend on the version, and where
+    `_C` is of another one the library is loaded without `_C`."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

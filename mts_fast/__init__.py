@@ -53,8 +53,8 @@ __all__ = [
     "weighted_cross_entropy",
 ]
 
-# where a name is defined; one that is not here is a module of its own
-_HOMES = {
+# module -> the names it defines; a name of __all__ that is not listed here is a module
+_NAMES_OF = {
     "mts_fast.hypergradient": ("check_engine", "explain_engine", "hypergradient_dots"),
     "mts_fast.ops": (
         "linear_cross_entropy",
@@ -68,12 +68,12 @@ _HOMES = {
     "mts_fast.reference.update_rules": ("LionRule", "UpdateRule"),
     "mts_fast.training": ("MTSStep", "Selector", "SelectorBatch", "StepResult"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     elif name in __all__:
         value = importlib.import_module(f"mts_fast.{name}")
     else:

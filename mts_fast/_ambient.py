@@ -1,4 +1,4 @@
-"""torch's switches of a thread, which an exception inside torch's own clean-up would leave on."""
+"""torch's state of a thread, which an exception inside torch's own clean-up leaves changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.overrides import (
 
 
 class FunctionMode(TorchFunctionMode):
-    """A function mode that leaves without complaint where an exception has taken it off the stack:
-    torch does that for the time of every call that the mode sees."""
+    """A function mode whose exit does nothing where an exception has left it off the stack: torch
+    pops a mode for the time of every call that the mode sees."""
 
     def __exit__(self, *raised: object) -> None:
         stack = _get_current_function_mode_stack()
@@ -35,14 +35,14 @@ class Ambient:
 
     @classmethod
     def capture(cls) -> Ambient:
-        """As they are now."""
+        """The current state."""
         level = forward_ad._current_level
         return cls(torch.is_grad_enabled(), _get_current_function_mode_stack(), level)
 
     def restore(self) -> None:
-        """After an exception: leave what was entered since, and enter what was left. May be
-        repeated."""
-        # torch counts the levels twice, and the two counts may be apart
+        """After an exception: leave modes and levels entered since the capture, and enter those
+        that were left. May be repeated."""
+        # torch counts the levels twice, and the two counts may differ
         for level in range(max(forward_ad._current_level, self.level + 1), self.level, -1):
             with suppress(RuntimeError):
                 torch._C._exit_dual_level(level=level)

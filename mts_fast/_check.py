@@ -20,15 +20,15 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 def fail(
     error: type[Exception], op: str, arg: str, expected: str, got: object, hint: str
 ) -> NoReturn:
-    """Raise `error` in the one format of mts_fast: argument and expectation; what came; what to do.
+    """Raise `error` in the one format of mts_fast: argument and expectation; actual value; hint.
 
-    A test walks every call and every `raise` of the package for the three.
+    A test checks every call and every `raise` of the package for these three.
     """
     raise error(f"{op}: {arg} must be {expected}, got {got}; {hint}")
 
 
 def describe(value: object) -> str:
-    """Say what a value is in a few words, for error messages."""
+    """A value in a few words, for error messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"[:120]
@@ -100,7 +100,7 @@ def check_not_empty(op: str, arg: str, value: Tensor) -> None:
 
 
 def check_readable(op: str, arg: str, value: Tensor) -> None:
-    """Not on the meta device, where there are no values to look at."""
+    """Not on the meta device, where there are no values to read."""
     if value.is_meta:
         hint = "load the data, then move it to a real device"
         fail(ValueError, op, arg, "on a device that holds values", "a tensor on meta", hint)
@@ -133,7 +133,7 @@ def check_finite(
 ) -> None:
     """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
     check_readable(op, arg, value)
-    # a sum with a NaN or infinity in it is never finite; where it overflows, look at every value.
+    # a sum with a NaN or infinity in it is never finite; a sum that overflows proves nothing
     if torch.isfinite(value.sum()) or torch.isfinite(value).all():
         return
     bad = ~torch.isfinite(value.detach().reshape(value.shape[0] if value.ndim else 1, -1)).all(1)

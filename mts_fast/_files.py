@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mts_fast._check import check_path, fail
 
-# of temporary folders beside what is written
+# prefix of temporary folders, which are made beside the file that is written
 PREFIX = ".mts_fast-"
 
 
@@ -20,8 +20,8 @@ PREFIX = ".mts_fast-"
 def writing(
     op: str, path: str | os.PathLike[str], errors: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """Errors of the disk inside, of the given classes, become an OSError that names the file which
-    was to be written, and what became of it."""
+    """Disk errors inside, of the given classes, become an OSError that names the file to be written
+    and says whether an old one is unchanged."""
     try:
         yield
     except errors as error:
@@ -45,7 +45,7 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
     target = regular_target(op, path)
     with writing(op, path):
         folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=PREFIX)
-    # the lock tells that the writing process lives
+    # the lock shows that the writing process is still running
     with folder as name, locked(Path(name)):
         part = Path(name) / target.name
         yield part
@@ -62,7 +62,7 @@ def replaced_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     """Whether this process alone has the folder inside the block. It does not where another one has
-    it and `wait` is off, or where the system knows no such locks."""
+    it and `wait` is off, or where the system has no such locks."""
     try:
         import fcntl
 

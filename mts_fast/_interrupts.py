@@ -23,7 +23,7 @@ class HeldInterrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         previous = signal.getsignal(signal.SIGINT)
-        # one that an exception at an odd moment left behind
+        # skip handlers that an exception at an odd moment left installed
         while isinstance(getattr(previous, "__self__", None), HeldInterrupts):
             previous = previous.__self__._previous  # type: ignore[union-attr]
         if callable(previous):

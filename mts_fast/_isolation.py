@@ -1,4 +1,4 @@
-"""Lets modules be run without a trace: buffers, modes, parameters and generators come back bitwise.
+"""Runs modules without side effects: buffers, modes, parameters, generators are restored bitwise.
 
 Copies of parameters and buffers go through `.data`: autograd's version counters do not move, so a
 graph recorded before stays valid afterwards.
@@ -26,23 +26,23 @@ class World:
 
     def __init__(self, *roots: nn.Module) -> None:
         self.roots = roots
-        # parameters that a forward writes to: tables with max_norm, and what else is seen to be
+        # parameters that a forward writes to: tables with max_norm, and others once seen
         self.written: list[Tensor] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Look for modules that were added or replaced."""
-        found = {id(m): m for root in self.roots for m in root.modules()}
-        self.modules = list(found.values())
+        modules = {id(m): m for root in self.roots for m in root.modules()}
+        self.modules = list(modules.values())
         tensors = (t for root in self.roots for t in (*root.parameters(), *root.buffers()))
         self.devices = {t.device for t in tensors if t.is_cuda}
         tables = [m for m in self.modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-        # whose gradient is divided by how often a row occurs
+        # tables whose gradient is divided by how often a row occurs
         self.frequency_tables = [m for m in tables if m.scale_grad_by_freq]
         self.note_written(m.weight for m in tables if m.max_norm is not None)
 
     def note_written(self, parameters: Iterable[Tensor]) -> None:
-        """These parameters are state of a forward, as buffers are."""
+        """Treat these parameters as state of a forward, like buffers."""
         self.written = list({id(p): p for p in (*self.written, *parameters)}.values())
 
     def parameters(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class World:
 
 
 def world_of(modules: nn.Module | World) -> World:
-    """A world as it is; a module as a world of its own."""
+    """A World as it is; a module wrapped in a World."""
     return modules if isinstance(modules, World) else World(modules)
 
 
@@ -116,8 +116,8 @@ def _same_numpy(a: Any, b: Any) -> bool:
     return a[0] == b[0] and (a[1] == b[1]).all() and a[2:] == b[2:]
 
 
-def put_back(present: dict[str, Any], before: dict[str, Any]) -> None:
-    """The same objects under the same names as before."""
+def restore_mapping(present: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make a mapping hold the same objects under the same names as before."""
     if len(present) != len(before) or any(present.get(n, 0) is not x for n, x in before.items()):
         present.clear()
         present.update(before)
@@ -139,21 +139,21 @@ class SavedBuffers:
     def restore(self) -> None:
         """Put names and values back."""
         for module, names in self._names:
-            put_back(module._buffers, names)
+            restore_mapping(module._buffers, names)
         for buffer, before in self._saved:
             if buffer.shape != before.shape:
                 buffer.data = before.clone()
             else:
                 buffer.data.copy_(before)
-        # the bytes are those that a graph recorded before has saved
+        # the values are again those that a graph recorded before has saved
         torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)
 
 
 class Restoring:
     """Context manager: `begin` inside, `restore` on the way out, whatever happens.
 
-    Until `restore` is done it is listed as open, so that `restore_open` can finish what an
-    exception at an odd moment (Ctrl-C between two lines) left undone. `restore` must be repeatable.
+    Until `restore` is done it is listed as open, so that `restore_open` can finish it after an
+    exception at an odd moment (Ctrl-C between two lines). `restore` must be repeatable.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Restoring:
         self._close()
 
     def _close(self) -> None:
-        insist(self._restore)
+        run_to_completion(self._restore)
         stack = _open_here()
         if self in stack:
             stack.remove(self)
@@ -199,14 +199,14 @@ def open_count() -> int:
 
 
 def restore_open(since: int) -> None:
-    """Restore what was opened after `since` were open and has not been closed."""
+    """Restore, last first, all that are open beyond the first `since` ones."""
     stack = _open.stack
     while len(stack) > since:
         stack[-1]._restore()
         stack.pop()
 
 
-def insist(restore: Callable[[], None]) -> None:
+def run_to_completion(restore: Callable[[], None]) -> None:
     """Run a repeatable clean-up to its end; one that is interrupted is run again, then reported."""
     try:
         restore()
@@ -243,7 +243,7 @@ class restored_on_error:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            insist(self._restore)
+            run_to_completion(self._restore)
 
     def _restore(self) -> None:
         self._buffers.restore()
@@ -259,7 +259,7 @@ def replaced_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) 
 def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)
-    # autocast keeps low-precision copies of the weights, which are now of other values.
+    # autocast's cached low-precision weights are stale after the copy
     torch.clear_autocast_cache()
 
 

@@ -1,4 +1,4 @@
-"""Where results are to go is tried before the work; what a killed process left there is removed."""
+"""Tries output folders before the work, and removes what killed processes left in them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from mts_fast._check import fail
 from mts_fast._files import PREFIX, locked
 
-# a new temporary folder has no lock for a moment
+# age from which a temporary folder without a lock is a leftover: a new one is not locked at once
 UNLOCKED_SECONDS = 60.0
 HINT = "make room or permission, or name another place"
 
 
 @contextmanager
 def output_folder(op: str, arg: str, folder: Path) -> Iterator[None]:
-    """Make a folder for the results of the block and try it; where the block fails, folders that
-    were made for it and are empty go again.
+    """Make a folder for the results of the block and try to write there; where the block fails,
+    empty folders that were made for it are removed.
 
     Raises:
         OSError: it cannot be made or written to, or is no folder.

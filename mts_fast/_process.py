@@ -1,4 +1,4 @@
-"""Signals and output of a command: it ends in one line, and nobody need read its output."""
+"""Signals and output of a command: it ends in one line, even where nobody reads its output."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[Non
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    answered = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in answered:
+    handled = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in handled:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in answered.items():
+        for number, old in handled.items():
             signal.signal(number, old)
 
 
 class TolerantStream:
     """A text stream whose write() never fails: characters that its encoding lacks are escaped, and
-    what nobody takes any more is dropped. `error` says why."""
+    text that the stream refuses is dropped. `error` says why."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -78,7 +78,7 @@ class TolerantStream:
             act(*arguments)
         except OSError as error:
             self.error = error
-            # what is left in the buffer would fail once more when Python ends
+            # flushing the rest of the buffer when Python ends would fail again
             with suppress(OSError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 

@@ -1,4 +1,4 @@
-"""`mts-fast doctor`: what runs here, and why what does not run does not."""
+"""`mts-fast doctor`: what runs here, and reasons for what does not."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 
 import mts_fast
 from mts_fast._check import describe, fail
+from mts_fast.backends import registry
 from mts_fast.backends.cpp.extension import build_record, extension
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.cli.packages import OPTIONAL
 from mts_fast.hypergradient import ENGINES
-from mts_fast.backends import registry
 
-# what a package is called where it is installed from, if otherwise
+# module -> its distribution, where the names differ
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
@@ -43,11 +43,11 @@ def model_report(spec: str) -> str:
             expected = f"a function of {module_name}"
             hint = "name one that takes no arguments"
             fail(ValueError, "doctor", "--model", expected, repr(name), hint)
-        made = factory()
-        model, *batch = made if isinstance(made, tuple | list) and made else (made,)
+        result = factory()
+        model, *batch = result if isinstance(result, tuple | list) and result else (result,)
         if not isinstance(model, torch.nn.Module) or len(batch) not in (0, 2):
             expected = "a module, or (module, inputs, labels)"
-            got = describe(made)
+            got = describe(result)
             fail(TypeError, "doctor", f"what {name}() returns", expected, got, "return one of them")
         parts = [str(mts_fast.explain_engine(model, *batch))]
         if batch:
@@ -67,7 +67,7 @@ def _current_folder_importable() -> Iterator[None]:
 
 @contextmanager
 def _users_code(spec: str) -> Iterator[None]:
-    """Whatever the user's module or model raises is told in one line, with its place."""
+    """Turn any error of the user's module or model into one line with its file and line."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -89,7 +89,7 @@ def _versions() -> list[str]:
         try:
             cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
             gpu = ", ".join(f"{card.name} (sm_{card.major}{card.minor})" for card in cards)
-        except RuntimeError as error:  # a driver in a bad state is what a doctor should tell
+        except RuntimeError as error:  # the driver is in a bad state: part of the report
             gpu = str(error).partition("\n")[0]
     built = torch.version.cuda or "CPU only"
     return [
@@ -103,7 +103,7 @@ def _versions() -> list[str]:
 def _backends() -> list[str]:
     try:
         backend = registry.current_backend()
-    except ValueError as error:  # of the environment variable, which stops every op
+    except ValueError as error:  # the environment variable names no backend, which stops every op
         backend = f"none: {error}"
     lines = [f"backend in force: {backend}"]
     for name in registry.PREFERENCE:
@@ -118,7 +118,7 @@ def _backends() -> list[str]:
 
 
 def _note(backend: str) -> str:
-    """What a user of a backend that can run should know."""
+    """A remark on a backend that can run."""
     if backend != "triton":
         return ""
     how = "in triton's interpreter, for tests" if interpreted() else "where it is named"
@@ -126,7 +126,7 @@ def _note(backend: str) -> str:
 
 
 def _ops() -> list[str]:
-    ops = [f"  {op:<28} {', '.join(found)}" for op, found in registry.registered().items()]
+    ops = [f"  {op:<28} {', '.join(backends)}" for op, backends in registry.registered().items()]
     return ["ops and their implementations", *ops, f"engines: {', '.join(ENGINES)}"]
 
 

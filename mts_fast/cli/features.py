@@ -25,14 +25,14 @@ from mts_fast.features.sweep import CHUNK
 FORMAT = "mts_fast.DistributionSweep/2"
 DIGESTS = "pool/digests"
 AFRESH = "start afresh with --no-resume"
-# how much work an interruption may cost, and how often the log has a line
+# time between saves of the progress, and share of the work between log lines
 SAVE_SECONDS = 30.0
 LOG_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class FeaturesOptions:
-    """As the command line names them; files may name an array, FILE:KEY."""
+    """Options as the command line names them; files may name an array, FILE:KEY."""
 
     embeddings: str
     labels: str
@@ -89,10 +89,10 @@ def run_features(arguments: FeaturesOptions) -> int:
 
 
 def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
-    """Do what is left and save it; whether no one asked to stop."""
+    """Do the remaining work and save it; False where a signal asked to stop."""
     with postponed() as stop, _bar(sweep.total) as show:
         show(sweep.done)
-        # a unit is never cut short, so that what is saved is whole.
+        # a unit of work is never interrupted, so that the saved state is whole
         with by_flags():
             for done in sweep.run():
                 show(done)
@@ -104,7 +104,7 @@ def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
 
 
 def _add_columns(out: Path, columns: Mapping[str, Tensor], progress: _Progress) -> int:
-    """Into the table as it is now: another process may have added columns meanwhile."""
+    """Add to the table as it is on disk: another process may have added columns meanwhile."""
     with postponed():
         table = _load_table(out, progress.pool.shape[0])
         table.update(columns)
@@ -127,7 +127,7 @@ def _load_table(out: Path, size: int) -> FeatureTable:
 
 
 class _Progress:
-    """The unfinished sweep on disk, with what tells whether it is of the same pool."""
+    """The unfinished sweep on disk, with a fingerprint of its pool."""
 
     def __init__(
         self, path: Path, sweep: DistributionSweep, pool: PoolFile, options: Mapping[str, int]
@@ -135,7 +135,7 @@ class _Progress:
         self.path, self.sweep, self.pool, self.options = path, sweep, pool, options
         self.fingerprint = _fingerprint(sweep)
         self.saved_at = time.monotonic()
-        self.saved = False  # as it is now
+        self.saved = False  # whether the file holds the current state
 
     def load(self) -> None:
         """Go on with the file, where there is one."""
@@ -155,7 +155,7 @@ class _Progress:
         self.sweep.load_state_dict(state)
 
     def _read(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """What save() has written, and nothing else."""
+        """Metadata and tensors of the file; refuses one that save() has not written."""
         from safetensors import SafetensorError, safe_open
 
         if not self.path.is_file():
@@ -199,7 +199,7 @@ class _Progress:
         self.saved = True
 
     def interrupted(self) -> int:
-        """Say how far it came; returns the exit status."""
+        """Print how far the sweep came; returns the exit status."""
         what = "the same command goes on from there" if self.saved else "run it again"
         done = f"interrupted at {self.sweep.done} of {self.sweep.total}"
         print(f"mts-fast features: {done}; {what}", file=sys.stderr)
@@ -210,7 +210,7 @@ class _Progress:
 
 
 def _fingerprint(sweep: DistributionSweep) -> str:
-    """Of sizes, classes and sources; the embeddings are hashed as they are read."""
+    """Hash of sizes, classes and sources; the embeddings are hashed as they are read."""
     digest = hashlib.sha256(json.dumps(list(sweep.source.shape)).encode())
     for vector in (sweep.labels, sweep.is_synthetic):
         digest.update(vector.numpy().tobytes())

@@ -21,7 +21,7 @@ from mts_fast.cli.usage import usage_message, whole
 DEFAULT_SEEDS = 2
 # torch counts in int64
 LARGEST = 2**63 - 1
-# asked for before the demo's work, in the process that is seen
+# imported before the demo's work, so that the main process reports what is missing
 DEMO_NEEDS = ("matplotlib.pyplot", "PIL.ImageFont", "rich", "sklearn.datasets", "sklearn.metrics")
 # every seed takes minutes, and has a line in the progress display
 MOST_SEEDS = 1000
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = command.main(args=words, prog_name="mts-fast", standalone_mode=False) or 0
             if out is not None:
                 out.flush()
-                # a reader that has seen enough is no error, a full disk behind stdout is one
+                # a reader that closes the pipe is no error, a full disk behind stdout is one
                 if out.error is not None and not isinstance(out.error, BrokenPipeError):
                     raise OSError(
                         f"{verb}: standard output must be writable, got {out.error}; free the disk,"
@@ -89,7 +89,7 @@ def _one_line(error: Exception, verb: str) -> str:
 
 
 class _Interrupted(Exception):
-    """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a word."""
+    """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a message."""
 
 
 def _verb(run: Callable[..., int]) -> Callable[..., int]:
@@ -209,7 +209,7 @@ def features(
     ] = True,
 ) -> int:
     """Distribution features of a pool of embeddings, as a FeatureTable."""
-    import safetensors  # noqa: F401  (asked for before the work, not after it)
+    import safetensors  # noqa: F401  (a missing package is reported before the work, not after it)
 
     from mts_fast.cli.features import FeaturesOptions, run_features
 
@@ -229,7 +229,7 @@ def doctor(
         ),
     ] = None,
 ) -> int:
-    """What runs here, and why what does not run does not."""
+    """What runs here, and reasons for what does not."""
     from mts_fast.cli.doctor import model_report, report
 
     print(report() if model is None else model_report(model))

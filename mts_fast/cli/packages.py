@@ -16,5 +16,5 @@ OPTIONAL = {
 
 
 def hint_for(module: str) -> str:
-    """What to do where the module is missing; "" for one that is not ours to name."""
+    """What to do where the module is missing; "" for a module that is not in OPTIONAL."""
     return f"pip install {OPTIONAL[module][1]}" if module in OPTIONAL else ""

@@ -17,7 +17,7 @@ from mts_fast.features.sweep import EmbeddingSource
 
 OP = "features"
 EMBEDDINGS = "FILE"
-# what the library calls a thing, and how it is asked for on the command line
+# argument of the library -> its name on the command line
 FLAGS = {
     "embeddings": EMBEDDINGS,
     "labels": "--labels",
@@ -60,7 +60,7 @@ def of_file(flag: str, spec: str) -> Iterator[None]:
 
 
 def _same_kind(error: Exception, message: str) -> Exception:
-    """Some subclasses take other arguments than a message."""
+    """An error of the same kind: some subclasses take other arguments than a message."""
     kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(error, kind))
     return kind(message)
 
@@ -107,8 +107,8 @@ class PoolFile:
     """Embeddings [N, D] of a file, read in chunks, each of which has to be the same every time.
 
     The first reading of a chunk leaves a hash. Later ones are compared with it where the file's
-    time has changed, and all of them when a sweep goes on with `digests` of an earlier process.
-    Rows are copies: of a file that is cut off while it is mapped, a page kills the process.
+    time has changed, and all of them when a sweep resumes with `digests` of an earlier process.
+    Rows are copied: reading a mapped page of a file that was truncated kills the process.
     """
 
     def __init__(self, spec: str, chunk: int) -> None:
@@ -116,7 +116,7 @@ class PoolFile:
         self.spec = spec
         with of_file(EMBEDDINGS, spec):
             self.source: EmbeddingSource = open_embeddings(path, key=key)
-            # this very file, whatever takes its name later
+            # the file that was opened, also where another one takes its name later
             self._handle = os.open(path, os.O_RDONLY)
         self._opened = os.fstat(self._handle)
         self.shape = tuple(self.source.shape)
@@ -144,10 +144,10 @@ class PoolFile:
         return part
 
     def go_on_with(self, digests: Tensor) -> None:
-        """Take the hashes of an earlier process, after a look at all the rows that it has read.
+        """Take over the hashes of an earlier process, after comparing all rows that it has read.
 
         Raises:
-            ValueError: some of them are no longer what they were.
+            ValueError: some of these rows have changed.
         """
         for index in digests.any(1).nonzero().flatten().tolist():
             start = index * self.chunk
@@ -156,7 +156,7 @@ class PoolFile:
         self.digests.copy_(digests)
 
     def _compare(self, rows: slice, part: Tensor, known: Tensor) -> None:
-        """The hash of `part` with the `known` one [32], which it becomes where there is none."""
+        """Compare the hash of `part` with `known` [32]; where that is all 0, store it there."""
         data = part.contiguous().view(torch.uint8).numpy().data
         digest = torch.frombuffer(bytearray(DIGEST(data).digest()), dtype=torch.uint8)
         if not known.any():

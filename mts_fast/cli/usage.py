@@ -1,4 +1,4 @@
-"""What a command line that cannot be parsed is told, in the format of all errors."""
+"""Messages for a command line that cannot be parsed, in the format of all errors."""
 
 from __future__ import annotations
 

@@ -75,11 +75,11 @@ def run_seed(
 
     def learn(arm: str, run: MTSRun) -> Selection:
         start = time.perf_counter()
-        found = run.train(lambda steps: report(arm, steps))
+        outcome = run.train(lambda steps: report(arm, steps))
         result.seconds[arm] = time.perf_counter() - start
-        result.accuracy[arm] = accuracy(found.model, scenario.test)
-        result.auc[arm] = selection_auc(scenario, found.weights)
-        return found
+        result.accuracy[arm] = accuracy(outcome.model, scenario.test)
+        result.auc[arm] = selection_auc(scenario, outcome.weights)
+        return outcome
 
     learn("loss-only selector", MTSRun.loss_only(scenario, settings, seed))
     start = time.perf_counter()

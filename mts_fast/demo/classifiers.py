@@ -12,7 +12,7 @@ import mts_fast
 from mts_fast.demo.images import LabelledImages
 from mts_fast.demo.scenario import CLASSES
 
-Progress = Callable[[int], None]  # told how many steps were taken
+Progress = Callable[[int], None]  # called with the number of steps taken
 EVALUATION_BATCH = 4096
 
 
@@ -76,14 +76,14 @@ def build_optimizer(
 def batches(size: int, settings: Settings, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of `settings.steps` batches: epochs of random permutations."""
     batch_size = min(settings.batch_size, size)
-    taken = 0
+    count = 0
     while True:
         for indices in torch.randperm(size, generator=generator).split(batch_size):
             if len(indices) < batch_size:
                 continue
             yield indices
-            taken += 1
-            if taken == settings.steps:
+            count += 1
+            if count == settings.steps:
                 return
 
 
@@ -96,7 +96,7 @@ def train_weighted(
     weights: Tensor | None = None,
     counter: mts_fast.features.ForgettingCounter | None = None,
 ) -> nn.Module:
-    """Plain training; `weights` [N] are normalised within each batch, `counter` watches it."""
+    """Plain training; `weights` [N] are normalised per batch, `counter` counts forgetting."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build_classifier(settings.data)

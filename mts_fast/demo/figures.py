@@ -47,11 +47,11 @@ def draw_weights(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path:
     figure, axes = plt.subplots(len(kinds), 1, figsize=(6, 6.5), sharex=True)
     bins = np.linspace(0, 1, 41)
     for ax, (name, kind, color) in zip(axes, kinds, strict=True):
-        mine = weights[scenario.kind == kind].numpy()
-        ax.hist(mine, bins, weights=np.full(len(mine), 100 / len(mine)), color=color)
-        ax.axvline(float(mine.mean()), color="black", linestyle=":", linewidth=1)
+        values = weights[scenario.kind == kind].numpy()
+        ax.hist(values, bins, weights=np.full(len(values), 100 / len(values)), color=color)
+        ax.axvline(float(values.mean()), color="black", linestyle=":", linewidth=1)
         label = name if kind == REAL else f"synthetic: {name}"
-        ax.set_title(f"{label} ({len(mine)}), mean {mine.mean():.2f}", loc="left", fontsize=9)
+        ax.set_title(f"{label} ({len(values)}), mean {values.mean():.2f}", loc="left", fontsize=9)
         ax.set_ylabel("%", rotation=0, labelpad=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("learned weight w")
@@ -63,8 +63,8 @@ def draw_extremes(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path
     plt = _pyplot()
     figure, axes = plt.subplots(CLASSES, 2 * SHOWN + 1, figsize=(8.5, 7))
     for c in range(CLASSES):
-        mine = ((scenario.pool.labels == c) & scenario.is_synthetic).nonzero().flatten()
-        order = mine[weights[mine].argsort(descending=True)].tolist()
+        members = ((scenario.pool.labels == c) & scenario.is_synthetic).nonzero().flatten()
+        order = members[weights[members].argsort(descending=True)].tolist()
         for column, index in enumerate([*order[:SHOWN], None, *order[-SHOWN:]]):
             ax = axes[c, column]
             ax.set_xticks([])

@@ -19,7 +19,7 @@ from mts_fast._check import fail
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
 FASHION_SIDE, FASHION_CLASSES = 28, 10
-# real and validation images are ten of each class, and others serve as base images and tests
+# ten real and ten validation images of each class; the rest are base images and tests
 LEAST_PER_CLASS = 21
 # an IDX file: 4 bytes, of which the third says unsigned bytes and the fourth counts axes, then 4
 # bytes for the length of each axis
@@ -49,9 +49,9 @@ def load_digits() -> LabelledImages:
     """1797 handwritten digits, 8 x 8."""
     from sklearn.datasets import load_digits as load
 
-    found = load()
-    images = torch.from_numpy(found.images).float()[:, None] / DIGITS_MAXIMUM
-    return LabelledImages(images, torch.from_numpy(found.target).long())
+    digits = load()
+    images = torch.from_numpy(digits.images).float()[:, None] / DIGITS_MAXIMUM
+    return LabelledImages(images, torch.from_numpy(digits.target).long())
 
 
 def load_fashion(root: str | None = None) -> tuple[LabelledImages, LabelledImages]:

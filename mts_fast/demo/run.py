@@ -53,7 +53,7 @@ def run_demo(
         try:
             save_record(record, out)
             pictures = draw_figures(data, results, root, out)
-        finally:  # on a disk that has filled up meanwhile the table is all that is left
+        finally:  # where the disk has filled up meanwhile, the table is the only output
             print_table(console, *render(data, rows, len(seeds), plus_minus(console)))
             _explain(console, rows)
     names = ", ".join(["results.json", *(path.name for path in pictures)])
@@ -111,11 +111,11 @@ def summarize(results: Sequence[SeedResult]) -> dict[str, dict[str, float | None
 
     rows: dict[str, dict[str, float | None]] = {}
     for arm in ARMS:
-        found = [100 * r.accuracy[arm] for r in results]
+        accuracies = [100 * r.accuracy[arm] for r in results]
         auc = [r.auc[arm] for r in results if arm in r.auc]
         rows[arm] = {
-            "accuracy": statistics.mean(found),
-            "accuracy_spread": spread(found),
+            "accuracy": statistics.mean(accuracies),
+            "accuracy_spread": spread(accuracies),
             "auc": statistics.mean(auc) if auc else None,
             "auc_spread": spread(auc) if auc else None,
             "seconds": statistics.mean(r.seconds[arm] for r in results),
@@ -150,7 +150,7 @@ def _value(rows: dict[str, dict[str, float | None]], arm: str) -> float:
 
 
 def machine() -> dict[str, str | int | None]:
-    """What the run was made on."""
+    """The machine of the run."""
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

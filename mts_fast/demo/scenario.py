@@ -16,7 +16,7 @@ from mts_fast.demo.edits import Edit, edit_images
 from mts_fast.demo.glyphs import draw_glyphs
 from mts_fast.demo.images import LabelledImages, load_digits, load_fashion
 
-# what a synthetic sample really is, with its share of the pool; REAL marks real images
+# kinds of synthetic samples and the share of each among them; REAL marks real images
 KINDS = {
     "good": 0.35,
     "other style": 0.10,
@@ -74,7 +74,7 @@ def make_scenario(data: str, seed: int, root: str | None = None) -> Scenario:
         train, test = load_fashion(root)
         split = _split(train.labels, generator)
         real, val = train[split[0]], train[split[1]]
-        # the base images are other real ones, so that a good synthetic image tells something new
+        # base images are real ones outside the pool, so that good synthetic images add information
         synthesize = _fashion(train[split[2]], generator)
         count = 8000
     sizes = [round(share * count) for share in KINDS.values()]
@@ -90,8 +90,8 @@ def _split(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     order = torch.randperm(len(labels), generator=generator)
     rank = torch.empty_like(order)
     for c in range(CLASSES):
-        mine = order[labels[order] == c]
-        rank[mine] = torch.arange(len(mine))
+        members = order[labels[order] == c]
+        rank[members] = torch.arange(len(members))
     last = REAL_PER_CLASS + VALIDATION_PER_CLASS
     real = rank < REAL_PER_CLASS
     rest = rank >= last
@@ -105,10 +105,10 @@ def _pick(pool: LabelledImages, labels: Tensor, generator: torch.Generator) -> T
     """One random image of the pool [n, 1, H, W] for each label [n]."""
     images = pool.images.new_empty(len(labels), *pool.images.shape[1:])
     for c in labels.unique().tolist():
-        mine = (labels == c).nonzero().flatten()
+        members = (labels == c).nonzero().flatten()
         candidates = (pool.labels == c).nonzero().flatten()
-        chosen = torch.randint(len(candidates), (len(mine),), generator=generator)
-        images[mine] = pool.images[candidates[chosen]]
+        chosen = torch.randint(len(candidates), (len(members),), generator=generator)
+        images[members] = pool.images[candidates[chosen]]
     return images
 
 

@@ -25,9 +25,9 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
-# selectors whose weights are averaged
+# number of selectors whose weights are averaged
 AVERAGED = 10
-# points kept of each curve
+# points stored of each curve
 CURVE_POINTS = 120
 
 # features [B, F] of pool samples under the current classifier
@@ -51,8 +51,8 @@ def pool_features(
 ) -> FeatureTable:
     """The paper's 13 offline columns of the pool.
 
-    `unselected` is a classifier trained on everything alike, watched by `counter`; pixels serve as
-    embeddings.
+    `unselected` is a classifier trained without weights, whose forgetting `counter` counted.
+    Pixels serve as embeddings.
     """
     images, labels = scenario.pool.images, scenario.pool.labels
     table = FeatureTable(
@@ -175,7 +175,7 @@ class MTSRun:
         return Selection(self.step.model.eval(), average, weights[-1], _curves(history, every))
 
     def pool_weights(self) -> Tensor:
-        """Weights [N] of the whole pool under the selector as it is now."""
+        """Weights [N] of the whole pool under the current selector."""
         scenario = self.scenario
         parts = []
         for i in torch.arange(len(scenario.pool)).split(WEIGHING_BATCH):
@@ -206,7 +206,7 @@ def retrain(
 
 
 def _curves(history: list[mts_fast.StepResult], every: int) -> dict[str, list[float]]:
-    """Curves of the paper's Figure 2, read from the results once training is over."""
+    """Curves of the paper's Figure 2, read from the results after training."""
     curves: dict[str, list[float]] = {"step": [float(i * every) for i in range(len(history))]}
     for result in history:
         for name, value in result.statistics.read().items():

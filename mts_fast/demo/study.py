@@ -52,7 +52,7 @@ def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> l
         try:
             save_record(record, out)
             picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
-        finally:  # on a disk that has filled up meanwhile the table is all that is left
+        finally:  # where the disk has filled up meanwhile, the table is the only output
             print_table(console, *_table(data, rows))
     console.print(f"Written to {out}/: results.json, {picture.name}", markup=False)
     return rows
@@ -87,7 +87,7 @@ def _mid_training(scenario: Scenario, data: str, seed: int, console: Console) ->
 def _measure(run: MTSRun, size: int, generator: torch.Generator) -> dict[str, float]:
     """Gradients of DRAWS batches of one size, every time from the same state."""
     run.step.track_gsnr = True
-    kept = copy.deepcopy(run.step.state_dict())
+    state = copy.deepcopy(run.step.state_dict())
     over, within = GSNRMeter(), []
     for _ in range(DRAWS):
         indices = torch.randperm(len(run.scenario.pool), generator=generator)[:size]
@@ -95,7 +95,7 @@ def _measure(run: MTSRun, size: int, generator: torch.Generator) -> dict[str, fl
         over.update([p.grad for p in run.step.selector.parameters() if p.grad is not None])
         if result.gsnr is not None:
             within.append(float(result.gsnr))
-        run.step.load_state_dict(kept)
+        run.step.load_state_dict(state)
     return {
         "batch_size": size,
         "gsnr_over_draws": float(over.value()),

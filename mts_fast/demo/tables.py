@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-# a console's own width would cut what is measured
+# width for measuring a table: the console's own would cut it
 UNLIMITED = 1000
 
 

@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 from mts_fast._check import fail
 from mts_fast._process import postponed
 
-# how often the main process looks whether a seed has ended
-LOOK_SECONDS = 0.2
-# a terminal sends these to all processes; the main one ends the others
+# time between checks of the main process for seeds that have ended
+POLL_SECONDS = 0.2
+# signals that a terminal sends to all processes; the main one ends its workers
 SENT_TO_ALL = (signal.SIGINT, signal.SIGHUP)
 
-# where a worker's reports go
+# queue of a worker's reports
 _messages: Any = None
 
 
@@ -35,8 +35,8 @@ def run_seeds(
 ) -> list[Any]:
     """work(seed) of every seed in processes, one per core; the results in order.
 
-    `report` gets what the workers tell by `tell`; `ended` a seed, and whether it succeeded. The
-    first that fails, or an interrupt, ends all processes.
+    `report` gets the messages that workers send by `tell`; `ended` gets a seed, and whether it
+    succeeded. The first seed that fails, or an interrupt, ends all processes.
 
     Raises:
         RuntimeError: a process was killed.
@@ -47,7 +47,7 @@ def run_seeds(
         messages = context.Queue()
     count = min(len(seeds), os.cpu_count() or 1)
     before = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(count, context, _join, (messages,)) as pool:
+    with ProcessPoolExecutor(count, context, _start_worker, (messages,)) as pool:
         try:
             with _blocked(SENT_TO_ALL):
                 futures = {pool.submit(work, seed): seed for seed in seeds}
@@ -78,16 +78,16 @@ def _collect(
             error = future.exception()
             ended(seed, error is None)
             if isinstance(error, BrokenProcessPool):
-                _fail_of_killed()
+                _fail_for_killed_process()
             if error is not None:
                 raise error
         # the pool does not watch a process that started while it was already waiting
         if not all(worker.is_alive() for worker in workers):
             for future in running:
                 ended(running[future], False)
-            _fail_of_killed()
+            _fail_for_killed_process()
         try:
-            seed, arm, steps = messages.get(timeout=LOOK_SECONDS)
+            seed, arm, steps = messages.get(timeout=POLL_SECONDS)
         except queue.Empty:
             continue
         if seed in running.values():
@@ -95,17 +95,17 @@ def _collect(
     return [future.result() for future in futures]
 
 
-def _fail_of_killed() -> NoReturn:
+def _fail_for_killed_process() -> NoReturn:
     expected = "alive until its seed is done"
     hint = "it may have had too little memory: close other programs, run fewer --seeds"
     fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)
 
 
-def _join(messages: Any) -> None:
-    """First thing in a worker: reports have a way, and it ends when the main process does."""
+def _start_worker(messages: Any) -> None:
+    """Start of a worker: sets the queue of reports, and ends the worker with the main process."""
     global _messages
     _messages = messages
-    # reports that nobody reads are not waited for
+    # the worker does not wait for its reports to be read
     messages.cancel_join_thread()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -119,7 +119,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _blocked(signals: Sequence[int]) -> Iterator[None]:
-    """Processes that start inside never see these signals; they reach this one afterwards."""
+    """Block these signals, also in processes that start inside; this one gets them afterwards."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

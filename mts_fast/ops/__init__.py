@@ -1,5 +1,6 @@
 """The contracts: schemas, validation, dispatch. No element maths."""
 
+from mts_fast.backends.registry import current_backend, kernel_for, use_backend
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.hypergradient_dot import hypergradient_dot, sample_dot
@@ -16,7 +17,6 @@ from mts_fast.ops.neighbor_statistics import (
     neighbor_statistics_,
 )
 from mts_fast.ops.percentile_rank import percentile_rank
-from mts_fast.backends.registry import current_backend, kernel_for, use_backend
 from mts_fast.ops.update_rules import register_update_rule
 from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
 from mts_fast.ops.weights import normalize_weights, selector_gradient

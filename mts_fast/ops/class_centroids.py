@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import reference
@@ -41,9 +38,9 @@ def class_centroids_(
     Example:
         >>> import torch
         >>> from mts_fast.ops import ClassCentroids, class_centroids_
-        >>> found = ClassCentroids.empty(1, 2, torch.device("cpu"))
-        >>> class_centroids_(found, torch.eye(2), torch.zeros(2).long(), torch.zeros(2).bool())
-        >>> found.mean(slice(0, 1)).tolist()
+        >>> centroids = ClassCentroids.empty(1, 2, torch.device("cpu"))
+        >>> class_centroids_(centroids, torch.eye(2), torch.zeros(2).long(), torch.zeros(2).bool())
+        >>> centroids.mean(slice(0, 1)).tolist()
         [[0.5, 0.5]]
     """
     check_floating(OP, "embeddings", embeddings, ndim=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from mts_fast import reference
@@ -16,8 +15,8 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.backends.cpp import cross_entropy as cpp
-from mts_fast.backends.triton import cross_entropy as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import cross_entropy as triton
 from mts_fast.ops.target import check_target
 from mts_fast.reference import SampleStatistics, Target
 
@@ -124,7 +123,7 @@ def weighted_cross_entropy(
             the mean over its counted positions.
 
     Returns:
-        (L [], l [B]), both differentiable, by p, too. For sequences l_i is the mean over the
+        (L [], l [B]), both differentiable, also in p. For sequences l_i is the mean over the
         positions of sequence i that are not ignored; where all are ignored it is 0.
 
     Raises:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, fail
+from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import hypergradient_dot as triton
 from mts_fast.backends.triton.eligibility import reasons_against_triton
-from mts_fast.backends.registry import register, register_triton, resolve
 
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
 register(DOT, "reference", reference.hypergradient_dot)
@@ -60,23 +60,23 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = Non
         expected = f"of shape {(size, positions, len(v))}"
         hint = "it has the shape of the layer's output"
         fail(ValueError, DOT, "b", expected, tuple(b.shape), hint)
-    given = [a, v, b]
+    tensors = [a, v, b]
     if bias is not None:
         check_floating(DOT, "bias", bias, ndim=1)
         check_length(DOT, "bias", bias, len(v))
-        given.append(bias)
+        tensors.append(bias)
     for name, value in (("v", v), ("b", b), ("bias", bias)):
         if value is not None:
             check_device(DOT, name, value, a.device, "a")
     with torch.no_grad():
-        return resolve(DOT, given)(a, v, b, bias)
+        return resolve(DOT, tensors)(a, v, b, bias)
 
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> [B]: products of two tensors [B, ...] summed over each sample.
 
     float32 (float64 where one is float64); without derivatives. The Triton kernel reads both once
-    and writes no products; it serves tensors that lie in memory alike, sample after sample.
+    and writes no products; it serves tensors of one memory layout, sample after sample.
 
     Raises:
         TypeError, ValueError: wrong dtypes, differing shapes or devices.

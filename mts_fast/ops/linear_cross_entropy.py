@@ -8,8 +8,8 @@ from torch.overrides import _len_torch_function_stack, handle_torch_function, ha
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
-from mts_fast.backends.triton import linear_cross_entropy as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import linear_cross_entropy as triton
 from mts_fast.ops.target import check_target
 from mts_fast.reference import Target
 
@@ -42,7 +42,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Per-sample cross-entropy of a last linear layer, for so many classes that logits are costly.
+    """Per-sample cross-entropy of a last linear layer with too many classes to store logits.
 
     l_i = -log softmax(hidden_i weight^T + bias)[label_i].
 
@@ -64,12 +64,12 @@ def linear_cross_entropy(
 
     Notes:
         The Triton kernels (`use_backend("triton")`) never write the logits: the forward keeps
-        three numbers a row, the backward makes the logits again and holds the gradient of one slice
-        of classes at a time (2^26 entries at most). Products accumulate in float32 (float64 of
-        float64), with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
+        three scalars per row, the backward recomputes the logits and holds the gradient of one
+        slice of classes at a time (2^26 entries at most). Products accumulate in float32 (float64
+        of float64), with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
         Deterministic. Second derivatives and torch.func take plain PyTorch, logits and all.
         In `MTSStep` use it as `loss=`, with a model that returns hidden states; the ghost engine
-        knows it.
+        supports it.
 
     Source: row 3.
 
@@ -109,7 +109,7 @@ def linear_cross_entropy_tangent(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """How fast each loss [B] grows along tangents of weight [C, D] and bias [C]; None stands still.
+    """Derivative of each loss [B] along tangents of weight [C, D] and bias [C]; None counts as 0.
 
     Row 6 of a last layer: arguments and errors as `linear_cross_entropy`; without derivatives.
     """

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast import reference
@@ -137,7 +133,7 @@ def neighbor_statistics(
         hint = "a sample is no neighbour of itself"
         fail(ValueError, OP, "neighbors", f"below the pool size {len(embeddings)}", neighbors, hint)
     if k > len(embeddings):
-        hint = "no class has so many samples"
+        hint = "no class has more samples than the pool"
         fail(ValueError, OP, "k", f"at most the pool size {len(embeddings)}", k, hint)
     check_finite(OP, "embeddings", embeddings, "drop or repair these rows")
     if embeddings.dtype not in (torch.float32, torch.float64):

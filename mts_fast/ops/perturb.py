@@ -1,4 +1,4 @@
-"""global_norm and perturb: parameters moved along a direction, by a step of its own length."""
+"""global_norm and perturb: the length of a direction, and parameters moved along it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, fail
-from mts_fast.backends.triton import perturb as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import perturb as triton
 
 NORM, PERTURB = "global_norm", "perturb"
 register(NORM, "reference", reference.global_norm)
@@ -27,7 +27,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         tensors: at least one; any shapes, floating point, on one device.
 
     Returns:
-        norm [], of the dtype that theirs promote to. Nothing waits for the device.
+        norm [], of the dtype that the tensors' dtypes promote to. Nothing waits for the device.
 
     Raises:
         TypeError: a tensor that is not floating point.
@@ -60,7 +60,7 @@ def perturb(
     Args:
         parameters: at least one; floating point, on one device. Only read.
         direction: one per parameter, of its shape.
-        scale: [], on their device; it is not waited for.
+        scale: [], on their device; it is not read on the host.
 
     Returns:
         New tensors of the parameters' shapes and dtypes.
@@ -72,8 +72,7 @@ def perturb(
 
     Notes:
         The Triton kernel is one launch for all tensors that share dtypes and alignment. A
-        parameter that does not lie in memory like its direction, or has gaps there, runs on the
-        reference.
+        parameter whose memory layout is not its direction's, or has gaps, runs on the reference.
 
     Source: row 6, theta + e v and theta - e v.
 
@@ -97,10 +96,10 @@ def perturb(
     return resolve(PERTURB, [*parameters, *direction, scale])(parameters, direction, scale)
 
 
-def _check(op: str, arg: str, given: Sequence[Tensor], like: Sequence[Tensor], name: str) -> None:
+def _check(op: str, arg: str, tensors: Sequence[Tensor], like: Sequence[Tensor], name: str) -> None:
     """Floating-point tensors, at least one, on the device of the first of `like`."""
-    if not given:
+    if not tensors:
         fail(ValueError, op, arg, "at least one tensor", "none", "pass the parameters")
-    for i, tensor in enumerate(given):
+    for i, tensor in enumerate(tensors):
         check_floating(op, f"{arg}[{i}]", tensor)
         check_device(op, f"{arg}[{i}]", tensor, like[0].device, name)

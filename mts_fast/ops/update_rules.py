@@ -1,4 +1,4 @@
-"""Which update rule serves an optimizer: the registry, torch's own rules, one's own."""
+"""The registry of update rules: those of torch's optimizers, and those that users add."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _rules: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.RAdam: RAdamRule(),
     torch.optim.Muon: MuonRule(),
 }
-# said of an optimizer that is asked for in vain
+# hints for optimizers that no rule can serve
 HINTS = {
     torch.optim.LBFGS: "it evaluates the model several times in a step; take SGD or AdamW",
     torch.optim.SparseAdam: "make the embedding with sparse=False and take Adam",
@@ -54,7 +54,7 @@ def register_update_rule(
 
     Notes:
         A rule takes the place of one that was there before. SGD, Adam, AdamW, RMSprop, NAdam, RAdam
-        and Muon of torch.optim are there from the start; `LionRule` waits for your Lion class.
+        and Muon of torch.optim are there from the start; register `LionRule` for your Lion class.
         Rules without a Triton or C++ kernel (all but SGD, Adam and AdamW without amsgrad) run on
         the reference under every backend.
 
@@ -91,7 +91,7 @@ def register_update_rule(
 
 
 def rule_of(op: str, arg: str, optimizer: object) -> UpdateRule:
-    """The rule that serves an optimizer; raises where its step is none that a rule describes."""
+    """The rule that serves an optimizer; raises where no rule describes its step."""
     if not isinstance(optimizer, _OPTIMIZER):
         hint = "pass the torch.optim.Optimizer object itself"
         fail(TypeError, op, arg, f"an optimizer ({rule_names()})", describe(optimizer), hint)
@@ -123,9 +123,9 @@ def rule_names() -> str:
 
 
 def _unwrapped(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The function beneath what torch and others put around an optimizer's step: torch's hooks (on
-    the class), LRScheduler and torch.compile (on the object) wrap it by functools.wraps, accelerate
-    puts the bound method itself back on the object."""
+    """The function beneath the wrappers of an optimizer's step: torch's hooks (on the class),
+    LRScheduler and torch.compile (on the object) wrap it by functools.wraps; accelerate puts the
+    bound method itself back on the object."""
     beneath = inspect.unwrap(getattr(step, "__func__", step))
     return beneath if beneath is step else _unwrapped(beneath)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from mts_fast import reference
 from mts_fast._check import check_number, fail
 from mts_fast.backends.cpp import virtual_update as cpp
-from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.ops.update_rules import rule_of
-from mts_fast.ops.virtual_update_door import (
+from mts_fast.ops.virtual_update_checks import (
     OP,
     check_like,
     check_optimizer,
@@ -68,7 +68,7 @@ def _composed(
     hypergradient_lr: float | None,
     largest: Tensor,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """By whichever ops serve: what a fused one has to equal."""
+    """Unfused: the two ops in turn. A fused implementation returns the same values."""
     rows = parameters, gradients, states
     updated = resolve(OP, [*parameters, *gradients])(*rows)
     run = resolve(DIRECTION, [*parameters, *gradients, *along])
@@ -81,14 +81,12 @@ register(ALONG, "reference", _composed)
 register(OP, "cpp", cpp.virtual_update, cpp.reasons)
 register(DIRECTION, "cpp", cpp.hypergradient_direction, cpp.reasons)
 register_triton(OP, triton.virtual_update, triton.reasons)
-register_triton(
-    DIRECTION, triton.hypergradient_direction, triton.reasons
-)
+register_triton(DIRECTION, triton.hypergradient_direction, triton.reasons)
 register_triton(ALONG, triton.virtual_update_along, triton.reasons)
 
 
 class ScaledDirection(list[Tensor]):
-    """kappa * v, one tensor per parameter: a list that also knows how much of it was masked."""
+    """kappa * v, one tensor per parameter: a list that also counts its masked entries."""
 
     def __init__(self, tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         super().__init__(tensors)
@@ -119,8 +117,8 @@ class VirtualUpdate:
     ) -> ScaledDirection:
         """kappa * direction, tensor by tensor; 0 where there was no gradient or no direction.
 
-        To be asked for before the real step: the optimizer's state is read, not copied. The list
-        has `masked_entries`, how many entries of kappa were taken for noise and set to 0.
+        Call it before the real step: the optimizer's state is read, not copied. The list has
+        `masked_entries`, how many entries of kappa were taken for noise and set to 0.
         """
         check_like("direction", direction, self._before)
         _check_lr(hypergradient_lr)
@@ -129,10 +127,11 @@ class VirtualUpdate:
         pairs = zip(self._gradients, direction, strict=True)
         moved = [i for i, pair in enumerate(pairs) if all(t is not None for t in pair)]
         if moved:
-            p, g, v = (_at(moved, column) for column in (self._before, self._gradients, direction))
+            columns = (self._before, self._gradients, direction)
+            p, g, v = (_select(moved, column) for column in columns)
             largest = _largest(self._states, self._gradients)
             run = resolve(DIRECTION, [*p, *g, *v])
-            kappa_v, counts = run(p, g, _at(moved, self._states), v, hypergradient_lr, largest)
+            kappa_v, counts = run(p, g, _select(moved, self._states), v, hypergradient_lr, largest)
             for i, tensor in zip(moved, kappa_v, strict=True):
                 scaled[i] = tensor
         return ScaledDirection(_or_zeros(scaled, self._before), counts)
@@ -149,8 +148,8 @@ def virtual_update(
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, NAdam, RAdam or Muon of torch.optim with any of their
-            options but `differentiable`, or one that `register_update_rule` knows, with any number
-            of parameter groups. Only read.
+            options but `differentiable`, or one added by `register_update_rule`, with any number of
+            parameter groups. Only read.
         gradients: one per trainable parameter, in the order of the groups, of the parameter's
             shape; None where a parameter had none (it stays as it is, as in torch).
         along: v, likewise; asks for kappa * v from the same pass.
@@ -183,8 +182,8 @@ def virtual_update(
 
         The Triton kernel (`use_backend("triton")`) serves SGD, Adam and AdamW without amsgrad in
         float32, float64, bfloat16 and float16, computes in float32 (float64 of float64) and is one
-        launch for all tensors that share dtypes and alignment. Other rules, and a tensor that does
-        not lie in memory like its gradient, state and v, or has gaps there, run on the reference,
+        launch for all tensors that share dtypes and alignment. Other rules, and a tensor whose
+        memory layout is not that of its gradient, state and v, or has gaps, run on the reference,
         one by one.
 
     Source: row 4 and the definition of kappa.
@@ -211,7 +210,7 @@ def virtual_update(
     states = list(optimizer_states(optimizer).values())
     before = [p.detach() for p in parameters]
     after, direction = _run(before, gradients, states, along, hypergradient_lr)
-    # kappa is asked for before the real step; the values must be those of now.
+    # `before` and `states` are not copies: `.scale` has to be called before the real step
     return VirtualUpdate(after, direction, before, list(gradients), states)
 
 
@@ -223,7 +222,7 @@ def _run(
     along: Sequence[Tensor | None] | None,
     hypergradient_lr: float | None,
 ) -> tuple[list[Tensor], ScaledDirection | None]:
-    """(theta', kappa along): together where both are asked for, theta' alone elsewhere."""
+    """(theta', kappa along): in one pass where `along` is given, theta' alone elsewhere."""
     detached = [None if g is None else g.detach() for g in gradients]
     v = [None if t is None else t.detach() for t in along or [None] * len(before)]
     after = [p.clone() if g is None else p for p, g in zip(before, gradients, strict=True)]
@@ -232,15 +231,15 @@ def _run(
     moved = [i for i, g in enumerate(gradients) if g is not None]
     plain, both = ([i for i in moved if (v[i] is None) == absent] for absent in (True, False))
     if plain:
-        p, g = _at(plain, before), _at(plain, detached)
-        updated = resolve(OP, [*p, *g])(p, g, _at(plain, states))
+        p, g = _select(plain, before), _select(plain, detached)
+        updated = resolve(OP, [*p, *g])(p, g, _select(plain, states))
         for i, tensor in zip(plain, updated, strict=True):
             after[i] = tensor
     if both:
-        p, g, w = (_at(both, column) for column in (before, detached, v))
+        p, g, w = (_select(both, column) for column in (before, detached, v))
         largest = _largest(states, detached)
         run = resolve(ALONG, [*p, *g, *w])
-        *pair, counts = run(p, g, _at(both, states), w, hypergradient_lr, largest)
+        *pair, counts = run(p, g, _select(both, states), w, hypergradient_lr, largest)
         for i, tensor, scaled in zip(both, *pair, strict=True):
             after[i], direction[i] = tensor, scaled
     if along is None:
@@ -249,14 +248,14 @@ def _run(
 
 
 def _largest(states: Sequence[State], gradients: Sequence[Tensor | None]) -> Tensor:
-    """max |g| of the whole call; 0, unread, where no rule asks for it."""
+    """max |g| of the whole call; an unused 0 where no rule has a second moment."""
     if any(state.has_second_moment for state in states):
         return largest_gradient(g for g in gradients if g is not None)
     return torch.zeros(())
 
 
-def _at(indices: list[int], column: Sequence[T | None]) -> list[T]:
-    """What is at the indices, where there is something."""
+def _select(indices: list[int], column: Sequence[T | None]) -> list[T]:
+    """The entries at these indices, without those that are None."""
     return [t for i in indices if (t := column[i]) is not None]
 
 

@@ -29,7 +29,7 @@ def normalize_weights(
         TypeError: not floating-point tensors.
         ValueError: wrong shapes, tensors on several devices, an empty batch, class weights that are
             negative or not finite, a log_total that is NaN or infinite (but for -inf: S = 0). Their
-            values are looked at on the CPU; on a GPU that would wait for the device.
+            values are checked on the CPU; on a GPU that would wait for the device.
 
     Notes:
         Computed as a softmax over log w, so saturated logits (|z| of 1e4) give exact ratios. Where
@@ -106,6 +106,6 @@ def selector_gradient(
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether looking at the values neither waits for a device nor breaks a transform."""
+    """Whether reading the values neither waits for a device nor breaks a transform."""
     compiling = torch.compiler.is_compiling()
     return value.device.type == "cpu" and not compiling and not under_transform()

@@ -19,15 +19,15 @@ def distribution_features(
 ) -> dict[str, Tensor]:
     """Every distribution feature, each [N, width]: embeddings [N, D], labels and flags [N]."""
     unit = unit_rows(embeddings)  # [N, D]; a zero vector stays zero: cosine 0 to all
-    found = neighbor_statistics(unit, labels, is_synthetic, k=k, neighbors=neighbors)
-    agreement = label_agreement(found.similarity, found.index, labels)
+    nearest = neighbor_statistics(unit, labels, is_synthetic, k=k, neighbors=neighbors)
+    agreement = label_agreement(nearest.similarity, nearest.index, labels)
     num_classes = int(labels.max()) + 1
     centroids = ClassCentroids.empty(num_classes, embeddings.shape[1], embeddings.device)
     class_centroids_(centroids, embeddings, labels, is_synthetic)
     cosines, distance = centroid_distances(embeddings, labels, centroids)
     gap = (distance - class_median(distance, labels)).abs()
     rank = percentile_rank(gap, labels).to(embeddings.dtype)
-    return feature_columns(found, agreement, cosines, rank)
+    return feature_columns(nearest, agreement, cosines, rank)
 
 
 def centroid_distances(
@@ -48,7 +48,7 @@ def centroid_distances(
 
 
 def feature_columns(
-    found: NeighborStatistics,
+    nearest: NeighborStatistics,
     agreement: tuple[Tensor, Tensor],
     centroid_cosines: Tensor,
     percentile: Tensor,
@@ -58,11 +58,11 @@ def feature_columns(
     return {
         "real_centroid_cosine": real,
         "synthetic_centroid_cosine": synthetic,
-        "real_nearest3_cosine": found.real,
-        "synthetic_nearest3_cosine": found.synthetic,
+        "real_nearest3_cosine": nearest.real,
+        "synthetic_nearest3_cosine": nearest.synthetic,
         "knn5_label_agreement": agreement[0][:, None],
         "knn5_weighted_label_agreement": agreement[1][:, None],
         "class_centroid_cosine": joint,
-        "class_nearest_cosine": found.closest,
+        "class_nearest_cosine": nearest.closest,
         "distance_to_median_percentile": percentile[:, None],
     }

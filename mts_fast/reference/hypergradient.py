@@ -1,4 +1,4 @@
-"""Row 6 and its sum, by plain autograd: the truth that every engine is held against."""
+"""Row 6 and its sum, by plain autograd: the oracle that every engine is tested against."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def hypergradient_double_backward(
 
     `val_loss` [] must have been computed at a theta' that kept its graph back to phi.
     """
-    found = torch.autograd.grad(val_loss, selector_parameters, allow_unused=True)
+    gradients = torch.autograd.grad(val_loss, selector_parameters, allow_unused=True)
     return tuple(
         torch.zeros_like(p) if g is None else g
-        for g, p in zip(found, selector_parameters, strict=True)
+        for g, p in zip(gradients, selector_parameters, strict=True)
     )

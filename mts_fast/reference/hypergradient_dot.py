@@ -15,5 +15,5 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = Non
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> [B] over all entries of a sample; in float32 at least."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return (x.to(wide) * y.to(wide)).flatten(1).sum(1)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return (x.to(dtype) * y.to(dtype)).flatten(1).sum(1)

@@ -55,6 +55,6 @@ def linear_cross_entropy_tangent(
             ignore_index=ignore_index,
         )
 
-    still = torch.zeros_like(weight) if weight_tangent is None else weight_tangent
-    moved = F.linear(hidden, still, bias_tangent)
-    return torch.func.jvp(losses, (F.linear(hidden, weight, bias),), (moved,))[1]
+    tangent = torch.zeros_like(weight) if weight_tangent is None else weight_tangent
+    logits_tangent = F.linear(hidden, tangent, bias_tangent)
+    return torch.func.jvp(losses, (F.linear(hidden, weight, bias),), (logits_tangent,))[1]

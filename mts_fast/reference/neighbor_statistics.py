@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# cosines stay in [-1, 1]: an empty place, or a sample's similarity to itself, never wins.
+# below every cosine: stands for an empty place, and for a sample's similarity to itself
 EXCLUDED = -2.0
 # samples per side of a block of similarities: 1024 x 1024 float32 are 4 MB.
 TILE = 1024
@@ -22,12 +22,12 @@ class NeighborStatistics:
     synthetic: Tensor  # [N, k], to synthetic ones
     closest: Tensor  # [N, 1], to any
     similarity: Tensor  # [N, K], to the nearest of the whole pool
-    index: Tensor  # [N, K], which these are
+    index: Tensor  # [N, K], indices of these neighbours
 
 
 @dataclass(frozen=True)
 class NeighborLists:
-    """The same while a pool is compared chunk by chunk: EXCLUDED where nothing was found yet."""
+    """The same while a pool is compared chunk by chunk: EXCLUDED in places still empty."""
 
     similarity: Tensor  # [N, K], descending; equal ones by ascending index
     index: Tensor  # [N, K], int64
@@ -45,8 +45,8 @@ class NeighborLists:
         )
 
     def statistics(self) -> NeighborStatistics:
-        """What was found once every pair was seen. Where a class has fewer than k other samples
-        of a source, the missing places hold the last cosine found, or 0 where there is none.
+        """The statistics, once every pair was offered. Where a class has fewer than k other
+        samples of a source, the missing places repeat the last cosine, or are 0 without any.
         """
         closest = torch.maximum(self.real[:, :1], self.synthetic[:, :1])
         return NeighborStatistics(
@@ -88,8 +88,9 @@ def neighbor_statistics(
     same_class = labels[:, None] == labels[None, :]
 
     def nearest(allowed: Tensor, count: int) -> Tensor:
-        found = similarity.masked_fill(~allowed, EXCLUDED).topk(min(count, len(unit)), dim=1).values
-        return pad_cosines(F.pad(found, (0, count - found.shape[1]), value=EXCLUDED))
+        candidates = similarity.masked_fill(~allowed, EXCLUDED)
+        cosines = candidates.topk(min(count, len(unit)), dim=1).values
+        return pad_cosines(F.pad(cosines, (0, count - cosines.shape[1]), value=EXCLUDED))
 
     return NeighborStatistics(
         nearest(same_class & ~is_synthetic, k),
@@ -119,22 +120,22 @@ def neighbor_statistics_(
 
 
 def _merge(
-    lists: NeighborLists, mine: NeighborChunk, others: NeighborChunk, similarity: Tensor
+    lists: NeighborLists, chunk: NeighborChunk, candidates: NeighborChunk, similarity: Tensor
 ) -> None:
-    """Offer `others` at similarity [mine, others] to the lists of `mine`."""
-    rows = slice(mine.start, mine.start + len(mine.unit))
-    found, index = top_neighbors(similarity, lists.index.shape[1])
-    found = torch.cat([lists.similarity[rows], found], dim=1)
-    index = torch.cat([lists.index[rows], index + others.start], dim=1)
-    # by index first: the stable sort by similarity then leaves ties in that order.
+    """Offer `candidates` at similarity [chunk, candidates] to the lists of `chunk`."""
+    rows = slice(chunk.start, chunk.start + len(chunk.unit))
+    cosines, index = top_neighbors(similarity, lists.index.shape[1])
+    cosines = torch.cat([lists.similarity[rows], cosines], dim=1)
+    index = torch.cat([lists.index[rows], index + candidates.start], dim=1)
+    # sorted by index first: the stable sort by similarity then leaves ties in that order.
     index, by_index = index.sort(dim=1)
-    best, place = top_neighbors(found.gather(1, by_index), lists.index.shape[1])
+    best, place = top_neighbors(cosines.gather(1, by_index), lists.index.shape[1])
     lists.similarity[rows] = best
     lists.index[rows] = index.gather(1, place)
-    same_class = mine.labels[:, None] == others.labels[None, :]
+    same_class = chunk.labels[:, None] == candidates.labels[None, :]
     for best, chosen in (
-        (lists.real, ~others.is_synthetic),
-        (lists.synthetic, others.is_synthetic),
+        (lists.real, ~candidates.is_synthetic),
+        (lists.synthetic, candidates.is_synthetic),
     ):
         allowed = similarity.masked_fill(~(same_class & chosen), EXCLUDED)
         best[rows] = torch.cat([best[rows], allowed], dim=1).topk(best.shape[1], dim=1).values
@@ -146,9 +147,9 @@ def top_neighbors(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], index[:, :count]
 
 
-def pad_cosines(found: Tensor) -> Tensor:
+def pad_cosines(cosines: Tensor) -> Tensor:
     """[N, k] descending cosines with EXCLUDED in the empty places -> [N, k] without."""
-    present = found > EXCLUDED
+    present = cosines > EXCLUDED
     last = present.sum(1, keepdim=True).clamp(min=1) - 1
-    filled = torch.where(present, found, found.gather(1, last))
+    filled = torch.where(present, cosines, cosines.gather(1, last))
     return filled.masked_fill(~present.any(1, keepdim=True), 0.0)

@@ -22,8 +22,8 @@ def class_median(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_class(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(order [N], labels [N], first [C], counts [C]): samples by class, value, index; classes
-    numbered from 0 as they occur; where they begin, and their sizes."""
+    """(order [N], labels [N], first [C], counts [C]): indices sorted by class, value, index; labels
+    renumbered from 0 without gaps; where each class begins in the order, and its size."""
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     order = values.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]

@@ -32,7 +32,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the step computed on the way: p [B], losses [B], v by parameter name, dots [B]."""
+    """Values computed on the way: p [B], losses [B], v by parameter name, dots [B2]."""
 
     p: Tensor
     losses: Tensor
@@ -77,21 +77,21 @@ def mts_step(
     val_output = functional_call(model.eval(), {**virtual, **buffers}, val[0])
     v = grad(cross_entropy(val_output, val[1]).mean(), list(virtual.values()))
     model.train()
-    # row 6: d_i = <kappa v, grad l_i>, on the selector's batch
+    # row 6: d_i = <kappa v, grad l_i>, on the selector's batch of B2 samples
     largest = largest_gradient(g)
     direction = [
         hypergradient_direction(t, dt, s, dv, hypergradient_lr, largest)
         for (_, t, dt, s), dv in zip(rows, v, strict=True)
     ]
-    meta, z_meta, losses_meta = batch, z, losses
+    batch2, z2, losses2 = batch, z, losses
     if selector_batch is not None:
-        meta, z_meta = selector_batch, logits(selector_batch)
-        losses_meta = losses_of(meta, {n: b.clone() for n, b in buffers.items()})
-    dots = hypergradient_dots(losses_meta, list(theta.values()), direction)  # [B]
+        batch2, z2 = selector_batch, logits(selector_batch)
+        losses2 = losses_of(batch2, {n: b.clone() for n, b in buffers.items()})
+    dots = hypergradient_dots(losses2, list(theta.values()), direction)  # [B2]
     # rows 7, 8: the cotangent of the logits, one selector backward, the selector's step
-    p_meta = normalize_weights(log_weights(z_meta.detach()))
+    p2 = normalize_weights(log_weights(z2.detach()))
     selector_optimizer.zero_grad()
-    z_meta.backward(selector_gradient(dots, z_meta.detach(), p_meta), inputs=phi)
+    z2.backward(selector_gradient(dots, z2.detach(), p2), inputs=phi)
     selector_optimizer.step()
     # row 9: weights again with the new phi, then the real step
     p_new = normalize_weights(log_weights(logits(batch).detach()))

@@ -32,7 +32,7 @@ class Target(NamedTuple):
         return self._replace(labels=self.labels.flatten())
 
     def mean_of_positions(self, losses: Tensor) -> Tensor:
-        """Losses of samples [B], from those or from losses of positions [B, T], 0 where ignored."""
+        """Losses [B] of samples, from losses [B], or [B, T] of positions with 0 where ignored."""
         if self.labels.ndim == 1:
             return losses
         counted = (self.labels != self.ignore_index).flatten(1)

@@ -1,4 +1,4 @@
-"""Rows of length 1, whatever the size of their numbers."""
+"""Rows of length 1, without overflow or underflow of their squares."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two at or below each of some numbers >= 0; 1 for 0. Dividing by one is exact."""
-    wide = largest.to(torch.promote_types(largest.dtype, torch.float32))
-    # a number is its mantissa in [1/2, 1) times a power of two, which may be just out of range
-    power = wide / (2 * torch.frexp(wide).mantissa)
-    return power.masked_fill(wide == 0, 1.0).to(largest.dtype)
+    """The power of two at or below each entry >= 0; 1 for 0. Division by it is exact."""
+    values = largest.to(torch.promote_types(largest.dtype, torch.float32))
+    # frexp: x = mantissa * 2^e with the mantissa in [1/2, 1); 2^e itself may be out of range
+    power = values / (2 * torch.frexp(values).mantissa)
+    return power.masked_fill(values == 0, 1.0).to(largest.dtype)

@@ -73,7 +73,7 @@ def masked_direction(
     hypergradient_lr: float | None = None,
     largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same, and where kappa was set to 0 for being noise; None: nowhere."""
+    """(kappa^T along, a mask of where kappa was set to 0 as noise; None: nowhere)."""
     largest = largest_gradient([gradient]) if largest is None else largest
     direction, noise = state.direction(parameter, gradient, along, largest, hypergradient_lr)
     return direction.to(parameter.dtype), noise

@@ -28,13 +28,13 @@ def normalize_weights(log_w: Tensor, log_total: Tensor | None = None) -> Tensor:
     everywhere: no sample counts.
     """
     if log_total is None:
-        # softmax takes the largest off first: log S itself would round log w of -1e4 to 1e-3.
+        # softmax subtracts the largest log w first: log S itself would round log w of -1e4 to 1e-3
         vanished = torch.isneginf(log_w).all()
         return log_w.masked_fill(vanished, 0.0).softmax(0).masked_fill(vanished, 0.0)
     vanished = torch.isneginf(log_total)
-    # a scalar alone would not lift the difference to float64: torch keeps the vector's dtype.
-    wide = log_w.to(torch.promote_types(log_w.dtype, log_total.dtype))
-    p = (wide - log_total.masked_fill(vanished, 0.0)).exp().to(log_w.dtype)
+    # a 0-d float64 tensor does not promote the difference: torch keeps the vector's dtype
+    widened = log_w.to(torch.promote_types(log_w.dtype, log_total.dtype))
+    p = (widened - log_total.masked_fill(vanished, 0.0)).exp().to(log_w.dtype)
     return p.masked_fill(vanished, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The training step, the selector and what goes with them."""
+"""The training step, its result, the selector and its schedule."""
 
 from mts_fast.training.batch import SelectorBatch
 from mts_fast.training.result import StepResult

@@ -1,4 +1,4 @@
-"""One MTS step, rows 1 to 9 in their order; what is written is undone by the caller on error."""
+"""One MTS step: rows 1 to 9 in order. On an error the caller undoes what was written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONLINE_HINT = "inputs, val_inputs, or the model in eval mode, are broken; or pas
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of the step is given and does."""
+    """Inputs of one call of the step, and what the call does."""
 
     batch: CheckedBatch
     selector_batch: CheckedBatch | None  # the selector's own batch, where it has one
@@ -37,22 +37,22 @@ class Call:
     updates_selector: bool
     weighted: bool  # False during warm-up
     schedule: str
-    check_values: bool  # look at values, which on a GPU waits for them
+    check_values: bool  # read values to check them, which waits for a GPU
 
     @property
     def reuses_gradient(self) -> bool:
-        """Whether the classifier takes the virtual step's own gradient."""
+        """Whether the classifier's step uses the gradient of row 3 again."""
         return self.updates_selector and self.schedule == "reuse" and self.weighted
 
     @property
-    def updates_on_own_batch(self) -> bool:
+    def updates_on_training_batch(self) -> bool:
         """Whether the selector learns from the training batch."""
         return self.updates_selector and self.selector_batch is None
 
 
 @dataclass
-class Looked:
-    """Rows 1 to 6: all that the selector's update needs, before anything is written."""
+class Prepared:
+    """Results of rows 1 to 6: what the selector's update needs, before anything is written."""
 
     linearization: Linearization
     features: Tensor  # h [B, F]
@@ -62,11 +62,11 @@ class Looked:
     gradient: list[Tensor | None] | None = None  # row 3, unscaled
     update: SelectorUpdate | None = None
     val_loss: Tensor | None = None
-    gap: Tensor | None = None
-    guarded: bool = False  # the gap was looked at
-    masked: Tensor | None = None
+    gap: Tensor | None = None  # [], of the sum rule; see `invariant_gap`
+    guarded: bool = False  # the guard has checked the dots
+    masked: Tensor | None = None  # [], entries of kappa set to 0
     engine: str = ""
-    overflow: bool = False  # a gradient that loss scaling has pushed beyond float16
+    overflow: bool = False  # loss scaling has pushed a gradient beyond float16
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass
 class Algorithm:
-    """The parts that rows 1 to 9 are made of."""
+    """Rows 1 to 9, and the objects that they work with."""
 
     objective: Objective
     validation: Objective  # the model with the loss of the validation samples
@@ -97,10 +97,10 @@ class Algorithm:
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """Those that gradients and directions are aligned with."""
+        """The trainable parameters, in the order of gradients and directions."""
         return self.engines.parameters
 
-    def look(self, call: Call, layout: str, scaling: GradientScaling) -> Looked:
+    def prepare(self, call: Call, layout: str, scaling: GradientScaling) -> Prepared:
         """Rows 1 to 6.
 
         Raises:
@@ -109,47 +109,47 @@ class Algorithm:
         world = self.objective.world
         engine = self.engines.engine_for(layout)
         probing = call.updates_selector and self.engines.is_probing(layout)
-        # differences are checked with random signs, too, which takes a gradient more
+        # finite differences are also checked with random signs, which takes one more gradient
         signed = probing and engine.name == FiniteDifference.name
-        own = call.updates_on_own_batch
+        on_training_batch = call.updates_on_training_batch
         start = RngState.capture(world)
         self.features.observe_validation(
             call.validation.inputs, call.selector_batch if call.updates_selector else None
         )
-        # the only forward that leaves a trace in the model's buffers and generators
+        # the only forward whose changes to the model's buffers and generators remain
         with self.features.beside_forward(call.batch) as forward:
             linearization = engine.linearize(
                 call.batch,
                 gradients=1
                 + (call.updates_selector and not call.reuses_gradient)
-                + (signed and own),
-                dots=own,
+                + (signed and on_training_batch),
+                dots=on_training_batch,
             )
             forward.ran(linearization)
-        h = forward.features(update=own)
+        h = forward.features(update=on_training_batch)
         if call.check_values and not torch.isfinite(h.sum()):
             _check_losses(linearization)
             check_finite(OP, "the selector's input", h, ONLINE_HINT)
-        looked = self._score(call, h, linearization)
-        looked.engine = engine.name
+        prepared = self._score(call, h, linearization)
+        prepared.engine = engine.name
         if not call.updates_selector:
-            return looked
+            return prepared
         # row 3
-        scaled = linearization.gradient(scaling.scaled(looked.p))
-        looked.gradient = scaling.unscaled(scaled)
+        scaled = linearization.gradient(scaling.scaled(prepared.p))
+        prepared.gradient = scaling.unscaled(scaled)
         if call.check_values and not scaling.active:
             _check_losses(linearization)
-        looked.overflow = scaling.overflowed(looked.gradient)
-        if looked.overflow:
-            return looked
+        prepared.overflow = scaling.overflowed(prepared.gradient)
+        if prepared.overflow:
+            return prepared
         after_forward = RngState.capture(world)
         after_scoring = after_forward
-        # what the selector's batch writes stays until its graph is done with
-        beside = nullcontext() if call.selector_batch is None else preserved_buffers(world)
-        with preserved_rng(world), beside:
+        # buffers that the selector's batch changes are restored after its last backward
+        buffers = nullcontext() if call.selector_batch is None else preserved_buffers(world)
+        with preserved_rng(world), buffers:
             # rows 4, 5
-            virtual = ops.virtual_update(self.optimizer, looked.gradient)
-            looked.val_loss, v = validation_gradient(
+            virtual = ops.virtual_update(self.optimizer, prepared.gradient)
+            prepared.val_loss, v = validation_gradient(
                 self.validation,
                 self.parameters,
                 virtual.parameters,
@@ -160,65 +160,67 @@ class Algorithm:
                 scaling=scaling,
             )
             if call.check_values:
-                self._check_look_ahead(call, looked, virtual.parameters)
-            looked.overflow = scaling.overflowed(v)
-            if looked.overflow:
-                return looked
+                self._check_validation_loss(call, prepared, virtual.parameters)
+            prepared.overflow = scaling.overflowed(v)
+            if prepared.overflow:
+                return prepared
             # row 6
             direction = virtual.scale(v, self.hypergradient_lr)
-            looked.masked = direction.masked_entries
+            prepared.masked = direction.masked_entries
             if call.selector_batch is None:
-                dots = linearization.dots(direction).to(looked.z.dtype)
-                looked.update = SelectorUpdate(call.batch, h, looked.z, looked.p, dots)
-                compared = looked.gradient
-                looked.gap = invariant_gap(looked.p, dots, compared, direction)
+                dots = linearization.dots(direction).to(prepared.z.dtype)
+                prepared.update = SelectorUpdate(call.batch, h, prepared.z, prepared.p, dots)
+                compared = prepared.gradient
+                prepared.gap = invariant_gap(prepared.p, dots, compared, direction)
                 checked = linearization
             else:
-                checked, h_own = self._own_batch(call, engine, start, probing + signed)
-                # the selector's masks follow those of the training forward
+                checked, selector_h = self._run_selector_batch(
+                    call, engine, start, probing + signed
+                )
+                # the selector's dropout masks are drawn after those of the training forward
                 after_forward.restore()
-                z, p = self.trainer.forward(call.selector_batch, h_own, updates=True)
+                z, p = self.trainer.forward(call.selector_batch, selector_h, updates=True)
                 after_scoring = RngState.capture(world)
                 with preserved_buffers(world):
                     compared = checked.gradient(p) if probing else []
                     dots = checked.dots(direction).to(z.dtype)
-                looked.update = SelectorUpdate(call.selector_batch, h_own, z, p, dots)
+                prepared.update = SelectorUpdate(call.selector_batch, selector_h, z, p, dots)
                 if probing:
-                    looked.gap = invariant_gap(p, dots, compared, direction)
+                    prepared.gap = invariant_gap(p, dots, compared, direction)
             if signed:
-                p = looked.update.p * random_signs(looked.update.p, self.engines.calls(layout))
+                p = prepared.update.p * random_signs(prepared.update.p, self.engines.calls(layout))
                 with preserved_buffers(world):
                     by_signs = checked.gradient(p)
         after_scoring.restore()
         if call.check_values:
             hint = "lower the learning rate, or look for overflow in the model"
-            check_finite(OP, "the hypergradient dot of every sample", looked.update.dots, hint)
+            check_finite(OP, "the hypergradient dot of every sample", prepared.update.dots, hint)
         if probing:
-            self._guard(looked, looked.update.p, compared, direction)
-            looked.guarded = True
+            self._guard(prepared, prepared.update.p, compared, direction)
+            prepared.guarded = True
         if signed:
-            self._guard(looked, p, by_signs, direction)
+            self._guard(prepared, p, by_signs, direction)
         self.engines.served(layout)
-        return looked
+        return prepared
 
-    def finish(self, call: Call, looked: Looked, scaling: GradientScaling) -> Outcome:
-        """Rows 7 to 9, but for the classifier's optimizer."""
+    def finish(self, call: Call, prepared: Prepared, scaling: GradientScaling) -> Outcome:
+        """Rows 7 to 9, without the step of the classifier's optimizer."""
         gsnr = None
-        z, p = looked.z, looked.p
-        gradient = looked.gradient
-        if looked.update is not None:
+        z, p = prepared.z, prepared.p
+        gradient = prepared.gradient
+        if prepared.update is not None:
             # rows 7, 8
             if self.track_gsnr:
-                arguments = self.scorer.arguments(looked.update.batch, looked.update.features)
-                gsnr = selector_gsnr(self.scorer.selector, arguments, looked.update.cotangent())
-            self.trainer.step(looked.update)
+                arguments = self.scorer.arguments(prepared.update.batch, prepared.update.features)
+                gsnr = selector_gsnr(self.scorer.selector, arguments, prepared.update.cotangent())
+            self.trainer.step(prepared.update)
             if not call.reuses_gradient:
-                # row 9: weights again with the new phi, under the masks of the first time
+                # row 9: weights again with the new phi, under the dropout masks of row 1
                 with (
-                    preserved_rng(self.scorer.world, looked.before_scoring),
+                    preserved_rng(self.scorer.world, prepared.before_scoring),
                     preserved_buffers(self.scorer.world),
                 ):
-                    z, p = self.trainer.forward(call.batch, looked.features, updates=False)
+                    z, p = self.trainer.forward(call.batch, prepared.features, updates=False)
                 if call.check_values:
                     hint = "its own step made it diverge: lower the learning rate of the selector"
                     check_finite(OP, "selector's output after its step", z, hint)
@@ -226,41 +228,41 @@ class Algorithm:
             p = self.scorer.unweighted(call.batch, z)
         if call.check_values:
             _check_weights(p, self.scorer.class_weight)
-        if looked.overflow:
-            pass  # the gradient of row 3 holds the overflow that makes the scaler skip this step
+        if prepared.overflow:
+            pass  # the overflow in the gradient of row 3 makes the scaler skip this step
         elif not call.reuses_gradient:
-            gradient = looked.linearization.gradient(scaling.scaled(p))
+            gradient = prepared.linearization.gradient(scaling.scaled(p))
             if not scaling.active and call.check_values:
-                _check_losses(looked.linearization)
-                self._check_gradient(gradient, looked.linearization.losses.dtype)
+                _check_losses(prepared.linearization)
+                self._check_gradient(gradient, prepared.linearization.losses.dtype)
         else:
             assert gradient is not None
             gradient = scaling.scaled_again(gradient)
         assert gradient is not None
         z = z.detach()
-        losses = looked.linearization.losses
+        losses = prepared.linearization.losses
         result = StepResult(
             losses=losses,
             loss=(p * losses).sum(),
             logits=z,
             weights=self.scorer.weights(call.batch, z),
             normalized_weights=p,
-            val_loss=looked.val_loss,
-            dots=None if looked.update is None else looked.update.dots,
-            self_check=looked.gap,
+            val_loss=prepared.val_loss,
+            dots=None if prepared.update is None else prepared.update.dots,
+            self_check=prepared.gap,
             gsnr=gsnr,
-            engine=looked.engine,
-            masked_entries=looked.masked,
+            engine=prepared.engine,
+            masked_entries=prepared.masked,
         )
         return Outcome(gradient, result)
 
-    def _score(self, call: Call, h: Tensor, linearization: Linearization) -> Looked:
-        """Rows 1 and 2. Of the selector's forwards in a call one leaves a trace in its buffers and
-        in the generators: that of the batch which it learns from."""
+    def _score(self, call: Call, h: Tensor, linearization: Linearization) -> Prepared:
+        """Rows 1 and 2. Of the selector's forwards in a call, only the one on the batch that it
+        learns from changes its buffers and the generators."""
         before = RngState.capture(self.scorer.world)
-        own = call.updates_on_own_batch
-        if own or not call.updates_selector:
-            z, p = self.trainer.forward(call.batch, h, updates=own)
+        on_training_batch = call.updates_on_training_batch
+        if on_training_batch or not call.updates_selector:
+            z, p = self.trainer.forward(call.batch, h, updates=on_training_batch)
         else:
             with preserved_rng(self.scorer.world), preserved_buffers(self.scorer.world):
                 z, p = self.trainer.forward(call.batch, h, updates=False)
@@ -268,13 +270,13 @@ class Algorithm:
             hint = "the selector has diverged or its features are extreme: lower its learning rate"
             check_finite(OP, "selector's output", z.detach(), hint)
             _check_weights(p, self.scorer.class_weight)
-        return Looked(linearization, h, z, p, before)
+        return Prepared(linearization, h, z, p, before)
 
-    def _own_batch(
+    def _run_selector_batch(
         self, call: Call, engine: Engine, start: RngState, gradients: int
     ) -> tuple[Linearization, Tensor]:
-        """The selector's batch run forward, with the masks of the training forward, and its
-        features h [B2, F]; `gradients` are for the guard."""
+        """The forward of the selector's batch, under the masks of the training forward, and its
+        features h [B2, F]; `gradients` says how many the guard takes of it."""
         batch, world = call.selector_batch, self.objective.world
         assert batch is not None
         with preserved_rng(world, start):
@@ -289,41 +291,41 @@ class Algorithm:
 
     def _guard(
         self,
-        looked: Looked,
+        prepared: Prepared,
         p: Tensor,
         gradient: list[Tensor | None],
         direction: Sequence[Tensor],
     ) -> None:
         """Refuse dots that miss the invariant for these weights. Waits for the device."""
-        assert looked.update is not None
-        dots = looked.update.dots
-        allowed = bound(looked.engine, self.parameters)
+        assert prepared.update is not None
+        dots = prepared.update.dots
+        allowed = bound(prepared.engine, self.parameters)
         gap = float(invariant_gap(p, dots, gradient, direction))
         if gap <= allowed or is_rounding(p, dots, gradient, direction):
             return
         raise Refused(
-            looked.engine,
+            prepared.engine,
             [
                 f"sum p d differs from <kappa v, grad L> by {gap:.1e} of sum p |d|"
                 f" (allowed {allowed:.0e})"
             ],
         )
 
-    def _check_look_ahead(self, call: Call, looked: Looked, theta: list[Tensor]) -> None:
-        """Name the first link of rows 3 to 5 that is not finite."""
-        assert looked.val_loss is not None and looked.gradient is not None
-        if torch.isfinite(looked.val_loss):
+    def _check_validation_loss(self, call: Call, prepared: Prepared, theta: list[Tensor]) -> None:
+        """Raise for the first quantity of rows 3 to 5 that is not finite."""
+        assert prepared.val_loss is not None and prepared.gradient is not None
+        if torch.isfinite(prepared.val_loss):
             return
-        self._check_gradient(looked.gradient, looked.linearization.losses.dtype)
+        self._check_gradient(prepared.gradient, prepared.linearization.losses.dtype)
         for i, tensor in enumerate(theta):
             hint = "look at the optimizer's learning rate, eps and state"
             name = f"the virtual parameter {self._name(i)}"
             check_finite(OP, name, tensor, hint)
         hint = "the validation batch, or the model in its mode for it, is broken"
-        check_finite(OP, "the validation loss", looked.val_loss, hint)
+        check_finite(OP, "the validation loss", prepared.val_loss, hint)
 
     def _check_gradient(self, gradient: list[Tensor | None], dtype: torch.dtype) -> None:
-        """The first gradient that is not finite is named. Waits."""
+        """Raise for the first gradient that is not finite. Waits for the device."""
         present = [(i, g) for i, g in enumerate(gradient) if g is not None]
         sums = [g.sum().to(dtype) for _, g in present]
         if torch.isfinite(torch.stack(sums).sum()):

@@ -1,4 +1,4 @@
-"""What MTSStep is built from, checked before anything is run: types, ranges, ownership."""
+"""Checks of the arguments that MTSStep is built from: types, ranges, ownership."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.backends.registry import BACKENDS
-from mts_fast.ops.virtual_update_door import check_optimizer
+from mts_fast.ops.virtual_update_checks import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 
 OP = "MTSStep"
-# wrappers whose hooks torch.autograd.grad does not run, by name of the class: importing them here
-# would import torch.distributed
+# wrappers whose hooks torch.autograd.grad does not run, by class name: importing the classes would
+# import torch.distributed
 DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -37,7 +37,7 @@ CHOICES = {
     "val_objective": VALIDATION_OBJECTIVES,
     "check": ("auto", "always", "never"),
 }
-COUNTS = {"selector_every": 1, "online_k": 1, "warmup_steps": 0}  # the least of each
+COUNTS = {"selector_every": 1, "online_k": 1, "warmup_steps": 0}  # smallest value of each
 FLAGS = ("online_features", "track_gsnr", "cuda_graph")
 # bounds of numbers that may be None
 NUMBERS: dict[str, dict[str, float]] = {
@@ -48,7 +48,7 @@ NUMBERS: dict[str, dict[str, float]] = {
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Every option of MTSStep by name, alone."""
+    """Check every option of MTSStep by itself."""
     for name, choices in CHOICES.items():
         check_choice(OP, name, options[name], choices)
     for name, low in COUNTS.items():
@@ -81,25 +81,26 @@ def check_parts(
     loss_modules: list[nn.Module],
 ) -> None:
     """Refuse what cannot be trained, or could not be undone when a step raises."""
-    module, chooser = check_module(OP, "model", model), check_module(OP, "selector", selector)
+    module = check_module(OP, "model", model)
+    selector_module = check_module(OP, "selector", selector)
     check_not_distributed(module)
-    for arg, part in (("model", module), ("selector", chooser)):
+    for arg, part in (("model", module), ("selector", selector_module)):
         _check_initialised(arg, part)
-    if module is chooser:
+    if module is selector_module:
         hint = "build a Selector of its own"
         fail(ValueError, OP, "selector", "another module than model", "the model itself", hint)
     first = _check_torch_optimizer("optimizer", optimizer)
     check_optimizer(first, op=OP)
     second = _check_torch_optimizer("selector_optimizer", selector_optimizer)
     _check_undoable(second)
-    own = {id(p) for m in (module, *loss_modules) for p in m.parameters()}
-    _check_owner(first, own, "optimizer", "model")
-    learning = {id(p) for p in chooser.parameters() if p.requires_grad}
+    model_parameters = {id(p) for m in (module, *loss_modules) for p in m.parameters()}
+    _check_owner(first, model_parameters, "optimizer", "model")
+    learning = {id(p) for p in selector_module.parameters() if p.requires_grad}
     if not learning:
         hint = "set requires_grad on what shall learn"
         fail(ValueError, OP, "selector", "given trainable parameters", "none", hint)
     _check_owner(second, learning, "selector_optimizer", "selector")
-    shared = {id(p) for p in _held(first)} & {id(p) for p in _held(second)}
+    shared = {id(p) for p in _parameters(first)} & {id(p) for p in _parameters(second)}
     if shared:
         hint = "give each optimizer the parameters of its own module"
         got = f"{len(shared)} parameters that optimizer holds, too"
@@ -109,7 +110,7 @@ def check_parts(
 
 
 def check_not_distributed(model: nn.Module) -> None:
-    """Refuse wrappers and process groups whose ranks a step would let drift apart."""
+    """Refuse data-parallel wrappers and process groups: a step does not synchronise ranks."""
     for path, module in model.named_modules():
         names = {cls.__name__ for cls in type(module).__mro__}
         for name in DISTRIBUTED:
@@ -136,7 +137,7 @@ def _check_initialised(arg: str, module: nn.Module) -> None:
 
 
 def check_scheduler(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """A scheduler of that optimizer whose step() takes no metric."""
+    """Require a scheduler of this optimizer whose step() takes no metric."""
     arg = "selector_scheduler"
     if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         hint = "make one of torch.optim.lr_scheduler, or step your own outside"
@@ -189,7 +190,7 @@ def _check_torch_optimizer(arg: str, value: object) -> torch.optim.Optimizer:
 
 
 def _check_undoable(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a selector's optimizer whose step is known to raise, or wants a closure."""
+    """Refuse a selector's optimizer whose step is known to raise, or needs a closure."""
     arg, name = "selector_optimizer", type(optimizer).__name__
     step: Callable[..., object] = optimizer.step
     closure = inspect.signature(step).parameters.get("closure")
@@ -208,12 +209,12 @@ def _check_undoable(optimizer: torch.optim.Optimizer) -> None:
             fail(ValueError, OP, arg, "capturable on a GPU only", "parameters on the CPU", hint)
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _check_owner(optimizer: torch.optim.Optimizer, own: set[int], arg: str, owner: str) -> None:
-    if not any(id(p) in own for p in _held(optimizer)):
+def _check_owner(optimizer: torch.optim.Optimizer, ids: set[int], arg: str, owner: str) -> None:
+    if not any(id(p) in ids for p in _parameters(optimizer)):
         hint = f"build it with {owner}.parameters()"
         got = "one that holds none of them"
         fail(ValueError, OP, arg, f"of the trainable parameters of {owner}", got, hint)

@@ -45,7 +45,7 @@ class SelectorBatch:
 
 @dataclass(frozen=True)
 class CheckedBatch(LabelledBatch):
-    """A batch after validation: everything there, on the labels' device."""
+    """A batch after validation, on the labels' device; only `features` may be missing."""
 
     features: Tensor | None  # [B, F]
     is_synthetic: Tensor  # bool [B]
@@ -61,9 +61,9 @@ class CheckedValidation(LabelledBatch):
 
 
 def check_batch(
-    batch: SelectorBatch, num_classes: int | None, *, read: bool, prefix: str = ""
+    batch: SelectorBatch, num_classes: int | None, *, check_values: bool, prefix: str = ""
 ) -> CheckedBatch:
-    """Validate one batch; `read` also looks at the values, which on a GPU waits for them."""
+    """Validate one batch; `check_values` also reads the values, which waits for a GPU."""
     if not isinstance(batch, SelectorBatch):
         hint = "make it with mts_fast.SelectorBatch(inputs, labels, ...)"
         fail(TypeError, OP, prefix.rstrip("."), "a SelectorBatch", describe(batch), hint)
@@ -74,7 +74,7 @@ def check_batch(
         check_floating(OP, f"{prefix}features", features, ndim=2)
         check_length(OP, f"{prefix}features", features, size)
         check_device(OP, f"{prefix}features", features, labels.device, f"{prefix}labels")
-        if read:
+        if check_values:
             check_finite(OP, f"{prefix}features", features)
     flags = batch.is_synthetic
     synthetic = (
@@ -94,7 +94,7 @@ def check_batch(
     check_integer(OP, arg, classes, ndim=1)
     check_length(OP, arg, classes, size)
     check_device(OP, arg, classes, labels.device, f"{prefix}labels")
-    if read:
+    if check_values:
         hint = "number the classes from 0; see num_classes of Selector, and class_weight"
         if arg.endswith("labels"):
             hint += "; where labels are not the selector's classes, pass classes="
@@ -111,14 +111,14 @@ def check_validation(
     groups: object,
     *,
     needs_groups: bool,
-    own_loss: bool,
-    read: bool,
+    custom_loss: bool,
+    check_values: bool,
 ) -> CheckedValidation:
-    """Validate the validation batch; `own_loss` where a function of the user's takes the labels."""
+    """Validate the validation batch; `custom_loss`: a function of the user's takes the labels."""
     tensor = check_pair(inputs, labels, "val_")
-    if not own_loss:
+    if not custom_loss:
         check_integer(OP, "val_labels", tensor)
-        if read and bool((tensor == IGNORED).all()):
+        if check_values and bool((tensor == IGNORED).all()):
             hint = "give at least one sample a class"
             got = f"{IGNORED} for every sample"
             fail(ValueError, OP, "val_labels", "classes that count something", got, hint)
@@ -126,7 +126,7 @@ def check_validation(
         weights = check_floating(OP, "val_weights", weights, ndim=1)
         check_length(OP, "val_weights", weights, len(tensor))
         check_device(OP, "val_weights", weights, tensor.device, "val_labels")
-        if read:
+        if check_values:
             check_finite(OP, "val_weights", weights)
             if bool((weights < 0).any()) or not bool((weights > 0).any()):
                 got = f"values from {float(weights.min()):g} to {float(weights.max()):g}"

@@ -1,4 +1,4 @@
-"""A step's state as a dict, and its return: all is checked before anything is written."""
+"""A step's state as a dict, and loading it: all is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OP = "MTSStep.load_state_dict"
 VERSION = 2
-# what a state of version 1, without "version", holds
+# entries of version 1, whose states have no "version"
 REQUIRED = {
     "model": Mapping,
     "optimizer": Mapping,
@@ -26,13 +26,14 @@ REQUIRED = {
     "online": Mapping,
     "steps": int,
 }
+# entries that version 2 added
 ADDED = {
     "class_weight": (Tensor, type(None)),
     "engines": Mapping,
     "losses": list,
     "skipped_steps": int,
 }
-# options of optimizers that came with later versions of torch, which fills them in
+# options that later versions of torch added to optimizers; torch fills them in
 LATER_OPTIONS = {
     "amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused",
     "initial_lr", "maximize", "nesterov", "param_names",
@@ -63,13 +64,13 @@ def state_of(step: MTSStep) -> dict[str, Any]:
 
 
 def load_state(step: MTSStep, state: object) -> None:
-    """Check a state, then take it over; a failure in between puts the old one back."""
+    """Check a state, then load it; where loading fails, the old state is restored."""
     entries = copy.deepcopy(check_state(state, has_scheduler=step.selector_scheduler is not None))
     check_module_state("model", step.model, entries["model"])
     check_module_state("selector", step.selector, entries["selector"])
     for arg in ("optimizer", "selector_optimizer"):
-        own: torch.optim.Optimizer = getattr(step, arg)
-        check_optimizer_state(arg, own, entries[arg], entries.get(f"{arg}_class"))
+        optimizer: torch.optim.Optimizer = getattr(step, arg)
+        check_optimizer_state(arg, optimizer, entries[arg], entries.get(f"{arg}_class"))
     saved_class = entries.get("selector_scheduler_class")
     _check_class("selector_scheduler", step.selector_scheduler, saved_class)
     if "losses" in entries:
@@ -97,11 +98,11 @@ def _write(step: MTSStep, entries: dict[str, Any]) -> None:
     if "class_weight" in entries:
         step.class_weight = entries["class_weight"]
     step._engines.load_state_dict(entries.get("engines", {}))
-    if not entries.get("scaler"):  # of a step without one, or with a disabled one
+    if not entries.get("scaler"):  # saved without a scaler, or with a disabled one
         if step._owns_scaler:
             step.scaler, step._owns_scaler = None, False
     else:
-        if step.scaler is None:  # one that float16 autocast had asked for
+        if step.scaler is None:  # the saved step had made its own under float16 autocast
             step.scaler = torch.amp.GradScaler(next(step.model.parameters()).device.type)
             step._owns_scaler = True
         assert step.scaler is not None
@@ -116,11 +117,11 @@ def _loss_modules(step: MTSStep) -> list[nn.Module]:
     return list(dict.fromkeys(roots))
 
 
-def _check_class(arg: str, own: object, saved: object) -> None:
-    """That a part is of the class whose name was saved; None where there was none."""
-    if saved is not None and saved != type(own).__name__:
+def _check_class(arg: str, part: object, saved: object) -> None:
+    """Require that a part is of the class whose name was saved; None: no name was saved."""
+    if saved is not None and saved != type(part).__name__:
         hint = f"build {arg} as it was saved"
-        fail(ValueError, OP, f"state[{arg!r}]", f"of {type(own).__name__}", saved, hint)
+        fail(ValueError, OP, f"state[{arg!r}]", f"of {type(part).__name__}", saved, hint)
 
 
 def _check_losses(losses: list[nn.Module], saved: list[Any]) -> None:
@@ -133,7 +134,7 @@ def _check_losses(losses: list[nn.Module], saved: list[Any]) -> None:
 
 
 def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
-    """The entries of a state, by type; of an older one, those that it has."""
+    """The entries of a state, their types checked; a state of version 1 has fewer."""
     hint = "pass what MTSStep.state_dict() gave"
     if not isinstance(state, Mapping):
         fail(TypeError, OP, "state", "a mapping", describe(state), hint)
@@ -157,11 +158,11 @@ def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
 
 
 def check_module_state(arg: str, module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Names and shapes of a module's state, as `load_state_dict` would want them."""
-    own = module.state_dict()
+    """Check names and shapes of a module's state, as `load_state_dict` needs them."""
+    current = module.state_dict()
     hint = "build the module as it was saved (unwrapped, if it was wrapped then)"
-    missing = [n for n in own if n not in state]
-    unexpected = [n for n in state if n not in own]
+    missing = [n for n in current if n not in state]
+    unexpected = [n for n in state if n not in current]
     if missing or unexpected:
         got = "; ".join(
             f"{kind} {', '.join(map(str, names[:3]))}"
@@ -170,52 +171,52 @@ def check_module_state(arg: str, module: nn.Module, state: Mapping[str, Any]) ->
         )
         fail(RuntimeError, OP, f"state[{arg!r}]", "of the same module", got, hint)
     for name, value in state.items():
-        if isinstance(own[name], Tensor) and isinstance(value, Tensor):
-            if own[name].shape != value.shape:
-                expected = f"of shape {tuple(own[name].shape)}"
+        if isinstance(current[name], Tensor) and isinstance(value, Tensor):
+            if current[name].shape != value.shape:
+                expected = f"of shape {tuple(current[name].shape)}"
                 fail(RuntimeError, OP, f"{arg} {name!r}", expected, tuple(value.shape), hint)
-        elif type(own[name]) is not type(value):
-            fail(TypeError, OP, f"{arg} {name!r}", describe(own[name]), describe(value), hint)
+        elif type(current[name]) is not type(value):
+            fail(TypeError, OP, f"{arg} {name!r}", describe(current[name]), describe(value), hint)
 
 
 def check_optimizer_state(
     arg: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], name: object
 ) -> None:
-    """Class, groups and shapes of an optimizer's state; `name` is that of the class saved."""
-    own = optimizer.state_dict()
+    """Check class, groups and shapes of an optimizer's state; `name` is the saved class's."""
+    current_groups = optimizer.state_dict()["param_groups"]
     hint = f"build {arg} as it was saved"
     _check_class(arg, optimizer, name)
     groups = state.get("param_groups")
     if not isinstance(groups, list) or not isinstance(state.get("state"), Mapping):
         fail(TypeError, OP, f"state[{arg!r}]", "of an optimizer", describe(state), hint)
-    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in own["param_groups"]]
+    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in current_groups]
     if sizes[0] != sizes[1]:
         expected = f"of groups of {sizes[1]} parameters"
         fail(ValueError, OP, f"state[{arg!r}]", expected, sizes[0], hint)
-    for saved, present in zip(groups, own["param_groups"], strict=True):
-        lost = [key for key in present if key not in saved and key not in LATER_OPTIONS]
-        lost += [key for key in ("betas", "momentum") if key in saved and key not in present]
-        if lost:
-            got = "one with other options (" + ", ".join(lost) + ")"
+    for saved, present in zip(groups, current_groups, strict=True):
+        options = [key for key in present if key not in saved and key not in LATER_OPTIONS]
+        options += [key for key in ("betas", "momentum") if key in saved and key not in present]
+        if options:
+            got = "one with other options (" + ", ".join(options) + ")"
             expected = f"of {type(optimizer).__name__}"
             fail(ValueError, OP, f"state[{arg!r}]", expected, got, hint)
     if type(optimizer).__module__.startswith("torch.optim"):
         _check_complete(arg, state["state"], hint)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [i for group in groups for i in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in state["state"].get(number, {}).items():
+    indices = [i for group in groups for i in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for key, value in state["state"].get(index, {}).items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                 expected = f"of shape {tuple(parameter.shape)}"
                 got = f"{key} of shape {tuple(value.shape)}"
-                fail(ValueError, OP, f"state[{arg!r}] of parameter {number}", expected, got, hint)
+                fail(ValueError, OP, f"state[{arg!r}] of parameter {index}", expected, got, hint)
 
 
 def _check_complete(arg: str, states: Mapping[Any, Any], hint: str) -> None:
-    """Every parameter that has state has all of it: torch's optimizers treat all alike."""
+    """Require the same entries for every parameter with state, as torch's optimizers keep."""
     entries = {key for state in states.values() for key in state}
-    for number, state in states.items():
+    for index, state in states.items():
         missing = sorted(entries - {*state}) if state else []
         if missing:
-            name = f"state[{arg!r}] of parameter {number}"
+            name = f"state[{arg!r}] of parameter {index}"
             fail(ValueError, OP, name, "complete", f"one without {', '.join(missing)}", hint)

@@ -18,10 +18,10 @@ def needs_scaler(parameters: Sequence[Tensor]) -> bool:
 
 @dataclass
 class GradientScaling:
-    """One step's scale; without a scaler everything passes through as it is.
+    """One step's scale; without a scaler everything passes through unchanged.
 
-    The cotangents of the backwards are multiplied by the scale, so that what float16 would round to
-    zero survives, and gradients divided by it before anything is made of them.
+    The cotangents of the backwards are multiplied by the scale, so that values that float16
+    would round to zero survive; gradients are divided by it before they are used.
     """
 
     scaler: torch.amp.GradScaler | None = None
@@ -45,7 +45,7 @@ class GradientScaling:
         return [None if g is None else g / self._factor(g) for g in gradients]
 
     def scaled_again(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients times the scale, as the scaler wants to find them."""
+        """Gradients times the scale, as the scaler expects them."""
         if not self.active:
             return list(gradients)
         return [None if g is None else g * self._factor(g) for g in gradients]
@@ -62,7 +62,7 @@ class GradientScaling:
         *,
         overflow: bool,
     ) -> bool:
-        """Take the optimizer's step on the gradients that are set; whether it was taken."""
+        """Step the optimizer on the gradients that are set; returns whether it stepped."""
         if not self.active:
             if max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -70,7 +70,8 @@ class GradientScaling:
             return True
         scaler = self.scaler
         assert scaler is not None
-        if overflow:  # perhaps of the validation gradient: the scaler looks at these
+        if overflow:
+            # the scaler reads .grad alone, but the validation gradient may have overflowed
             first = next(p for p in parameters if p.grad is not None)
             assert first.grad is not None
             first.grad = torch.full_like(first.grad, torch.inf)

@@ -1,4 +1,4 @@
-"""Hands gradients over to parameters, as `zero_grad()` and a backward would have left them."""
+"""Sets `.grad` of parameters as `zero_grad()` and a backward would have left it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def set_gradients(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Set `.grad` of these parameters, each to memory of its own, and clear that of all others
-    that the optimizer holds: it would step whatever has one."""
+    """Set `.grad` of these parameters, each in memory of its own, and clear it on the optimizer's
+    remaining parameters: the optimizer steps every parameter that has a gradient."""
     taking_part = {id(p) for p in parameters}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -23,8 +23,8 @@ def set_gradients(
     used: set[int] = set()
     for parameter, g in zip(parameters, gradients, strict=True):
         if g is not None:
-            # autograd hands out one tensor twice, views of one, or an expanded one; clipping and
-            # unscaling write in place
+            # autograd may return one tensor twice, views of one tensor, or an expanded one;
+            # clipping and unscaling write in place
             storage = g.untyped_storage().data_ptr()
             if storage in used or not _is_dense(g):
                 g = g.clone(memory_format=torch.contiguous_format)

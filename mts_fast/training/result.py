@@ -1,4 +1,4 @@
-"""What one MTSStep leaves behind for logging. Every value is a tensor until you read it."""
+"""Results of one step, for logging. Every value stays a tensor until you read it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mts_fast.diagnostics import WeightStatistics, weight_statistics
 class StepResult:
     """Tensors of one step, detached. B is the training batch, B2 the selector's batch.
 
-    val_loss, dots and self_check are None in a step that left the selector alone; self_check also
-    where the selector had a batch of its own.
+    val_loss, dots and self_check are None in a step that does not update the selector;
+    self_check also where the selector had a batch of its own.
     """
 
     losses: Tensor  # [B], at the parameters before the step
-    loss: Tensor  # [], sum of normalized_weights * losses: what the classifier descended
+    loss: Tensor  # [], sum of normalized_weights * losses: the classifier's training loss
     logits: Tensor  # [B], the selector's outputs that the classifier's weights came from
     weights: Tensor  # [B], w: sigmoid(logits) times class weight
     normalized_weights: Tensor  # [B], p of the classifier's step; uniform during warm-up
@@ -27,13 +27,13 @@ class StepResult:
     # [], |sum_i p_i d_i - <kappa v, grad L>| / sum_i p_i |d_i|, at most 0.02 where dots are right
     self_check: Tensor | None
     gsnr: Tensor | None  # [], of the selector's gradient; only with track_gsnr
-    engine: str  # that served this batch; see `explain_engine`
+    engine: str  # the engine that served this batch; see `explain_engine`
     # [], entries of kappa set to 0, their second moment being rounding noise (Adam and the like)
     masked_entries: Tensor | None
     skipped: bool = False  # a gradient overflowed under loss scaling: no parameter has moved
 
     def __repr__(self) -> str:
-        """Sizes and the engine: values would have to be waited for."""
+        """Sizes and the engine; reading values would wait for the device."""
         learned = "" if self.dots is None else f", selector learned from {len(self.dots)}"
         skipped = ", skipped" if self.skipped else ""
         return f"StepResult(engine={self.engine!r}, {len(self.losses)} samples{learned}{skipped})"
@@ -41,8 +41,8 @@ class StepResult:
     @property
     def statistics(self) -> WeightStatistics:
         """Concentration of the classifier's weights (the paper's Figure 2)."""
-        found = weight_statistics(self.weights, self.normalized_weights)
-        return replace(found, masked_entries=self.masked_entries)
+        statistics = weight_statistics(self.weights, self.normalized_weights)
+        return replace(statistics, masked_entries=self.masked_entries)
 
     def as_skipped(self) -> StepResult:
         """The same of a step that loss scaling has skipped."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from mts_fast import ops
 from mts_fast._check import fail
 from mts_fast._interrupts import HeldInterrupts
-from mts_fast._isolation import insist
+from mts_fast._isolation import run_to_completion
 from mts_fast.hypergradient import Refused
 from mts_fast.hypergradient.guard import bound
-from mts_fast.ops.virtual_update_door import check_optimizer
+from mts_fast.ops.virtual_update_checks import check_optimizer
 from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 OP = "MTSStep"
 logger = logging.getLogger("mts_fast")
-# up to this size the copy that makes `optimizer.step()` undoable is taken by default: a ResNet-50
-# with momentum (two tensors of 102 MB) is just within
+# largest copy that is made by default so that `optimizer.step()` can be undone: a ResNet-50 with
+# momentum (102 MB of parameters, 102 MB of buffers) is just within
 ATOMIC_BYTES = 256 * 2**20
 
 
-# the step's own loss scale, torch's default, and by how much it is lowered where float16 overflows
+# first scale of the step's own scaler, torch's default, and its divisor where float16 overflows
 OWN_SCALE, OWN_BACKOFF = 2.0**16, 16.0
 
 
 class PendingGap:
-    """The guard's figure of a call that did not wait for it, looked at in the next one."""
+    """Gap of the sum rule in a call that did not wait for it; the next call reads it."""
 
     def __init__(self, gap: Tensor, allowed: float, engine: str) -> None:
         self._allowed, self._engine = allowed, engine
@@ -58,7 +58,7 @@ class PendingGap:
             self._event.record()
 
     def report(self) -> None:
-        """Warn where it is beyond its bound; one that has not arrived yet is let go."""
+        """Warn where the gap exceeds its bound; a gap that has not arrived yet is skipped."""
         if self._event is not None and not self._event.query():
             return
         gap = float(self._gap)
@@ -74,8 +74,7 @@ class PendingGap:
 
 
 def check_can_run(step: MTSStep) -> None:
-    """One call at a time, gradients on, one process, and no call that left parameters half
-    stepped."""
+    """Refuse nested calls, half-stepped parameters, disabled gradients and several processes."""
     if step._running is not None:
         hint = "build one MTSStep for each thread or inner loop"
         got = "a call from inside another (a hook?), or from a second thread"
@@ -90,7 +89,7 @@ def check_can_run(step: MTSStep) -> None:
 
 
 def run_call(step: MTSStep, call: Call) -> StepResult:
-    """Take the step; whatever raises, everything is as it was."""
+    """Take the step; where anything raises, all state is restored."""
     try:
         try:
             step._running = call
@@ -128,7 +127,7 @@ def _run(step: MTSStep, call: Call) -> StepResult:
             try:
                 return _complete(step, call, transaction)
             except BaseException:
-                insist(transaction.roll_back)
+                run_to_completion(transaction.roll_back)
                 raise
         except BaseException:  # for an exception that came before the first clean-up had begun
             transaction.roll_back()
@@ -157,14 +156,14 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
     while True:
         scaling = GradientScaling(step.scaler)
         try:
-            looked = algorithm.look(call, layout, scaling)
+            prepared = algorithm.prepare(call, layout, scaling)
         except Refused as refused:
             transaction.rewind()
             engines.refuse(layout, refused)
             continue
-        scale = _own_scale(step) if looked.overflow else 1.0
+        scale = _own_scale(step) if prepared.overflow else 1.0
         if scale > 1.0:
-            # nobody asked for steps to be skipped: again, at a scale that fits
+            # the scaler is the step's own: repeat at a lower scale instead of skipping the step
             transaction.rewind()
             _take_own_scaler(step, max(1.0, scale / OWN_BACKOFF))
             continue
@@ -175,25 +174,25 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
         transaction.rewind()
     transaction.forget_parameters()
     step._knows_writes = True
-    outcome = algorithm.finish(call, looked, scaling)
+    outcome = algorithm.finish(call, prepared, scaling)
     set_gradients(step.optimizer, engines.parameters, outcome.gradient)
     if step.selector_scheduler is not None:
         step.selector_scheduler.step()
-    taken = _step_optimizer(step, scaling, transaction, overflow=looked.overflow)
-    if looked.gap is not None and not looked.guarded:
-        allowed = bound(looked.engine, engines.parameters)
-        step._gap = PendingGap(looked.gap, allowed, looked.engine)
+    stepped = _step_optimizer(step, scaling, transaction, overflow=prepared.overflow)
+    if prepared.gap is not None and not prepared.guarded:
+        allowed = bound(prepared.engine, engines.parameters)
+        step._gap = PendingGap(prepared.gap, allowed, prepared.engine)
     step.steps += 1
-    step.skipped_steps += not taken
+    step.skipped_steps += not stepped
     engines.commit()
-    result = outcome.result if taken else outcome.result.as_skipped()
+    result = outcome.result if stepped else outcome.result.as_skipped()
     transaction.committed = True
     return result
 
 
 def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
-    """A forward writes to these parameters: every forward but the one that counts is to leave them
-    as they were. After the first call there is no copy to begin again from."""
+    """Note that a forward writes to these parameters: from then on every forward but the training
+    one restores them. After the first call there is no copy to restart from."""
     if step._knows_writes:
         names: dict[Tensor, str] = {p: n for n, p in step.model.named_parameters()}
         got = f"a write to {names.get(parameters[0], 'one')!r}, which earlier calls did not make"
@@ -206,7 +205,7 @@ def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
 def _step_optimizer(
     step: MTSStep, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
 ) -> bool:
-    """The classifier's optimizer, undone with the rest where it raises; whether it stepped."""
+    """Step the classifier's optimizer, undone with the call where it raises; whether it stepped."""
     copies = step.atomic
     if copies is None:
         copies = state_bytes(step.optimizer) <= ATOMIC_BYTES
@@ -238,7 +237,7 @@ def _torn_message(moved: str) -> str:
 
 
 def _follow_parameters(step: MTSStep) -> None:
-    """Parameters may have been frozen, unfrozen or added since the last call."""
+    """Take over parameters that were frozen, unfrozen or added since the last call."""
     check_optimizer(step.optimizer, op=OP)
     present = ops.trainable_parameters(step.optimizer)
     before = step._engines.parameters
@@ -248,7 +247,7 @@ def _follow_parameters(step: MTSStep) -> None:
 
 
 def _adopt_scaler(step: MTSStep) -> None:
-    """Without a scale float16 rounds small gradients to 0."""
+    """Make a scaler for float16 autocast without one, where small gradients round to 0."""
     parameters = step._engines.parameters
     if step.scaler is None and needs_scaler(parameters):
         logger.info("%s: float16 autocast without scaler=: taking a GradScaler of its own", OP)
@@ -262,7 +261,7 @@ def _take_own_scaler(step: MTSStep, scale: float) -> None:
 
 
 def _own_scale(step: MTSStep) -> float:
-    """The scale where it is the step's own to choose; 1 where it is the caller's."""
+    """The scale of the step's own scaler; 1 where the step has made none."""
     return step.scaler.get_scale() if step._owns_scaler and step.scaler is not None else 1.0
 
 
@@ -284,7 +283,7 @@ def _algorithm(step: MTSStep) -> Algorithm:
 
 
 def _counters(step: MTSStep) -> dict[str, Any]:
-    """What a step moves beside tensors and generators."""
+    """State that a step changes beside tensors and generators."""
     scheduler = step.selector_scheduler
     scaler = step.scaler
     return {

@@ -89,7 +89,7 @@ class Selector(nn.Module):
     def forward(self, features: Tensor, classes: Tensor, is_synthetic: Tensor) -> Tensor:
         """Logits z [B] of features [B, F], classes [B] and is_synthetic [B].
 
-        Features are computed with in the dtype of the parameters, classes may be any integers.
+        Features are converted to the parameters' dtype; classes may be of any integer dtype.
 
         Raises:
             TypeError, ValueError: wrong dtypes, shapes, lengths or devices; on the CPU, classes
@@ -115,10 +115,10 @@ class Selector(nn.Module):
         check_integer(OP, "classes", classes, ndim=1)
         check_length(OP, "classes", classes, len(features))
         check_flags(OP, "is_synthetic", is_synthetic, len(features))
-        given = (("features", features), ("classes", classes), ("is_synthetic", is_synthetic))
-        for name, value in given:
+        arguments = (("features", features), ("classes", classes), ("is_synthetic", is_synthetic))
+        for name, value in arguments:
             check_device(OP, name, value, device, "its parameters")
-        # under vmap or torch.compile values cannot be read, and on a GPU that would wait
+        # values cannot be read under vmap or torch.compile; reading them from a GPU would wait
         if classes.device.type == "cpu" and not (
             torch.compiler.is_compiling() or under_transform()
         ):
@@ -161,8 +161,8 @@ def warmup_cosine(
     """Linear warm-up over `warmup_steps`, then a cosine to 0 at `total_steps`, and 0 from there on.
 
     Raises:
-        TypeError, ValueError: no optimizer; steps that are no whole numbers, negative, or more of
-            warm-up than there are in all.
+        TypeError, ValueError: no optimizer; steps that are no whole numbers, negative, or a
+            warm-up that is not below total_steps.
 
     Example:
         >>> import torch, mts_fast

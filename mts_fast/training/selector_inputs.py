@@ -35,7 +35,7 @@ class OfflineForward:
 
 
 class OfflineFeatures:
-    """Only what the caller passes."""
+    """The caller's features alone."""
 
     def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
         """Nothing is read of the validation batch."""
@@ -45,16 +45,16 @@ class OfflineFeatures:
         """Inside, the training forward of the batch is run."""
         yield OfflineForward(batch)
 
-    def alone(self, batch: CheckedBatch) -> Tensor:
+    def features(self, batch: CheckedBatch) -> Tensor:
         """[B, F]."""
         return _offline(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """No state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
+        """No state."""
 
 
 class OnlineForward:
@@ -70,18 +70,18 @@ class OnlineForward:
         self.watched: PenultimateFeatures | None = None
 
     def ran(self, linearization: Linearization) -> None:
-        """The forward has been run, or is run now where it is watched."""
+        """Report the forward; a watched one is run here and gives its penultimate features."""
         if self.watched is not None:
             linearization.run()
             self._training_features = self.watched.taken(len(self._batch))
 
-    def compare(self, unmoved: bool) -> bool:
-        """Whether the training forward gave what eval mode gives."""
-        own, other = self._training_features, self._eval_features
-        assert own is not None
-        same = unmoved and (other is None or _equal(other, own))
+    def compare(self, state_unchanged: bool) -> bool:
+        """Whether the training forward gave the features of eval mode, without changing state."""
+        training, evaluation = self._training_features, self._eval_features
+        assert training is not None
+        same = state_unchanged and (evaluation is None or _equal(evaluation, training))
         if same:
-            self._eval_features = own
+            self._eval_features = training
         return same
 
     def features(self, *, update: bool) -> Tensor:
@@ -114,7 +114,7 @@ class OnlineFeatures:
         self._shared: dict[tuple[bool, ...], bool] = {}
 
     def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
-        """Take the features of the validation batch, under parameters and buffers as they are.
+        """Compute features of the validation batch with the current parameters and buffers.
 
         Those of the selector's batch, too, unless its own forward will give them.
         """
@@ -137,13 +137,13 @@ class OnlineFeatures:
         if shared is False:
             yield forward
             return
-        before = _Trace(self._objective.world)
+        before = _StateBefore(self._objective.world)
         with self._penultimate.capture() as forward.watched:
             yield forward
-        self._shared[modes] = forward.compare(before.unmoved())
+        self._shared[modes] = forward.compare(before.unchanged())
 
-    def alone(self, batch: CheckedBatch) -> Tensor:
-        """[B, k + 1 + F]; nothing moves."""
+    def features(self, batch: CheckedBatch) -> Tensor:
+        """[B, k + 1 + F]; running statistics stay as they are."""
         return self.join(batch, self.penultimate(batch), update=False)
 
     def penultimate(self, batch: LabelledBatch) -> Tensor:
@@ -188,16 +188,16 @@ class OnlineFeatures:
         self._standardizer.load_state_dict(state)
 
 
-class _Trace:
-    """Generators and buffers before a forward, to tell whether it moved them."""
+class _StateBefore:
+    """Generators and buffers before a forward, to tell whether it changed them."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._rng = RngState.capture(world)
         self._buffers = self._versions()
 
-    def unmoved(self) -> bool:
-        """Whether what ran since left buffers and generators alone, as in eval mode."""
+    def unchanged(self) -> bool:
+        """Whether buffers and generators are as they were, as after a forward in eval mode."""
         return self._buffers == self._versions() and self._rng.equals(RngState.capture(self._world))
 
     def _versions(self) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ OP = "MTSStep"
 
 @dataclass
 class Scorer:
-    """A selector and the class weights beside it."""
+    """A selector and its class weights."""
 
     selector: nn.Module
     class_weight: Tensor | None  # [C]
@@ -46,7 +46,7 @@ class Scorer:
         return z.reshape(expected).to(torch.promote_types(z.dtype, torch.float32))
 
     def arguments(self, batch: CheckedBatch, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the selector is called with: features in its dtype, classes, is_synthetic."""
+        """The selector's arguments: features in its dtype, classes, is_synthetic."""
         dtype = next((p.dtype for p in self.selector.parameters()), h.dtype)
         return h.to(dtype), batch.classes, batch.is_synthetic
 
@@ -59,7 +59,7 @@ class Scorer:
         return ops.normalize_weights(z.detach(), class_weight=self._class_weight(batch))
 
     def unweighted(self, batch: CheckedBatch, z: Tensor) -> Tensor:
-        """p [B] of a selector that trusts every sample alike."""
+        """p [B] of equal logits: class weights alone count."""
         return self.normalized(batch, torch.zeros_like(z))
 
     def _class_weight(self, batch: CheckedBatch) -> Tensor | None:
@@ -70,7 +70,7 @@ class Scorer:
 
 
 class SelectorUpdate(NamedTuple):
-    """What the selector's step is made of: a batch as it was scored, and the dots of row 6."""
+    """Inputs of the selector's step: a batch as it was scored, and the dots of row 6."""
 
     batch: CheckedBatch
     features: Tensor  # h [B, F]
@@ -95,7 +95,7 @@ class SelectorTrainer(Protocol):
 
 @dataclass(frozen=True)
 class EagerSelectorTrainer:
-    """Call by call; z carries the graph that the step goes back through."""
+    """Eager calls; z carries the graph of the step's backward."""
 
     scorer: Scorer
     optimizer: torch.optim.Optimizer
@@ -109,9 +109,10 @@ class EagerSelectorTrainer:
     def step(self, update: SelectorUpdate) -> None:
         """Backward with the closed-form cotangent, and the optimizer's step."""
         self.optimizer.zero_grad(set_to_none=True)
-        # into the parameters of this optimizer alone: features may carry a graph of the caller's
-        held = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
-        update.logits.backward(update.cotangent(), inputs=held)
+        # gradients of this optimizer's parameters alone: features may carry the caller's graph
+        groups = self.optimizer.param_groups
+        parameters = [p for g in groups for p in g["params"] if p.requires_grad]
+        update.logits.backward(update.cotangent(), inputs=parameters)
         self.optimizer.step()
-        # autocast keeps low-precision copies of the weights, which are now of other values
+        # autocast's cached low-precision weights are stale after the step
         torch.clear_autocast_cache()

@@ -1,8 +1,8 @@
 """The selector's part of a step as CUDA graphs: many tiny launches become one replay each.
 
-A selector is some twenty small tensors: scoring a batch, and learning from it, are dozens of
-launches of microseconds. What they do depends on the batch's shape alone, so that they are recorded
-once a shape and then replayed on the same memory.
+A selector has some twenty small tensors: scoring a batch and learning from it take dozens of
+launches of microseconds each. The launches depend on the batch's shape alone, so they are recorded
+once per shape and then replayed on the same memory.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ OP = "MTSStep"
 # exist then
 EAGER_CALLS = 3
 # device types whose autocast settings a recording holds
-KINDS = ("cpu", "cuda")
+DEVICE_TYPES = ("cpu", "cuda")
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Recorder(Protocol):
-    """How a function of tensors is run before it is recorded, and recorded."""
+    """Runs a function of tensors before it is recorded, and records it."""
 
     def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
         """Raise where a selector and its optimizer cannot be recorded."""
@@ -40,11 +40,11 @@ class Recorder(Protocol):
     def record(
         self, function: Function, inputs: Sequence[Tensor]
     ) -> Callable[[], tuple[Tensor, ...]]:
-        """Without running it, what runs it again and again on the memory of these inputs."""
+        """A function that replays it on the memory of these inputs; it is not run here."""
 
 
 class CudaRecorder:
-    """torch.cuda.graph, after runs on a stream beside the current one, as torch asks for."""
+    """torch.cuda.graph, after runs on a side stream, as torch requires."""
 
     def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
         elsewhere = sorted({p.device.type for p in scorer.selector.parameters()} - {"cuda"})
@@ -56,14 +56,14 @@ class CudaRecorder:
 
     def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.cuda.device(inputs[0].device):
-            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-            beside.wait_stream(current)
-            with torch.cuda.stream(beside):
-                found = function(*inputs)
-            current.wait_stream(beside)
-            for tensor in found:
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                outputs = function(*inputs)
+            current.wait_stream(side)
+            for tensor in outputs:
                 tensor.record_stream(current)
-        return found
+        return outputs
 
     def record(
         self, function: Function, inputs: Sequence[Tensor]
@@ -71,15 +71,15 @@ class CudaRecorder:
         device = inputs[0].device
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
-            # a stream of this device, and other threads (a loader that pins memory) left alone
+            # a stream of this device; thread_local leaves other threads alone (a pinning loader)
             stream = torch.cuda.Stream()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                found = function(*inputs)
+                outputs = function(*inputs)
 
         def replay() -> tuple[Tensor, ...]:
             with torch.cuda.device(device):
                 graph.replay()
-            return found
+            return outputs
 
         return replay
 
@@ -87,8 +87,8 @@ class CudaRecorder:
 class Replayed:
     """A function that is recorded after EAGER_CALLS calls of one shape, and replayed from then on.
 
-    `state()` says what a recording depends on beside its inputs: where that has changed since, it
-    is made anew.
+    `state()` returns all that a recording depends on beside its inputs: when it changes, the
+    function is recorded again.
     """
 
     def __init__(self, function: Function, state: Callable[[], object], recorder: Recorder) -> None:
@@ -111,8 +111,8 @@ class Replayed:
             replay = self._recorder.record(self._function, static)
             self._recorded[shape] = state, static, replay
         _, static, replay = self._recorded[shape]
-        for own, given in zip(static, inputs, strict=True):
-            own.copy_(given)
+        for buffer, value in zip(static, inputs, strict=True):
+            buffer.copy_(value)
         return tuple(t.clone() for t in replay())
 
 
@@ -142,7 +142,7 @@ class GraphedSelectorTrainer:
         self._step = Replayed(self._step_tensors, self._state, recorder)
 
     def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
-        """(z [B], p [B]); `step` makes z once more, with its graph."""
+        """(z [B], p [B]); `step` computes z again, with its graph."""
         z, p = self._forward(*self._scorer.arguments(batch, h))
         return z, p
 
@@ -164,20 +164,20 @@ class GraphedSelectorTrainer:
         return ()
 
     def _state(self) -> object:
-        """Addresses that a recording holds, and numbers that it has taken in."""
-        held = [p.data_ptr() for p in self._scorer.selector.parameters()]
+        """Pointers and scalars that a recording holds, autocast settings, the selector's mode."""
+        pointers = [p.data_ptr() for p in self._scorer.selector.parameters()]
         for state in self._optimizer.state.values():
-            held += [v.data_ptr() for v in state.values() if isinstance(v, Tensor)]
-        numbers = [
+            pointers += [v.data_ptr() for v in state.values() if isinstance(v, Tensor)]
+        scalars = [
             (name, value.data_ptr() if isinstance(value, Tensor) else value)
             for group in self._optimizer.param_groups
             for name, value in group.items()
             if name != "params"
         ]
         weight = self._scorer.class_weight
-        held.append(0 if weight is None else weight.data_ptr())
-        casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in KINDS]
-        return held, numbers, casts, self._scorer.selector.training
+        pointers.append(0 if weight is None else weight.data_ptr())
+        casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
+        return pointers, scalars, casts, self._scorer.selector.training
 
 
 def _autocast_without_cache(kind: str) -> torch.autocast:
@@ -188,7 +188,7 @@ def _autocast_without_cache(kind: str) -> torch.autocast:
 
 
 def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Others count steps or read values on the host, which a recording would freeze."""
+    """Refuse optimizers that count steps or read values on the host: a recording freezes both."""
     name = type(optimizer).__name__
     groups = optimizer.param_groups
     if all(group.get("capturable") is True for group in groups):
@@ -201,21 +201,21 @@ def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
         hint = "take SGD, or one of torch's with capturable=True"
         fail(ValueError, OP, argument, expected, name, hint)
     if any(isinstance(g["lr"], Tensor) and not g["fused"] for g in groups):
-        hint = "make it with SGD(..., fused=True): the others read lr on the host"
+        hint = "make it with SGD(..., fused=True): other implementations read lr on the host"
         fail(ValueError, OP, argument, expected, "SGD with lr as a tensor", hint)
 
 
 def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
-    """As much of a batch as the selector looks at."""
+    """The part of a batch that the selector reads."""
     return CheckedBatch(None, classes, None, flags, classes)
 
 
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
-    found = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
-    if found:
+    names = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
+    if names:
         hint = "the recorded step runs the selector once more"
         expected = "free of dropout and BatchNorm with cuda_graph"
-        fail(ValueError, OP, "selector", expected, found, hint)
+        fail(ValueError, OP, "selector", expected, names, hint)
     rates = [group["lr"] for group in optimizer.param_groups]
     wanted = next(scorer.selector.parameters()).device
     if scheduled and not all(isinstance(lr, Tensor) and lr.device == wanted for lr in rates):
@@ -226,8 +226,8 @@ def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool)
 
 
 def _differs_when_run_again(module: nn.Module) -> bool:
-    """Draws random numbers, or moves statistics. What a module does in plain functions is not
-    seen."""
+    """Whether a module draws random numbers or updates statistics; plain functions that its
+    forward calls are not seen."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     share = getattr(module, "dropout", 0)  # of recurrent layers and attention
     return isinstance(module, kinds) or (isinstance(share, int | float) and share > 0)

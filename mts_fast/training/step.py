@@ -50,8 +50,8 @@ class MTSStep:
             "auto", the first of these that serves the batch; `explain_engine` says which and why.
         schedule: "exact" weights the classifier's step by the selector as updated in this call (row
             9), "reuse" as it was before (row 2), which saves a backward.
-        memory: of the ghost engine: "fast", or "low", which makes output gradients once more
-            instead of keeping them.
+        memory: of the ghost engine: "fast", or "low", which recomputes output gradients
+            instead of storing them.
         micro_batch: run that many samples at a time; peak memory follows it. The result is that of
             the whole batch where samples are independent; BatchNorm in train mode sees each
             micro-batch, as under data parallelism.
@@ -89,7 +89,7 @@ class MTSStep:
             launches, as CUDA graphs, recorded after a few calls of each batch size. Needs the
             selector on a GPU, without dropout and BatchNorm, and an optimizer made with
             capturable=True, or SGD (lr as a tensor, and SGD fused, where there is a scheduler).
-        check: "auto" looks at values (finite, in range) where tensors are on the CPU; "always"
+        check: "auto" checks values (finite, in range) where tensors are on the CPU; "always"
             also on a GPU, which waits for it; "never".
 
     Notes:
@@ -223,9 +223,9 @@ class MTSStep:
             )
         self._gap: PendingGap | None = None
         self._owns_scaler = False
-        self._knows_writes = False  # which parameters a forward writes to
+        self._knows_writes = False  # whether it is known which parameters a forward writes to
         self._running: Call | None = None
-        self._torn = ""  # what an optimizer that raised had moved already
+        self._torn = ""  # a tensor that an optimizer had changed before it raised
 
     def __call__(
         self,
@@ -262,21 +262,23 @@ class MTSStep:
                 call without gradients enabled, or after a step that was torn (see `atomic`).
         """
         check_can_run(self)
-        read = self._reads(labels)
+        check_values = self._checks_values(labels)
         num_classes = self._num_classes()
         first = SelectorBatch(inputs, labels, features, is_synthetic, classes)
-        batch = check_batch(first, num_classes, read=read)
+        batch = check_batch(first, num_classes, check_values=check_values)
         second = None
         if selector_batch is not None:
-            second = check_batch(selector_batch, num_classes, read=read, prefix="selector_batch.")
+            second = check_batch(
+                selector_batch, num_classes, check_values=check_values, prefix="selector_batch."
+            )
         validation = check_validation(
             val_inputs,
             val_labels,
             val_weights,
             val_groups,
             needs_groups=self.val_objective != "mean",
-            own_loss=self._validation.loss is not None,
-            read=read,
+            custom_loss=self._validation.loss is not None,
+            check_values=check_values,
         )
         call = Call(
             batch,
@@ -285,7 +287,7 @@ class MTSStep:
             updates_selector=self.steps % self.selector_every == 0,
             weighted=self.steps >= self.warmup_steps,
             schedule=self.schedule,
-            check_values=read,
+            check_values=check_values,
         )
         return run_call(self, call)
 
@@ -300,20 +302,20 @@ class MTSStep:
         is_synthetic: Tensor | None = None,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Raw weights w [B] that the selector now gives to samples; nothing is changed.
+        """Raw weights w [B] that the selector currently gives to samples; nothing is changed.
 
         Arguments and errors as for a step. With batch-wise standardised online features
         (online_momentum=None) the weight of a sample depends on the batch it is scored in.
         """
-        given = SelectorBatch(inputs, labels, features, is_synthetic, classes)
-        read = self._reads(labels)
-        batch = check_batch(given, self._num_classes(), read=read)
+        samples = SelectorBatch(inputs, labels, features, is_synthetic, classes)
+        check_values = self._checks_values(labels)
+        batch = check_batch(samples, self._num_classes(), check_values=check_values)
         refresh_worlds(self)
         with preserved_rng(self._world), preserved_buffers(self._world):
             self._features.observe_validation(val_inputs, None)
-            h = self._features.alone(batch)
+            h = self._features.features(batch)
             z = self._scorer.logits(batch, h)
-            if read:
+            if check_values:
                 check_finite(OP, "features of the samples", h, "inputs, val_inputs or the model")
                 check_finite(OP, "selector's output", z, "the selector has diverged")
             return self._scorer.weights(batch, z)
@@ -338,12 +340,12 @@ class MTSStep:
         self._scorer.class_weight = check_class_weight(value, num_classes, like)
 
     def _num_classes(self) -> int | None:
-        """How many classes the selector or the class weights know."""
+        """Number of classes of the selector, else of the class weights; None where neither says."""
         known = getattr(self.selector, "num_classes", None)
         weights = self.class_weight
         return len(weights) if known is None and weights is not None else known
 
-    def _reads(self, labels: object) -> bool:
+    def _checks_values(self, labels: object) -> bool:
         on_gpu = isinstance(labels, Tensor) and labels.is_cuda
         return self.check == "always" or (self.check == "auto" and not on_gpu)
 
@@ -352,10 +354,10 @@ class MTSStep:
         return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; afterwards the run goes on bit for bit as the saved one would.
+        """Load a state; afterwards the run goes on bit for bit as the saved one would.
 
-        The state is copied: torch's optimizers would go on to write into its tensors. Where it does
-        not fit, nothing has changed.
+        The state is copied: torch's optimizers would go on to write into its tensors. A state
+        that does not fit changes nothing.
 
         Raises:
             TypeError, ValueError, RuntimeError: a state that is not one, is of another version, or

@@ -15,7 +15,7 @@ from mts_fast._isolation import (
     SavedBuffers,
     World,
     open_count,
-    put_back,
+    restore_mapping,
     restore_open,
 )
 
@@ -54,7 +54,7 @@ def saved_dict(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that nothing else writes to; of a group's list of parameters the list alone."""
+    """A copy that nothing else writes to; of a list of tensors only the list is copied."""
     if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
         return list(value)
     return copy.deepcopy(value)
@@ -73,7 +73,7 @@ def restore_dict(values: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> N
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What a `SavedOptimizer` holds: parameters and state tensors."""
+    """Bytes that a `SavedOptimizer` copies: parameters and state tensors."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     for state in optimizer.state.values():
         tensors += [v for v in state.values() if isinstance(v, Tensor)]
@@ -86,26 +86,26 @@ class Versions:
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> None:
         self._optimizer = optimizer
         self._names = names
-        self._before = self._now()
+        self._before = self._current()
 
     def moved(self) -> list[str]:
-        """Names of what was written to or added since, parameters first."""
-        now = self._now()
+        """Names of tensors written to or added since construction, parameters first."""
+        now = self._current()
         return [
             name for key, (name, version) in now.items() if self._before.get(key) != (name, version)
         ]
 
-    def _now(self) -> dict[int, tuple[str, int]]:
-        found: dict[int, tuple[str, int]] = {}
+    def _current(self) -> dict[int, tuple[str, int]]:
+        versions: dict[int, tuple[str, int]] = {}
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters):
-            found[id(p)] = self._names.get(p, f"parameter {i}"), p._version
+            versions[id(p)] = self._names.get(p, f"parameter {i}"), p._version
         for i, p in enumerate(parameters):
             for key, value in self._optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     name = f"{key} of {self._names.get(p, f'parameter {i}')}"
-                    found[id(value)] = name, value._version
-        return found
+                    versions[id(value)] = name, value._version
+        return versions
 
 
 class Transaction:
@@ -123,11 +123,11 @@ class Transaction:
         self._open = open_count()
         self._ambient = Ambient.capture()
         self._modes = [(module, module.training) for module in world.modules]
-        # functional_call puts other tensors in their place for a while
+        # functional_call puts other tensors in place of parameters for a while
         self._named = [(module, dict(module._parameters)) for module in world.modules]
         self._world = world
         self._buffers = SavedBuffers(world)
-        # of a first call: a forward may turn out to write to parameters
+        # copies in a first call, in which a forward may turn out to write to parameters
         self._parameters: list[tuple[Tensor, Tensor]] = []
         self._versions = [(p, p._version) for p in world.parameters()]
         self._rng = RngState.capture(world)
@@ -144,8 +144,8 @@ class Transaction:
         self._parameters = [(p, p.detach().clone()) for p in self._world.parameters()]
 
     def written_parameters(self) -> list[Tensor]:
-        """Parameters that forwards have written to, and that were not known to be. Of a first call
-        their values tell, too: writes through `.data` are not counted."""
+        """Parameters that forwards wrote to and that were not known to be written. In a first call
+        values are compared, too: version counters miss writes through `.data`."""
         known = {id(p) for p in self._world.written}
         seen = {id(p) for p, version in self._versions if p._version != version}
         seen |= {id(p) for p, before in self._parameters if not torch.equal(p, before)}
@@ -166,7 +166,7 @@ class Transaction:
         for module, mode in self._modes:
             module.training = mode
         for module, named in self._named:
-            put_back(module._parameters, named)
+            restore_mapping(module._parameters, named)
         self._buffers.restore()
         for parameter, before in self._parameters:
             parameter.data.copy_(before)

@@ -18,7 +18,7 @@ from mts_fast.hypergradient.engine import dense
 from mts_fast.training.batch import CheckedValidation
 from mts_fast.training.gradient_scaling import GradientScaling
 
-# how the losses of the validation samples make up L_val
+# ways to combine the losses of the validation samples into L_val
 VALIDATION_OBJECTIVES = ("mean", "group_balanced", "worst_group")
 
 
@@ -35,9 +35,9 @@ def validation_gradient(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(L_val [], its gradient per parameter) at theta', micro_batch samples at a time.
 
-    L_val = sum_i q_i l_i with the shares q of `shares`. BatchNorm uses the running statistics as
-    they are now, or in train mode those of each micro-batch; they do not move. The generators do,
-    where the model draws from them.
+    L_val = sum_i q_i l_i with the shares q of `shares`. BatchNorm uses the current running
+    statistics, or in train mode those of each micro-batch; the running statistics do not change.
+    The generators advance where the model draws from them.
     """
     world = objective.world
     total = None
@@ -50,19 +50,20 @@ def validation_gradient(
     ):
         q = None
         if objective_name == "worst_group" and len(parts) > 1:
-            # under the masks that the passes below will draw
+            # losses alone, under the dropout masks that the passes below will draw
             with torch.no_grad(), preserved_rng(world):
                 q = shares(batch, torch.cat([objective.losses(p) for p in parts]), objective_name)
-        done = 0
+        start = 0
         for part in parts:
             losses = objective.losses(part)
             if q is None:
                 q = shares(batch, losses.detach(), objective_name)
-            loss = (q[done : done + len(part)] * losses).sum()
-            done += len(part)
-            found = torch.autograd.grad(scaling.scaled(loss), parameters, allow_unused=True)
-            own = scaling.unscaled(dense(found))
-            v = [_sum(old, g) for old, g in zip(v, own, strict=True)]
+            loss = (q[start : start + len(part)] * losses).sum()
+            start += len(part)
+            scaled_loss = scaling.scaled(loss)
+            scaled_gradients = torch.autograd.grad(scaled_loss, parameters, allow_unused=True)
+            gradients = scaling.unscaled(dense(scaled_gradients))
+            v = [_sum(old, g) for old, g in zip(v, gradients, strict=True)]
             total = _sum(total, loss.detach())
     assert total is not None
     return total, v
@@ -73,8 +74,8 @@ def shares(batch: CheckedValidation, losses: Tensor, objective_name: str) -> Ten
 
     "mean": proportional to the samples' weights. "group_balanced": the same within each group, and
     every group that occurs counts alike. "worst_group": the group of the largest (weighted) mean
-    loss alone, whose gradient is a subgradient of the maximum over groups. `losses` are of all
-    samples for the latter, of any otherwise.
+    loss alone, whose gradient is a subgradient of the maximum over groups. `losses` must be of
+    all samples for "worst_group", and may be of any part of them otherwise.
     """
     weights = losses.new_ones(len(batch))
     if batch.weights is not None:

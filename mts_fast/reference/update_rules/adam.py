@@ -36,7 +36,7 @@ class AdamState(ElementwiseState):
     amsgrad: bool = False
     exp_avg: Tensor | None = None  # None before the first step
     exp_avg_sq: Tensor | None = None
-    max_exp_avg_sq: Tensor | None = None  # of the second moments before their correction
+    max_exp_avg_sq: Tensor | None = None  # largest second moment, before bias correction
     step: Number = 0.0  # steps taken so far
 
     def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class AdamState(ElementwiseState):
         root, fresh = self._root(g)
         slope = ratio_slope(g, root, self.eps, mean, square)
         if fresh is not None:
-            # a second moment that is kept does not move with g
+            # where the older second moment is larger, the root does not depend on g
             slope = torch.where(fresh, slope, mean.fresh / (root + self.eps))
         return (-lr if self.maximize else lr) * slope, root
 
@@ -62,7 +62,7 @@ class AdamState(ElementwiseState):
         return effective_gradient(parameter, gradient, decay, self.maximize)
 
     def _moments(self) -> tuple[Moment, Moment]:
-        """Of the gradient and of its square, bias-corrected."""
+        """Moments of the gradient and of its square, bias-corrected."""
         first, second = (correction(beta, self.step) for beta in self.betas)
         beta1, beta2 = self.betas
         return (
@@ -71,7 +71,7 @@ class AdamState(ElementwiseState):
         )
 
     def _root(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of the second moment, and under amsgrad where it is this step's and no older one."""
+        """Root of the second moment; under amsgrad also a mask of where this step's is larger."""
         _, square = self._moments()
         second = square(g * g)
         if not self.amsgrad or self.max_exp_avg_sq is None:
@@ -82,7 +82,7 @@ class AdamState(ElementwiseState):
 
 def correction(beta: Number, before: Number) -> Number:
     """1 - beta^(steps taken + 1), by which a running mean that began at 0 is divided."""
-    # float32 would round beta^step
+    # a step count in float32 would round beta^step
     steps = (before.double() if isinstance(before, Tensor) else before) + 1
     return 1 - beta**steps
 
@@ -90,7 +90,7 @@ def correction(beta: Number, before: Number) -> Number:
 class AdamRule(ReadRule):
     """torch.optim.Adam and AdamW: amsgrad, weight decay of both kinds, maximize.
 
-    Under amsgrad a second moment that is older than this step does not move with the gradient; at
+    Under amsgrad a second moment that is older than this step does not depend on the gradient; at
     a tie of old and new the old one counts.
     """
 

@@ -1,4 +1,4 @@
-"""Lion (arXiv 2302.06675), of which torch has no implementation of its own."""
+"""Lion (arXiv 2302.06675), which torch does not implement."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LionRule(UpdateRule):
         slope = width / (c * c + width) ** 1.5
         sign = -1.0 if group.get("maximize") else 1.0
         factor = sign * number(group["lr"]) * (1 - number(group["betas"][0]))
-        # where every c is 0 there is no size to be soft about
+        # where every c is 0, so is the width, and the slope would be 0 / 0
         return factor * torch.where(width > 0, slope, 0.0) * along
 
     def reasons(self, group: Options, state: Options) -> list[str]:
@@ -91,7 +91,7 @@ class LionRule(UpdateRule):
 
 
 def _mean(gradient: Tensor, group: Options, state: Options) -> Tensor:
-    """What Lion takes the sign of."""
+    """c, of which Lion takes the sign."""
     g = -gradient if group.get("maximize") else gradient
     beta1 = number(group["betas"][0])
     fresh = (1 - beta1) * g

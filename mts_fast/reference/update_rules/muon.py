@@ -27,8 +27,8 @@ class MuonRule(UpdateRule):
 
     theta' orthogonalises in bfloat16, as torch does, to a rounding of the sum. kappa v is the exact
     derivative of the same Newton-Schulz iteration in the parameter's dtype (float32 of 16-bit
-    ones): the derivative of the rounded one is 0 or a step. Entries of a matrix mix, so that kappa
-    is no diagonal, and no entry is taken for noise: the matrix is divided by its norm as a whole.
+    ones): the rounded one is piecewise constant. Entries of a matrix mix: kappa is not
+    diagonal, and no entry is taken for noise, since the matrix is divided by its norm as a whole.
     """
 
     numbers: ClassVar[Mapping[str, Bounds]] = {
@@ -71,8 +71,8 @@ class MuonRule(UpdateRule):
 
 
 def _momentum(gradient: Tensor, group: Options, state: Options) -> Tensor:
-    """The running mean of the gradient, nesterov's ahead of it; by torch's own operations, since
-    one place of float32 decides a rounding to bfloat16."""
+    """The running mean of the gradient, or nesterov's look-ahead; by torch's own operations, since
+    the last place of float32 can decide the rounding to bfloat16."""
     buffer = state.get("momentum_buffer")
     momentum = number(group["momentum"])
     buffer = torch.zeros_like(gradient) if buffer is None else buffer

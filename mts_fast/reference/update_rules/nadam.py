@@ -40,7 +40,7 @@ class NAdamState(ElementwiseState):
     maximize: bool = False
     exp_avg: Tensor | None = None  # None before the first step
     exp_avg_sq: Tensor | None = None
-    mu_product: Number | None = None  # of the mu of all steps taken
+    mu_product: Number | None = None  # product of the mu of all steps taken
     step: Number = 0.0  # steps taken so far
 
     def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class NAdamState(ElementwiseState):
         return effective_gradient(parameter, gradient, decay, self.maximize)
 
     def _moments(self) -> tuple[Moment, Moment]:
-        """What the step divides: the gradient and its mean ahead, each with its correction; and
-        the bias-corrected mean of its square."""
+        """The numerator of the step (the gradient and the mean of the next step, each with its
+        correction), and the bias-corrected mean of the gradient's square."""
         beta1, beta2 = self.betas
         step = (self.step.double() if isinstance(self.step, Tensor) else self.step) + 1
         mu, mu_next = (
@@ -78,7 +78,7 @@ class NAdamState(ElementwiseState):
         )
 
     def _product(self, mu: Number) -> Number:
-        """Of all mu, rounded as torch does, which keeps it in a tensor of its default dtype."""
+        """The product of all mu, rounded as in torch, which keeps it as a default-dtype tensor."""
         before = torch.as_tensor(1.0 if self.mu_product is None else self.mu_product)
         return number((before * mu).to(before.dtype))
 

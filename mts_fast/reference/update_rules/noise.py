@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# of eps max |g|: sums of gradients that cancel were seen to leave one to three
+# in units of eps max |g|: sums of gradients that cancel were seen to leave 1 to 3
 NOISE_PLACES = 8
 
 

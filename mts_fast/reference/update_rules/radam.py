@@ -61,8 +61,8 @@ class RAdamState(ElementwiseState):
             factor * ratio_slope(g, root, self.eps, mean, square),
             torch.ones_like(root) * mean.fresh,
         )
-        # torch divides by the mean as it is; what is noise is asked of the corrected one, and of
-        # none where nothing is divided
+        # torch divides by the uncorrected mean; the noise mask compares the corrected one, and
+        # masks nothing where nothing is divided
         size = root / correction(self.betas[1], self.step) ** 0.5
         size = _chosen(rectified, size, torch.full_like(root, math.inf))
         return (-lr if self.maximize else lr) * slope, size
@@ -72,7 +72,7 @@ class RAdamState(ElementwiseState):
         return effective_gradient(parameter, gradient, decay, self.maximize)
 
     def _moments(self) -> tuple[Moment, Moment]:
-        """The bias-corrected mean of the gradient, and the mean of its square as it is."""
+        """The bias-corrected mean of the gradient, and the uncorrected mean of its square."""
         beta1, beta2 = self.betas
         first = correction(beta1, self.step)
         return (
@@ -94,7 +94,7 @@ class RAdamState(ElementwiseState):
         share = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
         factor = (share * second) ** 0.5
         if isinstance(rectified, Tensor):
-            # the root of what is not used may be NaN, and would reach a derivative
+            # an unused root may be NaN, which would reach a derivative
             factor = torch.where(rectified, factor, 1.0)
         return rectified, factor
 

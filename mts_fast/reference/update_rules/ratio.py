@@ -11,16 +11,16 @@ from mts_fast.reference.update_rules.rule import Number
 
 
 class Moment(NamedTuple):
-    """A running mean, linear in its fresh value x: kept * old + fresh * x, old None for zeros."""
+    """A running mean, linear in its new value x: decay * old + fresh * x, old None for zeros."""
 
     fresh: Number
-    kept: Number
+    decay: Number
     old: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The mean once x is in it."""
         value = self.fresh * x
-        return value if self.old is None else self.kept * self.old + value
+        return value if self.old is None else self.decay * self.old + value
 
 
 def ratio_slope(g: Tensor, root: Tensor, eps: Number, mean: Moment, square: Moment) -> Tensor:
@@ -29,18 +29,19 @@ def ratio_slope(g: Tensor, root: Tensor, eps: Number, mean: Moment, square: Mome
     (m' r - m r' + m' eps) / (r + eps)^2 with m' = mean.fresh, r' = square.fresh g / r. The g^2 of
     m' r^2 and m r' r cancel; what is left holds the old moments m0 and v0 only:
 
-        (mean.fresh square.kept v0 - mean.kept square.fresh m0 g) / r,
+        (mean.fresh square.decay v0 - mean.decay square.fresh m0 g) / r,
 
     and m0 is zero wherever v0 is.
 
-    Subtracting them in floats would leave noise alone at the first step, of slope
-    eps / (r + eps)^2. Where r is 0 the value has no meaning; the mask of noise sets it to 0.
+    Subtracting the cancelling terms in floating point would leave noise alone at the first step,
+    where the slope is eps / (r + eps)^2. Where r is 0 the value has no meaning; the noise mask
+    sets it to 0.
     """
-    # a product and not full_like(root, ...): the numbers may be tensors on the device
+    # a product and not full_like(root, ...): the scalars may be tensors on the device
     rise = torch.ones_like(root) * (eps * mean.fresh)
     if square.old is not None:
-        old = (mean.fresh * square.kept) * square.old
+        old = (mean.fresh * square.decay) * square.old
         if mean.old is not None:
-            old = old - (mean.kept * square.fresh) * mean.old * g
+            old = old - (mean.decay * square.fresh) * mean.old * g
         rise = rise + old / root.masked_fill(root == 0, 1.0)
     return rise / (root + eps) ** 2

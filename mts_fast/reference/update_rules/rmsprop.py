@@ -53,7 +53,7 @@ class RMSpropState(ElementwiseState):
             slope = self._centered_slope(g, root)
         else:
             slope = ratio_slope(g, root, self.eps, Moment(1.0, 0.0, None), square)
-        # torch divides by the mean as it is; what is noise is asked of the corrected one, since
+        # torch divides by the uncorrected mean; the noise mask compares the corrected one, since
         # that is of the size of the gradients
         size = (square(g * g) / correction(self.alpha, self.step)).sqrt()
         return (-lr if self.maximize else lr) * slope, size.masked_fill(root == 0, 0.0)
@@ -62,7 +62,7 @@ class RMSpropState(ElementwiseState):
         return Moment(1 - self.alpha, self.alpha, self.square_avg)
 
     def _root(self, g: Tensor) -> Tensor:
-        """Of the mean square; centered: of the variance."""
+        """Root of the mean square; centered: of the variance."""
         square = self._square()(g * g)
         if self.centered:
             mean = Moment(1 - self.alpha, self.alpha, self.grad_avg)(g)

@@ -106,11 +106,11 @@ class UpdateRule(ABC):
     """
 
     #: options of a group that must be finite numbers (or tuples of them) within bounds, as
-    #: `at_least`, `above`, `at_most`, `below`; looked at in every call
+    #: `at_least`, `above`, `at_most`, `below`; checked in every call
     numbers: ClassVar[Mapping[str, Bounds]] = {"lr": NOT_NEGATIVE}
     #: names of single numbers, such as a count of steps, that a state which is not empty holds
     state_numbers: ClassVar[tuple[str, ...]] = ()
-    #: names of state tensors of the parameter's shape that need not be there
+    #: names of state tensors of the parameter's shape that may be missing
     optional_state_tensors: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -144,7 +144,7 @@ class UpdateRule(ABC):
     def second_moment_root(
         self, parameter: Tensor, gradient: Tensor, group: Options, state: Options
     ) -> Tensor | None:
-        """sqrt(v_hat), which the mask of noise looks at; None where the rule has none."""
+        """sqrt(v_hat), from which the noise mask follows; None where the rule has none."""
         return None
 
     def reasons(self, group: Options, state: Options) -> list[str]:
@@ -153,11 +153,11 @@ class UpdateRule(ABC):
 
     def state_tensors(self, group: Options) -> Iterable[str]:
         """Names of the state tensors of the parameter's shape that a step needs once the state of
-        a parameter is not empty. They are looked for in every call."""
+        a parameter is not empty. Every call checks that they are there."""
         return ()
 
     def read(self, group: Options, state: Options) -> State:
-        """The rule with the numbers of now."""
+        """The rule with the current options and state."""
         return RuleState(self, dict(group), dict(state))
 
 
@@ -176,7 +176,7 @@ class RuleState(State):
     def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         versions = self._versions(parameter, gradient)
         updated = self.rule.updated(parameter, gradient, self.group, self.state)
-        return self._looked_at("updated", updated, versions, parameter, gradient)
+        return self._checked("updated", updated, versions, parameter, gradient)
 
     def direction(
         self,
@@ -191,7 +191,7 @@ class RuleState(State):
         versions = self._versions(parameter, gradient, along)
         product = self.rule.direction(parameter, gradient, group, self.state, along)
         root = self.rule.second_moment_root(parameter, gradient, group, self.state)
-        self._looked_at("direction", product, versions, parameter, gradient, along)
+        self._checked("direction", product, versions, parameter, gradient, along)
         if root is None:
             return product, None
         noise = is_noise(root, gradient, largest)
@@ -199,27 +199,27 @@ class RuleState(State):
         return torch.where(noise, 0.0 * along, product), noise
 
     def _versions(self, *tensors: Tensor) -> list[int]:
-        """Counts of in-place writes to what the rule may only read."""
-        held = [*tensors, *(t for t in self.state.values() if isinstance(t, Tensor))]
-        return [0 if t.is_inference() else t._version for t in held]
+        """Counts of in-place writes to tensors that the rule may only read."""
+        inputs = [*tensors, *(t for t in self.state.values() if isinstance(t, Tensor))]
+        return [0 if t.is_inference() else t._version for t in inputs]
 
-    def _looked_at(
-        self, method: str, made: Tensor, versions: list[int], *tensors: Tensor
+    def _checked(
+        self, method: str, result: Tensor, versions: list[int], *tensors: Tensor
     ) -> Tensor:
-        """What the rule made, after a look at its shape and at what it may have written to."""
+        """The rule's result; raises where its shape is wrong or the rule wrote to its inputs."""
         arg = f"{type(self.rule).__name__}.{method}()"
         if self._versions(*tensors) != versions:
             hint = "use operations without a trailing underscore"
             fail(RuntimeError, OP, arg, "out of place", "a write to a tensor it reads", hint)
         shape = tensors[0].shape
-        if not isinstance(made, Tensor) or made.shape != shape:
-            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        if not isinstance(result, Tensor) or result.shape != shape:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             fail(ValueError, OP, arg, f"a tensor of shape {tuple(shape)}", got, "correct the rule")
-        return made
+        return result
 
 
 class ReadRule(UpdateRule):
-    """A rule of a `State` class of its own, which kernels may know."""
+    """A rule with a `State` class of its own, which kernels may support."""
 
     @abstractmethod
     def read(self, group: Options, state: Options) -> State: ...
@@ -241,6 +241,6 @@ def number(value: Any) -> Number:
 def effective_gradient(
     parameter: Tensor, gradient: Tensor, weight_decay: Number, maximize: bool
 ) -> Tensor:
-    """What torch's optimizers take for the gradient: its sign turned, decay added."""
+    """The gradient that torch's optimizers use: sign turned under maximize, decay added."""
     g = -gradient if maximize else gradient
     return g + weight_decay * parameter if weight_decay else g

@@ -46,7 +46,7 @@ class SGDState(ElementwiseState):
         return parameter - self.lr * step
 
     def slope(self, parameter: Tensor, gradient: Tensor, lr: Number) -> tuple[Tensor, None]:
-        """A scalar: lr and what the first step, dampening and nesterov make of it."""
+        """A scalar: lr times the factor of the first step, dampening and nesterov."""
         factor = lr * (-1.0 if self.maximize else 1.0) * self._gain()
         return torch.as_tensor(factor, dtype=parameter.dtype, device=parameter.device), None
 

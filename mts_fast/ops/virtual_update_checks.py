@@ -1,4 +1,4 @@
-"""What an optimizer and its gradients must be for a virtual update; looked at in every call."""
+"""Checks of an optimizer and its gradients for a virtual update, made in every call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mts_fast.reference.update_rules import UpdateRule
 from mts_fast.reference.update_rules.rule import NOT_NEGATIVE, Bounds
 
 OP = "virtual_update"
-# kinds of devices whose step torch refuses under capturable=True
+# device types on which torch refuses a step with capturable=True
 NOT_CAPTURABLE = ("cpu", "mps", "meta")
 
 
@@ -32,11 +32,11 @@ def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def check_optimizer(
     optimizer: torch.optim.Optimizer, *, op: str = OP, arg: str = "optimizer"
 ) -> UpdateRule:
-    """The rule that serves an optimizer; raises, saying what stands against it and what to do.
+    """The rule that serves an optimizer; raises with the reason and the remedy where none does.
 
-    Looks at the class, at what was put in the place of its step, at the options of every group and
-    at the names and shapes in its state. No tensor on a device other than the CPU is read. `op` and
-    `arg` are how messages call the optimizer.
+    Checks the class, a step that replaces the class's, the options of every group, and names and
+    shapes in the state. Tensors are read on the CPU alone. Messages name the optimizer by `op` and
+    `arg`.
     """
     rule = rule_of(op, arg, optimizer)
     for i, group in enumerate(optimizer.param_groups):
@@ -65,7 +65,7 @@ def check_optimizer(
 def _check_numbers(
     op: str, where: str, group: Mapping[str, Any], numbers: Mapping[str, Bounds]
 ) -> None:
-    """Options that the rule calculates with: finite and within bounds, read where that is free."""
+    """Options that the rule computes with: finite and within bounds; see `_check_number`."""
     for name, bounds in numbers.items():
         hint = f"set group[{name!r}] to a number"
         arg = f"{where}[{name!r}]"
@@ -78,7 +78,7 @@ def _check_numbers(
 
 
 def _check_number(op: str, arg: str, value: object, bounds: Bounds, hint: str) -> None:
-    """A number within bounds, or a tensor of one; on a device it is not read, which would wait."""
+    """A number within bounds, or a tensor of one element; off the CPU it is not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             fail(ValueError, op, arg, "a tensor of one element", describe(value), hint)
@@ -96,7 +96,7 @@ def _check_state(
     state: Mapping[str, Any],
     rule: UpdateRule,
 ) -> None:
-    """Tensors of the parameter's shape, all that the step needs; then what the rule itself says."""
+    """The tensors that the step needs, of the parameter's shape; then the rule's own reasons."""
     hint = "load the state that this optimizer saved for this model, or clear optimizer.state"
     shape = tuple(parameter.shape)
     needed = tuple(rule.state_tensors(group)) if state else ()
