@@ -118,7 +118,7 @@ def test_unknown_backend(name):
 
 @pytest.fixture
 def fresh_triton():
-    """Empties the cache of triton_reasons, which looks once a process."""
+    """Empties the cache of triton_reasons before and after the test."""
     triton_reasons.cache_clear()
     yield
     triton_reasons.cache_clear()

@@ -29,7 +29,7 @@ def truth(x, y, s, **counts):
     return reference.neighbor_statistics(unit, y, s, **(COUNTS | counts))
 
 
-# one sample per block; a multiple of no panel, which divides no pool; one block in all.
+# one sample per block; a multiple of no panel, which divides no pool; one block for all.
 @pytest.mark.parametrize("tile", [1, 50, None])
 @pytest.mark.parametrize("make", POOLS)
 def test_equals_full_matrix(make, tile, backend):
@@ -178,7 +178,7 @@ for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 2e-15)):
 @needs_cpp
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """Each in its own process, since it is chosen once a process. Observed 2e-7 and 4e-16."""
+    """Each in its own process, as the choice is made only once. Observed 2e-7 and 4e-16."""
     order = ["baseline", "avx2", "avx512"]
     if order.index(isa) > order.index(extension().info["isa"]):
         pytest.skip(f"this machine has {extension().info['isa']} at best")

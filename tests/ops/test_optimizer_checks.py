@@ -95,7 +95,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("cls", "name", "value", "error", "message"), NUMBERS)
-def test_options_are_looked_at_in_every_call(cls, name, value, error, message):
+def test_options_are_checked_in_every_call(cls, name, value, error, message):
     optimizer = cls([{"params": [ones(2, 2)]}, {"params": [ones(1, 2)]}], lr=0.1)
     gradients = [torch.ones(2, 2), torch.ones(1, 2)]
     mts_fast.virtual_update(optimizer, gradients)
@@ -153,7 +153,7 @@ STATE_NUMBERS = [
 
 
 @pytest.mark.parametrize(("cls", "name"), STATE_NUMBERS)
-def test_numbers_of_the_state_are_looked_at(cls, name):
+def test_numbers_of_the_state_are_checked(cls, name):
     optimizer, state = after_one_step(cls)
     arg = rf"optimizer\.state\[\.\.\.\]\['{name}'\] must be "
     gradients = [torch.ones(2, 2)]

@@ -133,7 +133,7 @@ def weights(class_weight, log_total=None):
     return mts_fast.normalize_weights(Z, class_weight=class_weight, log_total=log_total)
 
 
-def test_values_are_not_looked_at_under_transforms():
+def test_values_are_not_checked_under_transforms():
     """vmap and torch.compile cannot trace code that reads a value."""
     z, c = torch.randn(4, 3), torch.rand(4, 3)
     call = lambda z, c: mts_fast.normalize_weights(z, class_weight=c)  # noqa: E731

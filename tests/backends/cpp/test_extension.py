@@ -101,7 +101,7 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
 
 @needs_cpp
 @pytest.mark.parametrize("description", ["", "version", "isa=avx2"])
-def test_a_library_that_says_nothing_of_itself(description, fresh, monkeypatch):
+def test_a_library_without_a_description(description, fresh, monkeypatch):
     monkeypatch.setattr(_extension, "_load", lambda: description)
     assert not fresh().available
     assert "; run `make setup`" in fresh().reason

@@ -135,7 +135,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_are_read_as_they_lie(view, device):
+def test_views_are_read_in_place(view, device):
     logits, labels = batch(device, torch.float32, (3, 4), 10)
     strided = VIEWS[view](logits)
     assert torch.equal(strided, logits) and strided.data_ptr() != logits.data_ptr()
@@ -197,7 +197,7 @@ def test_infinities(device):
         torch.testing.assert_close(mine, exact)
 
 
-def test_a_label_outside_gives_nan_and_touches_nobody_else(device):
+def test_a_label_outside_gives_nan_for_its_sample_only(device):
     """On a GPU values are not checked: a wrong label must not change another sample's loss."""
     from mts_fast.backends.triton.kernels.cross_entropy import cross_entropy as run
 

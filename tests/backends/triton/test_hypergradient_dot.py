@@ -157,7 +157,7 @@ def test_sample_dot(size, dtype, device):
         (lambda t: torch.stack([t, t], -1)[..., 0], False),  # gaps
     ],
 )
-def test_sample_dot_takes_what_lies_alike(view, fused, device):
+def test_sample_dot_serves_equal_layouts(view, fused, device):
     x, y = (view(torch.randn(4, 3, 5, 6, device=device)) for _ in "xy")
     with recorded_launches() as launches:
         sample_dot(x, y)

@@ -181,7 +181,7 @@ def test_layouts(device):
     assert_bitwise(run(linear_cross_entropy, strided, c, {}), result)
 
 
-def test_gradients_that_nobody_asked_for_are_not_made(device):
+def test_unneeded_gradients_are_not_made(device):
     hidden, weight, labels, _ = problem(device, torch.float32, 5, 300, 24)
     slopes = torch.ops.mts_fast.linear_cross_entropy_backward_triton
     ones = torch.ones(5, device=device)
