@@ -10,12 +10,12 @@ import torch
 from comparison import assert_bitwise
 
 from mts_fast import reference, use_backend
+from mts_fast.backends import registry as registry_module
+from mts_fast.backends.cpp import eligibility
 from mts_fast.backends.cpp.extension import ExtensionStatus, extension
 from mts_fast.backends.triton.eligibility import _too_old, triton_reasons
 from mts_fast.ops import cross_entropy, current_backend, label_agreement, sample_dot
-from mts_fast.backends import registry as registry_module
 
-op_module = eligibility
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
 
 
@@ -240,7 +240,9 @@ def test_epsilon_and_vanishing_similarities(epsilon):
 
 @needs_cpp
 # float32 and float64 kernels; a pool of one row
-@pytest.mark.parametrize("arguments", [pool(), pool(dtype=torch.float64), pool(1, 3), views(*pool())])
+@pytest.mark.parametrize(
+    "arguments", [pool(), pool(dtype=torch.float64), pool(1, 3), views(*pool())]
+)
 def test_opcheck(arguments):
     """torch's own checks of schema, fake kernel and dispatch."""
     extension()
@@ -251,7 +253,9 @@ def test_gradient_goes_through_the_reference():
     """The C++ kernel has no backward, so that `auto` runs the reference if a gradient is needed."""
     similarity, neighbors, labels = pool(dtype=torch.float64)
     similarity.requires_grad_()
-    gradient = torch.autograd.grad(label_agreement(similarity, neighbors, labels)[1].sum(), similarity)
+    gradient = torch.autograd.grad(
+        label_agreement(similarity, neighbors, labels)[1].sum(), similarity
+    )
     truth = reference.label_agreement(similarity, neighbors, labels)[1].sum()
     assert_bitwise(gradient, torch.autograd.grad(truth, similarity))
 
@@ -285,7 +289,7 @@ REASON = "the C++ extension is not built: no compiler was found"
 def no_extension(monkeypatch):
     """As on a machine without a compiler."""
     absent = lambda: ExtensionStatus(False, REASON)  # noqa: E731
-    monkeypatch.setattr(op_module, "extension", absent)
+    monkeypatch.setattr(eligibility, "extension", absent)
     monkeypatch.setattr(registry_module, "extension", absent)
     monkeypatch.setattr(registry_module, "_announced", set())
 

@@ -14,7 +14,9 @@ from comparison import assert_bitwise
 from pools import POOLS, many, pool, signs
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.cpp.class_centroids import add_groups
 from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.cpp.neighbor_statistics import merge_tiles
 from mts_fast.ops import (
     ClassCentroids,
     NeighborChunk,
@@ -22,8 +24,6 @@ from mts_fast.ops import (
     label_agreement,
     neighbor_statistics,
 )
-from mts_fast.ops.class_centroids import add_groups
-from mts_fast.ops.neighbor_statistics import merge_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
@@ -154,7 +154,9 @@ def test_centroids(make, dtype, emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (40, 5), (300, 7)])  # one row; below and above a block
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (40, 5), (300, 7)]
+)  # one row; below and above a block
 def test_label_agreement(n, k, dtype, emulator):
     g = torch.Generator().manual_seed(0)
     similarity = torch.rand(n, k, generator=g, dtype=dtype)

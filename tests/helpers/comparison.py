@@ -20,7 +20,7 @@ def error_ratio(result, rival, truth, dtype):
 
 
 def assert_gradients_equal(gradients, expected, tolerance):
-    """As many gradients as expected, each with a relative error below the tolerance."""
+    """As many gradients (or losses) as expected, each of a relative error below the tolerance."""
     for i, (gradient, truth) in enumerate(zip(gradients, expected, strict=True)):
         assert relative(gradient, truth) < tolerance, f"gradient {i}"
 

@@ -122,7 +122,9 @@ def test_floor_is_one_for_all_parameters_and_of_each_dtype(dtype, backend, devic
         torch.tensor(entries, dtype=torch.float64, device=device).to(dtype),
     ]
     # the state is empty, so that sqrt(v_hat) is |g|
-    optimizer = stepped_optimizer(lambda p: optim.Adam([p[1]], lr=1.0, eps=0.5), gradients, 0, device)
+    optimizer = stepped_optimizer(
+        lambda p: optim.Adam([p[1]], lr=1.0, eps=0.5), gradients, 0, device
+    )
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1, device=device))]})
     gradients.reverse()
     v = [torch.ones_like(g) for g in gradients]

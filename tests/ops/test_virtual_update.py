@@ -5,9 +5,9 @@ import torch
 from comparison import assert_bitwise, relative
 
 from mts_fast import use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted, triton_reasons
 from mts_fast.ops import virtual_update
-from mts_fast.backends.registry import resolve
 
 needs_triton = pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons()))
 OPS = ("virtual_update", "hypergradient_direction", "virtual_update_along")

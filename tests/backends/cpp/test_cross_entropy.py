@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from comparison import assert_bitwise, error_ratio
 
 from mts_fast import reference, use_backend
-from mts_fast.backends.cpp.extension import extension
-from mts_fast.ops import cross_entropy, weighted_cross_entropy
 from mts_fast.backends.cpp.cross_entropy import FEWEST_CLASSES
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.registry import kernel_for
+from mts_fast.ops import cross_entropy, weighted_cross_entropy
 
 pytestmark = pytest.mark.skipif(not extension().available, reason=extension().reason)
 IGNORED = -100

@@ -14,9 +14,7 @@ import mts_fast
 from mts_fast.backends.cpp import extension as module
 
 ROOT = Path(mts_fast.__file__).parents[1]
-needs_cpp = pytest.mark.skipif(
-    not module.extension().available, reason=module.extension().reason
-)
+needs_cpp = pytest.mark.skipif(not module.extension().available, reason=module.extension().reason)
 
 
 @pytest.fixture
@@ -64,8 +62,8 @@ def test_another_python_loads_the_library_without_its_module():
 
 def test_nothing_was_built(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "none.so")
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     assert "not built: no build was made for this Python; run `make setup`" in fresh().reason
     (tmp_path / "_build.json").write_text(json.dumps({"built": False, "reason": "no cmake"}))
     assert fresh().reason == "the C++ extension is not built: no cmake"
@@ -77,8 +75,8 @@ def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
     library.write_bytes(content)
     (tmp_path / "_build.json").write_text(json.dumps({"torch_version": "2.12.0"}))
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", library)
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", library)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     expected = "built with torch 2.12.0 and runs on torch 2.11 and newer; this is "
     status = fresh()
     assert not status.available
@@ -93,8 +91,8 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
     library.write_bytes(b"junk")
     (tmp_path / "_build.json").write_text(content)
     monkeypatch.setattr(module.importlib, "import_module", absent)
-    monkeypatch.setattr(_extension, "LIBRARY", library)
-    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "LIBRARY", library)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     assert module.build_record() == {}
     assert "does not load: " in fresh().reason and "it runs on torch 2.11" in fresh().reason
 
@@ -102,7 +100,7 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
 @needs_cpp
 @pytest.mark.parametrize("description", ["", "version", "isa=avx2"])
 def test_a_library_without_a_description(description, fresh, monkeypatch):
-    monkeypatch.setattr(_extension, "_load", lambda: description)
+    monkeypatch.setattr(module, "_load", lambda: description)
     assert not fresh().available
     assert "; run `make setup`" in fresh().reason
 
@@ -110,7 +108,7 @@ def test_a_library_without_a_description(description, fresh, monkeypatch):
 @needs_cpp
 def test_a_library_of_another_version(fresh, monkeypatch):
     record = {"version": "9.9"}
-    monkeypatch.setattr(_extension, "build_record", lambda: record)
+    monkeypatch.setattr(module, "build_record", lambda: record)
     assert f"is of version {mts_fast.__version__}, the package of 9.9; run" in fresh().reason
 
 

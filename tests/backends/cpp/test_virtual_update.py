@@ -5,8 +5,8 @@ import torch
 from comparison import assert_bitwise, snapshot
 
 from mts_fast import use_backend
-from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.cpp import virtual_update as cpp
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import virtual_update
 
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
@@ -112,9 +112,7 @@ def test_memory_formats(gradient_format, monkeypatch):
     optimizer = torch.optim.SGD([weight], lr=0.1)
     served = []
     whole = cpp._columns
-    monkeypatch.setattr(
-        virtual_update_cpp, "_columns", lambda *a: served.append(len(a[0])) or whole(*a)
-    )
+    monkeypatch.setattr(cpp, "_columns", lambda *a: served.append(len(a[0])) or whole(*a))
     with use_backend("cpp"):
         (updated,) = virtual_update(optimizer, [gradient]).parameters
     assert torch.equal(updated, weight.detach() - 0.1 * gradient)

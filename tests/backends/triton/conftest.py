@@ -15,7 +15,7 @@ def needs_triton():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fills the uninitialised memory of torch.empty and its kin with NaN."""
+    """Fills what torch.empty, empty_like and new_empty return with NaN."""
 
     def poison(make):
         def made(*arguments, **options):

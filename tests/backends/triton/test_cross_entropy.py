@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from comparison import assert_bitwise, assert_gradients_equal, error_ratio, relative
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
-from mts_fast.backends.registry import resolve
 from mts_fast.reference import Target
 
 IGNORED = -100
@@ -101,7 +101,7 @@ def test_options_and_sequences(options, classes, shape, device):
 @pytest.mark.parametrize(("shape", "classes"), [((6,), 10), ((2, 3), 8193), ((2, 3), 1)])
 def test_statistics_come_from_the_same_pass(shape, classes, dtype, device):
     logits, labels = batch(device, dtype, shape, classes)
-    logits.view(-1, classes)[0] = 1.0  # a tie: the lowest class wins
+    logits.view(-1, classes)[0] = 1.0  # a tie: the lowest class is predicted
     labels.view(-1)[0] = 0
     logits.view(-1, classes)[2] = 1.0
     labels.view(-1)[2] = classes - 1

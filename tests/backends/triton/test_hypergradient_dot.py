@@ -28,7 +28,10 @@ def triton():
 
 def problem(device, dtype, size, positions, inputs, outputs):
     g = torch.Generator().manual_seed(inputs)
-    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+
+    def draw(*sizes):
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(device, dtype)
+
     a, b = draw(size, positions, inputs), draw(size, positions, outputs)
     return a, draw(outputs, inputs), b, draw(outputs)
 

@@ -31,7 +31,10 @@ def triton():
 def problem(device, dtype, rows, classes, width, *, bias=True, positions=None):
     g = torch.Generator().manual_seed(rows)
     shape = (rows,) if positions is None else (rows, positions)
-    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+
+    def draw(*sizes):
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(device, dtype)
+
     labels = torch.randint(classes, shape, generator=g)
     labels.view(-1)[1] = IGNORED
     hidden, weight = draw(*shape, width), draw(classes, width) / width**0.5
@@ -75,7 +78,10 @@ def test_as_exact_as_plain_pytorch(bias, name, large, dtype, device):
     result = run(linear_cross_entropy, arguments, cotangent, options)
     rival = run(plain, arguments, cotangent, {k: _as(v, dtype) for k, v in options.items()})
     truth = run(
-        plain, [to_float64(t) for t in arguments], cotangent, {k: to_float64(v) for k, v in options.items()}
+        plain,
+        [to_float64(t) for t in arguments],
+        cotangent,
+        {k: to_float64(v) for k, v in options.items()},
     )
     for i, (mine, other, exact) in enumerate(zip(result, rival, truth, strict=True)):
         assert mine.dtype == other.dtype
@@ -131,7 +137,11 @@ def test_tangent(moved, name, device):
     # the same by gradients, without tangents
     leaves = [weight.double().requires_grad_(), bias.double().requires_grad_()]
     losses = reference.linear_cross_entropy(
-        hidden.double(), leaves[0], labels, leaves[1], **{k: to_float64(t) for k, t in options.items()}
+        hidden.double(),
+        leaves[0],
+        labels,
+        leaves[1],
+        **{k: to_float64(t) for k, t in options.items()},
     )
     for i in range(3):
         slopes = torch.autograd.grad(losses[i], leaves, retain_graph=True)
@@ -153,7 +163,9 @@ def test_the_slices_of_the_backward_add_up(device, monkeypatch):
 def test_every_entry_is_written(device, poisoned):
     arguments = problem(device, torch.float32, 70, 300, 24)
     result = run(linear_cross_entropy, arguments, torch.ones(70, device=device), {})
-    tangent = linear_cross_entropy_tangent(*arguments, weight_tangent=arguments[1], bias_tangent=arguments[3])
+    tangent = linear_cross_entropy_tangent(
+        *arguments, weight_tangent=arguments[1], bias_tangent=arguments[3]
+    )
     assert not any(t.isnan().any() for t in (*result, tangent))
 
 
@@ -163,7 +175,9 @@ def test_large_logits_and_a_label_outside(device):
     labels = torch.tensor([0, 0, 1], device=device)
     assert linear_cross_entropy(hidden, weight, labels)[:2].tolist() == [0.0, 2e4]
     rows = torch.ops.mts_fast.linear_cross_entropy_triton
-    result = rows(hidden, weight, None, labels + torch.tensor([0, 0, 5]).to(device), None, 0.0, -100)
+    result = rows(
+        hidden, weight, None, labels + torch.tensor([0, 0, 5]).to(device), None, 0.0, -100
+    )
     assert result[0][:2].tolist() == [0.0, 2e4] and result[0][2].isnan()
 
 
@@ -357,7 +371,10 @@ def test_a_dtype_that_it_does_not_serve():
 
 def test_tangents_of_another_shape(device):
     arguments = problem(device, torch.float32, 4, 10, 8, bias=False)
-    run = lambda v, u: linear_cross_entropy_tangent(*arguments, weight_tangent=v, bias_tangent=u)  # noqa: E731
+
+    def run(v, u):
+        return linear_cross_entropy_tangent(*arguments, weight_tangent=v, bias_tangent=u)
+
     with pytest.raises(ValueError, match=r"weight_tangent must be of shape \(10, 8\) like weight"):
         run(arguments[1].T, None)
     with pytest.raises(ValueError, match="bias_tangent must be None"):

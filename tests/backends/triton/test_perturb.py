@@ -9,14 +9,14 @@ from comparison import assert_bitwise, relative
 from models import make_case
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.hypergradient import LabelledBatch, Objective
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.ops.perturb import global_norm, perturb
-from mts_fast.backends.registry import resolve
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# no entry; no dimension; a matrix; one less than a block of 2048, a block; a chunk of 8192, one more
+# no entry; no dimension; a matrix; one below a block of 2048, a block; a chunk of 8192, one more
 SHAPES = ((0,), (), (3, 5), (2047,), (2048,), (8192,), (8193,))
 
 

@@ -10,10 +10,10 @@ import torch
 from comparison import assert_bitwise, relative, snapshot
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import virtual_update
-from mts_fast.backends.registry import resolve
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 from mts_fast.reference import AdamState, SGDState
 
@@ -156,7 +156,7 @@ def test_one_pass_equals_two(name, lr, device):
     assert_bitwise([again.parameters, again.direction], [together.parameters, together.direction])
 
 
-# no entry; one; one less than a block of 2048, a block, one more; a chunk of 8192, one more
+# no entry; one; one below a block of 2048, a block, one more; a chunk of 8192, one more
 SIZES = (0, 1, 2047, 2048, 2049, 8192, 8193)
 
 
