@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-# without a GPU the Triton kernels run in triton's interpreter, which has to be said before they are
-# imported; with one they are compiled.
+# without a GPU the Triton kernels run in triton's interpreter; the variable must be set before they
+# are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -15,7 +15,7 @@ from mts_fast.backends.registry import backend_reasons
 
 
 def pytest_configure(config):
-    # two test processes on two cores: one thread each keeps them out of each other's way.
+    # several test processes share the cores: one thread each, so that they do not compete.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
@@ -36,7 +36,7 @@ def seeded():
 
 @pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request):
-    """Every backend that runs here, in force for the test."""
+    """Every backend that runs here, selected for the test."""
     why = backend_reasons(request.param)
     if why:
         pytest.skip("; ".join(why))

@@ -1,4 +1,4 @@
-"""Which backend runs, that all of them agree, and that one which cannot run says why."""
+"""Which backend runs, that all agree, and the reasons of a backend that cannot run."""
 
 import importlib.metadata
 import logging
@@ -41,7 +41,7 @@ def test_blocks_nest(monkeypatch):
 
 @pytest.fixture
 def nothing_in_force(monkeypatch):
-    """Neither by the environment, nor by a call of a test that failed."""
+    """No backend is selected, neither by the environment nor by a call in a failed test."""
     monkeypatch.delenv("MTS_FAST_BACKEND", raising=False)
     before = registry_module._selected.get()
     registry_module._selected.set(None)
@@ -70,7 +70,7 @@ def test_a_block_that_was_made_before_is_undone_by_its_end(nothing_in_force):
 
 
 def test_decorated_functions(nothing_in_force):
-    """Also where they call themselves, and where they raise."""
+    """Also if they call themselves, and if they raise."""
 
     @use_backend("reference")
     def countdown(n):
@@ -99,7 +99,7 @@ def test_threads_have_their_own(nothing_in_force):
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("MTS_FAST_BACKEND", "reference")
     assert current_backend() == "reference"
-    with use_backend("auto"):  # the block is nearer
+    with use_backend("auto"):  # the block takes precedence
         assert current_backend() == "auto"
     monkeypatch.setenv("MTS_FAST_BACKEND", "cuda")
     message = "environment variable MTS_FAST_BACKEND must be one of 'auto', 'reference', 'triton'"
@@ -107,7 +107,7 @@ def test_environment_variable(monkeypatch):
         label_agreement(*pool())
 
 
-@pytest.mark.parametrize("name", ["cuda", "", None, "Reference"])  # no such; empty; case counts
+@pytest.mark.parametrize("name", ["cuda", "", None, "Reference"])  # unknown; empty; wrong case
 def test_unknown_backend(name):
     with (
         pytest.raises(ValueError, match="use_backend: name must be one of 'auto'"),
@@ -118,7 +118,7 @@ def test_unknown_backend(name):
 
 @pytest.fixture
 def fresh_triton():
-    """Whether triton can run is found out once a process; here, anew."""
+    """Empties the cache of triton_reasons before and after the test."""
     triton_reasons.cache_clear()
     yield
     triton_reasons.cache_clear()
@@ -133,7 +133,7 @@ def test_triton_says_why_it_cannot_run(fresh_triton, monkeypatch):
 
 
 def test_triton_under_another_package_name(fresh_triton, monkeypatch):
-    """As torch's nightly builds install it: its version is the module's."""
+    """As torch's nightly builds install it: the version is then read from the module."""
     before = triton_reasons()
     triton_reasons.cache_clear()
 
@@ -175,7 +175,7 @@ def test_register_refuses_unknown_backends():
         registry_module.register("label_agreement", "fortran", lambda: None)
 
 
-# K of one; the paper's 5; sizes that no vector width divides; one sample alone in its pool.
+# K = 1; the paper's K = 5; sizes that no vector width divides; a pool of one sample.
 SIZES = ((40, 1), (40, 5), (257, 7), (1, 3))
 
 
@@ -183,11 +183,11 @@ SIZES = ((40, 1), (40, 5), (257, 7), (1, 3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_cpp_equals_reference(n, k, dtype):
-    given = pool(n, k, dtype=dtype)
+    arguments = pool(n, k, dtype=dtype)
     with use_backend("cpp"):
-        plain, weighted = label_agreement(*given)
-    truth = reference.label_agreement(given[0].double(), *given[1:])
-    # shares of K are exact but for the division; the sums of K <= 7 terms: observed 6e-8 of 1
+        plain, weighted = label_agreement(*arguments)
+    truth = reference.label_agreement(arguments[0].double(), *arguments[1:])
+    # counts over K: only the division rounds; sums of K <= 7 terms: observed 6e-8 of 1
     assert plain.dtype == weighted.dtype == dtype
     torch.testing.assert_close(plain.double(), truth[0], rtol=0, atol=torch.finfo(dtype).eps)
     torch.testing.assert_close(weighted.double(), truth[1], rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -204,11 +204,11 @@ def views(similarity, neighbors, labels):
 
 @needs_cpp
 def test_cpp_takes_views():
-    given = pool()
-    strided = views(*given)
+    arguments = pool()
+    strided = views(*arguments)
     assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
     with use_backend("cpp"):
-        assert_bitwise(label_agreement(*strided), label_agreement(*given))
+        assert_bitwise(label_agreement(*strided), label_agreement(*arguments))
 
 
 @needs_cpp
@@ -216,12 +216,12 @@ def test_cpp_takes_views():
 def test_cpp_takes_other_integers(dtype):
     similarity, neighbors, labels = pool()
     with use_backend("cpp"):
-        found = label_agreement(similarity, neighbors.to(dtype), labels.to(dtype))
-        assert_bitwise(found, label_agreement(similarity, neighbors, labels))
+        result = label_agreement(similarity, neighbors.to(dtype), labels.to(dtype))
+        assert_bitwise(result, label_agreement(similarity, neighbors, labels))
 
 
 @needs_cpp
-@pytest.mark.parametrize("epsilon", [1e-8, 0.5])  # the default; one that shows
+@pytest.mark.parametrize("epsilon", [1e-8, 0.5])  # the default; one large enough to show
 def test_epsilon_and_vanishing_similarities(epsilon):
     similarity, neighbors, labels = pool(dtype=torch.float64)
     similarity[3] = 0  # 0 / epsilon
@@ -240,20 +240,24 @@ def test_epsilon_and_vanishing_similarities(epsilon):
 
 @needs_cpp
 # float32 and float64 kernels; a pool of one row
-@pytest.mark.parametrize("given", [pool(), pool(dtype=torch.float64), pool(1, 3), views(*pool())])
-def test_opcheck(given):
+@pytest.mark.parametrize(
+    "arguments", [pool(), pool(dtype=torch.float64), pool(1, 3), views(*pool())]
+)
+def test_opcheck(arguments):
     """torch's own checks of schema, fake kernel and dispatch."""
     extension()
-    torch.library.opcheck(torch.ops.mts_fast.label_agreement, (*given, 1e-8))
+    torch.library.opcheck(torch.ops.mts_fast.label_agreement, (*arguments, 1e-8))
 
 
 def test_gradient_goes_through_the_reference():
-    """The C++ kernel has no backward, so that `auto` leaves such tensors to the reference."""
+    """The C++ kernel has no backward, so that `auto` runs the reference if a gradient is needed."""
     similarity, neighbors, labels = pool(dtype=torch.float64)
     similarity.requires_grad_()
-    found = torch.autograd.grad(label_agreement(similarity, neighbors, labels)[1].sum(), similarity)
+    gradient = torch.autograd.grad(
+        label_agreement(similarity, neighbors, labels)[1].sum(), similarity
+    )
     truth = reference.label_agreement(similarity, neighbors, labels)[1].sum()
-    assert_bitwise(found, torch.autograd.grad(truth, similarity))
+    assert_bitwise(gradient, torch.autograd.grad(truth, similarity))
 
 
 @needs_cpp
@@ -274,8 +278,8 @@ def test_cpp_gives_all_the_reasons_of_tensors_that_it_cannot_serve(change, reaso
     message = f"label_agreement: backend 'cpp' cannot run: {reason}; use backend 'auto' or 'refer"
     with use_backend("cpp"), pytest.raises(RuntimeError, match=message):
         label_agreement(similarity, neighbors, labels)
-    found = label_agreement(similarity, neighbors, labels)  # auto
-    assert_bitwise(found, reference.label_agreement(similarity, neighbors, labels))
+    result = label_agreement(similarity, neighbors, labels)  # auto
+    assert_bitwise(result, reference.label_agreement(similarity, neighbors, labels))
 
 
 REASON = "the C++ extension is not built: no compiler was found"
@@ -291,10 +295,10 @@ def no_extension(monkeypatch):
 
 
 def test_auto_falls_back_to_the_reference_and_says_so_once(no_extension, caplog):
-    given = pool()
+    arguments = pool()
     with caplog.at_level(logging.INFO, "mts_fast"):
         for _ in range(3):
-            assert_bitwise(label_agreement(*given), reference.label_agreement(*given))
+            assert_bitwise(label_agreement(*arguments), reference.label_agreement(*arguments))
     assert [r.getMessage() for r in caplog.records] == [
         "label_agreement runs on backend 'reference'"
     ]
@@ -314,7 +318,7 @@ def test_explicit_cpp_raises_with_the_reason(no_extension, monkeypatch):
 
 
 def test_environment_that_cannot_run_is_never_ignored(no_extension, monkeypatch):
-    """Also by ops that have no kernel in it, as `use_backend` would not let one come so far."""
+    """Ops without a C++ kernel raise, too, as `use_backend` would have done."""
     monkeypatch.setenv("MTS_FAST_BACKEND", "cpp")
     message = f"sample_dot: backend 'cpp' cannot run: {re.escape(REASON)}; unset MTS_FAST_BACKEND"
     with pytest.raises(RuntimeError, match=message):
@@ -324,7 +328,7 @@ def test_environment_that_cannot_run_is_never_ignored(no_extension, monkeypatch)
 
 
 def test_op_without_a_kernel_runs_the_reference_under_any_backend(monkeypatch):
-    """Also one whose kernel is for another kind of device: `cpp` is for the ops that have one."""
+    """So does an op whose kernel is for another kind of device."""
     monkeypatch.setattr(registry_module, "_implementations", {})
     monkeypatch.setattr(registry_module, "backend_reasons", lambda _: [])
     for op in ("nothing", "gpu only", "slower here"):
@@ -332,14 +336,14 @@ def test_op_without_a_kernel_runs_the_reference_under_any_backend(monkeypatch):
     registry_module.register("gpu only", "cpp", lambda: "cpp", devices=("cuda",))
     registry_module.register("slower here", "cpp", lambda: "cpp", wins=lambda _: False)
     tensors = [torch.ones(2)]
-    found = {}
+    results = {}
     for backend in ("auto", "cpp"):
         monkeypatch.setenv("MTS_FAST_BACKEND", backend)
-        found[backend] = [
+        results[backend] = [
             registry_module.resolve(op, tensors)() for op in ("nothing", "gpu only", "slower here")
         ]
-    assert found["auto"] == ["reference"] * 3
-    assert found["cpp"] == ["reference", "reference", "cpp"]
+    assert results["auto"] == ["reference"] * 3
+    assert results["cpp"] == ["reference", "reference", "cpp"]
 
 
 S, N, L = pool(6, 2)

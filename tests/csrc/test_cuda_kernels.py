@@ -1,6 +1,6 @@
 """The CUDA kernels against the reference: on the emulator everywhere, on a GPU where there is one.
 
-The emulator runs the same source (tests/cuda_emulator); the sweep around it is the product's own.
+The emulator (tests/cuda_emulator) runs the same source, called by the sweep of the package.
 """
 
 import ctypes
@@ -14,7 +14,9 @@ from comparison import assert_bitwise
 from pools import POOLS, many, pool, signs
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.cpp.class_centroids import add_groups
 from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.cpp.neighbor_statistics import merge_tiles
 from mts_fast.ops import (
     ClassCentroids,
     NeighborChunk,
@@ -22,8 +24,6 @@ from mts_fast.ops import (
     label_agreement,
     neighbor_statistics,
 )
-from mts_fast.backends.cpp.class_centroids import add_groups
-from mts_fast.backends.cpp.neighbor_statistics import merge_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
@@ -41,7 +41,7 @@ class Emulator:
         function = self.library[f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}"]
         assert all(t.is_contiguous() for t in tensors)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        # integers are int64 on the other side, and the one float a double
+        # the C functions take integers as int64 and the one float as a double
         function(*pointers, *(ctypes.c_double(n) if isinstance(n, float) else n for n in numbers))
 
     def merge_neighbors_(self, tile, rows, classes, columns, offsets, first, *lists):
@@ -101,23 +101,23 @@ def exact(x, y, s, **counts):
 @pytest.mark.parametrize("make", POOLS)
 def test_neighbors(make, tile, emulator):
     x, y, s = make()
-    found, expected = sweep(emulator, x, y, s, tile=tile), exact(x, y, s)
+    result, expected = sweep(emulator, x, y, s, tile=tile), exact(x, y, s)
     for part in PARTS:
         if part == "index" and make.__name__ in ("zero_vectors", "one_dimension"):
-            continue  # cosines of 1 are not exact in another order of summing
-        # another order of summing; observed 4e-16
+            continue  # cosines of 1 are not exact in another order of summation
+        # another order of summation; observed 4e-16
         torch.testing.assert_close(
-            getattr(found, part), getattr(expected, part), rtol=0, atol=2e-15, msg=part
+            getattr(result, part), getattr(expected, part), rtol=0, atol=2e-15, msg=part
         )
 
 
 @pytest.mark.parametrize(("k", "neighbors"), [(1, 1), (7, 2), (40, 39)])  # k above class sizes
 def test_other_counts(k, neighbors, emulator):
     x, y, s = signs()
-    found = sweep(emulator, x, y, s, tile=13, k=k, neighbors=neighbors)
+    result = sweep(emulator, x, y, s, tile=13, k=k, neighbors=neighbors)
     expected = exact(x, y, s, k=k, neighbors=neighbors)
     for part in PARTS:
-        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+        assert torch.equal(getattr(result, part), getattr(expected, part)), part
 
 
 def test_bits_depend_on_nothing_but_the_numbers(emulator):
@@ -127,16 +127,16 @@ def test_bits_depend_on_nothing_but_the_numbers(emulator):
     for seed in range(3):
         emulator.library.set_seed(seed)
         for tile, chunk in ((1, None), (9, None), (40, 11), (5, 17)):
-            found = sweep(emulator, x, y, s, tile=tile, chunk=chunk)
-            assert_bitwise(vars(found), vars(expected), f"{tile}, {chunk}")
+            result = sweep(emulator, x, y, s, tile=tile, chunk=chunk)
+            assert_bitwise(vars(result), vars(expected), f"{tile}, {chunk}")
 
 
 def test_single_precision(emulator):
     x, y, s = pool(131, 16, 3, dtype=torch.float32)
-    found, expected = sweep(emulator, x, y, s, tile=50), exact(x, y, s)
+    result, expected = sweep(emulator, x, y, s, tile=50), exact(x, y, s)
     for part in PARTS[:-1]:
         # sums of 16 products in float32; observed 1e-7
-        error = (getattr(found, part) - getattr(expected, part)).abs().max()
+        error = (getattr(result, part) - getattr(expected, part)).abs().max()
         assert error < 4e-7, part
 
 
@@ -145,24 +145,26 @@ def test_single_precision(emulator):
 def test_centroids(make, dtype, emulator):
     x, y, s = make()
     x = x.to(dtype)
-    found, expected = (ClassCentroids.empty(9, x.shape[1], x.device) for _ in range(2))
+    result, expected = (ClassCentroids.empty(9, x.shape[1], x.device) for _ in range(2))
     for part in torch.arange(len(x)).split(50):
-        add_groups(emulator.sum_groups_, found, x[part].contiguous(), y[part], s[part])
+        add_groups(emulator.sum_groups_, result, x[part].contiguous(), y[part], s[part])
         reference.class_centroids_(expected, x[part], y[part], s[part])
     # both add in order of index
-    assert_bitwise(vars(found), vars(expected))
+    assert_bitwise(vars(result), vars(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (40, 5), (300, 7)])  # one; less and more than a block
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (40, 5), (300, 7)]
+)  # one row; below and above a block
 def test_label_agreement(n, k, dtype, emulator):
     g = torch.Generator().manual_seed(0)
     similarity = torch.rand(n, k, generator=g, dtype=dtype)
     neighbors = torch.randint(n, (n, k), generator=g)
     labels = torch.randint(3, (n,), generator=g)
-    found = emulator.label_agreement(similarity, neighbors, labels)
+    result = emulator.label_agreement(similarity, neighbors, labels)
     expected = reference.label_agreement(similarity.double(), neighbors, labels)
-    for mine, truth in zip(found, expected, strict=True):
+    for mine, truth in zip(result, expected, strict=True):
         # the sums are double, the result rounds once or twice
         torch.testing.assert_close(mine.double(), truth, rtol=0, atol=2 * torch.finfo(dtype).eps)
 
@@ -200,12 +202,12 @@ def test_on_a_gpu(make):
         pytest.skip("the extension was built without CUDA")
     x, y, s = make()
     with use_backend("cpp"):
-        found = neighbor_statistics(x.cuda(), y.cuda(), s.cuda(), tile=50)
-        agreement = label_agreement(found.similarity, found.index, y.cuda())
+        statistics = neighbor_statistics(x.cuda(), y.cuda(), s.cuda(), tile=50)
+        agreement = label_agreement(statistics.similarity, statistics.index, y.cuda())
     expected = exact(x, y, s)
     for part in PARTS:
         torch.testing.assert_close(
-            getattr(found, part).cpu(), getattr(expected, part), rtol=0, atol=2e-15
+            getattr(statistics, part).cpu(), getattr(expected, part), rtol=0, atol=2e-15
         )
     truth = reference.label_agreement(expected.similarity, expected.index, y)
     torch.testing.assert_close(agreement[0].cpu(), truth[0], rtol=0, atol=1e-15)

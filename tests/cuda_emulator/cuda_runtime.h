@@ -2,8 +2,8 @@
 // takes the place of CUDA's header of the same name when g++ compiles a .cu file.
 //
 // Every CUDA thread is a fiber. Warps run one after another, in an order that a seed shuffles;
-// lanes switch where they exchange values. A lane that misses such a meeting is an error, not a
-// hang. Timing, memory visibility between lanes that do not meet, and alignment are not emulated.
+// lanes switch where they exchange values. A lane that misses an exchange is an error, not a hang.
+// Timing, memory visibility between lanes without an exchange, and alignment are not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -69,7 +69,7 @@ class Warp {
     }
   }
 
-  // Deposits this lane's value, waits for all, returns what every lane deposited.
+  // Deposits this lane's value, waits for all lanes, returns the values of all lanes.
   const std::array<uint64_t, kLanes>& exchange(uint64_t value) {
     Fiber& me = fibers_[lane_];
     slots_[lane_] = value;
@@ -122,9 +122,9 @@ void launch(Kernel kernel, unsigned blocks, unsigned threads, Args... args) {
   const std::function<void()> body = [&] { kernel(args...); };
   const auto warp = std::make_unique<Warp>();
   block_size.x = threads;
-  for (const unsigned which : order) {
-    block.x = which / warps;
-    warp->run(body, which % warps * kLanes);
+  for (const unsigned index : order) {
+    block.x = index / warps;
+    warp->run(body, index % warps * kLanes);
   }
 }
 
@@ -152,9 +152,9 @@ T from_bits(uint64_t bits) {
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const auto& votes = emulator::Warp::current->exchange(vote);
-  unsigned found = 0;
-  for (int lane = 0; lane < emulator::kLanes; ++lane) found |= unsigned(votes[lane]) << lane;
-  return found;
+  unsigned ballot = 0;
+  for (int lane = 0; lane < emulator::kLanes; ++lane) ballot |= unsigned(votes[lane]) << lane;
+  return ballot;
 }
 
 template <typename T>

@@ -5,22 +5,28 @@ import copy
 import torch
 
 
-def relative(found, expected):
+def relative(result, expected):
     """Largest error over the largest entry of the truth, in float64."""
-    assert found.shape == expected.shape
+    assert result.shape == expected.shape
     scale = expected.double().abs().max().clamp(min=1e-30)
-    return ((found.double() - expected.double()).abs().max() / scale).item()
+    return ((result.double() - expected.double()).abs().max() / scale).item()
 
 
-def errors(found, rival, truth, dtype):
-    """Largest error over the plain one's, with half a place of the largest entry as a floor."""
+def error_ratio(result, rival, truth, dtype):
+    """Largest error over that of `rival`, to which half an ulp of the largest entry is added."""
     floor = torch.finfo(dtype).eps / 2 * truth.abs().max().clamp(min=1e-30)
-    gap = (found.double() - truth).abs().max()
+    gap = (result.double() - truth).abs().max()
     return (gap / ((rival.double() - truth).abs().max() + floor)).item()
 
 
+def assert_gradients_equal(gradients, expected, tolerance):
+    """As many gradients (or losses) as expected, each of a relative error below the tolerance."""
+    for i, (gradient, truth) in enumerate(zip(gradients, expected, strict=True)):
+        assert relative(gradient, truth) < tolerance, f"gradient {i}"
+
+
 def generators(device):
-    """States of the generators that a forward on this device may draw from."""
+    """States of the random generators that a forward on this device may draw from."""
     states = {"cpu": torch.get_rng_state()}
     if torch.device(device).type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
@@ -35,33 +41,33 @@ def set_generators(states):
 
 def snapshot(*, module=None, optimizer=None, device="cpu", gradients=False):
     """A deep copy of parameters, buffers, modes, optimizer state and generators."""
-    taken = {"generators": generators(device)}
+    state = {"generators": generators(device)}
     if module is not None:
-        taken["state"] = module.state_dict()
-        taken["training"] = [m.training for m in module.modules()]
+        state["state"] = module.state_dict()
+        state["training"] = [m.training for m in module.modules()]
         if gradients:
-            taken["gradients"] = [p.grad for p in module.parameters()]
+            state["gradients"] = [p.grad for p in module.parameters()]
     if optimizer is not None:
-        taken["optimizer"] = optimizer.state_dict()
-    return copy.deepcopy(taken)
+        state["optimizer"] = optimizer.state_dict()
+    return copy.deepcopy(state)
 
 
-def assert_bitwise(found, expected, path=""):
+def assert_bitwise(result, expected, path=""):
     """Equal structure, and every tensor equal in every bit (-0.0 is not 0.0, NaN equals itself)."""
-    assert type(found) is type(expected), path
+    assert type(result) is type(expected), path
     if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and found.shape == expected.shape, path
+        assert result.dtype == expected.dtype and result.shape == expected.shape, path
         as_bytes = (
-            t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (found, expected)
+            t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (result, expected)
         )
         assert torch.equal(*as_bytes), path
     elif isinstance(expected, dict):
-        assert list(found) == list(expected), path
+        assert list(result) == list(expected), path
         for key in expected:
-            assert_bitwise(found[key], expected[key], f"{path}/{key}")
+            assert_bitwise(result[key], expected[key], f"{path}/{key}")
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), path
-        for i, pair in enumerate(zip(found, expected, strict=True)):
+        assert len(result) == len(expected), path
+        for i, pair in enumerate(zip(result, expected, strict=True)):
             assert_bitwise(*pair, f"{path}/{i}")
     else:
-        assert found == expected, path
+        assert result == expected, path

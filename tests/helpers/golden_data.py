@@ -69,13 +69,13 @@ class Golden:
     selector_optimizer: torch.optim.AdamW
 
     def group(self, prefix):
-        """Arrays under `prefix/`, the selector's with our names."""
-        found = {
+        """Arrays under `prefix/`; those of the selector have our names."""
+        arrays = {
             k.removeprefix(prefix + "/"): v
             for k, v in self.arrays.items()
             if k.startswith(prefix + "/")
         }
-        return {rename(k): v for k, v in found.items()}
+        return {rename(k): v for k, v in arrays.items()}
 
 
 def rename(name):
@@ -92,7 +92,7 @@ def load_arrays(name):
 
 
 def load_step(name, device="cpu", dtype=torch.float64):
-    """The golden step `name`, ready to be taken."""
+    """The golden step `name`, ready to run."""
     with np.load(FOLDER / f"{name}.npz") as file:
         config = ast.literal_eval(str(file["config"]))
     arrays = {

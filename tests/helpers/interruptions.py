@@ -26,11 +26,11 @@ RUNS = {
 
 
 class Interrupted(BaseException):
-    """An exception from elsewhere: no Exception, so that nothing mistakes it for its own."""
+    """Like KeyboardInterrupt no Exception, so that no `except Exception` catches it."""
 
 
 def begun(name, **options):
-    """A run after two good steps, so that every buffer and moment exists."""
+    """A run after two undisturbed steps, so that every buffer and moment exists."""
     world = World(torch.device("cpu"), **RUNS[name], **options)
     for seed in range(2):
         world.step(**world.arguments(seed))
@@ -81,7 +81,7 @@ def differences(a, b):
 
 
 class RaisingAt(TorchDispatchMode):
-    """Raises at the n-th dispatched operators, counted from 1; the count goes on after that."""
+    """Raises at the n-th dispatched operators, counted from 1; counting goes on after a raise."""
 
     def __init__(self, *numbers, error=Interrupted):
         super().__init__()
@@ -95,7 +95,7 @@ class RaisingAt(TorchDispatchMode):
 
 
 class After:
-    """Calls a function once, that many seconds from now, in the main thread."""
+    """Calls a function once in the main thread, some seconds after the block is entered."""
 
     def __init__(self, seconds, action):
         self.seconds, self.action = seconds, action

@@ -103,7 +103,7 @@ def dropout_mlp():
 
 
 def norm_and_dropout(inputs=4):
-    """Leaves a trace in buffers and in the generators at every train-mode forward."""
+    """Every train-mode forward changes its buffers and the random generators."""
     return nn.Sequential(
         nn.Linear(inputs, 16),
         nn.BatchNorm1d(16),

@@ -28,13 +28,13 @@ def no_real_sample():
 
 
 def signs():
-    """Entries of 1/2 and -1/2: cosines are exact in any order of summing, and tie by the dozen."""
+    """Entries of 1/2 and -1/2: cosines are exact in any order of summation, and many tie."""
     x, y, s = pool(40, 4, 3)
     return x.sign() / 2, y, s
 
 
 def duplicates():
-    """Every vector three times, under other labels; exact, as rounding would break the ties."""
+    """Every vector three times, with different labels; exact, as rounding would break the ties."""
     x, y, s = signs()
     return x[:12].repeat(3, 1), y[:36], s[:36]
 

@@ -71,10 +71,10 @@ class World:
         )
 
     def arguments(self, seed, *, two_batches=False):
-        """What the step is called with; no seed gives two equal batches."""
+        """Arguments of one call; its training, validation and selector batches are different."""
         inputs, labels, features, is_synthetic = self.draw(seed)
         val_inputs, val_labels, *_ = self.draw(seed + 1000, 9)
-        given = {
+        arguments = {
             "inputs": inputs,
             "labels": labels,
             "features": features,
@@ -83,8 +83,8 @@ class World:
             "val_labels": val_labels,
         }
         if two_batches:
-            given["selector_batch"] = mts_fast.SelectorBatch(*self.draw(seed + 2000, 10))
-        return given
+            arguments["selector_batch"] = mts_fast.SelectorBatch(*self.draw(seed + 2000, 10))
+        return arguments
 
     def copy_of_plain_parts(self):
         """The classifier and its optimizer, for a run without selection beside this one."""

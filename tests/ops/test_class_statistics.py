@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1, 40, 1000])  # chunks: one by one, a remainder, everything
+@pytest.mark.parametrize("size", [1, 40, 1000])  # chunks of one; with a remainder; of all
 @pytest.mark.parametrize("make", [many, lonely_sample, no_real_sample])
 def test_centroids(make, size, dtype, backend):
     x, y, s = make()
@@ -34,20 +34,20 @@ def test_centroids(make, size, dtype, backend):
 
 
 def test_large_classes_keep_their_digits(backend):
-    """A million equal numbers: float32 sums would stop growing at 2^24 of them."""
+    """A million equal numbers: a sum in float32 would lose digits."""
     x = torch.full((1_000_000, 1), 33.1)
-    nothing = torch.zeros(len(x), dtype=torch.int64)
+    zeros = torch.zeros(len(x), dtype=torch.int64)
     centroids = ClassCentroids.empty(1, 1, CPU)
-    class_centroids_(centroids, x, nothing, nothing)
+    class_centroids_(centroids, x, zeros, zeros)
     assert abs(centroids.mean(slice(0, 1)).item() - x[0].item()) < 1e-8
 
 
 def test_centroids_of_views(backend):
     x, y, s = many()
-    found, expected = (ClassCentroids.empty(7, 16, CPU) for _ in range(2))
-    class_centroids_(found, x.T.contiguous().T, torch.stack([y, y], 1)[:, 0], s)
+    result, expected = (ClassCentroids.empty(7, 16, CPU) for _ in range(2))
+    class_centroids_(result, x.T.contiguous().T, torch.stack([y, y], 1)[:, 0], s)
     class_centroids_(expected, x, y, s)
-    assert_bitwise(vars(found), vars(expected))
+    assert_bitwise(vars(result), vars(expected))
 
 
 def ranks(values, labels):
@@ -59,7 +59,7 @@ def ranks(values, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-# one value; ties by the dozen in few classes; classes left empty; more classes than values.
+# one value; many ties in few classes; some classes empty; more classes than values.
 @pytest.mark.parametrize(("size", "classes"), [(1, 1), (60, 2), (97, 30), (20, 100)])
 def test_ranks(size, classes, dtype, backend):
     g = torch.Generator().manual_seed(size)
@@ -74,7 +74,7 @@ def test_ranks(size, classes, dtype, backend):
 
 
 def test_names_of_classes_cost_nothing(backend):
-    """Numbers far apart: tables over all numbers in between would take terabytes."""
+    """Class numbers may be far apart: a table over their whole range would take terabytes."""
     values, labels = torch.randn(50), torch.randint(3, (50,))
     far = 10**12 * labels + 7
     assert_bitwise(percentile_rank(values, far), percentile_rank(values, labels))

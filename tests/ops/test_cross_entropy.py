@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import relative
+from comparison import assert_gradients_equal, relative
 
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
 
 IGNORED = -100
-# none; torch's three modifiers once alone; all together.
+# no option; each of torch's three options alone; all together.
 OPTIONS = {
     "plain": {},
     "class_weight": {"class_weight": torch.tensor([0.5, 0.0, 2.0, 1.0])},
@@ -20,7 +20,7 @@ OPTIONS = {
         "ignore_index": 2,
     },
 }
-# float64 checks the formula; float32 is what is used.
+# float64 checks the formula; float32 is the dtype in use.
 DTYPES = (torch.float64, torch.float32)
 
 
@@ -31,7 +31,8 @@ def batch(device, dtype, *shape):
     return logits.to(device, dtype), labels.to(device)
 
 
-def on(device, dtype, options):
+def options_for(device, dtype, options):
+    """The options on the device, under our names and under torch's."""
     moved = {
         k: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()
     }
@@ -42,7 +43,7 @@ def on(device, dtype, options):
 
 
 def positionwise(logits, labels, options):
-    """Losses by an explicit loop: the mean over the positions of a sample that count."""
+    """Losses by an explicit loop: the mean over the positions of a sample that are not ignored."""
     losses = []
     for row, targets in zip(logits, labels, strict=True):
         terms = [
@@ -57,33 +58,33 @@ def positionwise(logits, labels, options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_equals_torch(options, dtype, device):
-    ours, torchs = on(device, dtype, OPTIONS[options])
+    ours, torchs = options_for(device, dtype, OPTIONS[options])
     logits, labels = batch(device, dtype, 9)
     labels[4] = OPTIONS[options].get("ignore_index", IGNORED)
-    found = cross_entropy(logits, labels, **ours)
-    assert torch.equal(found, F.cross_entropy(logits, labels, reduction="none", **torchs))
-    assert found[4] == 0
+    losses = cross_entropy(logits, labels, **ours)
+    assert torch.equal(losses, F.cross_entropy(logits, labels, reduction="none", **torchs))
+    assert losses[4] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_sequences_equal_a_loop_over_positions(options, dtype, device):
-    ours, torchs = on(device, dtype, OPTIONS[options])
+    ours, torchs = options_for(device, dtype, OPTIONS[options])
     logits, labels = batch(device, dtype, 5, 7)
     ignored = OPTIONS[options].get("ignore_index", IGNORED)
     labels[0, 3:] = ignored
     labels[1, ::2] = ignored
-    labels[2] = ignored  # nothing left of this one
-    found = cross_entropy(logits, labels, **ours)
+    labels[2] = ignored  # every position of this sample
+    losses = cross_entropy(logits, labels, **ours)
     # means of at most 7 terms; observed 4e-16 and 1.1e-7.
-    assert relative(found, positionwise(logits, labels, torchs)) < 8 * torch.finfo(dtype).eps
-    assert found[2] == 0 and found[3] > 0
+    assert relative(losses, positionwise(logits, labels, torchs)) < 8 * torch.finfo(dtype).eps
+    assert losses[2] == 0 and losses[3] > 0
 
 
 @pytest.mark.parametrize("shape", [(9,), (5, 7)])  # one label a sample; sequences
 @pytest.mark.parametrize("options", OPTIONS)
 def test_weighted_loss_and_its_gradients(options, shape, device):
-    ours, torchs = on(device, torch.float64, OPTIONS[options])
+    ours, torchs = options_for(device, torch.float64, OPTIONS[options])
     logits, labels = batch(device, torch.float64, *shape)
     labels.view(-1)[3] = OPTIONS[options].get("ignore_index", IGNORED)
     logits.requires_grad_()
@@ -97,34 +98,33 @@ def test_weighted_loss_and_its_gradients(options, shape, device):
     # observed 3e-16 in all four
     assert relative(losses, truth) < 1e-14
     assert relative(loss, expected) < 1e-14
-    found = torch.autograd.grad(loss, [logits, p])
-    for ours_d, truth_d in zip(found, torch.autograd.grad(expected, [logits, p]), strict=True):
-        assert relative(ours_d, truth_d) < 1e-14
+    gradients = torch.autograd.grad(loss, [logits, p])
+    assert_gradients_equal(gradients, torch.autograd.grad(expected, [logits, p]), 1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])  # what labels come as, but int64
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])  # label types besides int64
 def test_labels_of_other_integer_types(dtype, device):
     logits, labels = batch(device, torch.float32, 9)
     assert torch.equal(cross_entropy(logits, labels.to(dtype)), cross_entropy(logits, labels))
 
 
 def test_extreme_logits_stay_finite(device):
-    """Row 3 must not overflow where the classifier is sure: the loss is the logits' difference."""
+    """Row 3 must not overflow at extreme logits, where the loss is their difference."""
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 3e38]], device=device)
-    found = cross_entropy(logits, torch.tensor([1, 2], device=device))
-    assert found.tolist() == [2e4, 0.0]
+    losses = cross_entropy(logits, torch.tensor([1, 2], device=device))
+    assert losses.tolist() == [2e4, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("classes", [4, 1000])  # torch's kernel; the C++ one, where it is built
+@pytest.mark.parametrize("classes", [4, 1000])  # torch's kernel; the C++ kernel, where it is built
 def test_class_weights_of_another_dtype(classes, dtype):
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(9, classes, generator=g), torch.randint(classes, (9,), generator=g)
     weight = torch.rand(classes, generator=g).to(dtype)
-    found = cross_entropy(logits, labels, class_weight=weight)
-    assert found.dtype == torch.float32
+    losses = cross_entropy(logits, labels, class_weight=weight)
+    assert losses.dtype == torch.float32
     truth = F.cross_entropy(logits.double(), labels, weight=weight.double(), reduction="none")
-    assert relative(found, truth) < 1e-6  # observed 1e-7
+    assert relative(losses, truth) < 1e-6  # observed 1e-7
 
 
 SMOOTHING = "label_smoothing must be a finite number at least 0 and at most 1"
@@ -159,7 +159,7 @@ LOGITS, LABELS, P = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.
             ValueError,
             "ignore_index must be an int of 64 bits",
         ),
-        # -100 in 8 bits without a sign
+        # -100 as an unsigned integer of 8 bits
         ((LOGITS, (LABELS + 156).byte(), P), {}, ValueError, r"labels must be in \[0, 4\), .* 156"),
     ],
 )

@@ -20,24 +20,24 @@ ADAPTIVE = {
     "rmsprop": lambda p: optim.RMSprop(p, lr=0.01),
     "rmsprop_centered": lambda p: optim.RMSprop(p, lr=0.01, centered=True),
     "nadam": lambda p: optim.NAdam(p, lr=0.01),
-    # beta2 for which the second moment counts early
+    # a beta2 with which the second moment is used after few steps
     "radam": lambda p: optim.RAdam(p, lr=0.01, betas=(0.9, 0.95)),
 }
 
 
-def parameters_and(optimizer, gradients, steps, device):
+def stepped_optimizer(make, gradients, steps, device):
     """An optimizer over zeros after some steps with the same gradients."""
     parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
-    built = optimizer(parameters)
+    optimizer = make(parameters)
     for _ in range(steps):
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g.clone()
-        built.step()
-    return built
+        optimizer.step()
+    return optimizer
 
 
 def conv_bias_before_batch_norm(device):
-    """Gradients of a convolution whose bias BatchNorm takes away: noise in the bias."""
+    """Gradients of a convolution before BatchNorm, which cancels its bias: noise in the bias."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -57,7 +57,7 @@ def test_bias_before_batch_norm_is_masked(name, steps, backend, device):
     gradients = conv_bias_before_batch_norm(device)
     noise = gradients["0.bias"]
     assert 0 < noise.abs().max() < 1e-6 * gradients["0.weight"].abs().max()
-    optimizer = parameters_and(ADAPTIVE[name], list(gradients.values()), steps, device)
+    optimizer = stepped_optimizer(ADAPTIVE[name], list(gradients.values()), steps, device)
     v = [torch.ones_like(g) for g in gradients.values()]
     update = mts_fast.virtual_update(optimizer, list(gradients.values()), along=v)
     scaled = update.scale(v)
@@ -65,19 +65,19 @@ def test_bias_before_batch_norm_is_masked(name, steps, backend, device):
     if name == "radam" and not steps:  # nothing is divided in its first steps
         assert scaled.masked_entries == 0 and scaled[1].all()
         return
-    found = dict(zip(gradients, scaled, strict=True))
-    assert not found["0.bias"].any()
-    # dead units of the ReLU have gradients of exactly 0; all else moves
+    scaled_by_name = dict(zip(gradients, scaled, strict=True))
+    assert not scaled_by_name["0.bias"].any()
+    # dead units of the ReLU have gradients of exactly 0; all other entries move
     exact_zeros = sum(int((g == 0).sum()) for g in gradients.values())
     assert scaled.masked_entries == update.direction.masked_entries == 8 + exact_zeros
     assert scaled.masked_entries.dtype == torch.int64 and scaled.masked_entries.ndim == 0
     assert sum(int((k == 0).sum()) for k in scaled) == 8 + exact_zeros
-    assert all(k.any() for n, k in found.items() if n != "0.bias")
+    assert all(k.any() for n, k in scaled_by_name.items() if n != "0.bias")
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTIVE if n != "radam"])
 def test_rare_embedding_row_is_not_masked(name, backend, device):
-    """A row of 1e-5 of the largest gradient, beside rows that were never seen, and steps of it."""
+    """A row of 1e-5 of the largest gradient, beside rows without a gradient, after three steps."""
     generator = torch.Generator().manual_seed(0)
     table = torch.zeros(4, 3)
     table[1] = 1.0 + torch.rand(3, generator=generator)
@@ -85,9 +85,9 @@ def test_rare_embedding_row_is_not_masked(name, backend, device):
     head = torch.rand(3, 3, generator=generator)
     gradients = [t.to(device) for t in (table, head)]
     if name == "rmsprop_centered":  # a constant gradient has no variance
-        optimizer = parameters_and(ADAPTIVE[name], [0.5 * g for g in gradients], 3, device)
+        optimizer = stepped_optimizer(ADAPTIVE[name], [0.5 * g for g in gradients], 3, device)
     else:
-        optimizer = parameters_and(ADAPTIVE[name], gradients, 3, device)
+        optimizer = stepped_optimizer(ADAPTIVE[name], gradients, 3, device)
     if name == "adamw":  # decoupled decay is not in the gradient
         assert optimizer.param_groups[0]["weight_decay"]
     scaled = mts_fast.virtual_update(optimizer, gradients).scale(
@@ -99,7 +99,7 @@ def test_rare_embedding_row_is_not_masked(name, backend, device):
 
 def test_sgd_masks_nothing(backend, device):
     gradients = [torch.tensor([1.0, 1e-12, 0.0], device=device)]
-    optimizer = parameters_and(lambda p: optim.SGD(p, lr=0.5), gradients, 0, device)
+    optimizer = stepped_optimizer(lambda p: optim.SGD(p, lr=0.5), gradients, 0, device)
     scaled = mts_fast.virtual_update(optimizer, gradients).scale([torch.ones(3, device=device)])
     assert torch.equal(scaled[0], torch.full((3,), 0.5, device=device))
     assert scaled.masked_entries == 0
@@ -108,13 +108,13 @@ def test_sgd_masks_nothing(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_floor_is_one_for_all_parameters_and_of_each_dtype(dtype, backend, device):
-    """The largest gradient is in another parameter and dtype; a place below the floor and above."""
+    """The largest gradient may be in another parameter and dtype."""
     if backend == "cpp" and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("its kernel takes float32 or float64")
     share = noise_share(dtype)
     # gradients of 16 bits are summed up in float32
     assert share == 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    # so large that float16 holds the squares of the small ones
+    # large enough for float16 to hold the squares of the small entries
     size = 3e4
     entries = [size * share * factor for factor in (0.25, 0.5, 1.5, 2.0, 0.0)]
     gradients = [
@@ -122,27 +122,29 @@ def test_floor_is_one_for_all_parameters_and_of_each_dtype(dtype, backend, devic
         torch.tensor(entries, dtype=torch.float64, device=device).to(dtype),
     ]
     # the state is empty, so that sqrt(v_hat) is |g|
-    optimizer = parameters_and(lambda p: optim.Adam([p[1]], lr=1.0, eps=0.5), gradients, 0, device)
+    optimizer = stepped_optimizer(
+        lambda p: optim.Adam([p[1]], lr=1.0, eps=0.5), gradients, 0, device
+    )
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1, device=device))]})
     gradients.reverse()
     v = [torch.ones_like(g) for g in gradients]
     update = mts_fast.virtual_update(optimizer, gradients, along=v)
     assert (update.direction[0] != 0).tolist() == [False, False, True, True, False]
     assert update.direction.masked_entries == 3
-    # alone, the second largest is the measure of the call
-    lone = parameters_and(lambda p: optim.Adam(p, lr=1.0, eps=0.5), gradients[:1], 0, device)
+    # without the largest gradient the floor is lower, and masks the exact zero only
+    lone = stepped_optimizer(lambda p: optim.Adam(p, lr=1.0, eps=0.5), gradients[:1], 0, device)
     alone = mts_fast.virtual_update(lone, gradients[:1], along=v[:1]).direction
     assert (alone[0] != 0).tolist() == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_mask_nothing(bad, backend, device):
-    """They show in their own entry, and take none of the small ones with them."""
+    """They show in their own entry, and no small entry is masked because of them."""
     gradients = [
         torch.tensor([1.0, 1e-9, 0.0], device=device),
         torch.tensor([bad, 1.0], device=device),
     ]
-    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 0, device)
+    optimizer = stepped_optimizer(ADAPTIVE["adam"], gradients, 0, device)
     v = [torch.ones_like(g) for g in gradients]
     update = mts_fast.virtual_update(optimizer, gradients, along=v)
     for direction in (update.direction, update.scale(v)):
@@ -153,16 +155,16 @@ def test_nan_and_infinity_mask_nothing(bad, backend, device):
 
 
 def test_bfloat16_parameters_keep_their_kappa(device):
-    """Gradients down to a ten-thousandth of the largest are no noise, though bfloat16's eps is."""
+    """Gradients of 1e-4 of the largest are not noise, although bfloat16's eps is larger."""
     gradients = [torch.logspace(0, -4, 9, device=device).bfloat16()]
-    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 2, device)
+    optimizer = stepped_optimizer(ADAPTIVE["adam"], gradients, 2, device)
     update = mts_fast.virtual_update(optimizer, gradients)
     assert update.scale(gradients)[0].all()
 
 
 def test_nan_in_the_direction_shows_through_the_mask(backend, device):
     gradients = [torch.tensor([1.0, 0.0], device=device)]
-    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 0, device)
+    optimizer = stepped_optimizer(ADAPTIVE["adam"], gradients, 0, device)
     v = [torch.tensor([1.0, torch.nan], device=device)]
     assert mts_fast.virtual_update(optimizer, gradients).scale(v)[0][1].isnan()
 
@@ -170,7 +172,7 @@ def test_nan_in_the_direction_shows_through_the_mask(backend, device):
 def test_eps_of_zero_without_a_gradient(backend, device):
     """0/0 in theta', as in torch's own step; kappa is 0 there."""
     gradients = [torch.tensor([1.0, 0.0], device=device)]
-    optimizer = parameters_and(lambda p: optim.Adam(p, lr=0.1, eps=0.0), gradients, 0, device)
+    optimizer = stepped_optimizer(lambda p: optim.Adam(p, lr=0.1, eps=0.0), gradients, 0, device)
     update = mts_fast.virtual_update(optimizer, gradients, along=gradients)
     assert update.parameters[0].isnan().tolist() == [False, True]
     optimizer.param_groups[0]["params"][0].grad = gradients[0].clone()
@@ -180,28 +182,28 @@ def test_eps_of_zero_without_a_gradient(backend, device):
     assert update.direction[0][1] == 0
 
 
-def test_the_oracle_masks_alike(device):
+def test_the_oracle_masks_the_same_entries(device):
     """reference.kappa and mts_step's own call go through the same function."""
     gradients = [torch.tensor([1.0, 1e-9], device=device), torch.tensor([1e-9], device=device)]
-    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 0, device)
+    optimizer = stepped_optimizer(ADAPTIVE["adam"], gradients, 0, device)
     parameters = optimizer.param_groups[0]["params"]
     states = optimizer_states(optimizer)
     largest = largest_gradient(gradients)
     v = [torch.ones_like(g) for g in gradients]
     scaled = mts_fast.virtual_update(optimizer, gradients).scale(v)
-    for p, g, w, found in zip(parameters, gradients, v, scaled, strict=True):
+    for p, g, w, kappa_v in zip(parameters, gradients, v, scaled, strict=True):
         exact = reference.kappa(p.detach(), g, states[p], None, largest)
-        assert torch.equal(found, exact * w)
+        assert torch.equal(kappa_v, exact * w)
         assert torch.equal(is_noise(g.abs(), g, largest), exact == 0)
     assert reference.kappa(parameters[1].detach(), gradients[1], states[parameters[1]]).all()
 
 
 def test_count_in_triton_is_that_of_its_kernel(device):
-    """Which squares small float16 entries in float32, where the reference has 0."""
+    """The kernel squares small float16 entries in float32, where the reference gets 0."""
     if backend_reasons("triton"):
         pytest.skip("; ".join(backend_reasons("triton")))
     gradients = [torch.tensor([1.0, 1e-5, 0.0], device=device).half()]
-    optimizer = parameters_and(ADAPTIVE["adam"], gradients, 0, device)
+    optimizer = stepped_optimizer(ADAPTIVE["adam"], gradients, 0, device)
     v = [torch.full_like(gradients[0], 100.0)]
     with use_backend("triton"):
         scaled = mts_fast.virtual_update(optimizer, gradients).scale(v)

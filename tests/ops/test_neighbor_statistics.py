@@ -29,27 +29,27 @@ def truth(x, y, s, **counts):
     return reference.neighbor_statistics(unit, y, s, **(COUNTS | counts))
 
 
-# one sample per block; no multiple of a panel, and of no pool; everything in one.
+# one sample per block; a multiple of no panel, which divides no pool; one block for all.
 @pytest.mark.parametrize("tile", [1, 50, None])
 @pytest.mark.parametrize("make", POOLS)
 def test_equals_full_matrix(make, tile, backend):
     x, y, s = make()
-    found, expected = neighbor_statistics(x, y, s, tile=tile, **COUNTS), truth(x, y, s)
+    result, expected = neighbor_statistics(x, y, s, tile=tile, **COUNTS), truth(x, y, s)
     for part in PARTS:
-        # other order of summing; observed 4e-16
+        # another order of summation; observed 4e-16
         torch.testing.assert_close(
-            getattr(found, part), getattr(expected, part), rtol=0, atol=2e-15, msg=part
+            getattr(result, part), getattr(expected, part), rtol=0, atol=2e-15, msg=part
         )
     if make.__name__ not in ("zero_vectors", "one_dimension"):  # see the next test
-        assert torch.equal(found.index, expected.index)
+        assert torch.equal(result.index, expected.index)
 
 
 def test_ties_of_zero_vectors_and_of_one_dimension(backend):
     """All similarities are exact here, so that the lowest indices must win."""
     ones = torch.tensor([[1.0], [-1.0], [0.0], [1.0], [-3.0], [0.0], [2.0]])
     y, s = torch.zeros(7).long(), torch.zeros(7).bool()
-    found = neighbor_statistics(ones, y, s, k=1, neighbors=4, tile=1)
-    assert found.index.tolist() == [
+    result = neighbor_statistics(ones, y, s, k=1, neighbors=4, tile=1)
+    assert result.index.tolist() == [
         [3, 6, 2, 5],
         [4, 2, 5, 0],
         [0, 1, 3, 4],
@@ -64,23 +64,23 @@ def test_ties_of_zero_vectors_and_of_one_dimension(backend):
 @pytest.mark.parametrize("tile", [7, None])
 def test_other_counts(k, neighbors, tile, backend):
     x, y, s = signs()
-    found = neighbor_statistics(x, y, s, k=k, neighbors=neighbors, tile=tile)
+    result = neighbor_statistics(x, y, s, k=k, neighbors=neighbors, tile=tile)
     expected = truth(x, y, s, k=k, neighbors=neighbors)
     for part in (*PARTS, "index"):
-        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+        assert torch.equal(getattr(result, part), getattr(expected, part)), part
 
 
 @pytest.mark.parametrize("size", [40, 131])
 def test_names_of_classes_cost_nothing(size, backend):
-    """Numbers far apart: tables over all numbers in between would take terabytes."""
+    """Class numbers may be far apart: a table over their whole range would take terabytes."""
     x, y, s = many()
-    found, expected = (NeighborLists.empty(len(x), **COUNTS, like=x) for _ in range(2))
-    for lists, labels in ((found, 10**12 * y + 7), (expected, y)):
+    result, expected = (NeighborLists.empty(len(x), **COUNTS, like=x) for _ in range(2))
+    for lists, labels in ((result, 10**12 * y + 7), (expected, y)):
         chunks = split(x, labels, s, size)
         for i, a in enumerate(chunks):
             for b in chunks[i:]:
                 neighbor_statistics_(lists, a, b)
-    assert_bitwise(vars(found), vars(expected))
+    assert_bitwise(vars(result), vars(expected))
     assert_bitwise(
         vars(neighbor_statistics(x, 10**12 * y + 7, s)), vars(neighbor_statistics(x, y, s))
     )
@@ -92,18 +92,18 @@ def test_names_of_classes_cost_nothing(size, backend):
 def test_single_precision_is_as_good_as_torch(size, dimension, backend):
     x, y, s = pool(size, dimension, 3, dtype=torch.float32)
     expected = truth(x, y, s)
-    found = neighbor_statistics(x, y, s, **COUNTS)
+    result = neighbor_statistics(x, y, s, **COUNTS)
     unit = torch.nn.functional.normalize(x, dim=1)
     torch_error = (unit @ unit.T - (unit.double() @ unit.double().T)).abs().max()
     # the unit rows are rounded as well: half a unit in the last place of each entry
     bound = 2 * torch_error.item() + 2 * torch.finfo(torch.float32).eps
     for part in PARTS:
-        error = (getattr(found, part).double() - getattr(expected, part)).abs().max()
+        error = (getattr(result, part).double() - getattr(expected, part)).abs().max()
         assert error <= bound, part
     exact = torch.nn.functional.normalize(x.double(), dim=1)
-    named = (exact[:, None] * exact[found.index]).sum(2)
+    named = (exact[:, None] * exact[result.index]).sum(2)
     assert (named - expected.similarity).abs().max() <= bound
-    assert (found.index != torch.arange(size)[:, None]).all()
+    assert (result.index != torch.arange(size)[:, None]).all()
 
 
 def split(x, y, s, size):
@@ -124,17 +124,17 @@ def test_pairs_of_chunks_in_any_order(size, order, backend):
     lists = NeighborLists.empty(len(x), **COUNTS, like=x)
     for a, b in pairs:
         neighbor_statistics_(lists, a, b)
-    found, expected = lists.statistics(), truth(x, y, s)
-    assert torch.equal(found.index, expected.index)
+    result, expected = lists.statistics(), truth(x, y, s)
+    assert torch.equal(result.index, expected.index)
     for part in PARTS:
         torch.testing.assert_close(
-            getattr(found, part), getattr(expected, part), rtol=0, atol=2e-15
+            getattr(result, part), getattr(expected, part), rtol=0, atol=2e-15
         )
 
 
 @needs_cpp
 def test_bits_depend_on_nothing_but_the_numbers():
-    """Tiles, threads, chunks: the same lists, also among 300 samples that tie by the hundred."""
+    """Tiles, threads and chunks give the same lists, also among 300 samples with many ties."""
     threads = torch.get_num_threads()
     for x, y, s in (pool(401, 131, 3, dtype=torch.float32), pool(300, 2, 2, dtype=torch.float32)):
         x[200:] = x[:-200].clone()
@@ -144,8 +144,8 @@ def test_bits_depend_on_nothing_but_the_numbers():
                 for count in (1, 2, 3):
                     torch.set_num_threads(count)
                     for tile in (1, 100, 500):
-                        found = neighbor_statistics(x, y, s, tile=tile)
-                        assert_bitwise(vars(found), vars(expected), f"{count}, {tile}")
+                        result = neighbor_statistics(x, y, s, tile=tile)
+                        assert_bitwise(vars(result), vars(expected), f"{count}, {tile}")
             finally:
                 torch.set_num_threads(threads)
             for size in (7, 100):
@@ -166,11 +166,11 @@ assert extension().info["isa"] == sys.argv[1], extension().info
 for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 2e-15)):
     x, y, s = pools.pool(230, 200, 3, dtype=dtype)
     with use_backend("cpp"):
-        found = neighbor_statistics(x, y, s, tile=64)
+        result = neighbor_statistics(x, y, s, tile=64)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     expected = reference.neighbor_statistics(unit, y, s)
     for part in ("real", "synthetic", "closest", "similarity"):
-        error = (getattr(found, part) - getattr(expected, part)).abs().max().item()
+        error = (getattr(result, part) - getattr(expected, part)).abs().max().item()
         assert error < bound, (part, error)
 """
 
@@ -178,7 +178,7 @@ for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 2e-15)):
 @needs_cpp
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """Each in a process of its own: the choice is made once. Observed 2e-7 and 4e-16."""
+    """Each in its own process, as the choice is made only once. Observed 2e-7 and 4e-16."""
     order = ["baseline", "avx2", "avx512"]
     if order.index(isa) > order.index(extension().info["isa"]):
         pytest.skip(f"this machine has {extension().info['isa']} at best")
@@ -203,12 +203,12 @@ def test_schema():
 
 def test_inputs_stay_as_they_are(backend):
     x, y, s = pool(40, 4, 2, dtype=torch.float16)
-    wide = torch.stack([x, -x], dim=2)
-    strided = wide[..., 0]
-    before = wide.clone()
-    found = neighbor_statistics(strided, y.to(torch.int16), s.int(), **COUNTS)
-    assert_bitwise(wide, before)
-    assert_bitwise(vars(found), vars(neighbor_statistics(x.float(), y, s, **COUNTS)))
+    stacked = torch.stack([x, -x], dim=2)
+    strided = stacked[..., 0]
+    before = stacked.clone()
+    result = neighbor_statistics(strided, y.to(torch.int16), s.int(), **COUNTS)
+    assert_bitwise(stacked, before)
+    assert_bitwise(vars(result), vars(neighbor_statistics(x.float(), y, s, **COUNTS)))
 
 
 X, Y, S = pool(24, 4, 2)

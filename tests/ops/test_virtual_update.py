@@ -5,9 +5,9 @@ import torch
 from comparison import assert_bitwise, relative
 
 from mts_fast import use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted, triton_reasons
 from mts_fast.ops import virtual_update
-from mts_fast.backends.registry import resolve
 
 needs_triton = pytest.mark.skipif(bool(triton_reasons()), reason="; ".join(triton_reasons()))
 OPS = ("virtual_update", "hypergradient_direction", "virtual_update_along")
@@ -32,18 +32,18 @@ def make(name, device, shapes):
     return optimizer, drawn[1], drawn[2]
 
 
-@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's own; another one, in kappa only
+@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's lr; another one, in kappa only
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_along_is_scale_from_the_same_call(name, lr, backend, device):
     optimizer, gradients, v = make(name, device, ((), (3, 4)))
-    found = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
+    update = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
     with use_backend("reference"):
         truth = virtual_update(optimizer, gradients)
         expected = truth.scale(v, lr)
     assert truth.direction is None
-    assert_bitwise(found.direction, found.scale(v, lr))
+    assert_bitwise(update.direction, update.scale(v, lr))
     for mine, exact in zip(
-        (*found.parameters, *found.direction), (*truth.parameters, *expected), strict=True
+        (*update.parameters, *update.direction), (*truth.parameters, *expected), strict=True
     ):
         assert relative(mine, exact) < 2e-14  # observed 4e-15, of an AdamW kappa that cancels
 
@@ -54,18 +54,18 @@ def test_missing_gradients_and_directions(backend, device):
     parameters = optimizer.param_groups[0]["params"]
     whole = virtual_update(optimizer, gradients, along=v)
     gradients[0], v[1] = None, None
-    found = virtual_update(optimizer, gradients, along=v)
-    assert_bitwise(found.parameters[1:], whole.parameters[1:])
-    assert torch.equal(found.parameters[0], parameters[0])
-    assert found.parameters[0].data_ptr() != parameters[0].data_ptr()
+    update = virtual_update(optimizer, gradients, along=v)
+    assert_bitwise(update.parameters[1:], whole.parameters[1:])
+    assert torch.equal(update.parameters[0], parameters[0])
+    assert update.parameters[0].data_ptr() != parameters[0].data_ptr()
     zeros = [torch.zeros_like(p).detach() for p in parameters]
-    assert_bitwise(list(found.direction), [zeros[0], zeros[1], whole.direction[2]])
-    assert_bitwise(found.scale(v), found.direction)
-    assert_bitwise(list(found.scale([None] * 3)), zeros)
+    assert_bitwise(list(update.direction), [zeros[0], zeros[1], whole.direction[2]])
+    assert_bitwise(update.scale(v), update.direction)
+    assert_bitwise(list(update.scale([None] * 3)), zeros)
 
 
 META = torch.ones(3, device="meta")
-# argument by argument: another device, shape, number, dtype
+# for each argument: another device, shape, number, dtype
 REFUSED = {
     "gradient_device": (
         [META],
@@ -94,9 +94,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_arguments(case, device):
     gradients, options, error, message = REFUSED[case]
-    optimizer, own, _ = make("nesterov", device, ((3,),))
+    optimizer, drawn, _ = make("nesterov", device, ((3,),))
     with pytest.raises(error, match="virtual_update: " + message.format(device)):
-        virtual_update(optimizer, gradients or own, **options)
+        virtual_update(optimizer, gradients or drawn, **options)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_refused_arguments(case, device):
     ],
 )
 def test_refused_directions(direction, message, device):
-    optimizer, own, _ = make("nesterov", device, ((3,),))
+    optimizer, gradients, _ = make("nesterov", device, ((3,),))
     with pytest.raises(ValueError, match=rf"virtual_update: direction(\[0\])? must be {message}"):
-        virtual_update(optimizer, own).scale(direction)
+        virtual_update(optimizer, gradients).scale(direction)
 
 
 @needs_triton

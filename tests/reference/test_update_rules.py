@@ -1,4 +1,4 @@
-"""Each update rule is what torch's own step does, and kappa v minus its derivative, transposed."""
+"""Each update rule equals torch's step; kappa v is minus its transposed derivative times v."""
 
 import copy
 
@@ -50,7 +50,7 @@ def registered_lions(monkeypatch):
     mts_fast.register_update_rule(SmallLion, mts_fast.LionRule(softness=0.5))
 
 
-# every option once alone, then what meets in one line of a formula
+# every option alone, then the options that meet in one line of a formula
 RULES = {
     "adam_amsgrad": (optim.Adam, {"lr": 0.01, "amsgrad": True} | BETAS),
     "adamw_amsgrad": (optim.AdamW, {"lr": 0.01, "amsgrad": True, "maximize": True} | DECAY),
@@ -85,7 +85,7 @@ RULES = {
         {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.5, "ns_steps": 3},
     ),
 }
-# before any state; with a short one; with a history; where RAdam divides
+# no state; one step; a history; enough for RAdam to divide
 STEPS_TAKEN = (0, 1, 4, 7)
 # rows and columns: wide and tall, which Muon treats differently; one entry; no dimension
 MATRICES = ((3, 5), (6, 2), (1, 1))
@@ -98,7 +98,7 @@ def shapes_of(name):
 
 def gradients_like(parameters, seed):
     generator = torch.Generator().manual_seed(seed)
-    # the size changes from step to step, so that amsgrad's maximum is now old, now new
+    # the size changes from step to step, so that amsgrad's maximum is sometimes old, sometimes new
     size = (1.0, 3.0, 0.5, 2.0)[seed % 4]
     return [size * torch.randn(p.shape, generator=generator).to(p) for p in parameters]
 
@@ -125,30 +125,30 @@ def test_equals_the_real_step(name, steps, device):
 
 
 def smooth(name, state):
-    """theta' as a differentiable function of (parameter, gradient), written anew where the real one
-    has no derivative of its own."""
+    """theta' as a differentiable function of (parameter, gradient). Lion and Muon, whose steps have
+    no useful derivative, are written out."""
     if not name.startswith(("lion", "muon")):
         return lambda p, g: reference.virtual_update(p, g, state)
-    group, live = state.group, state.state
+    group, tensors = state.group, state.state
     if name.startswith("lion"):
 
         def soft_lion(p, g):
             g = -g if group["maximize"] else g
             c = (1 - group["betas"][0]) * g
-            if live:
-                c = group["betas"][0] * live["exp_avg"] + c
+            if tensors:
+                c = group["betas"][0] * tensors["exp_avg"] + c
             soft = c / (c**2 + 0.25 * (c**2).mean().detach()).sqrt()
             return p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * soft
 
         return soft_lion
 
     def muon_in_float64(p, g):
-        mean = group["momentum"] * live.get("momentum_buffer", 0.0) + (1 - group["momentum"]) * g
+        mean = group["momentum"] * tensors.get("momentum_buffer", 0.0) + (1 - group["momentum"]) * g
         x = group["momentum"] * mean + (1 - group["momentum"]) * g if group["nesterov"] else mean
         x = x / x.norm()
         a, b, c = group["ns_coefficients"]
         for _ in range(group["ns_steps"]):
-            # of either side the polynomial is the same matrix
+            # x may be tall: multiplied from the other side the polynomial is the same matrix
             x = a * x + b * (x @ x.T @ x) + c * (x @ x.T @ x @ x.T @ x)
         rows, columns = p.shape
         ratio = 0.2 * max(rows, columns) ** 0.5
@@ -159,30 +159,30 @@ def smooth(name, state):
     return muon_in_float64
 
 
-@pytest.mark.parametrize("hypergradient_lr", [None, 0.5])  # the optimizer's own lr; another one
+@pytest.mark.parametrize("hypergradient_lr", [None, 0.5])  # the optimizer's lr; another one
 @pytest.mark.parametrize("steps", STEPS_TAKEN)
 @pytest.mark.parametrize("name", RULES)
 def test_kappa_is_minus_the_jacobian(name, steps, hypergradient_lr, device):
-    """By autograd through theta', and by central differences of the real step."""
+    """By autograd through theta'."""
     optimizer, parameters = make(name, steps, device)
     gradients = gradients_like(parameters, 9)
     v = gradients_like(parameters, 10)
     scaled = mts_fast.virtual_update(optimizer, gradients).scale(v, hypergradient_lr)
     factor = 1.0 if hypergradient_lr is None else hypergradient_lr / optimizer.defaults["lr"]
     states = optimizer_states(optimizer)
-    for parameter, g, along, found in zip(parameters, gradients, v, scaled, strict=True):
+    for parameter, g, along, kappa_v in zip(parameters, gradients, v, scaled, strict=True):
         step = smooth(name, states[parameter])
         theta, x = parameter.detach(), g.clone().requires_grad_()
         (product,) = torch.autograd.grad(step(theta, x), x, along)
         # terms of the size of lr v / |g| cancel in autograd; observed 3e-15 of that
         size = factor * optimizer.defaults["lr"] * (along.abs().max() / g.abs().min().clamp(max=1))
-        assert ((found + factor * product).abs() <= 1e-13 * size).all()
+        assert ((kappa_v + factor * product).abs() <= 1e-13 * size).all()
     assert scaled.masked_entries == 0
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if not n.startswith(("lion", "muon"))])
 def test_kappa_is_the_slope_of_torchs_own_step(name, device):
-    """By central differences of real steps, nothing of this library in them."""
+    """By central differences of torch's steps, which use nothing of this library."""
     optimizer, parameters = make(name, 7, device)
     gradients, v = gradients_like(parameters, 9), gradients_like(parameters, 10)
     scaled = mts_fast.virtual_update(optimizer, gradients).scale(v)
@@ -190,10 +190,10 @@ def test_kappa_is_the_slope_of_torchs_own_step(name, device):
     moved = [
         real_step(optimizer, parameters, [g + s * h for g in gradients]) for s in (1, -1)
     ]  # each rule here is elementwise
-    for found, up, down, along in zip(scaled, *moved, v, strict=True):
+    for kappa_v, up, down, along in zip(scaled, *moved, v, strict=True):
         expected = -(up - down) / (2 * h) * along
-        # 1e-16 / h of a parameter of about 1; observed 5e-11
-        assert ((found - expected).abs() <= 4e-10 * (1 + along.abs())).all()
+        # rounding of 1e-16 / h, for parameters of about 1; observed 5e-11
+        assert ((kappa_v - expected).abs() <= 4e-10 * (1 + along.abs())).all()
 
 
 @pytest.mark.parametrize("name", ["rmsprop_all", "nadam_decay", "radam_decay", "adam_amsgrad"])
@@ -213,12 +213,12 @@ def test_cotangent_of_the_weights_by_real_steps(name, device):
     cross_entropy = torch.nn.functional.cross_entropy
 
     def val_loss_after(z):
-        copied, live = copy.deepcopy((model, optimizer))
+        copied_model, copied_optimizer = copy.deepcopy((model, optimizer))
         w = z.sigmoid()
-        live.zero_grad()
-        (w / w.sum() @ cross_entropy(copied(x), y, reduction="none")).backward()
-        live.step()
-        return cross_entropy(copied(val_x), val_y).detach()
+        copied_optimizer.zero_grad()
+        (w / w.sum() @ cross_entropy(copied_model(x), y, reduction="none")).backward()
+        copied_optimizer.step()
+        return cross_entropy(copied_model(val_x), val_y).detach()
 
     h = 1e-5
     truth = torch.stack(
@@ -240,7 +240,7 @@ def test_cotangent_of_the_weights_by_real_steps(name, device):
 
 @pytest.mark.parametrize("name", ["rmsprop_all", "nadam", "radam", "adam_amsgrad", "lion", "muon"])
 def test_groups_tensor_lr_and_flags(name, device):
-    """Groups of their own numbers; lr as a tensor; foreach where the class has it."""
+    """Groups with different options; lr as a tensor; foreach where the class has it."""
     cls, options = RULES[name]
     parameters = make(name, 0, device)[1]
     if "foreach" in cls([parameters[0]]).defaults:
@@ -250,7 +250,7 @@ def test_groups_tensor_lr_and_flags(name, device):
         {"params": parameters[:1], "lr": lr, "weight_decay": 0.2},
         {"params": parameters[1:]},
     ]
-    if "foreach" in options:  # torch takes tensors of lr there only on a GPU
+    if "foreach" in options:  # torch takes a tensor lr with foreach only on a GPU
         groups[0]["foreach"] = False
     optimizer = cls(groups, **options)
     for seed in range(7):
@@ -267,7 +267,7 @@ def test_groups_tensor_lr_and_flags(name, device):
 
 @pytest.mark.parametrize("name", ["adam_amsgrad", "adamw_amsgrad"])
 def test_amsgrad_is_tried_with_old_and_new_maxima(name, device):
-    """Both branches are in the tests above."""
+    """The tests above run both branches of the maximum."""
     optimizer, parameters = make(name, 7, device)
     step_with(optimizer, gradients_like(parameters, 9))
     states = [optimizer.state[p] for p in parameters]
@@ -277,37 +277,37 @@ def test_amsgrad_is_tried_with_old_and_new_maxima(name, device):
 
 @pytest.mark.parametrize("name", ["rmsprop", "nadam", "adam_amsgrad"])
 def test_float32_kappa_of_the_first_step(name, device):
-    """eps alone is left of it: subtracting its two terms in floats would leave noise."""
+    """Only a term of eps is left of it: its two terms subtracted in float32 would leave noise."""
     optimizer, parameters = make(name, 0, device)
     single = [torch.nn.Parameter(p.detach().float()) for p in parameters]
     cls, options = RULES[name]
     gradients = gradients_like(single, 9)
     v = [torch.ones_like(p) for p in single]
-    found = mts_fast.virtual_update(cls(single, **options), gradients).scale(v)
-    wide = [g.double() for g in gradients]
-    exact = mts_fast.virtual_update(optimizer, wide).scale([t.double() for t in v])
-    for mine, truth in zip(found, exact, strict=True):
+    scaled = mts_fast.virtual_update(cls(single, **options), gradients).scale(v)
+    double_gradients = [g.double() for g in gradients]
+    exact = mts_fast.virtual_update(optimizer, double_gradients).scale([t.double() for t in v])
+    for mine, truth in zip(scaled, exact, strict=True):
         torch.testing.assert_close(mine.double(), truth, rtol=6e-7, atol=0)  # observed 2e-7
 
 
 def test_radam_with_steps_on_the_device(device):
-    """As capturable has them: the branch is taken there; equal to the one taken here."""
-    for taken in STEPS_TAKEN:
-        optimizer, parameters = make("radam_decay", taken, device)
+    """A step count on the device, as with capturable, takes the same branch as one on the host."""
+    for steps in STEPS_TAKEN:
+        optimizer, parameters = make("radam_decay", steps, device)
         gradients, v = gradients_like(parameters, 9), gradients_like(parameters, 10)
         for p, g, along in zip(parameters, gradients, v, strict=True):
             plain = optimizer_states(optimizer)[p]
-            there = copy.copy(plain)
-            object.__setattr__(there, "step", torch.tensor(plain.step, device=device))
+            on_device = copy.copy(plain)
+            object.__setattr__(on_device, "step", torch.tensor(plain.step, device=device))
             for run in (
                 lambda s, p=p, g=g: reference.virtual_update(p.detach(), g, s),
                 lambda s, p=p, g=g, v=along: reference.hypergradient_direction(p.detach(), g, s, v),
             ):
-                assert relative(run(there), run(plain)) < 1e-14  # observed 2e-16
+                assert relative(run(on_device), run(plain)) < 1e-14  # observed 2e-16
 
 
 def test_muon_in_bfloat16_and_float32(device):
-    """theta' bit for bit: one place of the momentum decides a rounding of the iteration."""
+    """theta' to one ulp: an ulp of the momentum would change a rounding of the iteration."""
     for dtype in (torch.float32, torch.bfloat16):
         parameters = [torch.nn.Parameter(p.detach().to(dtype)) for p in make("muon", 0, device)[1]]
         optimizer = optim.Muon(parameters, lr=0.02)
@@ -315,7 +315,7 @@ def test_muon_in_bfloat16_and_float32(device):
             step_with(optimizer, gradients_like(parameters, seed))
         gradients = gradients_like(parameters, 9)
         update = mts_fast.virtual_update(optimizer, gradients, along=gradients)
-        # the last place of the parameter, where torch multiplies in another order
+        # one ulp of the parameter, as torch multiplies in another order
         for ours, real in zip(
             update.parameters, real_step(optimizer, parameters, gradients), strict=True
         ):

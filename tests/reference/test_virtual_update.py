@@ -14,7 +14,7 @@ from mts_fast.ops.virtual_update import optimizer_states
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 
-# every term of an update once alone, then the ones that meet in one line of the formula.
+# every term of an update alone, then the terms that meet in one line of the formula.
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),
     "sgd_weight_decay": (SGD, {"lr": 0.1, "weight_decay": 0.05}),
@@ -31,7 +31,7 @@ OPTIMIZERS = {
     "adamw": (AdamW, {"lr": 0.01, "weight_decay": 0.05}),
     "adamw_maximize": (AdamW, {"lr": 0.01, "weight_decay": 0.05, "maximize": True}),
 }
-# before the first step there is no state, and its formulas differ; 3 steps give it a history.
+# before the first step there is no state, and the formulas differ; 3 steps make a history.
 STEPS_TAKEN = (0, 3)
 
 
@@ -51,8 +51,8 @@ def make(name, device, dtype=torch.float64, steps=0):
 def test_equals_the_real_step(name, steps, device):
     optimizer, parameters = make(name, device, steps=steps)
     gradients = gradients_like(parameters, 9)
-    found = mts_fast.virtual_update(optimizer, gradients).parameters
-    for ours, real in zip(found, real_step(optimizer, parameters, gradients), strict=True):
+    updated = mts_fast.virtual_update(optimizer, gradients).parameters
+    for ours, real in zip(updated, real_step(optimizer, parameters, gradients), strict=True):
         # float64, observed at most 4e-16: the terms are summed in torch's order.
         assert relative(ours, real) < 1e-14
 
@@ -61,7 +61,7 @@ def test_equals_the_real_step(name, steps, device):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float32_is_as_exact_as_torch(name, steps, device):
     single = make(name, device, torch.float32, steps)
-    # the truth starts from the float32 values, state included.
+    # the truth starts from the float32 parameters and state.
     double = make(name, device, steps=0)
     for p, q in zip(double[1], single[1], strict=True):
         p.data.copy_(q.data)
@@ -69,13 +69,13 @@ def test_float32_is_as_exact_as_torch(name, steps, device):
     gradients = gradients_like(single[1], 9)
     truth = real_step(*double, [g.double() for g in gradients])
     torchs = real_step(*single, gradients)
-    found = mts_fast.virtual_update(single[0], gradients).parameters
-    for ours, theirs, exact in zip(found, torchs, truth, strict=True):
+    updated = mts_fast.virtual_update(single[0], gradients).parameters
+    for ours, theirs, exact in zip(updated, torchs, truth, strict=True):
         # floor: one rounding of the result; observed at most 7e-8.
         assert relative(ours, exact) <= 2 * relative(theirs, exact) + 1.2e-7
 
 
-@pytest.mark.parametrize("hypergradient_lr", [None, 0.5])  # the optimizer's own lr; another one
+@pytest.mark.parametrize("hypergradient_lr", [None, 0.5])  # the optimizer's lr; another one
 @pytest.mark.parametrize("steps", STEPS_TAKEN)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_kappa_is_minus_the_jacobian(name, steps, hypergradient_lr, device):
@@ -93,7 +93,7 @@ def test_kappa_is_minus_the_jacobian(name, steps, hypergradient_lr, device):
         jacobian = torch.autograd.functional.jacobian(
             lambda x, theta=theta, state=state: reference.virtual_update(theta, x, state), g
         ).reshape(g.numel(), g.numel())
-        # the whole Jacobian, so that kappa is seen to be all of it.
+        # the whole Jacobian, so that entries off the diagonal would show.
         expected = -(jacobian @ v.flatten()).reshape(v.shape)
         # observed 6e-16 of lr v / |g|, the size of the terms that autograd subtracts in Adam.
         size = (state.lr * v / g.abs().clamp(max=1.0)).abs()
@@ -143,10 +143,10 @@ def test_frozen_parameters_are_left_out(device):
         id(p) for p in parameters[1:]
     ]
     gradients = gradients_like(parameters[1:], 9)
-    found = mts_fast.virtual_update(optimizer, gradients).parameters
+    updated = mts_fast.virtual_update(optimizer, gradients).parameters
     parameters[0].grad = None
     expected = real_step(optimizer, parameters, gradients)[1:]
-    for ours, real in zip(found, expected, strict=True):
+    for ours, real in zip(updated, expected, strict=True):
         assert relative(ours, real) < 1e-14
 
 
@@ -154,22 +154,22 @@ def test_frozen_parameters_are_left_out(device):
 def test_tensor_learning_rate(name, device):
     """A learning rate that is a tensor, as schedules under torch.compile need it."""
     plain, parameters = make(name, device, steps=2)
-    tensor = make(name, device, steps=2)[0]
-    for group in tensor.param_groups:
+    with_tensor = make(name, device, steps=2)[0]
+    for group in with_tensor.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
     gradients = gradients_like(parameters, 9)
     expected = mts_fast.virtual_update(plain, gradients)
-    found = mts_fast.virtual_update(tensor, gradients)
-    for a, b in zip(found.parameters, expected.parameters, strict=True):
+    update = mts_fast.virtual_update(with_tensor, gradients)
+    for a, b in zip(update.parameters, expected.parameters, strict=True):
         assert relative(a, b) < 1e-14
-    for a, b in zip(found.scale(gradients), expected.scale(gradients), strict=True):
+    for a, b in zip(update.scale(gradients), expected.scale(gradients), strict=True):
         assert relative(a, b) < 1e-14
 
 
 @pytest.mark.parametrize("steps", STEPS_TAKEN)
 @pytest.mark.parametrize("cls", [Adam, AdamW])
 def test_kappa_is_zero_where_the_second_moment_is(cls, steps, device):
-    """An entry that never had a gradient, beside one that has: sqrt has no slope at 0."""
+    """An entry that never had a gradient, beside one that has: sqrt has no derivative at 0."""
     parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=device))
     optimizer = cls([parameter], lr=0.01)
     gradient = torch.tensor([0.0, 3.0], device=device)
@@ -178,7 +178,7 @@ def test_kappa_is_zero_where_the_second_moment_is(cls, steps, device):
     update = mts_fast.virtual_update(optimizer, [gradient])
     kappa = update.scale([torch.ones(2, device=device)])[0]
     assert kappa[0] == 0.0
-    # the entry beside it is as if it were alone
+    # the other entry is the same as without its neighbour
     alone = torch.nn.Parameter(parameter.detach()[1:].clone())
     optimizer_alone = cls([alone], lr=0.01)
     if steps:
@@ -215,7 +215,7 @@ def test_nothing_of_the_optimizer_changes(name, steps, device):
     before = snapshot(module=module, optimizer=optimizer, device=device, gradients=True)
     gradients = gradients_like(parameters, 9)
     update = mts_fast.virtual_update(optimizer, gradients)
-    # writing to what came back must not reach the parameters either
+    # writing to the results must not change the parameters either
     for tensor in [*update.scale(gradients), *update.parameters]:
         tensor.zero_()
     after = snapshot(module=module, optimizer=optimizer, device=device, gradients=True)
@@ -231,11 +231,11 @@ def test_subclass_that_keeps_step_is_served(device):
     """Its first instance must not look like an override: torch wraps `step` at that moment."""
     parameter = torch.nn.Parameter(torch.ones(2, device=device))
     gradient = torch.tensor([1.0, -2.0], device=device)
-    # what torch does where no Adam was made before, which other tests have done
+    # torch does this at the first instance of Adam, which other tests have made already
     Renamed.step = torch.optim.Optimizer.profile_hook_step(Adam.step)
-    found = mts_fast.virtual_update(Renamed([parameter], lr=0.1), [gradient]).parameters[0]
+    updated = mts_fast.virtual_update(Renamed([parameter], lr=0.1), [gradient]).parameters[0]
     assert torch.equal(
-        found, mts_fast.virtual_update(Adam([parameter], lr=0.1), [gradient]).parameters[0]
+        updated, mts_fast.virtual_update(Adam([parameter], lr=0.1), [gradient]).parameters[0]
     )
 
 

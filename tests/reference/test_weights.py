@@ -9,7 +9,7 @@ from comparison import relative
 import mts_fast
 from mts_fast import reference
 
-# each list strains one part of the log space.
+# each list is hard for one part of the computation in log space.
 LOGITS = {
     "ordinary": [0.3, -1.2, 2.0, 0.0],
     "all_vanish": [-1e4, -1e4 - 1, -1e4 - 3],  # every w is 0 in floats, their ratios are not
@@ -43,14 +43,14 @@ def test_normalize_weights(case, weights, dtype, device):
         class_weight = [0.25]
     z = torch.tensor(LOGITS[case], dtype=dtype, device=device)
     c = None if class_weight is None else torch.tensor(class_weight, dtype=dtype, device=device)
-    found = mts_fast.normalize_weights(z, class_weight=c)
+    p = mts_fast.normalize_weights(z, class_weight=c)
     expected = exact_weights(z.tolist(), None if c is None else c.tolist())
     # a log w of -1e4 is rounded to 1e4 u once a class weight is added to it (observed 4e-5 in
     # float32); without one the differences of logits are exact (8e-8).
     rounded = z.abs().max().item() if c is not None and z.min() < -100 else 4.0
-    assert relative(found.cpu(), expected) <= rounded * torch.finfo(dtype).eps
+    assert relative(p.cpu(), expected) <= rounded * torch.finfo(dtype).eps
     if c is not None:
-        assert (found[c == 0] == 0).all()
+        assert (p[c == 0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,9 +108,9 @@ def test_selector_gradient_is_the_derivative_of_the_weighted_loss(case, weights,
     d = torch.linspace(-1, 2, len(z), dtype=torch.float64, device=device)
     p = mts_fast.normalize_weights(z, class_weight=c)
     expected = -torch.autograd.grad((p * d).sum(), z)[0]
-    found = mts_fast.selector_gradient(d, z.detach(), p.detach())
+    gradient = mts_fast.selector_gradient(d, z.detach(), p.detach())
     # saturated logits have a gradient of 0; observed 2e-17 elsewhere.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-15)
 
 
 def test_row_seven_in_terms_of_raw_weights(device):
@@ -121,8 +121,8 @@ def test_row_seven_in_terms_of_raw_weights(device):
     w = z.sigmoid() * c
     p = (w / w.sum()).detach()
     expected = torch.autograd.grad(w, z, -(d - (p * d).sum()) / w.detach().sum())[0]
-    found = mts_fast.selector_gradient(d, z.detach(), p)
-    assert relative(found, expected) < 1e-14  # observed 9e-16
+    gradient = mts_fast.selector_gradient(d, z.detach(), p)
+    assert relative(gradient, expected) < 1e-14  # observed 9e-16
 
 
 Z, ONES = torch.zeros(3), torch.ones(3)
@@ -133,8 +133,8 @@ def weights(class_weight, log_total=None):
     return mts_fast.normalize_weights(Z, class_weight=class_weight, log_total=log_total)
 
 
-def test_values_are_not_looked_at_under_transforms():
-    """vmap and torch.compile could not go on past a value that is read."""
+def test_values_are_not_checked_under_transforms():
+    """vmap and torch.compile cannot trace code that reads a value."""
     z, c = torch.randn(4, 3), torch.rand(4, 3)
     call = lambda z, c: mts_fast.normalize_weights(z, class_weight=c)  # noqa: E731
     expected = torch.stack([call(*rows) for rows in zip(z, c, strict=True)])

@@ -1,4 +1,4 @@
-"""How the compiled library is found, and what is said where it cannot be used."""
+"""How the compiled library is found, and the reasons given if it cannot be used."""
 
 import json
 import re
@@ -14,14 +14,12 @@ import mts_fast
 from mts_fast.backends.cpp import extension as module
 
 ROOT = Path(mts_fast.__file__).parents[1]
-needs_cpp = pytest.mark.skipif(
-    not module.extension().available, reason=module.extension().reason
-)
+needs_cpp = pytest.mark.skipif(not module.extension().available, reason=module.extension().reason)
 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """extension() as it answers in a new process; what it loads stays loaded."""
+    """extension() without its cache, as in a new process; a loaded library stays loaded."""
     return module.extension.__wrapped__
 
 
@@ -40,7 +38,7 @@ def test_information():
 
 WITHOUT_MODULE = """
 import sys
-sys.modules["mts_fast._C"] = None  # as where the wheel has the module of another Python
+sys.modules["mts_fast._C"] = None  # as if the wheel had the module of another Python
 import torch
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import label_agreement
@@ -80,14 +78,15 @@ def test_a_library_that_does_not_load(content, fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "LIBRARY", library)
     monkeypatch.setattr(module, "PACKAGE", tmp_path)
     expected = "built with torch 2.12.0 and runs on torch 2.11 and newer; this is "
-    found = fresh()
-    assert not found.available
-    assert re.search(re.escape(expected + torch.__version__) + ".*; run `make setup`", found.reason)
+    status = fresh()
+    assert not status.available
+    message = re.escape(expected + torch.__version__) + ".*; run `make setup`"
+    assert re.search(message, status.reason)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', "[" * 100_000, "{", "\0"])
 def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
-    """It breaks neither the import of an op nor what is said of a library that is junk, too."""
+    """It breaks neither the import of an op nor the message about a library that does not load."""
     library = tmp_path / "libmts_fast_ops.so"
     library.write_bytes(b"junk")
     (tmp_path / "_build.json").write_text(content)
@@ -99,9 +98,9 @@ def test_a_damaged_build_record_is_none(content, fresh, monkeypatch, tmp_path):
 
 
 @needs_cpp
-@pytest.mark.parametrize("said", ["", "version", "isa=avx2"])
-def test_a_library_that_says_nothing_of_itself(said, fresh, monkeypatch):
-    monkeypatch.setattr(module, "_load", lambda: said)
+@pytest.mark.parametrize("description", ["", "version", "isa=avx2"])
+def test_a_library_without_a_description(description, fresh, monkeypatch):
+    monkeypatch.setattr(module, "_load", lambda: description)
     assert not fresh().available
     assert "; run `make setup`" in fresh().reason
 
@@ -114,7 +113,7 @@ def test_a_library_of_another_version(fresh, monkeypatch):
 
 
 def build(tmp_path, **environment):
-    """setup.py in a copy, with a compiler that fails fast: what is written to _build.json."""
+    """Runs setup.py in a copy without csrc and without a PATH; the process and its _build.json."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "mts_fast").mkdir()

@@ -1,16 +1,16 @@
-"""virtual_update in C++ against the reference, and which tensors take which way."""
+"""virtual_update in C++ against the reference, and which tensors its kernel serves."""
 
 import pytest
 import torch
 from comparison import assert_bitwise, snapshot
 
 from mts_fast import use_backend
-from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.cpp import virtual_update as cpp
+from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import virtual_update
 
 needs_cpp = pytest.mark.skipif(not extension().available, reason=extension().reason)
-# a scalar, odd sizes, none, more than one task of 32768, a matrix
+# a scalar, odd sizes, no entry, more than one task of 32768, matrices
 SHAPES = ((), (1,), (7,), (0,), (3, 5), (70_001,), (33, 64))
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -49,42 +49,42 @@ def test_equals_reference(name, dtype, steps):
     with use_backend("reference"):
         expected = virtual_update(optimizer, gradients).parameters
     with use_backend("cpp"):
-        found = virtual_update(optimizer, gradients).parameters
+        updated = virtual_update(optimizer, gradients).parameters
     if "adam" not in name:
-        assert_bitwise(found, expected)
-    for mine, truth in zip(found, expected, strict=True):
-        # the last place of the parameter or of a step of 0.01; observed 0.9 of the first
+        assert_bitwise(updated, expected)
+    for mine, truth in zip(updated, expected, strict=True):
+        # one ulp of the parameter or of a step of 0.01; observed 0.9 of the first
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(mine, truth, rtol=eps, atol=eps)
     assert_bitwise(snapshot(optimizer=optimizer), before)
 
 
 @needs_cpp
-@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's own; another one, in kappa only
+@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's lr; another one, in kappa only
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_direction_equals_reference(name, dtype, steps, lr):
-    """kappa v and the number of its masked entries, with gradients that are noise among others."""
+    """kappa v and the number of its masked entries; one gradient is noise."""
     optimizer, gradients = make(name, dtype, steps)
     gradients[4][0] *= 1e-20 if steps == 0 else 0.0
     along = [torch.randn_like(g) for g in gradients]
-    found = {}
+    scaled = {}
     for backend in ("reference", "cpp"):
         with use_backend(backend):
-            found[backend] = virtual_update(optimizer, gradients).scale(along, lr)
-    mine, truth = found["cpp"], found["reference"]
+            scaled[backend] = virtual_update(optimizer, gradients).scale(along, lr)
+    mine, truth = scaled["cpp"], scaled["reference"]
     assert torch.equal(mine.masked_entries, truth.masked_entries)
     if name == "adamw" and steps == 0:
         assert mine.masked_entries >= 5
     for a, b in zip(mine, truth, strict=True):
-        # of an entry's own size; observed 5 of the dtype's eps, where the old moments cancel
+        # relative to each entry; observed 5 of the dtype's eps, where the old moments cancel
         torch.testing.assert_close(a, b, rtol=32 * torch.finfo(dtype).eps, atol=1e-30)
 
 
 @needs_cpp
 def test_groups_and_missing_gradients():
-    """Every group with its own numbers; a parameter without a gradient stays, as a copy."""
+    """Groups have different options; a parameter without a gradient stays, as a copy."""
     g = torch.Generator().manual_seed(0)
     p = [torch.nn.Parameter(torch.randn(5, generator=g)) for _ in range(4)]
     groups = [{"params": p[:2]}, {"params": p[2:], "lr": 0.5, "momentum": 0.0}]
@@ -92,34 +92,32 @@ def test_groups_and_missing_gradients():
     gradients = [torch.randn(5, generator=g) if i != 2 else None for i in range(4)]
     for backend in ("reference", "cpp"):
         with use_backend(backend):
-            found = virtual_update(optimizer, gradients).parameters
+            updated = virtual_update(optimizer, gradients).parameters
         lrs = [0.1, 0.1, 0.0, 0.5]
         for i in range(4):
             step = 0 if gradients[i] is None else lrs[i] * gradients[i]
-            torch.testing.assert_close(found[i], p[i].detach() - step)
-        assert found[2].data_ptr() != p[2].data_ptr()
+            torch.testing.assert_close(updated[i], p[i].detach() - step)
+        assert updated[2].data_ptr() != p[2].data_ptr()
 
 
 @needs_cpp
 @pytest.mark.parametrize("gradient_format", ["same", "other"])
 def test_memory_formats(gradient_format, monkeypatch):
-    """channels_last weights go through the kernel where their gradients lie alike, else through the
-    reference; the result keeps the weight's layout."""
+    """The kernel serves channels_last weights whose gradients have the same strides, and the result
+    has these strides, too; the reference serves other pairs."""
     weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     gradient = torch.randn(4, 3, 2, 2)
     if gradient_format == "same":
         gradient = gradient.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    taken = []
+    served = []
     whole = cpp._columns
-    monkeypatch.setattr(
-        cpp, "_columns", lambda *a: taken.append(len(a[0])) or whole(*a)
-    )
+    monkeypatch.setattr(cpp, "_columns", lambda *a: served.append(len(a[0])) or whole(*a))
     with use_backend("cpp"):
-        (found,) = virtual_update(optimizer, [gradient]).parameters
-    assert torch.equal(found, weight.detach() - 0.1 * gradient)
-    assert taken == ([1] if gradient_format == "same" else [])
-    assert gradient_format == "other" or found.stride() == weight.stride()
+        (updated,) = virtual_update(optimizer, [gradient]).parameters
+    assert torch.equal(updated, weight.detach() - 0.1 * gradient)
+    assert served == ([1] if gradient_format == "same" else [])
+    assert gradient_format == "other" or updated.stride() == weight.stride()
 
 
 @needs_cpp

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: when they run, and poisoned memory."""
+"""Fixtures of the tests of the Triton kernels: a skip without triton, and poisoned memory."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ def needs_triton():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that torch hands out unwritten is full of NaN."""
+    """Fills what torch.empty, empty_like and new_empty return with NaN."""
 
     def poison(make):
         def made(*arguments, **options):
-            found = make(*arguments, **options)
-            return found.fill_(torch.nan) if found.is_floating_point() else found
+            tensor = make(*arguments, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
         return made
 

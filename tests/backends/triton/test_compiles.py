@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
-# kernels that must be among those of a group, so that a case that records nothing is noticed
+# kernels of each group, so that a case that records no launch is noticed
 KERNELS = {
     "cross_entropy": {"cross_entropy", "cross_entropy_backward", "scale"},
     "linear_cross_entropy": {
@@ -23,7 +23,7 @@ KERNELS = {
 
 
 def run(*arguments):
-    """In a process of its own: in this one triton may be interpreted."""
+    """Runs Python in another process, since triton may be interpreted in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
@@ -61,7 +61,7 @@ for c in (
 
 
 def test_the_gate_can_fail():
-    """A stack, local memory, and more shared memory than the chip of 8.6 has."""
+    """A stack, local memory, and more shared memory than compute capability 8.6 has."""
     done = run("-c", f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n{FAULTY}")
     assert done.stdout.splitlines() == [
         "['a stack of 8 bytes']",

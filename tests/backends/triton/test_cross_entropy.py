@@ -6,19 +6,19 @@ Without a GPU the kernels run in triton's interpreter.
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_bitwise, errors, relative
+from comparison import assert_bitwise, assert_gradients_equal, error_ratio, relative
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import cross_entropy, weighted_cross_entropy
-from mts_fast.backends.registry import resolve
 from mts_fast.reference import Target
 
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# one class; two; no power of two, several rows a tile; ImageNet, of rows aligned to 8; one more
-# than a whole block holds, so that rows go in tiles, the last one of a single class
+# one class; two; no power of two, several rows a tile; ImageNet, with rows aligned to 8; one more
+# than a block holds, so that rows are read in tiles, the last one of a single class
 CLASSES = (1, 2, 10, 1000, 8193)
 # every option alone, and together
 OPTIONS = {
@@ -44,16 +44,12 @@ def batch(device, dtype, shape, classes, scale=3.0):
     return logits.to(device, dtype), labels.to(device)
 
 
-def given(options, device, dtype, classes):
+def options_on(options, device, dtype, classes):
     options = dict(options)
     if options.pop("class_weight", False):
         g = torch.Generator().manual_seed(1)
         options["class_weight"] = torch.rand(classes, generator=g).to(device, dtype)
     return options
-
-
-def wide(options):
-    return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 def losses_and_gradients(function, logits, labels, p, options):
@@ -64,38 +60,37 @@ def losses_and_gradients(function, logits, labels, p, options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])  # all alike; usual; far apart
+@pytest.mark.parametrize("scale", [0.0, 3.0, 1e4])  # all equal; usual; far apart
 def test_as_exact_as_torch(scale, classes, dtype, device):
     logits, labels = batch(device, dtype, (5,), classes, scale)
     p = torch.linspace(0, 1, 5, device=device)
-    found = losses_and_gradients(weighted_cross_entropy, logits, labels, p, {})
+    result = losses_and_gradients(weighted_cross_entropy, logits, labels, p, {})
     plain = reference.weighted_cross_entropy
     rival = losses_and_gradients(plain, logits, labels, p, {})
     truth = losses_and_gradients(plain, logits.double(), labels, p.double(), {})
-    for mine, other, exact, allowed in zip(found, rival, truth, (2, 2, 3, 3), strict=True):
-        # twice torch's own error, gradients three times; observed 1.4 and 1.3
+    for mine, other, exact, allowed in zip(result, rival, truth, (2, 2, 3, 3), strict=True):
+        # twice torch's error, gradients three times; observed 1.4 and 1.3
         assert mine.dtype == other.dtype
-        assert errors(mine, other, exact, dtype) <= allowed
-    assert found[1][1] == 0 and (found[2][1] == 0).all()
+        assert error_ratio(mine, other, exact, dtype) <= allowed
+    assert result[1][1] == 0 and (result[2][1] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 2)])  # one label a sample; sequences
-@pytest.mark.parametrize("classes", [4, 4097])  # whole rows; in tiles (of float64)
+@pytest.mark.parametrize("classes", [4, 4097])  # whole rows; tiles (of float64)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_and_sequences(options, classes, shape, device):
     dtype = torch.float64
-    options = given(OPTIONS[options], device, dtype, classes)
+    options = options_on(OPTIONS[options], device, dtype, classes)
     logits, labels = batch(device, dtype, shape, classes)
     labels.view(-1)[2] = options.get("ignore_index", IGNORED)
     labels.view(-1)[1] = options.get("ignore_index", IGNORED)
     if len(shape) == 2:
-        labels[-1] = options.get("ignore_index", IGNORED)  # nothing left of this one
+        labels[-1] = options.get("ignore_index", IGNORED)  # every position of this sample
     p = torch.linspace(0.1, 1, shape[0], device=device, dtype=dtype)
-    found = losses_and_gradients(weighted_cross_entropy, logits, labels, p, options)
+    result = losses_and_gradients(weighted_cross_entropy, logits, labels, p, options)
     truth = losses_and_gradients(reference.weighted_cross_entropy, logits, labels, p, options)
-    for mine, exact in zip(found, truth, strict=True):
-        assert relative(mine, exact) < 1e-13  # observed 2e-14
-    # the same without p: losses first, their gradient by a pass of its own
+    assert_gradients_equal(result, truth, 1e-13)  # observed 2e-14
+    # the same without p: losses first, their gradient in a second pass
     x = logits.clone().requires_grad_()
     losses = cross_entropy(x, labels, **options)
     assert relative(losses.detach(), truth[1]) < 1e-13
@@ -106,29 +101,29 @@ def test_options_and_sequences(options, classes, shape, device):
 @pytest.mark.parametrize(("shape", "classes"), [((6,), 10), ((2, 3), 8193), ((2, 3), 1)])
 def test_statistics_come_from_the_same_pass(shape, classes, dtype, device):
     logits, labels = batch(device, dtype, shape, classes)
-    logits.view(-1, classes)[0] = 1.0  # a tie: the lowest class is right
+    logits.view(-1, classes)[0] = 1.0  # a tie: the lowest class is predicted
     labels.view(-1)[0] = 0
     logits.view(-1, classes)[2] = 1.0
     labels.view(-1)[2] = classes - 1
-    logits.view(-1, classes)[3, labels.view(-1)[3]] = 60.0  # sure: 1 - p_y must not cancel
+    logits.view(-1, classes)[3, labels.view(-1)[3]] = 60.0  # a sure sample: 1 - p_y must not cancel
     p = torch.ones(shape[0], device=device)
-    loss, losses, found = weighted_cross_entropy(logits, labels, p, statistics=True)
+    loss, losses, statistics = weighted_cross_entropy(logits, labels, p, statistics=True)
     truth = reference.sample_statistics(logits.double(), labels)
-    for name, mine, exact in zip(found._fields, found, truth, strict=True):
+    for name, mine, exact in zip(statistics._fields, statistics, truth, strict=True):
         assert mine.dtype == torch.promote_types(dtype, torch.float32)
-        # of largest entries of order 1 to 9; observed 4e-16 and 2e-7
+        # the largest entries are of order 1 to 9; observed 4e-16 and 2e-7
         assert relative(mine, exact) < 16 * torch.finfo(mine.dtype).eps, name
-    # rows in tiles come in smaller ones with statistics: sums are in another order
+    # with statistics the tiles of a row are smaller: sums are in another order
     torch.testing.assert_close((loss, losses), weighted_cross_entropy(logits, labels, p))
 
 
 def test_error_norm_of_a_sure_sample_keeps_its_digits(device):
     logits = torch.tensor([[30.0, 0.0, 1.0]], device=device)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
-    found = weighted_cross_entropy(logits, labels, labels + 1.0, statistics=True)[2].error_norm
+    statistics = weighted_cross_entropy(logits, labels, labels + 1.0, statistics=True)[2]
     truth = reference.sample_statistics(logits.double(), labels).error_norm
-    # of 4e-13; softmax - onehot in float32 would be 0. exp(-30) has an error of 2e-6
-    assert relative(found, truth) < 1e-5
+    # the norm is 4e-13; softmax - onehot in float32 would be 0. exp(-30) has an error of 2e-6
+    assert relative(statistics.error_norm, truth) < 1e-5
 
 
 VIEWS = {
@@ -140,7 +135,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_are_read_as_they_lie(view, device):
+def test_views_are_read_in_place(view, device):
     logits, labels = batch(device, torch.float32, (3, 4), 10)
     strided = VIEWS[view](logits)
     assert torch.equal(strided, logits) and strided.data_ptr() != logits.data_ptr()
@@ -153,15 +148,15 @@ def test_views_are_read_as_they_lie(view, device):
 
 def test_expanded_logits_and_labels(device):
     logits, labels = (t[:1] for t in batch(device, torch.float32, (2, 1), 10))
-    found = cross_entropy(logits.expand(3, 4, 10), labels.expand(3, 4))
-    assert torch.equal(found, cross_entropy(logits, labels).expand(3))
+    losses = cross_entropy(logits.expand(3, 4, 10), labels.expand(3, 4))
+    assert torch.equal(losses, cross_entropy(logits, labels).expand(3))
     x = logits.clone().requires_grad_()
     cross_entropy(x.expand(3, 4, 10), labels.expand(3, 4)).sum().backward()
     slope = logits.double().softmax(-1) - F.one_hot(labels, 10)
     assert relative(x.grad, 3 * slope) < 1e-6  # observed 2e-7
 
 
-@pytest.mark.parametrize("classes", [10, 8193])  # whole rows; in tiles
+@pytest.mark.parametrize("classes", [10, 8193])  # whole rows; tiles
 def test_every_entry_is_written(classes, device, poisoned):
     from mts_fast.backends.triton.kernels import cross_entropy as module
 
@@ -191,19 +186,19 @@ def test_infinities(device):
     logits = torch.tensor(rows, device=device)
     labels = torch.tensor([0, 1, 2, 1, 1], device=device)
     p = torch.ones(5, device=device)
-    found = losses_and_gradients(weighted_cross_entropy, logits, labels, p, {})
+    result = losses_and_gradients(weighted_cross_entropy, logits, labels, p, {})
     truth = losses_and_gradients(reference.weighted_cross_entropy, logits, labels, p, {})
-    torch.testing.assert_close(found[1], truth[1], equal_nan=True)
-    torch.testing.assert_close(found[2][:3], truth[2][:3], equal_nan=True)
-    assert found[1][1] == inf and found[2][0, 1] == 0
+    torch.testing.assert_close(result[1], truth[1], equal_nan=True)
+    torch.testing.assert_close(result[2][:3], truth[2][:3], equal_nan=True)
+    assert result[1][1] == inf and result[2][0, 1] == 0
     statistics = weighted_cross_entropy(logits[:3], labels[:3], p[:3], statistics=True)[2]
     truth = reference.sample_statistics(logits[:3], labels[:3])
     for mine, exact in zip(statistics, truth, strict=True):
         torch.testing.assert_close(mine, exact)
 
 
-def test_a_label_outside_gives_nan_and_touches_nobody_else(device):
-    """On a GPU values are not looked at: such a sample must not become somebody else's number."""
+def test_a_label_outside_gives_nan_for_its_sample_only(device):
+    """On a GPU values are not checked: a wrong label must not change another sample's loss."""
     from mts_fast.backends.triton.kernels.cross_entropy import cross_entropy as run
 
     logits, labels = batch(device, torch.float32, (4,), 10)
@@ -230,8 +225,7 @@ def test_backward_twice_and_both_outputs(factor, device):
         both = torch.autograd.grad(factor * loss + losses @ u, [x, q], retain_graph=True)
         alone = torch.autograd.grad(losses, x, u)
         grads.append([*once, *again, *both, *alone])
-    for mine, exact in zip(*grads, strict=True):
-        assert relative(mine, exact) < 1e-14  # observed 3e-16
+    assert_gradients_equal(*grads, 1e-14)  # observed 3e-16
 
 
 def test_second_derivatives(device):
@@ -243,13 +237,12 @@ def test_second_derivatives(device):
         loss, losses = function(x, labels, u)[:2]
         for value in (loss, losses.square().sum()):
             (slope,) = torch.autograd.grad(value, x, create_graph=True)
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 slope.square().sum(), (x, u), allow_unused=True, retain_graph=True
             )
-            products += [g for g in found if g is not None]
+            products += [g for g in gradients if g is not None]
     half = len(products) // 2
-    for mine, exact in zip(products[:half], products[half:], strict=True):
-        assert relative(mine, exact) < 1e-13  # observed 1e-15
+    assert_gradients_equal(products[:half], products[half:], 1e-13)  # observed 1e-15
 
 
 def test_forward_mode_and_vmap_take_plain_pytorch(device):
@@ -282,7 +275,7 @@ def test_cotangents_keep_the_digits_of_the_losses(logits_dtype, dtype, device):
 
 
 def test_a_loss_scale_saves_float16_gradients(device):
-    """p times slope is below float16's range; times the scale, as GradScaler has it, it is not."""
+    """p times the slope is below float16's range; times the scale of a GradScaler it is not."""
     logits, labels = batch(device, torch.float16, (1024,), 10)
     p, scale = torch.full((1024,), 2.0**-14, device=device), 2.0**16
     gradients = []
@@ -297,9 +290,9 @@ def test_a_loss_scale_saves_float16_gradients(device):
     assert ((gradients[0] == 0) & (truth.abs() > 1e-6)).sum() == 0
 
 
-@pytest.mark.skipif(not interpreted(), reason="takes memory that is not touched on a CPU alone")
+@pytest.mark.skipif(not interpreted(), reason="untouched memory costs nothing only on a CPU")
 def test_samples_further_apart_than_int32_counts(device):
-    """As of [2, 8192, 262144] logits: the second sample begins at entry 2^31."""
+    """As with [2, 8192, 262144] logits: the second sample begins at entry 2^31."""
     apart = 2**31
     memory = torch.empty(apart + 64, dtype=torch.float16)  # 4 GiB of which two pages are touched
     logits = memory.as_strided((2, 1, 64), (apart, 64, 1))
@@ -308,9 +301,9 @@ def test_samples_further_apart_than_int32_counts(device):
     labels, p = torch.tensor([[3], [5]]), torch.ones(2)
     assert torch.equal(cross_entropy(logits, labels), cross_entropy(rows, labels))
     x = logits.requires_grad_()
-    found = torch.autograd.grad(cross_entropy(x, labels).sum(), x)[0]
+    gradient = torch.autograd.grad(cross_entropy(x, labels).sum(), x)[0]
     y = rows.requires_grad_()
-    assert torch.equal(found, torch.autograd.grad(cross_entropy(y, labels).sum(), y)[0])
+    assert torch.equal(gradient, torch.autograd.grad(cross_entropy(y, labels).sum(), y)[0])
     assert torch.equal(
         weighted_cross_entropy(logits.detach().bfloat16(), labels, p)[1],
         weighted_cross_entropy(rows.detach().bfloat16(), labels, p)[1],
@@ -337,10 +330,10 @@ def test_twice_the_same(device):
 def test_autocast_gives_float32_losses_as_torch_does(dtype, device):
     logits, labels = batch(device, dtype, (4,), 10)
     with torch.autocast(device.type, torch.bfloat16):
-        found = cross_entropy(logits, labels)
+        losses = cross_entropy(logits, labels)
         expected = reference.cross_entropy(logits, labels)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected)
+    assert losses.dtype == expected.dtype
+    torch.testing.assert_close(losses, expected)
 
 
 def test_opcheck(device):
@@ -371,10 +364,10 @@ def test_torch_compile_keeps_the_kernels_whole(device):
 
     x = logits.requires_grad_()
     compiled = torch.compile(run, backend=keep, fullgraph=True)  # a graph break would raise
-    found = torch.autograd.grad(compiled(x), x)[0]
-    assert relative(found, torch.autograd.grad(run(x), x)[0]) < 1e-6  # observed 0
-    used = [str(n.target) for g in graphs for m in g.modules() for n in m.graph.nodes]
-    assert used.count("mts_fast.cross_entropy_triton") == 2
+    gradient = torch.autograd.grad(compiled(x), x)[0]
+    assert relative(gradient, torch.autograd.grad(run(x), x)[0]) < 1e-6  # observed 0
+    targets = [str(n.target) for g in graphs for m in g.modules() for n in m.graph.nodes]
+    assert targets.count("mts_fast.cross_entropy_triton") == 2
 
 
 @pytest.mark.skipif(not interpreted(), reason="what is registered for a GPU alone")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_bitwise, errors, relative
+from comparison import assert_bitwise, error_ratio, relative
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,8 +15,8 @@ from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.ops import hypergradient_dot, sample_dot
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# B, T, K, N: one position, and less than a tile on all sides; several tiles of all kinds, the last
-# ones not filled
+# B, T, K, N: one position, smaller than a tile in all dimensions; several tiles in every dimension,
+# the last of them partly filled
 SIZES = ((3, 1, 5, 7), (3, 70, 80, 140))
 
 
@@ -28,12 +28,15 @@ def triton():
 
 def problem(device, dtype, size, positions, inputs, outputs):
     g = torch.Generator().manual_seed(inputs)
-    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+
+    def draw(*sizes):
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(device, dtype)
+
     a, b = draw(size, positions, inputs), draw(size, positions, outputs)
     return a, draw(outputs, inputs), b, draw(outputs)
 
 
-def wide(tensors):
+def to_float64(tensors):
     return [t if t is None else t.double() for t in tensors]
 
 
@@ -43,14 +46,14 @@ def wide(tensors):
 def test_as_exact_as_replay_and_dot(bias, sizes, dtype, device):
     a, v, b, u = problem(device, dtype, *sizes)
     u = u if bias else None
-    found = hypergradient_dot(a, v, b, u)
+    dots = hypergradient_dot(a, v, b, u)
     rival = reference.hypergradient_dot(a, v, b, u)
-    truth = reference.hypergradient_dot(*wide([a, v, b, u]))
-    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    truth = reference.hypergradient_dot(*to_float64([a, v, b, u]))
+    assert dots.dtype == torch.promote_types(dtype, torch.float32)
     if dtype == torch.float64:
-        assert relative(found, truth) < 1e-13  # observed 5e-15
-    else:  # observed 0.9 (of 16 bits: the replay is not rounded, 1e-4)
-        assert errors(found, rival, truth, torch.float32) <= 2
+        assert relative(dots, truth) < 1e-13  # observed 5e-15
+    else:  # observed 0.9 (16 bits: 1e-4, since the replay is not rounded)
+        assert error_ratio(dots, rival, truth, torch.float32) <= 2
 
 
 VIEWS = {
@@ -72,23 +75,23 @@ def test_layouts(which, view, device):
         a = VIEWS[view](a)
     if which != "a":
         b = VIEWS[view](b)
-    found = hypergradient_dot(a, v.T.contiguous().T, b, torch.stack([u, u], 1)[:, 0])
+    dots = hypergradient_dot(a, v.T.contiguous().T, b, torch.stack([u, u], 1)[:, 0])
     truth = reference.hypergradient_dot(a, v, b, u)
-    assert relative(found, truth) < 1e-13  # observed 4e-15
-    assert_bitwise(found, hypergradient_dot(a, v, b, u))  # and twice the same
+    assert relative(dots, truth) < 1e-13  # observed 4e-15
+    assert_bitwise(dots, hypergradient_dot(a, v, b, u))  # and bitwise the same twice
 
 
 @pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
 def test_operands_are_cast_on_the_way(operand, device):
-    """Under autocast a may be the float32 output of a norm, and v is float32 as its weight is."""
+    """Under autocast a may be the float32 output of a norm, and v is float32 like its weight."""
     a, v, b, u = problem(device, torch.float32, 3, 34, 20, 33)
     b = b.bfloat16()
-    found = hypergradient_dot(a.to(operand), v, b, u)
+    dots = hypergradient_dot(a.to(operand), v, b, u)
     rounded = [t.bfloat16().double() for t in (a, v, b)]
     truth = reference.hypergradient_dot(*rounded, u.double())
-    assert found.dtype == torch.float32
+    assert dots.dtype == torch.float32
     # triton's interpreter does not round the operands to bfloat16: observed 1.4e-3 there
-    assert relative(found, truth) < (2**-8 if interpreted() else 2e-6)
+    assert relative(dots, truth) < (2**-8 if interpreted() else 2e-6)
 
 
 def test_every_entry_is_written(device, poisoned):
@@ -119,7 +122,7 @@ def test_offsets_that_do_not_reach(device, monkeypatch):
 
 
 def test_rows_of_one_position_each():
-    """h[:, -1] of long sequences: what lies far apart are the samples."""
+    """h[:, -1] of long sequences: the samples are far apart."""
     from mts_fast.backends.triton.kernels.hypergradient_dot import offsets_fit_int32
 
     far = 2**26  # 32 rows of a float32 tile are within int32, 64 are not
@@ -127,25 +130,25 @@ def test_rows_of_one_position_each():
         (n, 1, width), (stride, 1, 1), device="meta"
     )
     v = torch.zeros(5, 4)
-    near, wide = row(64, 4, 1000), row(64, 4, far)
+    near, distant = row(64, 4, 1000), row(64, 4, far)
     assert offsets_fit_int32(near, v, row(64, 5, 1000))
-    assert not offsets_fit_int32(wide, v, row(64, 5, 1000))
+    assert not offsets_fit_int32(distant, v, row(64, 5, 1000))
     assert not offsets_fit_int32(near, v, row(64, 5, far))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# one entry; one chunk, not filled; several chunks
+# one entry; part of one chunk; several chunks
 @pytest.mark.parametrize("size", [1, 300, 20_000])
 def test_sample_dot(size, dtype, device):
     g = torch.Generator().manual_seed(size)
     x, y = (torch.randn(3, size, generator=g, dtype=torch.float64).to(device, dtype) for _ in "xy")
-    found, truth = sample_dot(x, y), reference.sample_dot(x.double(), y.double())
+    dots, truth = sample_dot(x, y), reference.sample_dot(x.double(), y.double())
     rival = reference.sample_dot(x, y)
     if dtype == torch.float64:
-        assert relative(found, truth) < 1e-13  # observed 2e-15
+        assert relative(dots, truth) < 1e-13  # observed 2e-15
     else:
-        assert errors(found, rival, truth, torch.float32) <= 2  # observed 0.6
-    assert_bitwise(found, sample_dot(x, y))
+        assert error_ratio(dots, rival, truth, torch.float32) <= 2  # observed 0.6
+    assert_bitwise(dots, sample_dot(x, y))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_sample_dot(size, dtype, device):
         (lambda t: torch.stack([t, t], -1)[..., 0], False),  # gaps
     ],
 )
-def test_sample_dot_takes_what_lies_alike(view, fused, device):
+def test_sample_dot_serves_equal_layouts(view, fused, device):
     x, y = (view(torch.randn(4, 3, 5, 6, device=device)) for _ in "xy")
     with recorded_launches() as launches:
         sample_dot(x, y)
@@ -205,8 +208,9 @@ class Attention(nn.Module):
 
 
 MODELS = {
-    # 1 x 1 convolutions of stride 1 without groups (two), the head; other replays are dotted
-    # (and of the norm, where not every sample's own gradients are kept)
+    # model, shape, number of fused products and, by memory, of sample_dot. Fused: the two 1 x 1
+    # convolutions of stride 1 without groups, and the head. sample_dot: the other replays, and that
+    # of the norm unless every sample's gradients are stored
     "convolutions": (Convolutions, (3, 8, 8), 3, {"fast": 3, "low": 4}),
     "attention": (Attention, (4, 12), 4, {"fast": 0, "low": 0}),
 }
@@ -215,7 +219,7 @@ MODELS = {
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ghost_engine_takes_it(name, memory, device):
-    make, shape, products, others = MODELS[name]
+    make, shape, product_dots, sample_dots = MODELS[name]
     model = make().to(device).double()
     batch = LabelledBatch(
         torch.randn(6, *shape, device=device).double(), torch.arange(6, device=device) % 5
@@ -226,17 +230,17 @@ def test_the_ghost_engine_takes_it(name, memory, device):
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         losses = reference.cross_entropy(model(batch.inputs), batch.labels)
         truth = reference.hypergradient_dots(losses, parameters, direction)
-    found = engine.dots(batch, direction)
-    assert relative(found, truth) < 1e-10  # observed 1e-15
+    dots = engine.dots(batch, direction)
+    assert relative(dots, truth) < 1e-10  # observed 1e-15
     with use_backend("reference"):
         assert relative(engine.dots(batch, direction), truth) < 1e-10
-    line = engine.linearize(batch, gradients=1)
-    line.gradient(torch.ones(6, device=device).double())
+    linearization = engine.linearize(batch, gradients=1)
+    linearization.gradient(torch.ones(6, device=device).double())
     with recorded_launches() as launches:
-        line.dots(direction)
+        linearization.dots(direction)
     names = [la.kernel.__name__.removesuffix("_kernel") for la in launches]
-    assert names.count("hypergradient_dot") == products
-    assert names.count("sample_dot") == others[memory]
+    assert names.count("hypergradient_dot") == product_dots
+    assert names.count("sample_dot") == sample_dots[memory]
 
 
 def test_bf16_dots_are_no_worse_than_replayed_ones(device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import assert_bitwise, errors, relative
+from comparison import assert_bitwise, assert_gradients_equal, error_ratio, relative
 from torch import nn
 
 import mts_fast
@@ -16,8 +16,8 @@ from mts_fast.ops import linear_cross_entropy, linear_cross_entropy_tangent
 
 IGNORED = -100
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# rows, classes, width by bytes of an entry, whose tiles differ: no tile filled on any side; several
-# row blocks, tiles of classes and steps over the width, the last of each not filled
+# rows, classes, width: smaller than a tile in all dimensions; several row blocks, tiles of classes
+# and steps over the width, the last of each partly filled. Tiles depend on the bytes of an entry
 SMALL = (5, 3, 8)
 LARGE = {8: (40, 70, 40), 4: (40, 140, 40), 2: (140, 300, 70)}
 
@@ -31,7 +31,10 @@ def triton():
 def problem(device, dtype, rows, classes, width, *, bias=True, positions=None):
     g = torch.Generator().manual_seed(rows)
     shape = (rows,) if positions is None else (rows, positions)
-    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+
+    def draw(*sizes):
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(device, dtype)
+
     labels = torch.randint(classes, shape, generator=g)
     labels.view(-1)[1] = IGNORED
     hidden, weight = draw(*shape, width), draw(classes, width) / width**0.5
@@ -46,15 +49,16 @@ def options_of(name, device, classes):
     }[name]
 
 
-def wide(value):
+def to_float64(value):
+    """The value in float64 if it is a floating-point tensor, else as it is."""
     return (
         value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
     )
 
 
-def run(function, given, cotangent, options):
+def run(function, arguments, cotangent, options):
     """Losses, and gradients of hidden, weight and bias."""
-    hidden, weight, labels, bias = given
+    hidden, weight, labels, bias = arguments
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias) if t is not None]
     losses = function(leaves[0], leaves[1], labels, *leaves[2:], **options)
     return losses.detach(), *torch.autograd.grad(losses, leaves, cotangent.to(losses.dtype))
@@ -66,22 +70,25 @@ def run(function, given, cotangent, options):
 @pytest.mark.parametrize("bias", [True, False])
 def test_as_exact_as_plain_pytorch(bias, name, large, dtype, device):
     sizes = LARGE[dtype.itemsize] if large else SMALL
-    given = problem(device, dtype, *sizes, bias=bias)
+    arguments = problem(device, dtype, *sizes, bias=bias)
     options = options_of(name, device, sizes[1])
-    given[2][1] = options.get("ignore_index", IGNORED)
+    arguments[2][1] = options.get("ignore_index", IGNORED)
     cotangent = torch.linspace(0, 1, sizes[0], device=device)
     plain = reference.linear_cross_entropy
-    found = run(linear_cross_entropy, given, cotangent, options)
-    rival = run(plain, given, cotangent, {k: _as(v, dtype) for k, v in options.items()})
+    result = run(linear_cross_entropy, arguments, cotangent, options)
+    rival = run(plain, arguments, cotangent, {k: _as(v, dtype) for k, v in options.items()})
     truth = run(
-        plain, [wide(t) for t in given], cotangent, {k: wide(v) for k, v in options.items()}
+        plain,
+        [to_float64(t) for t in arguments],
+        cotangent,
+        {k: to_float64(v) for k, v in options.items()},
     )
-    for i, (mine, other, exact) in enumerate(zip(found, rival, truth, strict=True)):
+    for i, (mine, other, exact) in enumerate(zip(result, rival, truth, strict=True)):
         assert mine.dtype == other.dtype
         if dtype == torch.float64:
             assert relative(mine, exact) < 1e-14  # observed 1.1e-15
-        else:  # losses twice, gradients three times plain PyTorch's own error; observed 0.9 and 2.6
-            assert errors(mine, other, exact, dtype) <= (2 if i == 0 else 3)
+        else:  # losses twice, gradients three times plain PyTorch's error; observed 0.9 and 2.6
+            assert error_ratio(mine, other, exact, dtype) <= (2 if i == 0 else 3)
 
 
 def _as(value, dtype):
@@ -90,30 +97,29 @@ def _as(value, dtype):
 
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_sequences(name, device):
-    """Means over positions; a sequence of which nothing is left."""
-    given = problem(device, torch.float32, 4, 40, 24, positions=5)
+    """Means over positions; one sequence is ignored as a whole."""
+    arguments = problem(device, torch.float32, 4, 40, 24, positions=5)
     options = options_of(name, device, 40)
     ignored = options.get("ignore_index", IGNORED)
-    given[2][0, 2:], given[2][-1] = ignored, ignored
-    given[2][given[2] == IGNORED] = ignored
+    arguments[2][0, 2:], arguments[2][-1] = ignored, ignored
+    arguments[2][arguments[2] == IGNORED] = ignored
     cotangent = torch.linspace(0.1, 1, 4, device=device)
-    found = run(linear_cross_entropy, given, cotangent, options)
+    result = run(linear_cross_entropy, arguments, cotangent, options)
     truth = run(
         reference.linear_cross_entropy,
-        [wide(t) for t in given],
+        [to_float64(t) for t in arguments],
         cotangent,
-        {k: wide(v) for k, v in options.items()},
+        {k: to_float64(v) for k, v in options.items()},
     )
-    assert found[0][-1] == 0 and not found[1][-1].any()
-    for mine, exact in zip(found, truth, strict=True):
-        assert relative(mine, exact) < 2e-6  # observed 4e-7
+    assert result[0][-1] == 0 and not result[1][-1].any()
+    assert_gradients_equal(result, truth, 2e-6)  # observed 4e-7
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("moved", ["weight", "bias", "both"])
 def test_tangent(moved, name, device):
-    given = problem(device, torch.float32, 4, 300, 24, positions=5)
-    hidden, weight, labels, bias = given
+    arguments = problem(device, torch.float32, 4, 300, 24, positions=5)
+    hidden, weight, labels, bias = arguments
     options = options_of(name, device, 300)
     labels[-1] = options.get("ignore_index", IGNORED)
     labels[labels == IGNORED] = options.get("ignore_index", IGNORED)
@@ -121,41 +127,46 @@ def test_tangent(moved, name, device):
     v = torch.randn(weight.shape, generator=g).to(device) if moved != "bias" else None
     u = torch.randn(bias.shape, generator=g).to(device) if moved != "weight" else None
     tangents = {"weight_tangent": v, "bias_tangent": u}
-    found = linear_cross_entropy_tangent(*given, **tangents, **options)
+    tangent = linear_cross_entropy_tangent(*arguments, **tangents, **options)
     truth = reference.linear_cross_entropy_tangent(
-        *(wide(t) for t in given),
-        **{k: wide(t) for k, t in tangents.items()},
-        **{k: wide(t) for k, t in options.items()},
+        *(to_float64(t) for t in arguments),
+        **{k: to_float64(t) for k, t in tangents.items()},
+        **{k: to_float64(t) for k, t in options.items()},
     )
-    assert relative(found, truth) < 2e-6 and found[-1] == 0  # observed 3e-7
-    # and by the gradient, which knows nothing of tangents
+    assert relative(tangent, truth) < 2e-6 and tangent[-1] == 0  # observed 3e-7
+    # the same by gradients, without tangents
     leaves = [weight.double().requires_grad_(), bias.double().requires_grad_()]
     losses = reference.linear_cross_entropy(
-        hidden.double(), leaves[0], labels, leaves[1], **{k: wide(t) for k, t in options.items()}
+        hidden.double(),
+        leaves[0],
+        labels,
+        leaves[1],
+        **{k: to_float64(t) for k, t in options.items()},
     )
     for i in range(3):
         slopes = torch.autograd.grad(losses[i], leaves, retain_graph=True)
         terms = [(s * t).sum() for s, t in zip(slopes, (v, u), strict=True) if t is not None]
-        assert abs(sum(terms) - found[i]) < 1e-5 * truth.abs().max()
+        assert abs(sum(terms) - tangent[i]) < 1e-5 * truth.abs().max()
 
 
 def test_the_slices_of_the_backward_add_up(device, monkeypatch):
     from mts_fast.backends.triton.kernels import linear_cross_entropy_backward as module
 
-    given = problem(device, torch.float32, 5, 300, 24)
+    arguments = problem(device, torch.float32, 5, 300, 24)
     cotangent = torch.rand(5, device=device)
-    whole = run(linear_cross_entropy, given, cotangent, {})
+    whole = run(linear_cross_entropy, arguments, cotangent, {})
     monkeypatch.setattr(module, "SLICE_ENTRIES", 1)
-    sliced = run(linear_cross_entropy, given, cotangent, {})  # three slices, of 128, 128, 44
-    for a, b in zip(whole, sliced, strict=True):
-        assert relative(a, b) < 1e-6  # observed 2e-7
+    sliced = run(linear_cross_entropy, arguments, cotangent, {})  # three slices, of 128, 128, 44
+    assert_gradients_equal(whole, sliced, 1e-6)  # observed 2e-7
 
 
 def test_every_entry_is_written(device, poisoned):
-    given = problem(device, torch.float32, 70, 300, 24)
-    found = run(linear_cross_entropy, given, torch.ones(70, device=device), {})
-    tangent = linear_cross_entropy_tangent(*given, weight_tangent=given[1], bias_tangent=given[3])
-    assert not any(t.isnan().any() for t in (*found, tangent))
+    arguments = problem(device, torch.float32, 70, 300, 24)
+    result = run(linear_cross_entropy, arguments, torch.ones(70, device=device), {})
+    tangent = linear_cross_entropy_tangent(
+        *arguments, weight_tangent=arguments[1], bias_tangent=arguments[3]
+    )
+    assert not any(t.isnan().any() for t in (*result, tangent))
 
 
 def test_large_logits_and_a_label_outside(device):
@@ -164,8 +175,10 @@ def test_large_logits_and_a_label_outside(device):
     labels = torch.tensor([0, 0, 1], device=device)
     assert linear_cross_entropy(hidden, weight, labels)[:2].tolist() == [0.0, 2e4]
     rows = torch.ops.mts_fast.linear_cross_entropy_triton
-    found = rows(hidden, weight, None, labels + torch.tensor([0, 0, 5]).to(device), None, 0.0, -100)
-    assert found[0][:2].tolist() == [0.0, 2e4] and found[0][2].isnan()
+    result = rows(
+        hidden, weight, None, labels + torch.tensor([0, 0, 5]).to(device), None, 0.0, -100
+    )
+    assert result[0][:2].tolist() == [0.0, 2e4] and result[0][2].isnan()
 
 
 def test_layouts(device):
@@ -178,23 +191,23 @@ def test_layouts(device):
         labels.T.contiguous().T,
         torch.stack([bias, -bias], 1)[:, 0],
     )
-    found = run(linear_cross_entropy, (hidden, weight, labels, bias), c, {})
-    assert_bitwise(run(linear_cross_entropy, strided, c, {}), found)
+    result = run(linear_cross_entropy, (hidden, weight, labels, bias), c, {})
+    assert_bitwise(run(linear_cross_entropy, strided, c, {}), result)
 
 
-def test_gradients_that_nobody_asked_for_are_not_made(device):
+def test_unneeded_gradients_are_not_made(device):
     hidden, weight, labels, _ = problem(device, torch.float32, 5, 300, 24)
     slopes = torch.ops.mts_fast.linear_cross_entropy_backward_triton
     ones = torch.ones(5, device=device)
-    found = slopes(
+    gradients = slopes(
         hidden, weight, None, labels, None, 0.0, -100, ones, ones, ones, [True, False, False]
     )
-    assert [t.numel() for t in found] == [hidden.numel(), 0, 0]
+    assert [t.numel() for t in gradients] == [hidden.numel(), 0, 0]
     with recorded_launches() as launches:
         h = hidden.clone().requires_grad_()
         linear_cross_entropy(h, weight, labels).sum().backward()
     names = [launch.kernel.__name__ for launch in launches]
-    assert names == ["linear_cross_entropy_forward_kernel", "linear_cross_entropy_merge_kernel", "linear_cross_entropy_backward_kernel"]
+    assert names == [f"linear_cross_entropy_{k}_kernel" for k in ("forward", "merge", "backward")]
 
 
 def test_second_derivatives_and_transforms_take_plain_pytorch(device):
@@ -217,12 +230,12 @@ def test_second_derivatives_and_transforms_take_plain_pytorch(device):
 def test_autocast(weight_dtype, device):
     hidden, weight, labels, bias = problem(device, torch.float32, 5, 40, 24)
     with torch.autocast(device.type, torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight.to(weight_dtype), labels, bias)
+        losses = linear_cross_entropy(hidden, weight.to(weight_dtype), labels, bias)
         expected = reference.linear_cross_entropy(hidden, weight, labels, bias)
     truth = reference.linear_cross_entropy(hidden, weight, labels, bias)
-    assert found.dtype == expected.dtype == torch.float32
+    assert losses.dtype == expected.dtype == torch.float32
     # the logits are not rounded to bfloat16: observed 0.3 of torch's error
-    assert (found - truth).abs().max() <= (expected - truth).abs().max()
+    assert (losses - truth).abs().max() <= (expected - truth).abs().max()
 
 
 class Language(nn.Module):
@@ -242,7 +255,7 @@ class Language(nn.Module):
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
-@pytest.mark.parametrize("tied", [False, True])  # a head of its own; that of the embedding
+@pytest.mark.parametrize("tied", [False, True])  # a separate head; the embedding's weight
 def test_the_ghost_engine_knows_it(tied, memory, device):
     model = Language().to(device)
     if tied:
@@ -252,25 +265,24 @@ def test_the_ghost_engine_knows_it(tied, memory, device):
     parameters = list(model.parameters())
     direction = [torch.randn_like(p) for p in parameters]
     objective = Objective(model, model.losses)
-    line = Ghost(objective, parameters, memory=memory).linearize(batch, gradients=2)
+    linearization = Ghost(objective, parameters, memory=memory).linearize(batch, gradients=2)
     p, q = torch.rand(6, device=device), torch.rand(6, device=device)
-    found = [line.gradient(p), line.dots(direction), line.gradient(q)]
+    result = [linearization.gradient(p), linearization.dots(direction), linearization.gradient(q)]
     losses = objective.losses(batch)
     truth = [
         torch.autograd.grad(losses, parameters, p, retain_graph=True),
         reference.hypergradient_dots(losses, parameters, direction),
         torch.autograd.grad(losses, parameters, q),
     ]
-    assert relative(found[1], truth[1]) < 1e-5  # observed 4e-7
-    for mine, exact in ((found[0], truth[0]), (found[2], truth[2])):
-        for a, b in zip(mine, exact, strict=True):
-            assert relative(a, b) < 1e-5  # observed 5e-7
+    assert relative(result[1], truth[1]) < 1e-5  # observed 4e-7
+    for i in (0, 2):
+        assert_gradients_equal(result[i], truth[i], 1e-5)  # observed 5e-7
     differences = FiniteDifference(objective, parameters).dots(batch, direction)
     assert relative(differences, truth[1]) < 1e-2  # observed 1e-3
 
 
 def test_a_step_with_it(device):
-    """auto takes ghost, and the selector learns what it learns from logits."""
+    """A step has the same dots as with a loss of logits."""
     tokens = torch.randint(40, (6, 5), device=device)
     results = []
     for fused in (True, False):
@@ -316,8 +328,8 @@ def test_torch_compile(device):
     w = weight.clone().requires_grad_()
     run = lambda w: linear_cross_entropy(hidden, w, labels, bias).sum()  # noqa: E731
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    found, expected = (torch.autograd.grad(f(w), w)[0] for f in (compiled, run))
-    assert relative(found, expected) < 1e-6  # observed 0
+    gradient, expected = (torch.autograd.grad(f(w), w)[0] for f in (compiled, run))
+    assert relative(gradient, expected) < 1e-6  # observed 0
 
 
 H, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -358,9 +370,12 @@ def test_a_dtype_that_it_does_not_serve():
 
 
 def test_tangents_of_another_shape(device):
-    given = problem(device, torch.float32, 4, 10, 8, bias=False)
-    run = lambda v, u: linear_cross_entropy_tangent(*given, weight_tangent=v, bias_tangent=u)  # noqa: E731
+    arguments = problem(device, torch.float32, 4, 10, 8, bias=False)
+
+    def run(v, u):
+        return linear_cross_entropy_tangent(*arguments, weight_tangent=v, bias_tangent=u)
+
     with pytest.raises(ValueError, match=r"weight_tangent must be of shape \(10, 8\) like weight"):
-        run(given[1].T, None)
+        run(arguments[1].T, None)
     with pytest.raises(ValueError, match="bias_tangent must be None"):
         run(None, torch.zeros(10, device=device))

@@ -9,14 +9,14 @@ from comparison import assert_bitwise, relative
 from models import make_case
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.hypergradient import LabelledBatch, Objective
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.ops.perturb import global_norm, perturb
-from mts_fast.backends.registry import resolve
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# none; no dimension; a matrix; one short of a block of 2048, a block; a chunk of 8192, one more
+# no entry; no dimension; a matrix; one below a block of 2048, a block; a chunk of 8192, one more
 SHAPES = ((0,), (), (3, 5), (2047,), (2048,), (8192,), (8193,))
 
 
@@ -36,11 +36,11 @@ def draw(device, dtype, seed, shapes=SHAPES):
 def test_norm(dtype, device):
     tensors = draw(device, dtype, 0)
     truth = torch.cat([t.double().flatten() for t in tensors]).norm()
-    found, rival = global_norm(tensors), reference.global_norm(tensors)
-    assert found.dtype == dtype and found.shape == ()
-    # twice torch's own, and half a place; observed at most half of that and 1.3 of torch's
-    assert relative(found, truth) <= 2 * relative(rival, truth) + torch.finfo(dtype).eps / 2
-    assert_bitwise(global_norm(tensors), found)
+    norm, rival = global_norm(tensors), reference.global_norm(tensors)
+    assert norm.dtype == dtype and norm.shape == ()
+    # twice torch's error and half an ulp; observed at most half of that and 1.3 of torch's
+    assert relative(norm, truth) <= 2 * relative(rival, truth) + torch.finfo(dtype).eps / 2
+    assert_bitwise(global_norm(tensors), norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,16 +53,16 @@ def test_perturb(scale_dtype, dtype, device, monkeypatch):
     with monkeypatch.context() as patch:
         poisoned = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)  # noqa: E731
         patch.setattr(torch, "empty_like", poisoned)
-        found = perturb(parameters, direction, scale)
+        perturbed = perturb(parameters, direction, scale)
     rival = reference.perturb(parameters, direction, scale)
-    for p, v, mine, other in zip(parameters, direction, found, rival, strict=True):
+    for p, v, mine, other in zip(parameters, direction, perturbed, rival, strict=True):
         assert mine.dtype == dtype and mine.shape == p.shape
         if p.numel():
             truth = p.double() + scale.double() * v.double()
-            # half a place is the rounding of the result; observed at most 0.6 places
+            # half an ulp is the rounding of the result; observed at most 0.6 ulp
             allowed = 2 * relative(other, truth) + torch.finfo(dtype).eps / 2
             assert relative(mine, truth) <= allowed
-    assert_bitwise(perturb(parameters, direction, scale), found)
+    assert_bitwise(perturb(parameters, direction, scale), perturbed)
     assert_bitwise([*parameters, *direction], held)
 
 
@@ -73,16 +73,16 @@ def test_one_launch_for_all_that_share_dtypes(device):
     with recorded_launches() as launches:
         global_norm(parameters)
         perturb(parameters, direction, torch.ones((), device=device))
-    # two dtypes; the same, and bfloat16 along float32
+    # two dtypes; the same, and bfloat16 with a float32 direction
     assert [la.kernel.__name__ for la in launches] == ["square_sum_kernel"] * 2 + [
         "perturb_kernel"
     ] * 3
     truth = reference.global_norm([p.double() for p in parameters])
     assert relative(global_norm(parameters), truth) < 1e-7  # observed 4e-8
     scale = torch.full((), 0.5, device=device)
-    found = perturb(parameters, direction, scale)
-    for mine, p, v in zip(found, parameters, direction, strict=True):
-        # a whole place: the interpreter cuts bfloat16 off, where a GPU rounds
+    perturbed = perturb(parameters, direction, scale)
+    for mine, p, v in zip(perturbed, parameters, direction, strict=True):
+        # a whole ulp: the interpreter truncates to bfloat16, where a GPU rounds
         torch.testing.assert_close(
             mine.double(), p.double() + 0.5 * v.double(), rtol=torch.finfo(p.dtype).eps, atol=0
         )
@@ -103,8 +103,8 @@ def test_views(which, view, device):
     p = VIEWS[view](p) if which != "direction" else p
     v = VIEWS[view](v) if which != "parameter" else v
     scale = torch.tensor(0.3, dtype=torch.float64, device=device)
-    (found,) = perturb([p], [v], scale)
-    assert relative(found, p + 0.3 * v) < 1e-15  # observed 0
+    (perturbed,) = perturb([p], [v], scale)
+    assert relative(perturbed, p + 0.3 * v) < 1e-15  # observed 0
     assert relative(global_norm([p, v]), torch.stack([p, v]).norm()) < 1e-15  # observed 2e-16
 
 
@@ -124,12 +124,12 @@ def test_finite_difference_engine(device):
     parameters = [p for p in case.model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(1)
     direction = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    found = {}
+    dots = {}
     for backend in ("reference", "triton"):
         with use_backend(backend):
             engine = FiniteDifference(Objective(case.model), parameters)
-            found[backend] = engine.dots(LabelledBatch(case.inputs, case.labels), direction)
-    assert relative(found["triton"], found["reference"]) < 1e-9  # observed 5e-11
+            dots[backend] = engine.dots(LabelledBatch(case.inputs, case.labels), direction)
+    assert relative(dots["triton"], dots["reference"]) < 1e-9  # observed 5e-11
 
 
 ONE, META = torch.ones(3), torch.ones(3, device="meta")

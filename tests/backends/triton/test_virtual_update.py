@@ -10,16 +10,16 @@ import torch
 from comparison import assert_bitwise, relative, snapshot
 
 from mts_fast import reference, use_backend
+from mts_fast.backends.registry import resolve
 from mts_fast.backends.triton.eligibility import interpreted
 from mts_fast.backends.triton.launch import recorded_launches
 from mts_fast.ops import virtual_update
-from mts_fast.backends.registry import resolve
 from mts_fast.ops.virtual_update import optimizer_states, trainable_parameters
 from mts_fast.reference import AdamState, SGDState
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
-# every term of an update once alone, then the ones that meet in one line of the formula
+# every term of an update alone, then the terms that meet in one line of the formula
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),
     "sgd_decay": (SGD, {"lr": 0.1, "weight_decay": 0.05}),
@@ -72,46 +72,46 @@ def make(name, device, dtype=torch.float32, steps=2, shapes=SHAPES):
     return optimizer, draw(shapes, device, dtype, 1), draw(shapes, device, dtype, 2)
 
 
-def wide(value):
-    """In float64: a tensor, or all tensors of a state."""
+def to_float64(value):
+    """A tensor, or all tensors of a state, in float64."""
     if isinstance(value, torch.Tensor):
         return value.double()
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{n: wide(getattr(value, n)) for n in names})
+        return dataclasses.replace(value, **{n: to_float64(getattr(value, n)) for n in names})
     return value
 
 
-def assert_as_exact(found, rival, truth, places):
-    """Over all entries of all tensors; `places`: of the largest entry, that any may be off by."""
-    found, rival, truth = (
-        torch.cat([t.double().flatten() for t in c]) for c in (found, rival, truth)
+def assert_as_exact(result, rival, truth, tolerance):
+    """Over all entries of all tensors; `tolerance` is relative to the largest entry."""
+    result, rival, truth = (
+        torch.cat([t.double().flatten() for t in c]) for c in (result, rival, truth)
     )
-    floor = places * truth.abs().max()
-    gap = (found - truth).abs().max()
+    floor = tolerance * truth.abs().max()
+    gap = (result - truth).abs().max()
     # observed at most 0.7 of this, in float64; 0.6 in float32
     assert gap <= 2 * (rival - truth).abs().max() + floor
 
 
 def floor_of(dtype):
-    """Half a place: the rounding of a result. The interpreter cuts bfloat16 off, a whole place;
-    and the float64 truth errs like what is compared with it: observed 1.5 places, of 4."""
-    whole = dtype == torch.bfloat16 and interpreted()
-    return torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1 if whole else 0.5)
+    """Half an ulp, the rounding of a result. The interpreter truncates to bfloat16: a whole ulp.
+    The float64 truth has errors like the results compared with it: observed 1.5 ulp, of 4."""
+    truncated = dtype == torch.bfloat16 and interpreted()
+    return torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1 if truncated else 0.5)
 
 
 def assert_as_exact_as_reference(optimizer, gradients, v, lr=None):
     update = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
     parameters, states = trainable_parameters(optimizer), optimizer_states(optimizer)
     rows = [(p.detach(), g, states[p], w) for p, g, w in zip(parameters, gradients, v, strict=True)]
-    truths = [tuple(map(wide, row)) for row in rows]
+    truths = [tuple(map(to_float64, row)) for row in rows]
     for dtype in {p.dtype for p in parameters}:
         at = [i for i, p in enumerate(parameters) if p.dtype == dtype]
-        for found, plain in (
+        for tensors, plain in (
             (update.parameters, lambda p, g, s, w: reference.virtual_update(p, g, s)),
             (update.direction, lambda *row: reference.hypergradient_direction(*row, lr)),
         ):
-            mine = [found[i] for i in at]
+            mine = [tensors[i] for i in at]
             assert all(t.dtype == dtype for t in mine)
             rival, truth = ([plain(*table[i]) for i in at] for table in (rows, truths))
             assert_as_exact(mine, rival, truth, floor_of(dtype))
@@ -128,7 +128,7 @@ def test_as_exact_as_the_reference(name, steps, dtype, device):
     before = snapshot(optimizer=optimizer, device=device)
     held = [t.detach().clone() for t in (*trainable_parameters(optimizer), *gradients, *v)]
     update = assert_as_exact_as_reference(optimizer, gradients, v)
-    # writing to what came back reaches nothing of the caller's
+    # writing to the results changes no tensor of the caller
     for tensor in (*update.parameters, *update.direction):
         tensor.zero_()
     assert_bitwise(snapshot(optimizer=optimizer, device=device), before)
@@ -136,7 +136,7 @@ def test_as_exact_as_the_reference(name, steps, dtype, device):
     assert_bitwise(now, held)
 
 
-@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's own; another one, in kappa only
+@pytest.mark.parametrize("lr", [None, 0.5])  # the optimizer's lr; another one, in kappa only
 @pytest.mark.parametrize("name", BOTH)
 def test_one_pass_equals_two(name, lr, device):
     optimizer, gradients, v = make(name, device)
@@ -149,14 +149,14 @@ def test_one_pass_equals_two(name, lr, device):
     ]
     if interpreted():
         assert_bitwise([mine for mine, _ in pairs], [other for _, other in pairs])
-    else:  # two compilations may fuse other multiplications and additions
+    else:  # two compilations may fuse different multiplications and additions
         for mine, other in pairs:
             assert relative(mine, other) <= 4 * torch.finfo(mine.dtype).eps
     again = virtual_update(optimizer, gradients, along=v, hypergradient_lr=lr)
     assert_bitwise([again.parameters, again.direction], [together.parameters, together.direction])
 
 
-# none; one; one short of a block of 2048, a block, one more; a chunk of 8192, one more
+# no entry; one; one below a block of 2048, a block, one more; a chunk of 8192, one more
 SIZES = (0, 1, 2047, 2048, 2049, 8192, 8193)
 
 
@@ -166,12 +166,12 @@ def test_every_entry_is_written(name, device, monkeypatch):
     poisoned = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)  # noqa: E731
     optimizer, gradients, v = make(name, device, shapes=[(n,) for n in SIZES], steps=1)
     monkeypatch.setattr(torch, "empty_like", poisoned)
-    found = virtual_update(optimizer, gradients, along=v)
+    update = virtual_update(optimizer, gradients, along=v)
     monkeypatch.undo()
     with use_backend("reference"):
         truth = virtual_update(optimizer, gradients, along=v)
     for mine, exact in zip(
-        (*found.parameters, *found.direction), (*truth.parameters, *truth.direction), strict=True
+        (*update.parameters, *update.direction), (*truth.parameters, *truth.direction), strict=True
     ):
         # observed 0.6 of this, between two float32 results: entries of Adam's kappa v cancel
         torch.testing.assert_close(mine, exact, rtol=2e-6, atol=1e-7)
@@ -179,7 +179,7 @@ def test_every_entry_is_written(name, device, monkeypatch):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_one_launch_for_all_that_share_dtypes(name, device):
-    """Groups with their own numbers, tensors with and without state and of all sizes: together."""
+    """Groups with different options, tensors with and without state and of all sizes: together."""
     cls, options = OPTIMIZERS[name]
     shapes = [(5,), (0,), (8193,), (), (3, 4), (2,)]
     drawn = draw(shapes, device, torch.float32, 0)
@@ -190,11 +190,11 @@ def test_one_launch_for_all_that_share_dtypes(name, device):
     optimizer = cls(groups, **options)
     gradients = [t.clone() for t in drawn]
     gradients[-1] = gradients[-1].float()  # a gradient wider than its bfloat16 parameter
-    p[0].grad, p[3].grad = drawn[0].clone(), drawn[3].clone()  # the others have no state
+    p[0].grad, p[3].grad = drawn[0].clone(), drawn[3].clone()  # only these get a state
     optimizer.step()
     with recorded_launches() as launches:
         virtual_update(optimizer, gradients, along=gradients)
-    # float32 alone, bfloat16 alone, bfloat16 of float32 gradients
+    # all float32, all bfloat16, bfloat16 with float32 gradients
     assert len(launches) == 3
     assert_as_exact_as_reference(optimizer, gradients, gradients)
     assert_as_exact_as_reference(optimizer, gradients, [t.float() for t in gradients])
@@ -203,7 +203,7 @@ def test_one_launch_for_all_that_share_dtypes(name, device):
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("which", ["parameter", "gradient", "direction"])
 def test_unaligned_tensors(which, name, device):
-    """As flat views into one storage are: the kernel reads them entry by entry."""
+    """Like flat views into one storage: the kernel reads them entry by entry."""
     optimizer, gradients, v = make(name, device, shapes=[(2049,)] * 2)
     expected = virtual_update(optimizer, gradients, along=v)
     shift = lambda t: torch.cat([t[:1], t])[1:]  # noqa: E731
@@ -216,12 +216,12 @@ def test_unaligned_tensors(which, name, device):
     with recorded_launches() as launches:
         virtual_update(optimizer, gradients, along=v)
     assert [la.options["ALIGNED"] for la in launches] == [False, True]
-    found = virtual_update(optimizer, gradients, along=v)
-    assert_bitwise([found.parameters, found.direction], [expected.parameters, expected.direction])
+    update = virtual_update(optimizer, gradients, along=v)
+    assert_bitwise([update.parameters, update.direction], [expected.parameters, expected.direction])
 
 
 LAST = torch.channels_last
-# how parameter and gradient lie, and whether the kernel takes them
+# layouts of parameter and gradient, and whether the kernel serves them
 LAYOUTS = {
     "channels_last": (lambda t: t.to(memory_format=LAST), lambda t: t.to(memory_format=LAST), True),
     "transposed": (lambda t: t.mT.contiguous().mT, lambda t: t.mT.contiguous().mT, True),
@@ -236,12 +236,12 @@ LAYOUTS = {
 def test_layouts(layout, name, device, monkeypatch):
     from mts_fast.backends.triton.kernels import virtual_update as kernel
 
-    lay_parameter, lay_gradient, taken = LAYOUTS[layout]
+    lay_parameter, lay_gradient, served_by_kernel = LAYOUTS[layout]
     optimizer, gradients, v = make(name, device, steps=0, shapes=[(4, 3, 2, 3), (5,)])
     parameter = trainable_parameters(optimizer)[0]
     parameter.data = lay_parameter(parameter.data)
     step_with(optimizer, [t.clone(memory_format=torch.preserve_format) for t in gradients])
-    # torch makes state like the parameter, but for its gaps
+    # torch gives the state the layout of the parameter, but without gaps
     gradients[0], v[0] = lay_gradient(gradients[0]), lay_parameter(v[0])
     for name, held in optimizer.state[parameter].items():
         if torch.is_tensor(held) and held.ndim:
@@ -251,15 +251,15 @@ def test_layouts(layout, name, device, monkeypatch):
     monkeypatch.setattr(
         kernel, "virtual_update", lambda *a, **k: served.append(len(a[0])) or whole(*a, **k)
     )
-    found = virtual_update(optimizer, gradients, along=v)
-    assert served == [2 if taken else 1]
+    update = virtual_update(optimizer, gradients, along=v)
+    assert served == [2 if served_by_kernel else 1]
     truth = virtual_update_by_reference(optimizer, gradients, v)
     for mine, exact in zip(
-        (*found.parameters, *found.direction), (*truth.parameters, *truth.direction), strict=True
+        (*update.parameters, *update.direction), (*truth.parameters, *truth.direction), strict=True
     ):
         torch.testing.assert_close(mine, exact, rtol=2e-6, atol=1e-7)  # observed 0.1 of this
-    if taken:
-        assert found.parameters[0].stride() == found.direction[0].stride() == parameter.stride()
+    if served_by_kernel:
+        assert update.parameters[0].stride() == update.direction[0].stride() == parameter.stride()
 
 
 def virtual_update_by_reference(optimizer, gradients, v):
@@ -267,7 +267,7 @@ def virtual_update_by_reference(optimizer, gradients, v):
         return virtual_update(optimizer, gradients, along=v)
 
 
-# the two ways to have numbers on the device; each way alone makes its own launches
+# the two scalars that may be on the device; each combination makes a separate launch
 @pytest.mark.parametrize("lr_tensor", [True, False])
 @pytest.mark.parametrize("step_tensor", [True, False])
 @pytest.mark.parametrize("hypergradient_lr", [None, 0.5])
@@ -292,8 +292,8 @@ def test_numbers_on_the_device(lr_tensor, step_tensor, hypergradient_lr, device)
         kernel(p, g, states, along=v, hypergradient_lr=hypergradient_lr)
         for states in (tensor, plain)
     ]
-    for found, expected in zip(*results, strict=True):
-        for mine, exact in zip(found, expected, strict=True):
+    for result, expected in zip(*results, strict=True):
+        for mine, exact in zip(result, expected, strict=True):
             assert relative(mine, exact) < 1e-14  # observed 0
     for i, mine in enumerate(results[0][0]):
         assert relative(mine, reference.virtual_update(p[i], g[i], tensor[i])) < 1e-14
@@ -305,8 +305,8 @@ def test_tensor_learning_rate(name, device):
     expected = virtual_update(optimizer, gradients, along=v)
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
-    found = virtual_update(optimizer, gradients, along=v)
-    assert_bitwise([found.parameters, found.direction], [expected.parameters, expected.direction])
+    update = virtual_update(optimizer, gradients, along=v)
+    assert_bitwise([update.parameters, update.direction], [expected.parameters, expected.direction])
 
 
 # exactly 0; its square subnormal; far below eps; of the size of eps; usual
@@ -314,23 +314,23 @@ TINY = (0.0, 1e-20, 1e-13, 1e-8, 1.0)
 
 
 @pytest.mark.parametrize("steps", STEPS_TAKEN)
-@pytest.mark.parametrize("name", ["adam", "adam_maximize"])  # as it is; with its sign turned
+@pytest.mark.parametrize("name", ["adam", "adam_maximize"])  # as it is; with its sign reversed
 def test_gradients_around_eps(name, steps, device):
-    for size in TINY:  # each alone: beside a usual one the others would be noise
+    for size in TINY:  # each alone: beside a usual gradient the small ones would be noise
         optimizer, _, v = make(name, device, steps=0, shapes=[(1,)])
         optimizer.param_groups[0]["weight_decay"] = 0.0
         gradients = [torch.tensor([size], device=device)]
         for _ in range(steps):
             step_with(optimizer, [g.clone() for g in gradients])
         (p,) = trainable_parameters(optimizer)
-        truth = [wide(t) for t in (p.detach(), gradients[0], optimizer_states(optimizer)[p])]
-        found = virtual_update(optimizer, gradients, along=v)
-        torch.testing.assert_close(found.parameters[0].double(), reference.virtual_update(*truth))
-        assert (found.direction[0] == 0.0) == (size == 0.0)
-        assert found.direction.masked_entries == (size == 0.0)
+        truth = [to_float64(t) for t in (p.detach(), gradients[0], optimizer_states(optimizer)[p])]
+        update = virtual_update(optimizer, gradients, along=v)
+        torch.testing.assert_close(update.parameters[0].double(), reference.virtual_update(*truth))
+        assert (update.direction[0] == 0.0) == (size == 0.0)
+        assert update.direction.masked_entries == (size == 0.0)
         # were a subnormal square flushed to 0, its kappa would be 0, too
         expected = reference.hypergradient_direction(*truth, v[0].double())
-        assert relative(found.direction[0], expected) <= 4e-6  # observed 8e-7, six roundings
+        assert relative(update.direction[0], expected) <= 4e-6  # observed 8e-7, six roundings
 
 
 def test_infinite_parameter_without_decay(device):
@@ -347,13 +347,13 @@ def test_betas_as_tensors_on_the_host_are_read(device):
     optimizer.param_groups[0]["betas"] = tuple(
         torch.tensor(b, dtype=torch.float64) for b in optimizer.param_groups[0]["betas"]
     )
-    found = virtual_update(optimizer, gradients).parameters[0]
-    assert relative(found, expected) < 1e-14  # observed 0
+    updated = virtual_update(optimizer, gradients).parameters[0]
+    assert relative(updated, expected) < 1e-14  # observed 0
 
 
 @pytest.mark.parametrize("option", ["betas", "eps", "weight_decay"])
 def test_numbers_on_a_device_take_the_reference(option, device):
-    """But for lr and the steps taken, which the kernel reads there."""
+    """All but lr and the step count, which the kernel reads on the device."""
     optimizer, gradients, _ = make("adamw", device, torch.float64, shapes=[(5,)])
     (p,) = trainable_parameters(optimizer)
     state = optimizer_states(optimizer)[p]
@@ -363,5 +363,5 @@ def test_numbers_on_a_device_take_the_reference(option, device):
     run = resolve("virtual_update", [p.detach(), *gradients])
     (expected,) = run([p.detach()], gradients, [state])
     with recorded_launches() as launches:
-        (found,) = run([p.detach()], gradients, [dataclasses.replace(state, **{option: moved})])
-    assert relative(found, expected) < 1e-14 and not launches  # observed 0
+        (updated,) = run([p.detach()], gradients, [dataclasses.replace(state, **{option: moved})])
+    assert relative(updated, expected) < 1e-14 and not launches  # observed 0
