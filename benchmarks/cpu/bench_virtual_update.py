@@ -1,7 +1,7 @@
 """virtual_update, and kappa v of AdamW: the C++ kernels, the reference, foreach and torch.compile;
 equal results first.
 
-All ways take turns and allocate their results. Bytes that must move: parameter, gradient and
+The implementations take turns and allocate their results. Bytes that must move: parameter, gradient and
 buffers read, the result written.
 """
 
