@@ -21,7 +21,7 @@ RATE_ROUNDS = 10
 
 
 def interleaved(calls, rounds):
-    """Seconds of every call in every round. The calls take turns, so that drift affects all equally;
+    """Seconds of every call in every round. Calls take turns, so that drift affects all equally;
     each round begins with another call, so that none is always the one with warm caches."""
     seconds = {label: [] for label in calls}
     for label in _turns(calls, rounds):

@@ -1,7 +1,7 @@
 """Norms of every sample's gradient: ours, one sample at a time, torch.func's vmap, and Opacus.
 
-Equal norms are asserted first; the implementations take turns on each model. Opacus does not support tied weights
-or bare parameters, so the transformers are left out for it.
+Equal norms are asserted first; the implementations take turns on each model. Opacus does not
+support tied weights or bare parameters, so it does not run on the transformers.
 """
 
 import copy
@@ -43,8 +43,8 @@ def opacus_implementations(model):
     """Norms from per-sample gradients, and by ghost clipping."""
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
-    # Opacus refuses in-place activations, and its hooks run in train mode alone; train and eval mode
-    # give the same results in these models
+    # Opacus refuses in-place activations, and its hooks run in train mode alone; train and eval
+    # mode give the same results in these models
     model = copy.deepcopy(model).train()
     for module in model.modules():
         if hasattr(module, "inplace"):

@@ -2,7 +2,7 @@
 
 Equal similarities are asserted first; the implementations take turns. faiss and the tiles of torch
 compute less than mts_fast: faiss the pool's neighbours alone, torch no centroids and ranks. Peak
-memory is resident memory above what the process held before, which includes libraries outside torch.
+memory is resident memory above what the process held before, so it includes other libraries'.
 """
 
 import importlib.util

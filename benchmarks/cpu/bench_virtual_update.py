@@ -1,8 +1,8 @@
 """virtual_update, and kappa v of AdamW: the C++ kernels, the reference, foreach and torch.compile;
 equal results first.
 
-The implementations take turns and allocate their results. Bytes that must move: parameter, gradient and
-buffers read, the result written.
+The implementations take turns and allocate their results. Bytes that must move: parameter, gradient
+and buffers read, the result written.
 """
 
 import pytest

@@ -28,8 +28,8 @@ ARMS = {
     "exact, atomic": {"atomic": True},
     "reuse": {"schedule": "reuse", "atomic": False},
 }
-# under BatchNorm "auto" is finite differences at 5476895 and forward mode in this checkout. The arms
-# therefore name one engine for both sides; "auto" is an arm by itself
+# under BatchNorm "auto" is finite differences at 5476895 and forward mode in this checkout. So the
+# arms name one engine for both sides, and "auto" is an arm by itself
 SAME_ENGINE = {"engine": "finite_difference"}
 BATCHNORM_ARMS = {name: {**options, **SAME_ENGINE} for name, options in ARMS.items()}
 BATCHNORM_ARMS["auto, exact"] = ARMS["exact"]
