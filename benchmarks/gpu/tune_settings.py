@@ -42,7 +42,7 @@ def first(value, alternatives):
 
 
 def cross_entropy_cases():
-    """Rows in registers: the longest such row, rows per program, warps. Rows in tiles: the tiles."""
+    """Rows in registers: the longest such row, rows a program, warps. Rows in tiles: the tiles."""
     from mts_fast.backends.triton.kernels import cross_entropy as kernel
 
     def table(name, alternatives):
