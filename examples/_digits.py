@@ -13,7 +13,7 @@ except ImportError as error:
 
 @dataclass
 class Digits:
-    """images [*, 64] and labels [*] of three parts; source and label errors of the training part."""
+    """images [*, 64] and labels [*] of three parts; source and label errors of the first."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]

@@ -2,8 +2,8 @@
 LoRA on a frozen base
 =====================
 
-Adapters of rank 4 in the attention of a small GPT-2, whose base weights are frozen. Only the adapters
-and the head have gradients, so row 6 of the algorithm is computed for them alone.
+Adapters of rank 4 in the attention of a small GPT-2, whose base weights are frozen. Only the
+adapters and the head have gradients, so row 6 of the algorithm is computed for them alone.
 """
 
 import os
@@ -47,7 +47,7 @@ print(f"{sum(p.numel() for p in trained)} of {sum(p.numel() for p in model.param
 
 
 def losses(index: torch.Tensor | slice) -> torch.Tensor:
-    """Cross-entropy [B, 1] of samples with their given labels, minus 1 to be roughly centred."""
+    """Cross-entropy [B, 1] of samples with their given labels, minus 1: roughly standardised."""
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids[index]).logits

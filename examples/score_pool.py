@@ -36,8 +36,8 @@ step = mts_fast.MTSStep(
 validation = {"val_inputs": digits.validation[0], "val_labels": digits.validation[1]}
 for _ in range(STEPS):
     i = torch.randint(len(labels), (512,))
-    described = {"features": table[i], "is_synthetic": digits.is_synthetic[i]}
-    step(images[i], labels[i], **described, **validation)
+    batch = {"features": table[i], "is_synthetic": digits.is_synthetic[i]}
+    step(images[i], labels[i], **batch, **validation)
 scores = step.weights(
     images,
     labels,
