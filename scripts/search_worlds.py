@@ -194,10 +194,10 @@ def _compared(
     if arguments.against is None:
         return None
     rows = json.loads(arguments.against.read_text())
-    theirs = {json.dumps(row["world"]): row["report"] for row in rows}
+    other_reports = {json.dumps(row["world"]): row["report"] for row in rows}
     lost, noise, shared = [], [], 0
     for world, report in zip(worlds, reports, strict=True):
-        other = theirs.get(world)
+        other = other_reports.get(world)
         if other is None or other["verdict"] != "computed":
             continue
         shared += 1

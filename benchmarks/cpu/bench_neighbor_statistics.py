@@ -71,15 +71,15 @@ def bench_neighbor_statistics(benchmark, size, dimension, threads):
     finally:
         torch.set_num_threads(before)
     base = BASE if BASE in calls else "torch tiles + topk"
-    mine = sorted(seconds["mts_fast, neighbours"])[rounds // 2]
+    median = sorted(seconds["mts_fast, neighbours"])[rounds // 2]
     benchmark.extra_info |= {
         "N": size,
         "D": dimension,
         "threads": threads,
         "ratios": {label: round(r, 3) for label, r in ratios(seconds, base).items()},
         # each pair once: N (N - 1) / 2 products of D multiplications and additions
-        "useful_gflops": round(size * (size - 1) * dimension / mine / 1e9, 1),
-        "seconds": round(mine, 3),
+        "useful_gflops": round(size * (size - 1) * dimension / median / 1e9, 1),
+        "seconds": round(median, 3),
         "peak_mib": {label: round(peak / 2**20) for label, peak in memory.items()},
     }
 

@@ -66,8 +66,8 @@ def relative_error(results, truth):
     pairs = zip(results, truth, strict=True)
     off = torch.stack([(result.double() - t).norm() for result, t in pairs]).norm()
     # where the truth is 0, only exact zeros pass
-    least = torch.finfo(torch.float64).tiny
-    return (off / torch.stack([t.norm() for t in truth]).norm().clamp(min=least)).item()
+    smallest = torch.finfo(torch.float64).tiny
+    return (off / torch.stack([t.norm() for t in truth]).norm().clamp(min=smallest)).item()
 
 
 def assert_as_exact(calls, truth, eps, base="eager"):

@@ -205,14 +205,14 @@ def render(document: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    older = []
+    stale = []
     for document in TABLES:
         path = ROOT / document
         old = path.read_text()
         new = render(document, old)
         if new != old:
-            older.append(document)
+            stale.append(document)
             if "--check" not in sys.argv:
                 path.write_text(new)
-    if older and "--check" in sys.argv:
-        raise SystemExit(f"older than benchmarks/results: {', '.join(older)}")
+    if stale and "--check" in sys.argv:
+        raise SystemExit(f"older than benchmarks/results: {', '.join(stale)}")
