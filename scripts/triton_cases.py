@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mts_fast.backends.triton.launch import Launch, recorded_launches
 from mts_fast.backends.triton.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from mts_fast.backends.triton.kernels.hypergradient_dot import hypergradient_dot
 from mts_fast.backends.triton.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +16,7 @@ from mts_fast.backends.triton.kernels.perturb import global_norm, perturb
 from mts_fast.backends.triton.kernels.sample_dot import sample_dot
 from mts_fast.backends.triton.kernels.scale import scale_
 from mts_fast.backends.triton.kernels.virtual_update import virtual_update
+from mts_fast.backends.triton.launch import Launch, recorded_launches
 from mts_fast.reference import Target
 from mts_fast.reference.virtual_update import AdamState, SGDState
 
