@@ -1,4 +1,4 @@
-# Every verb sets up what is missing first. PYTHON picks the interpreter of a new environment.
+# Every target installs missing packages first. PYTHON picks the interpreter of a new environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,9 +11,9 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMake
 
 setup: $(VENV)/.ready
 
-# A machine whose python3 already has torch and triton (a GPU machine, perhaps without network)
-# lends them to the environment; elsewhere they are installed, pinned. That python3 may itself be of
-# a virtual environment, which --system-site-packages would pass over, and may lack ensurepip.
+# Where python3 already has torch and triton (a GPU machine, perhaps without network), the environment
+# uses them; elsewhere they are installed, pinned. That python3 may itself be of a virtual environment,
+# which --system-site-packages would ignore, and may lack ensurepip.
 $(VENV)/.ready: $(SOURCES)
 	@set -e; if $(PYTHON) -c 'import torch, triton' 2>/dev/null; then \
 	  echo "setup: using the torch of $(PYTHON)"; \
@@ -34,15 +34,15 @@ $(VENV)/.ready: $(SOURCES)
 demo: setup
 	$(BIN)/mts-fast demo
 
-# blocks of a document share their names, so one process runs them
+# the blocks of a document share variables, so one process runs them
 DOCUMENTS := README.md docs
 
 test: setup
 	$(BIN)/python -m pytest -n 2 tests mts_fast
 	$(BIN)/python -m pytest $(DOCUMENTS)
 
-# What the core suite takes a sample of, in full: every operator and 500 moments of a step
-# interrupted, 2000 random worlds. Its summary is committed.
+# The tests that the core suite samples, in full: a step interrupted at every operator and at 500
+# moments, 2000 random worlds. Its summary is committed.
 test-all: setup
 	@mkdir -p build
 	$(BIN)/python -m pytest $(DOCUMENTS)
@@ -51,7 +51,7 @@ test-all: setup
 	tail -n 1 build/test-all.txt > benchmarks/results/test_all.txt
 
 # The C++ kernels under the address and undefined-behaviour sanitizers, then the usual build again.
-# Nothing of Python or torch is instrumented, so leaks are not looked for.
+# Python and torch are not instrumented, so leaks are not checked.
 ASAN_TESTS ?= tests/backends/cpp tests/ops tests/features tests/test_golden_features.py
 test-asan: setup
 	rm -rf build/asan && mkdir -p build/asan
@@ -61,8 +61,8 @@ test-asan: setup
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider -p sanitized $(ASAN_TESTS)
 
-# Random models, losses, optimizers and options against an oracle of their own: what is computed,
-# refused, or wrong. WORLDS_ARGS: --seed, --package OTHER_CHECKOUT, --against, --replay FILE.
+# Random models, losses, optimizers and options against an independent oracle: how many are computed,
+# refused or wrong. WORLDS_ARGS: --seed, --package OTHER_CHECKOUT, --against, --replay FILE.
 WORLDS ?= 2000
 WORLDS_ARGS ?=
 worlds: setup
@@ -82,11 +82,11 @@ lint: setup
 docs: setup
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
-# What every Triton kernel takes of a chip, compiled without a GPU; fails where one spills.
+# Registers and shared memory of every Triton kernel, compiled without a GPU; fails where one spills.
 resources: setup
 	env -u TRITON_INTERPRET $(BIN)/python scripts/check_triton.py --json benchmarks/results/triton_resources.json
 
-# Compares with higher, torchopt and Opacus, too, where they install. BENCH picks one file.
+# Also compares with higher, torchopt and Opacus, where they install. BENCH picks one file.
 BENCH ?= benchmarks/cpu
 bench: setup
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev,bench]' || echo "bench: going on without the packages to compare with"
@@ -102,9 +102,9 @@ bench-compare: setup
 
 # On a machine with a GPU: the whole suite on CUDA (compiled, never interpreted), the kernels' and
 # the steps' benchmarks, other tiles; records and table.md under OUT. Each part can be called alone,
-# gpu-bench also a benchmark at a time, as gpu-run-NOUN. A benchmark file starts nothing new after
-# BENCH_SECONDS, and is stopped after GPU_SECONDS, as the others are; a part that fails does not stop
-# the rest. GPU_ARGS are for pytest, TUNE picks kernels.
+# and one benchmark as gpu-run-NOUN. A benchmark file starts no new benchmark after BENCH_SECONDS, and
+# every part is stopped after GPU_SECONDS; a part that fails does not stop the rest. GPU_ARGS are for
+# pytest, TUNE picks kernels.
 GPU_SECONDS ?= 580
 BENCH_SECONDS ?= 450
 GPU_WORKERS ?= 8
@@ -144,10 +144,10 @@ gpu-tune: setup
 	@status=0; $(IN_TIME) $(BIN)/python benchmarks/gpu/tune.py --json $(OUT)/tune.json $(TUNE) || status=$$?; \
 	  $(BIN)/python benchmarks/tables/gpu.py $(OUT); exit $$status
 
-# What tells most in three calls of at most nine minutes each on a GPU machine without network: build,
-# correctness and whole steps; the kernels that decide what `auto` takes; where a step's time goes.
-# Fewer than eight files land in OUT each time. The environment is not made anew between calls: files
-# copied again get new times, which would rebuild it.
+# The most informative parts in three calls of at most nine minutes each on a GPU machine without
+# network: build, correctness and whole steps; the kernels that `auto` may use; where a step's time
+# goes. Each call writes fewer than eight files to OUT. call-setup does not rebuild an environment that
+# exists: files copied again have new times, for which `setup` would.
 CALL := PIP_NO_INDEX=1 PYTHONUNBUFFERED=1
 CALL_TESTS := tests/backends tests/ops tests/training tests/hypergradient tests/csrc/test_cuda_kernels.py --ignore tests/backends/triton/test_compiles.py
 # benchmark:selection
@@ -171,7 +171,7 @@ gpu-call-3: call-setup
 	@timeout -k 10 300 env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu/profile_step.py $(OUT) || true
 	@$(CALL) $(MAKE) GPU_SECONDS=200 TUNE="hypergradient_dot sample_dot" gpu-tune
 
-# The GPU benchmarks in tiny form on the CPU, in triton's interpreter: that they still run.
+# Checks that the GPU benchmarks still run: tiny sizes on the CPU, in triton's interpreter.
 TINY := env MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 bench-tiny: setup
 	@mkdir -p build/tiny

@@ -43,12 +43,12 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
 }
 
-# what docstrings write plainly and reStructuredText would read as markup: |g|, [B, *shape]
+# characters that reStructuredText would read as markup in plain docstrings: |g|, [B, *shape]
 _MARKUP = re.compile(r"(?<!\\)([|]|\*(?=\w+\]))")
 
 
 def _escape_markup(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
-    """Docstrings are plain text; their doctests stay as they are."""
+    """Escapes markup in plain-text docstrings, except in their doctests."""
     lines[:] = [
         line if line.lstrip().startswith((">>>", "...")) else _MARKUP.sub(r"\\\1", line)
         for line in lines
@@ -56,5 +56,5 @@ def _escape_markup(app, what, name, obj, options, lines):  # type: ignore[no-unt
 
 
 def setup(app):  # type: ignore[no-untyped-def]
-    """Before napoleon reads them."""
+    """Escapes docstrings before napoleon parses them."""
     app.connect("autodoc-process-docstring", _escape_markup, priority=400)

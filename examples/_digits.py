@@ -13,17 +13,17 @@ except ImportError as error:
 
 @dataclass
 class Digits:
-    """images [*, 64] and labels [*] of three parts, and what is true of the training part."""
+    """images [*, 64] and labels [*] of three parts; source and label errors of the first."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     is_synthetic: Tensor  # [N]
-    wrong: Tensor  # [N], whose label is wrong
+    wrong: Tensor  # [N], True where the label is wrong
 
 
 def noisy_digits(share: float = 0.4, seed: int = 0) -> Digits:
-    """200 real and 1000 'synthetic' samples, of which a share has a wrong label; 100 clean ones."""
+    """200 real and 1000 'synthetic' samples, a share of these with wrong labels; 100 clean ones."""
     generator = torch.Generator().manual_seed(seed)
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=generator)

@@ -2,8 +2,8 @@
 LoRA on a frozen base
 =====================
 
-Adapters of rank 4 in the attention of a small GPT-2, whose own weights stay as they are. Only the
-adapters and the head have gradients, so row 6 of the algorithm costs what they cost.
+Adapters of rank 4 in the attention of a small GPT-2, whose base weights are frozen. Only the
+adapters and the head have gradients, so row 6 of the algorithm is computed for them alone.
 """
 
 import os
@@ -42,12 +42,12 @@ trained = [p for p in model.parameters() if p.requires_grad]
 print(f"{sum(p.numel() for p in trained)} of {sum(p.numel() for p in model.parameters())} trained")
 
 # %%
-# The selector sees the per-sample loss of the model so far, which wrong labels keep high. It is
-# read before each step, in eval mode.
+# The selector's feature is the model's current loss of the sample, which stays high where the label
+# is wrong. It is computed before each step, in eval mode.
 
 
 def losses(index: torch.Tensor | slice) -> torch.Tensor:
-    """Cross-entropy [B, 1] of samples as they are labelled, about standardised."""
+    """Cross-entropy [B, 1] of samples with their given labels, minus 1: roughly standardised."""
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids[index]).logits

@@ -2,8 +2,8 @@
 Resuming after a stop
 =====================
 
-A run that is stopped in the middle and goes on from its checkpoint takes the same steps, bit for
-bit, as one that was never stopped.
+A run that is stopped and resumed from its checkpoint takes the same steps, bit for bit, as one that
+was never stopped.
 """
 
 import os
@@ -22,7 +22,7 @@ file = Path(tempfile.mkdtemp()) / "checkpoint.pt"
 
 
 def make_step() -> mts_fast.MTSStep:
-    """Everything that a run begins with."""
+    """Model, selector and optimizers at the start of a run."""
     torch.manual_seed(0)
     model = classifier()
     selector = mts_fast.Selector(num_features=4, num_classes=10)
@@ -37,7 +37,7 @@ def make_step() -> mts_fast.MTSStep:
 
 
 def train(step: mts_fast.MTSStep, until: int) -> list[float]:
-    """Steps up to a number; each batch follows from the number, so that nothing else is kept."""
+    """Train to a step number. A batch depends on that number alone, so no other state is saved."""
     losses = []
     while step.steps < until:
         i = torch.randint(1200, (256,), generator=torch.Generator().manual_seed(step.steps))
@@ -53,7 +53,7 @@ def train(step: mts_fast.MTSStep, until: int) -> list[float]:
 
 
 # %%
-# One run without a stop, and one that is stopped half way.
+# One run without a stop, and one that is stopped after half of the steps.
 
 whole = train(make_step(), STEPS)
 stopped = make_step()

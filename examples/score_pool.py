@@ -3,7 +3,7 @@ Scoring a pool and choosing its best part
 =========================================
 
 The weights of a short run decide which half of the synthetic samples another classifier is trained
-on. A random half is the comparison, the samples with right labels the best that could be chosen.
+on. It is compared with a random half, and with the samples whose labels are right.
 """
 
 import os
@@ -36,8 +36,8 @@ step = mts_fast.MTSStep(
 validation = {"val_inputs": digits.validation[0], "val_labels": digits.validation[1]}
 for _ in range(STEPS):
     i = torch.randint(len(labels), (512,))
-    given = {"features": table[i], "is_synthetic": digits.is_synthetic[i]}
-    step(images[i], labels[i], **given, **validation)
+    batch = {"features": table[i], "is_synthetic": digits.is_synthetic[i]}
+    step(images[i], labels[i], **batch, **validation)
 scores = step.weights(
     images,
     labels,
@@ -69,10 +69,10 @@ best = synthetic[scores[synthetic].argsort(descending=True)[: len(synthetic) // 
 some = synthetic[torch.randperm(len(synthetic))[: len(best)]]
 right = synthetic[~digits.wrong[synthetic]]
 choices = {"random half": some, "best half": best, "right labels": right}
-found = {name: accuracy(torch.cat([real, chosen])) for name, chosen in choices.items()}
-print(found)
+accuracies = {name: accuracy(torch.cat([real, chosen])) for name, chosen in choices.items()}
+print(accuracies)
 
-plt.bar(list(found), list(found.values()))
+plt.bar(list(accuracies), list(accuracies.values()))
 plt.ylabel("test accuracy")
 plt.ylim(0.5, 1)
 plt.show()

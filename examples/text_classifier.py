@@ -1,6 +1,6 @@
 """
-A text classifier of Hugging Face
-=================================
+A text classifier from Hugging Face
+===================================
 
 A small BERT, built from a config, tells two topics apart by their words. A third of the labels are
 wrong. Batches are dicts, as tokenizers give them, padded to the longest sentence.
@@ -39,8 +39,8 @@ def sentences(index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
 
 
 # %%
-# A feature for the selector: what a linear classifier of bags of words, fitted to the clean
-# sentences, says of a sentence's label.
+# A feature for the selector: the margin of a sentence's label under a linear classifier of bags of
+# words, which is fitted to the clean sentences.
 
 bags = torch.nn.functional.one_hot(ids, WORDS + 1).sum(1)[:, 1:].float()
 clean = slice(SENTENCES, None)

@@ -23,7 +23,7 @@ images, labels = digits.train
 val_images, val_labels = digits.validation
 
 # %%
-# What the selector knows of each sample beforehand: where it lies among those of its class.
+# Offline features of each sample: where its image lies among those of its class.
 
 table = FeatureTable(distribution_features(images, labels, digits.is_synthetic)).standardized()
 
@@ -52,7 +52,7 @@ for number in range(STEPS):
         print(f"{number:4d}  loss {result.loss:.3f}  validation loss {result.val_loss:.3f}")
 
 # %%
-# The weights that it ends with, and what the classifier is worth.
+# The weights at the end, and the classifier's test accuracy.
 
 weights = step.weights(
     images, labels, features=table, is_synthetic=digits.is_synthetic, val_inputs=val_images

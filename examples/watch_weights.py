@@ -38,7 +38,7 @@ step = mts_fast.MTSStep(
 )
 
 # %%
-# Results are tensors until they are read, so reading every tenth step costs little on a GPU, too.
+# Results are tensors until they are read; reading only every tenth step costs little on a GPU, too.
 
 folder = tempfile.mkdtemp()
 history = []
@@ -62,7 +62,7 @@ with SummaryWriter(folder) as writer:
 print(f"tensorboard --logdir {folder}")
 
 # %%
-# The same two curves as TensorBoard shows them.
+# Two of the curves in TensorBoard.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
 for axis, name in zip(axes, ("gsnr", "effective_batch_size"), strict=True):

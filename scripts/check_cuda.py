@@ -1,7 +1,7 @@
-"""Compiles every CUDA kernel for the chips we name and refuses what would spill.
+"""Compiles every CUDA kernel for ARCHITECTURES and refuses those that spill registers.
 
-`python scripts/check_cuda.py`: a table of registers and memory per kernel; exit status 1 where a
-kernel needs a stack frame, spills, or takes more shared memory than every chip gives.
+`python scripts/check_cuda.py` prints registers and shared memory per kernel; exit status 1 where a
+kernel needs a stack frame, spills, or uses more shared memory than SHARED_LIMIT.
 """
 
 import re
@@ -14,13 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
-# what a block may have without asking for more
+# bytes that a block may use without opting in to more
 SHARED_LIMIT = 48 * 1024
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one kernel on one chip."""
+    """ptxas's report on one kernel for one chip."""
 
     name: str
     architecture: str
@@ -30,14 +30,14 @@ class Kernel:
     shared: int
 
     def faults(self) -> list[str]:
-        found = []
+        faults = []
         if self.stack:
-            found.append(f"a stack frame of {self.stack} bytes")
+            faults.append(f"a stack frame of {self.stack} bytes")
         if self.spills:
-            found.append(f"{self.spills} bytes of spills")
+            faults.append(f"{self.spills} bytes of spills")
         if self.shared > SHARED_LIMIT:
-            found.append(f"{self.shared} bytes of shared memory")
-        return found
+            faults.append(f"{self.shared} bytes of shared memory")
+        return faults
 
 
 def compile_kernels(source: Path, architecture: str, nvcc: str) -> list[Kernel]:
@@ -53,8 +53,8 @@ def compile_kernels(source: Path, architecture: str, nvcc: str) -> list[Kernel]:
 
 
 def parse(report: str, architecture: str) -> list[Kernel]:
-    """Kernels from the words of `ptxas -v`."""
-    found = []
+    """The kernels in the output of `ptxas -v`."""
+    kernels = []
     for part in report.split("Compiling entry function '")[1:]:
         name = re.search(r"\d+([a-z_]+_kernel)I([a-z])E", part)
         stack, stores, loads = (
@@ -62,7 +62,7 @@ def parse(report: str, architecture: str) -> list[Kernel]:
             for what in ("stack frame", "spill stores", "spill loads")
         )
         shared = re.search(r"(\d+) bytes smem", part)
-        found.append(
+        kernels.append(
             Kernel(
                 f"{name[1]}<{ {'f': 'float', 'd': 'double'}[name[2]] }>" if name else part[:60],
                 architecture,
@@ -72,7 +72,7 @@ def parse(report: str, architecture: str) -> list[Kernel]:
                 int(shared[1]) if shared else 0,
             )
         )
-    return found
+    return kernels
 
 
 def check(nvcc: str) -> list[Kernel]:

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for the chips we name, without a GPU, and refuses what would spill.
+"""Compiles every Triton kernel without a GPU and refuses those that spill registers.
 
-`python scripts/check_triton.py [GROUP ...]`: a table of registers and shared memory for each kernel
-and configuration; exit status 1 where one uses a stack, local memory, or more shared memory than
-its chips give. `--json FILE` keeps the table. Not in a process with TRITON_INTERPRET=1.
+`python scripts/check_triton.py [GROUP ...]` prints registers and shared memory of each kernel in
+each configuration; exit status 1 where one uses a stack, local memory, or more shared memory than
+SHARED_LIMIT. `--json FILE` writes the table. TRITON_INTERPRET=1 must not be set.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from triton_cases import GROUPS, launches_of
 
 from mts_fast.backends.triton.launch import COMPILE_OPTIONS, Launch
 
-# what a block may have: sm_80 code also runs on 8.6 and 8.9, which have the least; Hopper
+# bytes that a block may use, by compute capability; sm_80 code also runs on 8.6 and 8.9, which have
+# the least
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 DTYPES = {
     torch.float64: "fp64",
@@ -32,13 +33,13 @@ DTYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
 }
-# what triton's launcher looks for in pointers and sizes
+# triton's launcher specializes on pointers and sizes that are multiples of this
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler says of one kernel in one configuration on one chip."""
+    """The assembler's report on one kernel in one configuration for one chip."""
 
     kernel: str
     case: str
@@ -49,23 +50,23 @@ class Compiled:
     shared: int
 
     def faults(self) -> list[str]:
-        found = []
+        faults = []
         if self.stack:
-            found.append(f"a stack of {self.stack} bytes")
+            faults.append(f"a stack of {self.stack} bytes")
         if self.local:
-            found.append(f"{self.local} bytes of local memory")
+            faults.append(f"{self.local} bytes of local memory")
         if self.shared > SHARED_LIMIT[self.capability]:
-            found.append(f"{self.shared} bytes of shared memory")
-        return found
+            faults.append(f"{self.shared} bytes of shared memory")
+        return faults
 
 
 def source_of(launch: Launch) -> ASTSource:
     """The specialization that a launch with these arguments compiles."""
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
-    given = dict(zip(names, launch.arguments, strict=False)) | launch.options
+    arguments = dict(zip(names, launch.arguments, strict=False)) | launch.options
     for i, name in enumerate(names):
-        value = given[name]
+        value = arguments[name]
         if name in launch.options or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -79,18 +80,16 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def compile_launch(case: str, launch: Launch, capability: int) -> Compiled:
-    """Through ptxas."""
+    """Compile one launch down to machine code, and read its resource usage."""
     options = {n: v for n, v in launch.options.items() if n in ("num_warps", "num_stages")}
     target = GPUTarget("cuda", capability, 32)
-    made = triton.compile(source_of(launch), target=target, options=options | COMPILE_OPTIONS)
-    usage = resource_usage(made.asm["cubin"])
-    registers, stack, local = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in _USAGE)
-    shared = int(made.metadata.shared)
+    compiled = triton.compile(source_of(launch), target=target, options=options | COMPILE_OPTIONS)
+    usage = resource_usage(compiled.asm["cubin"])
+    fields = ("REG", "STACK", "LOCAL")
+    registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in fields)
+    shared = int(compiled.metadata.shared)
     name = launch.kernel.__name__.removesuffix("_kernel")
     return Compiled(name, case, capability, registers, stack, local, shared)
-
-
-_USAGE = ("REG", "STACK", "LOCAL")
 
 
 def resource_usage(cubin: bytes) -> str:
@@ -117,13 +116,13 @@ if __name__ == "__main__":
     parser.add_argument("groups", nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    found = [c for group in asked.groups or GROUPS for c in check(group)]
-    for c in found:
-        where = f"{c.kernel:22} {c.case:42} sm_{c.capability}"
-        print(f"{where}  {c.registers:3} registers  {c.shared:6} B shared")
+    kernels = [c for group in asked.groups or GROUPS for c in check(group)]
+    for c in kernels:
+        label = f"{c.kernel:22} {c.case:42} sm_{c.capability}"
+        print(f"{label}  {c.registers:3} registers  {c.shared:6} B shared")
     if asked.json:
-        rows = ",\n  ".join(json.dumps(asdict(c)) for c in found)
+        rows = ",\n  ".join(json.dumps(asdict(c)) for c in kernels)
         head = f'"command": "make resources", "triton": "{triton.__version__}"'
         asked.json.write_text(f'{{{head}, "rows": [\n  {rows}\n]}}\n')
-    faults = [f"{c.kernel} {c.case} sm_{c.capability}: {f}" for c in found for f in c.faults()]
+    faults = [f"{c.kernel} {c.case} sm_{c.capability}: {f}" for c in kernels for f in c.faults()]
     sys.exit("\n".join(faults) if faults else 0)

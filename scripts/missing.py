@@ -1,7 +1,7 @@
 """Prints the requirements of pyproject.toml that this environment lacks; torch and triton never.
 
-    python scripts/missing.py            # of the extra dev, and of the build
-    python scripts/missing.py --build    # what the build needs, whether it is there or not
+    python scripts/missing.py            # missing ones of the build, the package and the extra dev
+    python scripts/missing.py --build    # all of the build, installed or not
 
 Used by `make setup`, so that requirements are listed in pyproject.toml alone.
 """
@@ -17,12 +17,12 @@ NEVER = {"torch", "triton", "mts_fast"}
 
 
 def name_of(requirement: str) -> str:
-    """The distribution that a requirement is of."""
+    """The name of the distribution in a requirement."""
     return re.split(r"[\[<>=!~; ]", requirement)[0]
 
 
 def of_extra(project: dict, extra: str) -> list[str]:
-    """Requirements of an extra, those of the extras that it names included."""
+    """Requirements of an extra, including those of the extras that it names."""
     listed: list[str] = []
     for requirement in project["optional-dependencies"][extra]:
         inner = re.match(r"mts_fast\[(.*)\]", requirement)
@@ -31,7 +31,7 @@ def of_extra(project: dict, extra: str) -> list[str]:
 
 
 def is_missing(requirement: str) -> bool:
-    """Whether no version of it is installed."""
+    """Whether no version of the distribution is installed."""
     try:
         version(name_of(requirement))
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def main() -> None:
         return
     listed = [*build, *content["project"]["dependencies"], *of_extra(content["project"], "dev")]
     wanted = [r for r in dict.fromkeys(listed) if name_of(r) not in NEVER]
-    # pip with nothing to install is an error; pip itself is always there
+    # `pip install` without an argument is an error; pip itself is always installed
     print(" ".join(r for r in wanted if is_missing(r)) or "pip")
 
 

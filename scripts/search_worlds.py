@@ -1,10 +1,10 @@
-"""Runs MTSStep on random worlds (tests/worlds) and writes what became of them.
+"""Runs MTSStep on random worlds (tests/worlds) and writes a summary of the verdicts.
 
     python scripts/search_worlds.py --count 2000 --seed 1     # make worlds
     python scripts/search_worlds.py --package ../other        # the same worlds by another checkout
     python scripts/search_worlds.py --replay failure.json     # one world again
 
-Exits 1 where a world is silently wrong, torn or ends in a raw error.
+Exit status 1 where a world is silently wrong, torn or ends in a raw error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "worlds.json"
-# every option is to be computed in that many worlds of 2000
+# least number of worlds in 2000 that should compute each option
 WANTED = 50
-# but these, which plain autograd.grad does not differentiate: refused whatever else they are
+# options that plain autograd.grad does not differentiate: always refused, so exempt from WANTED
 REFUSED = {"layer: checkpoint: reentrant"}
-# worlds that one process runs; a crash of the interpreter costs no more than these
+# worlds per process, and the most that a crash of the interpreter can cost
 CHUNK = 50
 
 
@@ -77,7 +77,7 @@ def _environment(package: Path) -> dict[str, str]:
 
 
 def _work() -> int:
-    """Worlds from stdin, one a line; reports to stdout."""
+    """Reads worlds from stdin, one a line, and writes their reports to stdout."""
     import torch
 
     torch.set_num_threads(1)
@@ -103,7 +103,8 @@ def _run_all(worlds: list[str], package: Path, jobs: int) -> list[dict[str, Any]
 
 
 def _run_chunk(worlds: list[str], package: Path) -> list[dict[str, Any]]:
-    """Reports of a process of its own; where it dies, the world it died in is the failure."""
+    """Reports of the worlds, from a separate process. A crash is the verdict on the world that was
+    running; a new process goes on after it."""
     reports: list[dict[str, Any]] = []
     while len(reports) < len(worlds):
         left = worlds[len(reports) :]
@@ -155,7 +156,7 @@ def _summary(
         "seed": arguments.seed,
         "verdicts": dict(verdicts.most_common()),
         "engines": dict(engines.most_common()),
-        # of those computed: rounding may be as large as the dots, which then say nothing
+        # computed worlds in which rounding may be as large as the dots, which then prove nothing
         "dots are noise": sum(r["noise"] for r in reports if r["verdict"] == "computed"),
         "refusals": dict(
             Counter(reason(r) for r in reports if r["verdict"] == "refused").most_common()
@@ -172,7 +173,7 @@ def _summary(
 
 
 def reason(report: dict[str, Any]) -> str:
-    """The kind of a refusal, without names and numbers; of several engines the last one's."""
+    """The kind of a refusal, without names and numbers; the last engine's where several refused."""
     text = re.sub(r"^\w+: MTSStep: ", "", report["reason"]).rpartition(" finite_difference: ")[2]
     text = re.sub(r"^engine must be able to serve the model, got ('\w+');", r"engine=\1:", text)
     text = re.sub(r"(\w+\.)+\w+( is used|: )", r"a layer\2", text)
@@ -193,15 +194,15 @@ def _compared(
     if arguments.against is None:
         return None
     rows = json.loads(arguments.against.read_text())
-    theirs = {json.dumps(row["world"]): row["report"] for row in rows}
+    other_reports = {json.dumps(row["world"]): row["report"] for row in rows}
     lost, noise, shared = [], [], 0
     for world, report in zip(worlds, reports, strict=True):
-        other = theirs.get(world)
+        other = other_reports.get(world)
         if other is None or other["verdict"] != "computed":
             continue
         shared += 1
         if report["verdict"] != "computed":
-            # where the dots are noise it cannot be told whether they were right there
+            # where the other run's dots are noise, nothing says whether they were right
             (noise if other["noise"] else lost).append(
                 {"report": report, "world": json.loads(world)}
             )
@@ -214,8 +215,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     from worlds.shrinking import shrunk
     from worlds.world import World
 
-    given = json.loads(arguments.replay.read_text())
-    world = World(**given.get("world", given))
+    record = json.loads(arguments.replay.read_text())
+    world = World(**record.get("world", record))
     report = run(world)
     if arguments.shrink and report.verdict in FAILURES:
         world = shrunk(world)

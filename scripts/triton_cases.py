@@ -1,10 +1,9 @@
-"""Launches of every Triton kernel in every configuration, written down without a GPU."""
+"""Launches of every Triton kernel in every configuration, recorded without a GPU."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from mts_fast.backends.triton.launch import Launch, recorded_launches
 from mts_fast.backends.triton.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from mts_fast.backends.triton.kernels.hypergradient_dot import hypergradient_dot
 from mts_fast.backends.triton.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,41 +16,42 @@ from mts_fast.backends.triton.kernels.perturb import global_norm, perturb
 from mts_fast.backends.triton.kernels.sample_dot import sample_dot
 from mts_fast.backends.triton.kernels.scale import scale_
 from mts_fast.backends.triton.kernels.virtual_update import virtual_update
+from mts_fast.backends.triton.launch import Launch, recorded_launches
 from mts_fast.reference import Target
 from mts_fast.reference.virtual_update import AdamState, SGDState
 
 HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 IGNORED = -100
-# several short rows a tile; a whole row, aligned to 8; rows in tiles; rows that start anywhere
+# several short rows per tile; a whole row, aligned to 8; rows in tiles; rows that are not aligned
 CLASSES = (10, 1000, 32_000, 50_257)
 
 
 def new(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
-    """What a kernel is launched on: sizes and dtypes, no memory."""
+    """A meta tensor: a launch is recorded from sizes and dtypes, without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every tile in every dtype: a plain loss, with its gradient, and with all there is."""
+    """Every tile in every dtype: the loss, with its gradient, and with all options."""
     labels, rows = new(64, dtype=torch.int64), new(64)
     for classes in CLASSES:
         for dtype in (HALF, FULL, DOUBLE):
             x = new(64, classes, dtype=dtype)
             statistic = new(64, dtype=torch.promote_types(dtype, FULL))
-            for what in ("loss", "gradient", "everything"):
-                full = what == "everything"
+            for outputs in ("loss", "gradient", "everything"):
+                full = outputs == "everything"
                 weight = new(classes) if full else None
                 target = Target(labels, weight, 0.1 if full else 0.0, IGNORED)
-                cotangent = None if what == "loss" else rows
+                cotangent = None if outputs == "loss" else rows
 
                 def run(x=x, y=target, c=cotangent, full=full, statistic=statistic) -> None:
                     cross_entropy(x, y, c, full)
                     cross_entropy_backward(x, y, statistic, statistic, rows)
 
-                yield f"C={classes} {_name(dtype)} {what}", run
-    one = Target(new(1, dtype=torch.int64))
-    # one class, one sample: sizes that become constants
-    yield "C=1", lambda: cross_entropy(new(1, 1), one, new(1), True)
+                yield f"C={classes} {_name(dtype)} {outputs}", run
+    # one class, one sample: triton compiles sizes of 1 as constants
+    one_label = Target(new(1, dtype=torch.int64))
+    yield "C=1", lambda: cross_entropy(new(1, 1), one_label, new(1), True)
     half = new(64, 1000, dtype=torch.float16)
     yield "float16", lambda: cross_entropy(half, Target(labels), None, True)
     yield "scale", lambda: scale_(new(64, 1000, dtype=HALF), new())
@@ -78,7 +78,7 @@ def linear_cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def dot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Linear layers and 1 x 1 convolutions; operands of b's dtype and such as are cast."""
+    """Linear layers and 1 x 1 convolutions; operands of b's dtype, or cast from float32."""
     for kind, dtype in (("bfloat16", HALF), ("float32", FULL), ("tf32", FULL), ("float64", DOUBLE)):
         for cast in (False, True) if dtype == HALF else (False,):
             operand = FULL if cast else dtype
@@ -100,17 +100,17 @@ def dot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"channels first {name}", channels
     tiny = new(1, 1, 1)
     yield "sizes of one", lambda: hypergradient_dot(tiny, new(1, 1), tiny, new(1))
-    wide = new(8, 4, 64, dtype=DOUBLE), new(64, 64, dtype=DOUBLE), new(8, 4, 64)
-    yield "float32 from float64", lambda: hypergradient_dot(*wide, None)
+    doubles = new(8, 4, 64, dtype=DOUBLE), new(64, 64, dtype=DOUBLE)
+    yield "float32 from float64", lambda: hypergradient_dot(*doubles, new(8, 4, 64), None)
     for dtype in (HALF, FULL, DOUBLE):
         x = new(8, 4096, dtype=dtype)
         yield f"sample_dot {_name(dtype)}", lambda x=x: sample_dot(x, x)
 
 
 def update_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """theta', kappa v and both, of aligned tensors and others; the norm and the perturbation.
+    """theta', kappa v and both, of aligned and unaligned tensors; the norm and the perturbation.
 
-    Their launches look at addresses, so that these tensors are real.
+    These launches depend on the tensors' pointers, so the tensors are real.
     """
     for dtype in (HALF, FULL, DOUBLE):
         for aligned in (True, False):
@@ -121,8 +121,8 @@ def update_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             name = f"{_name(dtype)} {'aligned' if aligned else 'unaligned'}"
             for rule, state in (("sgd", sgd), ("adam", adam)):
                 for update, along in ((True, None), (False, [x]), (True, [x])):
-                    what = {(True, False): "update", (False, True): "direction"}
-                    label = what.get((update, along is not None), "update and direction")
+                    labels = {(True, False): "update", (False, True): "direction"}
+                    label = labels.get((update, along is not None), "update and direction")
 
                     def run(x=x, state=state, update=update, along=along) -> None:
                         virtual_update([x], [x], [state], update=update, along=along)
@@ -141,7 +141,7 @@ GROUPS = {
 
 
 def launches_of(group: str) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of everything in a group."""
+    """(case, launch) of every case in a group."""
     before = torch.get_float32_matmul_precision()
     try:
         for name, run in GROUPS[group]():

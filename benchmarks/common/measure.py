@@ -1,4 +1,4 @@
-"""Interleaved timing and peak memory of several ways to do the same."""
+"""Interleaved timing and peak memory of several implementations of one task."""
 
 import ctypes
 import functools
@@ -12,17 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 
 # about 2 ms in which the GPU waits and the host queues the call to be timed
 HEAD_START_CYCLES = 4_000_000
-# to be written before a timed call, in sizes of the L2 cache, so that none of its inputs is there
+# bytes written before a timed call, in L2 cache sizes, so that its inputs are not in the cache
 FLUSHED_CACHES = 4
-# far beyond any cache, and a product that fills any GPU; on a CPU they only have to run
+# a copy far larger than any cache, and a product that fills any GPU; on a CPU they only have to run
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**24}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
 RATE_ROUNDS = 10
 
 
 def interleaved(calls, rounds):
-    """Seconds of every call in every round; all take turns, so that drift meets all alike, and
-    every round begins with another, so that none is always the one that finds the caches warm."""
+    """Seconds of every call in every round. Calls take turns, so that drift affects all equally;
+    each round begins with another call, so that none is always the one with warm caches."""
     seconds = {label: [] for label in calls}
     for label in _turns(calls, rounds):
         _synchronize()
@@ -34,8 +34,8 @@ def interleaved(calls, rounds):
 
 
 def on_device(calls, rounds, device):
-    """As `interleaved`, on a GPU by its own clock: from a cold L2 cache, and without the host's
-    share where that is shorter than the head start it gets."""
+    """As `interleaved`; on a GPU by CUDA events, with a cold L2 cache. The host's time is left out
+    where it is shorter than HEAD_START_CYCLES."""
     if device.type != "cuda":
         return interleaved(calls, rounds)
     cache = FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
@@ -64,8 +64,8 @@ def copy_bandwidth(device):
 
 
 def product_rate(device, dtype):
-    """Operations in a second of a large square product of random numbers, in the precision that
-    torch is now set to."""
+    """Operations in a second of a large square product of random matrices, in torch's current
+    float32 matmul precision."""
     return _product_rate(device, dtype, torch.get_float32_matmul_precision())
 
 
@@ -107,7 +107,7 @@ def peak_bytes(call):
     sizes = {}
     for event in _allocations(profiler):
         fields = event.extra_fields
-        # what was allocated before the call may be freed in it, and counts for nothing
+        # memory allocated before the call may be freed in it; that does not count
         if fields.alloc_size > 0:
             sizes[fields.ptr] = fields.alloc_size
             live += fields.alloc_size
@@ -134,14 +134,14 @@ def _status(field):
 
 
 def _allocations(profiler):
-    found = []
+    allocations = []
     pending = list(profiler.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)
         if event.typed[0] == _EventType.Allocation:
-            found.append(event)
-    return sorted(found, key=lambda event: event.start_time_ns)
+            allocations.append(event)
+    return sorted(allocations, key=lambda event: event.start_time_ns)
 
 
 def _synchronize():

@@ -1,12 +1,12 @@
-"""Pools for the benchmarks of neighbour statistics, and the best of torch to compare with."""
+"""Pools for the benchmarks of neighbour statistics, and the torch baseline."""
 
 import torch
 import torch.nn.functional as F
 
 CLASSES = 10
 K, NEIGHBORS = 3, 5
-# scaling in N at the encoders' usual 512, and up to a pool whose N x N matrix is 16 GB; scaling
-# in D at the size that the goal names.
+# (N, D): scaling in N at the encoders' usual D = 512, up to a pool whose N x N matrix is 16 GB;
+# scaling in D at N = 16384, for which the goal is set.
 SIZES = (
     (2048, 512),
     (8192, 512),
@@ -22,7 +22,7 @@ ALLOWED = 2e-6
 
 
 def make_pool(size, dimension):
-    """Classes around centres of their own, half of each synthetic."""
+    """One cluster per class; half of the samples are synthetic."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (size,), generator=g)
     centers = torch.randn(CLASSES, dimension, generator=g)
@@ -31,8 +31,9 @@ def make_pool(size, dimension):
 
 
 def torch_tiles(x, labels, is_synthetic):
-    """What a careful user writes: sorted by class and source, rows by the thousand, one matrix
-    product each, topk over the pool and over the two runs of columns of every class."""
+    """The baseline that a careful user writes. The pool is sorted by class and source; each tile of
+    rows is one matrix product, with topk over the pool and over its class's real and synthetic
+    columns."""
     group = 2 * labels + is_synthetic
     order = group.argsort(stable=True)
     unit = F.normalize(x, dim=1)[order]

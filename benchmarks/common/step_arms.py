@@ -1,7 +1,7 @@
-"""One training step of a task in many ways: plain, published, by double backward, and ours.
+"""One training step of a task in every arm: plain, published, by double backward, and MTSStep.
 
-Every arm owns a copy of the classifier, a selector and their optimizers. `step()` takes one step;
-`selector_gradient` holds what the selector's optimizer was given.
+An arm has its own copy of the classifier, a selector and their optimizers. `step()` takes one step;
+`selector_gradient` is the gradient that the selector's optimizer used.
 """
 
 import copy
@@ -18,7 +18,7 @@ from mts_fast import reference
 
 LR = 0.05
 ONLINE = 4
-# the published code's perturbation along v / ||v||
+# step of the published code's finite differences, along v / ||v||
 FD_STEP = 1e-2
 
 
@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 
 class Arm:
-    """Classifier, selector and optimizers; equal at the start in all arms of a task."""
+    """Classifier, selector and optimizers; all arms of a task start equal."""
 
     def __init__(self, task, optimizer="sgd"):
         self.task = task
@@ -71,7 +71,7 @@ class Plain(Arm):
 
 
 class SelectionArm(Arm):
-    """What the published code and the double-backward ones have in common."""
+    """The parts that the published and the double-backward arms share."""
 
     def penultimate(self, model, inputs):
         seen = []
@@ -91,9 +91,9 @@ class SelectionArm(Arm):
         self.model.eval()
         with torch.no_grad():
             val = self.penultimate(self.model, self.task.validation.inputs)
-            own = self.penultimate(self.model, batch.inputs)
+            train = self.penultimate(self.model, batch.inputs)
         self.model.train()
-        online = [reference.standardize(x) for x in reference.online_features(own, val)]
+        online = [reference.standardize(x) for x in reference.online_features(train, val)]
         return torch.cat([*online, self.task.features], 1)
 
     def weights(self, h):
@@ -101,7 +101,7 @@ class SelectionArm(Arm):
         return F.logsigmoid(z).softmax(0)
 
     def train_classifier(self, h):
-        """Row 9: a forward and a backward of its own."""
+        """Row 9, with a separate forward and backward."""
         with torch.no_grad():
             p = self.weights(h)
         batch = self.task.train
@@ -137,10 +137,11 @@ class Published(SelectionArm):
         per_sample(virtual(task.validation.inputs), task.validation.labels).mean().backward()
         v = [q.grad for q in virtual.parameters()]
         del virtual, loss
-        meta, h_meta = batch, h
+        selector_batch, selector_h = batch, h
         if self.two_batches:
-            meta, h_meta = task.meta, self.selector_features(task.meta)
-        self.train_selector(self.differences(meta, h_meta, v))
+            selector_batch = task.selector_batch
+            selector_h = self.selector_features(selector_batch)
+        self.train_selector(self.differences(selector_batch, selector_h, v))
         self.train_classifier(h)
 
     def differences(self, batch, h, v):
@@ -151,8 +152,8 @@ class Published(SelectionArm):
         parts = []
         for sign in (1, -1):
             with torch.no_grad():
-                for q, own, g in zip(moved.parameters(), self.model.parameters(), v, strict=True):
-                    q.copy_(own + sign * epsilon * g)
+                for q, theta, g in zip(moved.parameters(), self.model.parameters(), v, strict=True):
+                    q.copy_(theta + sign * epsilon * g)
             loss = (p * per_sample(moved(batch.inputs), batch.labels)).sum()
             parts.append(
                 torch.autograd.grad(loss, list(self.selector.parameters()), retain_graph=sign == 1)
@@ -167,20 +168,19 @@ class PublishedTwoBatches(Published):
 
 
 class DoubleBackward(SelectionArm):
-    """torch.func: the virtual step with its graph, differentiated through."""
+    """torch.func: differentiates through the graph of the virtual step."""
 
     def step(self):
         task = self.task
         h = self.selector_features(task.train)
         # fused attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH):
-            self.train_selector(
-                torch.autograd.grad(self.look_ahead(h), list(self.selector.parameters()))
-            )
+            loss = self.virtual_validation_loss(h)
+            self.train_selector(torch.autograd.grad(loss, list(self.selector.parameters())))
         self.train_classifier(h)
 
-    def look_ahead(self, h):
-        """Validation loss at theta', with its graph down to phi."""
+    def virtual_validation_loss(self, h):
+        """Validation loss at theta', with its graph back to phi."""
         train, validation = self.task.train, self.task.validation
         theta = dict(self.model.named_parameters())
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
@@ -197,7 +197,7 @@ class DoubleBackward(SelectionArm):
 class Higher(DoubleBackward):
     """The package higher."""
 
-    def look_ahead(self, h):
+    def virtual_validation_loss(self, h):
         import higher
 
         train, validation = self.task.train, self.task.validation
@@ -214,7 +214,7 @@ class Higher(DoubleBackward):
 class TorchOpt(DoubleBackward):
     """The package torchopt."""
 
-    def look_ahead(self, h):
+    def virtual_validation_loss(self, h):
         import torchopt
 
         train, validation = self.task.train, self.task.validation
@@ -230,7 +230,7 @@ class TorchOpt(DoubleBackward):
 
 
 class Ours(Arm):
-    """MTSStep with the options given."""
+    """MTSStep with some options."""
 
     def __init__(self, task, optimizer="sgd", **options):
         super().__init__(task, optimizer)
@@ -252,21 +252,21 @@ class Ours(Arm):
 
 
 def arms_of(name):
-    """label -> how it is made, for one of the benchmark's models."""
+    """label -> a function that makes the arm of a task, for one of the benchmark's models."""
     arms = {
         "plain": Plain,
         "published": Published,
         "published, two batches": PublishedTwoBatches,
         "double backward (torch.func)": DoubleBackward,
     }
-    # the packages keep BatchNorm buffers in their own ways
+    # higher and torchopt treat BatchNorm buffers differently
     if importlib.util.find_spec("higher") and name != "resnet18_batchnorm":
         arms["double backward (higher)"] = Higher
     if importlib.util.find_spec("torchopt") and name != "resnet18_batchnorm":
         arms["double backward (torchopt)"] = TorchOpt
     for schedule in ("exact", "reuse"):
         arms[f"auto, {schedule}"] = lambda t, s=schedule: Ours(t, schedule=s)
-        if name != "resnet18_batchnorm":  # there, auto is forward mode
+        if name != "resnet18_batchnorm":  # auto is forward mode under BatchNorm
             arms[f"auto, {schedule}, low memory"] = lambda t, s=schedule: Ours(
                 t, schedule=s, memory="low"
             )

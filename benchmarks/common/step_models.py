@@ -1,6 +1,6 @@
-"""The classifiers of the benchmarks of whole steps, and batches for them.
+"""Classifiers for the benchmarks of whole steps, and batches for them.
 
-Those of BUILD are small enough for two CPU cores; gpu_models.py has larger ones.
+The models of BUILD are small enough for two CPU cores; gpu_models.py has larger ones.
 """
 
 from dataclasses import dataclass
@@ -162,7 +162,7 @@ class ResNet50(nn.Module):
 
 
 def mlp(classes):
-    """On embeddings of 768 numbers, as of a frozen backbone."""
+    """On embeddings of width 768, as a frozen backbone gives them."""
     return nn.Sequential(
         nn.Linear(768, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, classes)
     )
@@ -194,13 +194,13 @@ class Task:
     model: nn.Module
     train: LabelledBatch
     validation: LabelledBatch
-    meta: LabelledBatch
+    selector_batch: LabelledBatch  # independent of train
     features: Tensor  # [B, 13] offline features
     num_classes: int  # of the selector
 
 
 def make_task(name, batch=None, device="cpu"):
-    """A task of one of BUILD."""
+    """The task of a model of BUILD."""
     size = batch or BATCH[name]
     if name == "gpt":
         return task_of(BUILD[name], tokens(VOCABULARY, CONTEXT), size, device)
@@ -209,7 +209,7 @@ def make_task(name, batch=None, device="cpu"):
 
 
 def task_of(build, draw, size, device, num_classes=CLASSES):
-    """V = B/8; an independent selector batch of B samples; all drawn at random."""
+    """A task with V = B/8 and an independent selector batch of B samples, all random."""
     torch.manual_seed(0)
     model = build().to(device).train()
     batches = [draw(n, device) for n in (size, max(4, size // 8), size)]
@@ -217,7 +217,7 @@ def task_of(build, draw, size, device, num_classes=CLASSES):
 
 
 def labelled(shape, classes):
-    """Draws batches of classification."""
+    """A function that draws batches for classification."""
 
     def draw(n, device):
         inputs = torch.randn(n, *shape).to(device)
@@ -227,10 +227,10 @@ def labelled(shape, classes):
 
 
 def tokens(vocabulary, context):
-    """Draws batches of next-token prediction."""
+    """A function that draws batches for next-token prediction."""
 
     def draw(n, device):
-        drawn = torch.randint(vocabulary, (n, context + 1)).to(device)
-        return LabelledBatch(drawn[:, :-1], drawn[:, 1:])
+        sequences = torch.randint(vocabulary, (n, context + 1)).to(device)
+        return LabelledBatch(sequences[:, :-1], sequences[:, 1:])
 
     return draw

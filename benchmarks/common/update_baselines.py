@@ -1,4 +1,4 @@
-"""Optimizers mid-way, and what a user could assemble from torch for theta' and kappa v."""
+"""Baselines for theta' and kappa v: the reference per tensor, and torch's foreach operations."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Update:
-    """Parameters, their gradients, and the state that one step left."""
+    """Parameters, their gradients, and the optimizer state after one step."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -31,28 +31,31 @@ class Update:
 
 
 def draw_update(shapes, optimizer, device="cpu"):
-    """Random parameters of those shapes after one step of the named optimizer."""
+    """Random parameters of these shapes, with the named optimizer's state after one step."""
     g = torch.Generator(device).manual_seed(0)
     draw = lambda: [torch.randn(s, generator=g, device=device) for s in shapes]  # noqa: E731
     leaves = [torch.nn.Parameter(t) for t in draw()]
-    live = stepped(optimizer, leaves, draw())
-    return Update([p.detach() for p in leaves], draw(), list(optimizer_states(live).values()))
+    stepped_optimizer = stepped(optimizer, leaves, draw())
+    states = list(optimizer_states(stepped_optimizer).values())
+    return Update([p.detach() for p in leaves], draw(), states)
 
 
 def stepped(optimizer, leaves, gradients, **options):
-    """The named optimizer of torch after one step."""
-    live = OPTIMIZERS[optimizer](leaves, **options)
+    """torch's named optimizer after one step."""
+    result = OPTIMIZERS[optimizer](leaves, **options)
     for p, gradient in zip(leaves, gradients, strict=True):
         p.grad = gradient
-    live.step()
-    return live
+    result.step()
+    return result
 
 
 def one_by_one(parameters, gradients, states):
+    """theta' of each tensor, by the reference."""
     return list(map(reference.virtual_update, parameters, gradients, states))
 
 
 def directions_one_by_one(parameters, gradients, states, along, largest):
+    """kappa v of each tensor, by the reference."""
     rows = zip(parameters, gradients, states, along, strict=True)
     return [reference.hypergradient_direction(*row, None, largest) for row in rows]
 
@@ -70,18 +73,18 @@ def foreach_adamw(parameters, gradients, states):
     mean = torch._foreach_lerp([state.exp_avg for state in states], gradients, 1 - beta1)
     root = _foreach_root(gradients, states)
     torch._foreach_add_(root, s.eps)
-    kept = torch._foreach_mul(parameters, 1 - s.lr * s.weight_decay)
-    torch._foreach_addcdiv_(kept, mean, root, -s.lr / (1 - beta1**steps))
-    return kept
+    updated = torch._foreach_mul(parameters, 1 - s.lr * s.weight_decay)
+    torch._foreach_addcdiv_(updated, mean, root, -s.lr / (1 - beta1**steps))
+    return updated
 
 
 def foreach_direction_sgd(parameters, gradients, states, along):
-    """Of a step without dampening or nesterov kappa is lr."""
+    """kappa is lr, for steps without dampening and nesterov."""
     return torch._foreach_mul(along, states[0].lr)
 
 
 def foreach_direction_adamw(parameters, gradients, states, along):
-    """`reference` derives the slope; no second moment here is 0."""
+    """The closed form that `reference` derives; it needs second moments above 0."""
     s = states[0]
     (beta1, beta2), steps = s.betas, s.step + 1
     correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
@@ -102,7 +105,7 @@ def foreach_direction_adamw(parameters, gradients, states, along):
 
 
 def foreach_perturb(parameters, direction, step):
-    """Parameters moved by plus and minus `step` along the direction, by its own length."""
+    """Parameters plus and minus `step` times the direction divided by its norm."""
     epsilon = step / torch.stack(torch._foreach_norm(direction)).norm()
     moved = torch._foreach_mul(direction, epsilon)
     return torch._foreach_add(parameters, moved), torch._foreach_sub(parameters, moved)

@@ -1,6 +1,6 @@
 """cross_entropy forward and backward: the C++ kernel, torch, torch.compile; equal gradients first.
 
-All ways take turns. Bytes that must move: the logits twice, their gradient once.
+The implementations take turns. Bytes that must move: the logits twice, their gradient once.
 """
 
 import pytest
@@ -32,14 +32,14 @@ def bench_cross_entropy(benchmark, batch, classes):
         with mts_fast.use_backend("cpp"):
             return (p * cross_entropy(logits, labels)).sum()
 
-    ways = {
+    implementations = {
         "C++": with_kernel,
         "reference": lambda x: (p * F.cross_entropy(x, labels, reduction="none")).sum(),
         "torch.compile": compiled,
     }
     calls = {
-        label: lambda way=way: torch.autograd.grad(way(logits), logits)[0]
-        for label, way in ways.items()
+        label: lambda loss=loss: torch.autograd.grad(loss(logits), logits)[0]
+        for label, loss in implementations.items()
     }
     truth = calls["reference"]()
     for label, call in calls.items():

@@ -1,4 +1,4 @@
-"""The training steps of the demo's MTS arm by engine, and plain ones of the same classifier."""
+"""Training steps of the demo's MTS arm by engine, and plain steps of the same classifier."""
 
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 def random_table(size):
-    """Columns of the paper's widths: a step's time does not depend on what is in them."""
+    """Random columns of the paper's widths: a step's time does not depend on their values."""
     names = dict.fromkeys(PAPER_COLUMNS)
     widths = {"real_nearest3_cosine": 3, "synthetic_nearest3_cosine": 3}
     return FeatureTable({name: torch.randn(size, widths.get(name, 1)) for name in names})

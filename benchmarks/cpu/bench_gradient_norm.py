@@ -1,7 +1,7 @@
 """Norms of every sample's gradient: ours, one sample at a time, torch.func's vmap, and Opacus.
 
-Equal norms are asserted first; all ways of a model take turns. Opacus does not support tied weights
-or bare parameters, so the transformers are left out for it.
+Equal norms are asserted first; the implementations take turns on each model. Opacus does not
+support tied weights or bare parameters, so it does not run on the transformers.
 """
 
 import copy
@@ -26,10 +26,10 @@ ALLOWED = 1e-3
 
 def one_at_a_time(model, batch):
     norms = []
-    for one in batch.split(1):
-        loss = per_sample(model(one.inputs), one.labels).sum()
-        found = torch.autograd.grad(loss, list(model.parameters()))
-        norms.append(torch.stack(torch._foreach_norm(found)).norm())
+    for sample in batch.split(1):
+        loss = per_sample(model(sample.inputs), sample.labels).sum()
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.stack(torch._foreach_norm(gradient)).norm())
     return torch.stack(norms)
 
 
@@ -39,11 +39,12 @@ def vectorized(model, batch):
     ).detach()
 
 
-def opacus_ways(model):
-    """Per-sample gradients, and norms by ghost clipping."""
+def opacus_implementations(model):
+    """Norms from per-sample gradients, and by ghost clipping."""
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
-    # it refuses in-place activations, and listens in train mode alone; no layer here differs there
+    # Opacus refuses in-place activations, and its hooks run in train mode alone; train and eval
+    # mode give the same results in these models
     model = copy.deepcopy(model).train()
     for module in model.modules():
         if hasattr(module, "inplace"):
@@ -76,14 +77,16 @@ def bench_gradient_norm(benchmark, name):
     task = make_task(name, SAMPLES[name])
     model, batch = task.model.eval(), task.train
     ours = GradientNorm(Objective(model))
-    ways = {
+    implementations = {
         "mts_fast": lambda _, batch: ours(batch),
         "one at a time": one_at_a_time,
         "torch.func.vmap": vectorized,
     }
     if name in OPACUS and importlib.util.find_spec("opacus"):
-        ways |= opacus_ways(model)
-    calls = {label: lambda way=way: way(model, batch) for label, way in ways.items()}
+        implementations |= opacus_implementations(model)
+    calls = {
+        label: lambda norms=norms: norms(model, batch) for label, norms in implementations.items()
+    }
     exact = copy.deepcopy(model).double()
     inputs = batch.inputs.double() if batch.inputs.is_floating_point() else batch.inputs
     truth = one_at_a_time(exact, LabelledBatch(inputs, batch.labels))

@@ -24,7 +24,7 @@ def make_pool(size):
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.benchmark(warmup=True, min_rounds=15)
 def bench_label_agreement(benchmark, backend, size):
-    """Bytes that must move: K similarities, indices and labels, one own label, two results."""
+    """Bytes that must move: K similarities, indices and labels, the sample's label, two results."""
     if backend == "cpp" and not extension().available:
         pytest.skip(extension().reason)
     pool = make_pool(size)

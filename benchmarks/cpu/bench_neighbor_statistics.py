@@ -1,8 +1,8 @@
-"""Distribution features of a pool: ours, full matrices, the best of torch, and faiss.
+"""Distribution features of a pool: mts_fast, full matrices, torch in tiles, and faiss.
 
-Equal similarities are asserted first; all ways take turns. faiss and the tiles of torch find less
-than ours do: faiss the pool's neighbours alone, torch no centroids and ranks. Peak memory is
-resident memory above what the process held, so libraries outside torch are seen, too.
+Equal similarities are asserted first; the implementations take turns. faiss and the tiles of torch
+compute less than mts_fast: faiss the pool's neighbours alone, torch no centroids and ranks. Peak
+memory is resident memory above what the process held before, so it includes other libraries'.
 """
 
 import importlib.util
@@ -18,16 +18,18 @@ from mts_fast import reference
 from mts_fast.features import distribution_features
 from mts_fast.ops import neighbor_statistics
 
-# the others would not end, or not fit, beyond these
+# largest N of the implementations that would take too long, or not fit in memory, beyond it
 LARGEST = {"full matrices": 8192, "reference backend": 8192, "torch tiles + topk": 16384}
 BASE = "faiss, pool neighbours alone"
+
+
 def faiss_search(unit, threads):
     import faiss
 
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatIP(unit.shape[1])
     index.add(unit)
-    # the first found is the sample itself
+    # the nearest neighbour is the sample itself
     return torch.from_numpy(index.search(unit, NEIGHBORS + 1)[0][:, 1:])
 
 
@@ -36,8 +38,8 @@ def with_reference(pool):
         return neighbor_statistics(*pool, k=K, neighbors=NEIGHBORS).similarity
 
 
-def ways(pool, threads):
-    """Label -> call; each returns the similarities to the nearest of the pool, or all columns."""
+def implementations(pool, threads):
+    """Label -> call, which returns the largest similarities in the pool, or all columns."""
     unit = F.normalize(pool[0], dim=1)
     calls = {
         "mts_fast, all features": lambda: distribution_features(*pool),
@@ -61,7 +63,7 @@ def bench_neighbor_statistics(benchmark, size, dimension, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        calls = ways(pool, threads)
+        calls = implementations(pool, threads)
         memory = {label: peak_resident_bytes(call) for label, call in calls.items()}
         check(calls)
         seconds = {}
@@ -69,15 +71,15 @@ def bench_neighbor_statistics(benchmark, size, dimension, threads):
     finally:
         torch.set_num_threads(before)
     base = BASE if BASE in calls else "torch tiles + topk"
-    mine = sorted(seconds["mts_fast, neighbours"])[rounds // 2]
+    median = sorted(seconds["mts_fast, neighbours"])[rounds // 2]
     benchmark.extra_info |= {
         "N": size,
         "D": dimension,
         "threads": threads,
         "ratios": {label: round(r, 3) for label, r in ratios(seconds, base).items()},
         # each pair once: N (N - 1) / 2 products of D multiplications and additions
-        "useful_gflops": round(size * (size - 1) * dimension / mine / 1e9, 1),
-        "seconds": round(mine, 3),
+        "useful_gflops": round(size * (size - 1) * dimension / median / 1e9, 1),
+        "seconds": round(median, 3),
         "peak_mib": {label: round(peak / 2**20) for label, peak in memory.items()},
     }
 
@@ -86,12 +88,12 @@ def check(calls):
     expected = calls["mts_fast, neighbours"]()
     columns = calls["mts_fast, all features"]()
     for label, call in calls.items():
-        found = call()
-        if isinstance(found, torch.Tensor):
-            assert (found - expected).abs().max() < ALLOWED, label
+        result = call()
+        if isinstance(result, torch.Tensor):
+            assert (result - expected).abs().max() < ALLOWED, label
             continue
         for name, column in columns.items():
             # ranks may swap where distances tie to the last digit
             allowed = 1e-3 if "percentile" in name or "agreement" in name else ALLOWED
-            wrong = (found[name] - column).abs().max(1).values > allowed
+            wrong = (result[name] - column).abs().max(1).values > allowed
             assert wrong.float().mean() < 1e-3, (label, name)

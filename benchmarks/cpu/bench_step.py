@@ -1,7 +1,8 @@
 """One training step of five models: plain, published, by double backward, and MTSStep.
 
 Equal selector gradients are asserted first. All arms of a model take turns; ratios are medians over
-that of the plain step. Peak memory is what a step allocates at most, above what was there before.
+that of the plain step. Peak memory is the most that a step allocates, above what was allocated
+before.
 """
 
 import pytest
@@ -22,7 +23,7 @@ def assert_equal_gradients(name, arms):
         arm.step()
     truth = arms["double backward (torch.func)"].selector_gradient
     for label, arm in arms.items():
-        # another batch has another gradient
+        # the plain step has no selector gradient, and another batch has another one
         if label in ("plain", "published, two batches"):
             continue
         differs = "difference" in label or label == "published" or name == "resnet18_batchnorm"

@@ -1,8 +1,8 @@
 """virtual_update, and kappa v of AdamW: the C++ kernels, the reference, foreach and torch.compile;
 equal results first.
 
-All ways take turns and allocate their results. Bytes that must move: parameter, gradient and
-buffers read, the result written.
+The implementations take turns and allocate their results. Bytes that must move: parameter, gradient
+and buffers read, the result written.
 """
 
 import pytest
@@ -43,8 +43,8 @@ def bench_virtual_update(benchmark, model, optimizer):
         "torch.compile": lambda: compiled(*arguments[:2]),
     }
     for label, call in calls.items():
-        for mine, truth in zip(call(), calls["reference"](), strict=True):
-            torch.testing.assert_close(mine, truth, rtol=1e-6, atol=1e-6, msg=label)
+        for result, truth in zip(call(), calls["reference"](), strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-6, atol=1e-6, msg=label)
     seconds = {}
     benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
     # parameter, gradient, state, result
@@ -74,8 +74,8 @@ def bench_hypergradient_direction(benchmark, model):
         "torch.compile": lambda: compiled(p, g, v),
     }
     for label, call in calls.items():
-        for mine, truth in zip(call(), calls["reference"](), strict=True):
-            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5, msg=label)
+        for result, truth in zip(call(), calls["reference"](), strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5, msg=label)
     seconds = {}
     benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
     entries = sum(t.numel() for t in p)

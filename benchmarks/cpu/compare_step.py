@@ -2,7 +2,7 @@
 
     python benchmarks/cpu/compare_step.py --before 5476895          # make bench-compare BEFORE=...
 
-Each side is a process of its own, with its own mts_fast and the benchmarks of this checkout; they
+Each side is a separate process with its checkout's mts_fast and this checkout's benchmarks; they
 take steps in turns, never at the same time. Ratios are medians over rounds of after / before.
 """
 
@@ -22,21 +22,21 @@ MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp")
 OPTIMIZERS = ("momentum", "adamw")
 ROUNDS, WARM_UP = 11, 2
 MIB = 2**20
-# options of MTSStep by arm; the older side takes those that it knows
+# options of MTSStep by arm; the older side uses those that its MTSStep has
 ARMS = {
     "exact": {"atomic": False},
     "exact, atomic": {"atomic": True},
     "reuse": {"schedule": "reuse", "atomic": False},
 }
-# under BatchNorm "auto" took finite differences at 5476895 and takes forward mode now: the same
-# engine on both sides, and "auto" by itself
+# under BatchNorm "auto" is finite differences at 5476895 and forward mode in this checkout. So the
+# arms name one engine for both sides, and "auto" is an arm by itself
 SAME_ENGINE = {"engine": "finite_difference"}
 BATCHNORM_ARMS = {name: {**options, **SAME_ENGINE} for name, options in ARMS.items()}
 BATCHNORM_ARMS["auto, exact"] = ARMS["exact"]
 
 
 def serve():
-    """Makes arms and takes their steps, as standard input says."""
+    """Makes arms and takes their steps, by JSON orders from standard input."""
     import inspect
 
     import torch
@@ -58,7 +58,7 @@ def serve():
                 arm = Ours(make_task(order["model"]), optimizer=order["optimizer"], **options)
                 for _ in range(WARM_UP):
                     arm.step()
-            except RuntimeError as error:  # of the guard: no engine for this model
+            except RuntimeError as error:  # the guard found no engine for this model
                 answer["refused"] = str(error)
         elif order["do"] == "step":
             start = time.perf_counter()
@@ -70,7 +70,7 @@ def serve():
 
 
 class Side:
-    """One checkout in a process of its own."""
+    """One checkout, in a separate process."""
 
     def __init__(self, package):
         path = os.pathsep.join([str(package), str(ROOT / "benchmarks" / "common")])
@@ -93,7 +93,7 @@ class Side:
 
 
 def checked_out(commit):
-    """The other commit in build/, with this checkout's compiled library."""
+    """A worktree of the other commit in build/, with this checkout's compiled library."""
     folder = ROOT / "build" / f"before-{commit}"
     if not folder.exists():
         subprocess.run(
@@ -137,7 +137,7 @@ def main():
         serve()
         return
     before, after = Side(checked_out(arguments.before)), Side(ROOT)
-    # rows of other models stay from an earlier run
+    # an earlier run's rows of other models are kept
     rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else {}
     rows = {k: v for k, v in rows.items() if k.partition(",")[0] not in arguments.models}
     for model in arguments.models:

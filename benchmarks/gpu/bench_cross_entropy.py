@@ -1,8 +1,8 @@
 """weighted_cross_entropy forward and backward on a GPU: the Triton kernel, torch, torch.compile and
 Liger-Kernel; gradients as near to float64 as torch's first.
 
-Bytes that must move: the logits once, their gradient once. Liger writes the gradient over the
-logits, and so gets some of its own.
+Bytes that must move: the logits once, their gradient once. Liger overwrites the logits with the
+gradient, and so runs on a copy.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ SIZES = choose(
         (8192, 50_257),
         (8, 1024, 50_257),
     ),
-    # rows that stay in registers, rows in tiles, sequences
+    # rows in registers, rows in tiles, sequences
     ((5, 11), (2, 8200), (2, 3, 11)),
 )
 # a row in registers, a row in tiles
@@ -44,13 +44,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def losses_of(logits, labels):
-    """Per-sample losses [B] as torch makes them; of sequences, the mean over positions."""
+    """torch's per-sample losses [B]; of a sequence, the mean over its positions."""
     rows = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return rows if labels.ndim == 1 else rows.view(labels.shape).mean(1)
 
 
 def draw(size, dtype):
-    """logits, labels, p; the logits ask for a gradient."""
+    """logits (which require a gradient), labels, p."""
     g = torch.Generator(DEVICE).manual_seed(0)
     logits = (2 * torch.randn(size, generator=g, device=DEVICE)).to(dtype).requires_grad_()
     labels = torch.randint(size[-1], size[:-1], generator=g, device=DEVICE)
@@ -63,8 +63,8 @@ def gradient_of(loss, logits):
 
 def exact_gradient(logits, labels, p):
     """In float64."""
-    wide = logits.detach().double().requires_grad_()
-    return torch.autograd.grad((p.double() * losses_of(wide, labels)).sum(), wide)
+    logits = logits.detach().double().requires_grad_()
+    return torch.autograd.grad((p.double() * losses_of(logits, labels)).sum(), logits)
 
 
 def with_kernel(logits, labels, p, **options):
@@ -73,16 +73,16 @@ def with_kernel(logits, labels, p, **options):
 
 
 def liger_call(logits, labels, p):
-    """Of fresh logits the first time, which is when it is checked."""
+    """Liger's gradient. Only the first call, which is the checked one, sees the original logits."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    own = logits.detach().clone().requires_grad_()
+    copy = logits.detach().clone().requires_grad_()
 
     def loss(x):
         rows = liger_cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none")
         return (p * (rows if labels.ndim == 1 else rows.view(labels.shape).mean(1))).sum()
 
-    return gradient_of(loss, own)
+    return gradient_of(loss, copy)
 
 
 def name_of(size):
@@ -99,13 +99,13 @@ def bench_triton_cross_entropy(benchmark, size, dtype):
     def eager(x):
         return (p * losses_of(x, labels)).sum()
 
-    ways = {
+    losses = {
         OURS: lambda x: with_kernel(x, labels, p)[0],
         "eager": eager,
         "torch.compile": compiled(eager),
         "torch.compile, autotuned": compiled(eager, "max-autotune-no-cudagraphs"),
     }
-    calls = {label: gradient_of(way, logits) for label, way in ways.items()}
+    calls = {label: gradient_of(loss, logits) for label, loss in losses.items()}
     if importlib.util.find_spec("liger_kernel"):
         calls["Liger"] = liger_call(logits, labels, p)
     assert_as_exact(calls, exact_gradient(logits, labels, p), torch.finfo(dtype).eps)
@@ -135,15 +135,15 @@ def bench_triton_cross_entropy_statistics(benchmark, size, dtype):
         loss, _, statistics = with_kernel(x, labels, p, statistics=True)
         return loss, statistics
 
-    def both(way):
-        loss, statistics = way(logits)
+    def both(function):
+        loss, statistics = function(logits)
         return (*torch.autograd.grad(loss, logits), *statistics)
 
-    ways = {OURS: kernel, "eager": eager, "torch.compile": compiled(eager)}
-    calls = {label: lambda way=way: both(way) for label, way in ways.items()}
-    wide = logits.detach().double()
-    # of statistics, too: argmax has no rounding, and rows differ from each other
-    exact = exact_gradient(logits, labels, p) + tuple(reference.sample_statistics(wide, labels))
+    functions = {OURS: kernel, "eager": eager, "torch.compile": compiled(eager)}
+    calls = {label: lambda function=f: both(function) for label, f in functions.items()}
+    # float64 truth of the statistics, too: argmax does not round, so correctness has to be equal
+    statistics = reference.sample_statistics(logits.detach().double(), labels)
+    exact = exact_gradient(logits, labels, p) + tuple(statistics)
     for i, what in enumerate(("gradient", "error norm", "correct", "entropy")):
         parts = {label: lambda call=call, i=i: [call()[i]] for label, call in calls.items()}
         try:

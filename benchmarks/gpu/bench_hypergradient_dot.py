@@ -1,5 +1,6 @@
-"""Row 6 of one layer on a GPU: the Triton kernels; the replay, then a multiplication in place and a
-sum, as the engine does without them; torch.compile of that. As near to float64 as torch first.
+"""Row 6 of one layer on a GPU: the Triton kernels; the replay with an in-place product and a sum,
+as the engine does without the kernels; and torch.compile of that. Errors against float64 are
+compared with torch's first.
 """
 
 import pytest
@@ -44,20 +45,20 @@ CONVOLUTIONS = choose(
     },
     {"convolution": (2, 4, 8, 12)},
 )
-# replays that no product serves: a LayerNorm of the ViT, a convolution's output
+# outputs of layers whose replay is not a product: a LayerNorm of the ViT, a convolution
 SAMPLES = choose({"vit tokens": (256, 197 * 384), "resnet map": (256, 64 * 56 * 56)}, {"s": (3, 9)})
 DTYPES = (torch.bfloat16, torch.float32)
-# TF32 keeps 10 bits of a float32; triton cuts the rest off where cuBLAS rounds
+# TF32 has 10 bits of mantissa; triton truncates to them where cuBLAS rounds
 TF32_EPS = 2**-10
 
 
 def draw(*shape, dtype):
-    """Random numbers, standard normal."""
+    """Standard normal random tensor."""
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def multiplied_and_summed(replayed, b):
-    """Per-sample dot products [B], the replay overwritten."""
+    """Per-sample dot products [B]; overwrites the replayed output."""
     return replayed.mul_(b).flatten(1).sum(1, dtype=torch.float32)
 
 
@@ -66,7 +67,7 @@ def name_of(layer, size):
 
 
 def product_calls(replay, fused, b):
-    """The ways to dot a replay with b."""
+    """Label -> call, which takes the dot products of the replayed output with b."""
     traced = compiled(lambda: multiplied_and_summed(replay(), b))
 
     def kernel():
@@ -157,7 +158,7 @@ def exact(a, v, b):
 
 
 def measure(benchmark, calls, truth, layer, size, dtype):
-    """What the two kinds of layers have in common."""
+    """Check and time, for linear layers and convolutions."""
     samples, positions, inputs, outputs = size
     assert_as_exact(calls, truth, max(torch.finfo(dtype).eps, TF32_EPS))
     compare(

@@ -1,8 +1,8 @@
-"""linear_cross_entropy forward and backward on a GPU, the logits never written: the Triton kernels,
-torch, torch.compile and Liger-Kernel's; gradients as near to float64 as torch's first.
+"""linear_cross_entropy forward and backward on a GPU: the Triton kernels, which never write the
+logits, torch, torch.compile and Liger-Kernel; gradients as near to float64 as torch's first.
 
-All samples count the same, so that Liger's mean, the faster of its two forms, can take part.
-Operations at least: three products of hidden and weight; ours makes the logits once more.
+All samples have the same weight, so that Liger's mean, the faster of its two forms, can take part.
+Operations at least: three products of the size of the logits'; our kernels form the logits twice.
 """
 
 import importlib.util
@@ -23,10 +23,10 @@ from on_gpu import (
 
 import mts_fast
 
-# M rows, D wide, C classes: the heads of GPT-2 and of Llama 3 (8B)
+# (rows, width D, classes C): the heads of GPT-2 and of Llama 3 (8B)
 SIZES = choose(((8192, 768, 50_257), (8192, 4096, 128_256)), ((5, 16, 70),))
 DTYPES = (torch.bfloat16,)
-# rows of the truth at a time: float64 logits of all would not fit
+# rows of the float64 truth at a time: the logits of all rows would not fit
 TRUTH_ROWS = 1024
 
 
@@ -35,20 +35,20 @@ def mean_loss(hidden, weight, labels):
 
 
 def exact_gradients(hidden, weight, labels):
-    """Of hidden and weight, in float64."""
+    """The gradients by hidden and weight, in float64."""
     to_hidden, to_weight = [], 0.0
-    wide_weight = weight.detach().double().requires_grad_()
-    for rows, own in zip(hidden.split(TRUTH_ROWS), labels.split(TRUTH_ROWS), strict=True):
-        wide = rows.detach().double().requires_grad_()
-        loss = mean_loss(wide, wide_weight, own) * (len(rows) / len(hidden))
-        d_rows, d_weight = torch.autograd.grad(loss, (wide, wide_weight))
+    weight = weight.detach().double().requires_grad_()
+    for rows, row_labels in zip(hidden.split(TRUTH_ROWS), labels.split(TRUTH_ROWS), strict=True):
+        rows = rows.detach().double().requires_grad_()
+        loss = mean_loss(rows, weight, row_labels) * (len(rows) / len(hidden))
+        d_rows, d_weight = torch.autograd.grad(loss, (rows, weight))
         to_hidden.append(d_rows)
         to_weight = to_weight + d_weight
     return torch.cat(to_hidden), to_weight
 
 
-def liger_ways(p):
-    """Its mean, and its losses weighted by p as ours."""
+def liger_implementations(p):
+    """Liger's mean, and its losses weighted by p as ours are."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
     return {
@@ -74,12 +74,12 @@ def bench_triton_linear_cross_entropy(benchmark, size, dtype):
         with mts_fast.use_backend("triton"):
             return (p * mts_fast.linear_cross_entropy(h, w, y)).sum()
 
-    ways = {OURS: kernel, "eager": mean_loss, "torch.compile": compiled(mean_loss)}
+    losses = {OURS: kernel, "eager": mean_loss, "torch.compile": compiled(mean_loss)}
     if importlib.util.find_spec("liger_kernel"):
-        ways |= liger_ways(p)
+        losses |= liger_implementations(p)
     calls = {
-        label: lambda way=way: torch.autograd.grad(way(hidden, weight, labels), (hidden, weight))
-        for label, way in ways.items()
+        label: lambda loss=loss: torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+        for label, loss in losses.items()
     }
     assert_as_exact(calls, exact_gradients(hidden, weight, labels), torch.finfo(dtype).eps)
     compare(

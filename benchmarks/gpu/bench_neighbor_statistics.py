@@ -1,5 +1,5 @@
-"""Neighbour statistics on a GPU: the CUDA kernels, which `auto` does not take before this was run,
-against torch; equal similarities are asserted first."""
+"""Neighbour statistics on a GPU: the CUDA kernels, which `auto` does not choose, against torch;
+equal similarities are asserted first."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """One training step on a GPU: plain, published and MTSStep, time and peak memory.
 
 ResNet-50 (BatchNorm, GroupNorm), ViT-S and a 125M GPT; in float32, in float32 with TF32, and under
-bf16 autocast, where the published schedule runs in float32, too. Selector gradients are compared
-first. An arm that does not fit is recorded as such.
+bf16 autocast, where the published schedule also runs in float32. Selector gradients are compared
+first. An arm that does not fit in memory is recorded as such.
 """
 
 import gc
@@ -16,7 +16,7 @@ from measure import interleaved, peak_bytes
 from on_gpu import DEVICE, MIB, choose, needs_gpu, tf32
 from step_arms import Ours, Plain, Published
 
-# (model, batch, precision). The large batch is for the precisions that people train in.
+# (model, batch, precision). Large batches run in the precisions common in training.
 CASES = choose(
     [
         (model, batch, precision)
@@ -45,9 +45,9 @@ ROUNDS = choose(5, 1)
 LARGE = choose(1024, 4)
 MICRO_BATCH = choose(256, 2)
 BASE = "auto, exact, reference"
-# largest relative error of the selector's gradient against BASE in the same precision: of the exact
-# engines by rounding alone, and of differences, which truncate (3e-3 seen on a CPU) and whose
-# losses carry the precision's rounding divided by the step. None: recorded, not bounded.
+# largest relative error of the selector's gradient against BASE in the same precision. Exact
+# engines differ by rounding alone. Finite differences have a truncation error (3e-3 seen on a CPU)
+# and the rounding of the losses divided by the step. None: recorded, not bounded.
 ALLOWED = {
     "float32": {"exact": 1e-3, "differences": 5e-2},
     "tf32": {"exact": 5e-2, "differences": None},
@@ -57,7 +57,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def in_precision(step, precision):
-    """The step as it is run in that precision."""
+    """The step under the settings of a precision."""
 
     def run():
         with ExitStack() as stack:
@@ -70,7 +70,7 @@ def in_precision(step, precision):
 
 
 def arms_of(name, batch, precision):
-    """label -> (how it is made, the precision it runs in)."""
+    """label -> (function that makes the arm, the precision it runs in)."""
     arms = {"plain": (Plain, precision), "published": (Published, precision)}
     if precision == "bf16":
         arms["published, float32"] = (Published, "float32")
@@ -78,7 +78,7 @@ def arms_of(name, batch, precision):
         for backend in ("reference", "triton"):
             options = {"schedule": schedule, "backend": backend}
             arms[f"auto, {schedule}, {backend}"] = (_ours(options), precision)
-    # streaming changes what BatchNorm sees
+    # micro-batches change BatchNorm's statistics
     if batch >= LARGE and "batchnorm" not in name:
         options = {"backend": "triton", "micro_batch": MICRO_BATCH}
         arms[f"auto, exact, triton, micro-batches of {MICRO_BATCH}"] = (_ours(options), precision)
@@ -90,24 +90,24 @@ def _ours(options):
 
 
 def fits(call):
-    """Run it; False where the memory did not suffice."""
+    """Whether the call ran; False where it ran out of memory."""
     try:
         call()
     except torch.OutOfMemoryError:
         pass
     else:
         return True
-    # outside of the handler, whose traceback would keep the tensors
+    # not in the except block, whose traceback would keep the tensors alive
     gc.collect()
     torch.cuda.empty_cache()
     return False
 
 
 def peak_mib(call):
-    """None where the memory did not suffice this time."""
-    found = []
-    fits(lambda: found.append(round(peak_bytes(call) / MIB)))
-    return found[0] if found else None
+    """Peak memory of the call; None where it ran out of memory this time."""
+    peaks = []
+    fits(lambda: peaks.append(round(peak_bytes(call) / MIB)))
+    return peaks[0] if peaks else None
 
 
 def gaps_of(arms):
@@ -115,12 +115,12 @@ def gaps_of(arms):
     if BASE not in arms:
         return {}
     truth = arms[BASE].selector_gradient
-    found = {label: arm.selector_gradient for label, arm in arms.items() if label != "plain"}
-    return {label: ((g - truth).norm() / truth.norm()).item() for label, g in found.items()}
+    gradients = {label: arm.selector_gradient for label, arm in arms.items() if label != "plain"}
+    return {label: ((g - truth).norm() / truth.norm()).item() for label, g in gradients.items()}
 
 
 def assert_equal(gaps, precision, name):
-    """Where the mathematics is the same; a published step in another precision is recorded."""
+    """Bounds the gaps by ALLOWED; those without a bound are recorded only."""
     for label, gap in gaps.items():
         differs = label.startswith("published") or name == "resnet50_batchnorm"
         allowed = ALLOWED[precision]["differences" if differs else "exact"]
@@ -137,10 +137,10 @@ def bench_gpu_step(benchmark, name, batch, precision):
     torch.cuda.empty_cache()
     task = make_gpu_task(name, batch, DEVICE)
     arms, calls = {}, {}
-    made = arms_of(name, batch, precision)
-    for label, (make, own) in made.items():
+    makers = arms_of(name, batch, precision)
+    for label, (make, arm_precision) in makers.items():
         arm = make(task)
-        call = in_precision(arm.step, own)
+        call = in_precision(arm.step, arm_precision)
         if fits(call):
             arms[label], calls[label] = arm, call
     gaps = gaps_of(arms)
@@ -156,12 +156,12 @@ def bench_gpu_step(benchmark, name, batch, precision):
         seconds.update(interleaved(turns, ROUNDS))
 
     benchmark.pedantic(measure, rounds=1)
-    rows = {label: {"time": OUT_OF_MEMORY} for label in made}
-    median = {x: statistics.median(own) for x, own in seconds.items() if x not in failed}
-    for label, own in median.items():
+    rows = {label: {"time": OUT_OF_MEMORY} for label in makers}
+    medians = {x: statistics.median(s) for x, s in seconds.items() if x not in failed}
+    for label, median in medians.items():
         rows[label] = {
-            "ms": round(1e3 * own, 2),
-            "time": round(own / median["plain"], 3) if "plain" in median else None,
+            "ms": round(1e3 * median, 2),
+            "time": round(median / medians["plain"], 3) if "plain" in medians else None,
             "peak_mib": peak_mib(calls[label]),
             "gap": float(f"{gaps[label]:.1e}") if label in gaps else None,
         }

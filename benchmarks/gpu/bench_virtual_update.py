@@ -1,8 +1,8 @@
-"""theta', kappa v and the moves of finite differences on a GPU: the Triton kernels, the reference,
-foreach, torch.compile and torch's own optimizers; equal results first.
+"""theta', kappa v and the perturbations of finite differences on a GPU: the Triton kernels, the
+reference, foreach, torch.compile and torch's optimizers; equal results first.
 
-All ways allocate their results, but for torch's optimizers, which write in place and move the
-buffers once more.
+All allocate their results except torch's optimizers, which write in place and also write the
+buffers.
 """
 
 import pytest
@@ -26,14 +26,15 @@ from mts_fast.backends.triton import virtual_update as kernel
 from mts_fast.ops.perturb import global_norm, perturb
 
 MODELS = choose(("resnet50_batchnorm", "vit_s", "gpt_125m"), ("vit_s",))
-# streams of the parameters' size that must move: parameter, gradient and state in, theta' out;
-# gradient and state (of AdamW), v in, kappa v out; the norm of v, then v and parameter in and two
-# results out
+# streams of the parameters' size that must move:
+# reads parameter, gradient and state, writes theta'
 UPDATE_STREAMS = {"sgd": 4, "adamw": 5}
+# reads v, for AdamW also gradient and state; writes kappa v
 DIRECTION_STREAMS = {"sgd": 2, "adamw": 5}
+# reads v for its norm, then v and parameter, and writes two results
 PERTURB_STREAMS = 5
 STEP = 1e-2
-# float32 results of the same equation, differently ordered: a few roundings
+# float32 results of the same equation in another order of operations: a few roundings
 ALLOWED = 1e-5
 
 
@@ -50,15 +51,15 @@ def assert_equal(calls, base):
 
 
 def in_place(update, optimizer, **options):
-    """torch's own step on copies."""
+    """The step of torch's optimizer, on copies of the parameters."""
     leaves = [torch.nn.Parameter(p.clone()) for p in update.parameters]
     return stepped(optimizer, leaves, update.gradients, **options).step
 
 
-def report(benchmark, calls, update, streams, what, model):
+def report(benchmark, calls, update, streams, kernel_name, model):
     entries = sum(p.numel() for p in update.parameters)
     moved = streams * 4 * entries
-    facts = {"kernel": what, "size": f"{model}, {len(update.parameters)} tensors"}
+    facts = {"kernel": kernel_name, "size": f"{model}, {len(update.parameters)} tensors"}
     compare(benchmark, calls, moved=moved, dtype=torch.float32, **facts)
 
 
@@ -91,7 +92,7 @@ def bench_triton_hypergradient_direction(benchmark, model, optimizer):
     torch.compiler.reset()
     update = draw_update(shapes_of(model), optimizer, DEVICE)
     along = [torch.randn_like(p) for p in update.parameters]
-    # nothing but exact zeros is masked, as in the foreach way
+    # only exact zeros are masked, as by foreach
     largest = torch.zeros((), device=DEVICE)
     traced = compiled(lambda p, g, v: directions_one_by_one(p, g, update.states, v, largest))
     foreach = FOREACH_DIRECTION[optimizer]

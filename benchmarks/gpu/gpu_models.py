@@ -27,7 +27,7 @@ BUILD = {
 
 
 def make_gpu_task(name, batch, device):
-    """As `make_task`, of one of BUILD; a sequence's selector sees no class."""
+    """The task of a model of BUILD; for sequences the selector gets no class."""
     if name == "gpt_125m":
         return task_of(BUILD[name], tokens(VOCABULARY, CONTEXT), batch, device)
     draw = labelled((3, PIXELS, PIXELS), CLASSES)

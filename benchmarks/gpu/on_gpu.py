@@ -1,7 +1,7 @@
-"""Where the GPU benchmarks run, how large, and how they compare several ways to do the same.
+"""Device and sizes of the GPU benchmarks, and how they compare implementations.
 
-MTS_FAST_BENCH_TINY=1 shrinks them, so that with TRITON_INTERPRET=1 every line of them runs on the
-CPU, in triton's interpreter; what they then measure says nothing.
+MTS_FAST_BENCH_TINY=1 shrinks the sizes, so that with TRITON_INTERPRET=1 every line of the
+benchmarks runs on the CPU, in triton's interpreter; the times then mean nothing.
 """
 
 import os
@@ -17,10 +17,10 @@ from mts_fast.backends.triton.eligibility import interpreted, triton_reasons
 TINY = os.environ.get("MTS_FAST_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")
 ROUNDS = 2 if TINY else 30
-# with the host's share of a call, which a GPU that is kept busy hides
+# rounds that include the host's time, which a busy GPU hides
 HOST_ROUNDS = 2 if TINY else 10
 MIB = 2**20
-# error over torch's own in the same dtype, for a backward
+# allowed error of a backward, over torch's in the same dtype
 ERROR_FACTOR = 3
 OURS = "triton"
 
@@ -36,12 +36,12 @@ needs_gpu = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def choose(full, tiny):
-    """What is measured on a GPU, or its tiny form."""
+    """The size for a GPU, or the tiny one."""
     return tiny if TINY else full
 
 
 def compiled(function, mode="default"):
-    """torch.compile for these shapes alone; the tiny form traces, and leaves out the compiler."""
+    """torch.compile for static shapes; the tiny form traces without compiling."""
     if TINY:
         return torch.compile(function, backend="eager", dynamic=False)
     return torch.compile(function, mode=mode, dynamic=False)
@@ -49,7 +49,7 @@ def compiled(function, mode="default"):
 
 @contextmanager
 def tf32(allowed):
-    """float32 products and convolutions by TF32, or in full."""
+    """Sets whether float32 products and convolutions may use TF32."""
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -61,26 +61,27 @@ def tf32(allowed):
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def relative_error(found, truth):
-    """||found - truth|| / ||truth|| over all tensors."""
-    off = torch.stack([(f.double() - t).norm() for f, t in zip(found, truth, strict=True)]).norm()
-    # a truth of zeros has to be met exactly
-    least = torch.finfo(torch.float64).tiny
-    return (off / torch.stack([t.norm() for t in truth]).norm().clamp(min=least)).item()
+def relative_error(results, truth):
+    """||results - truth|| / ||truth|| over all tensors."""
+    pairs = zip(results, truth, strict=True)
+    off = torch.stack([(result.double() - t).norm() for result, t in pairs]).norm()
+    # where the truth is 0, only exact zeros pass
+    smallest = torch.finfo(torch.float64).tiny
+    return (off / torch.stack([t.norm() for t in truth]).norm().clamp(min=smallest)).item()
 
 
-def assert_as_exact(calls, truth, eps, own="eager"):
-    """Every way is as near to the float64 truth as torch's own is, times ERROR_FACTOR, plus eps."""
-    allowed = ERROR_FACTOR * relative_error(calls[own](), truth) + eps
+def assert_as_exact(calls, truth, eps, base="eager"):
+    """Every error against the float64 truth is at most ERROR_FACTOR times torch's, plus eps."""
+    allowed = ERROR_FACTOR * relative_error(calls[base](), truth) + eps
     for label, call in calls.items():
         error = relative_error(call(), truth)
         assert error <= allowed, f"{label}: {error:.1e}, allowed {allowed:.1e}"
 
 
 def compare(benchmark, calls, *, kernel, size, dtype, moved=None, flops=None):
-    """Time and peak memory of all ways, into the benchmark's report.
+    """Time and peak memory of all implementations, into the benchmark's report.
 
-    `moved` and `flops` are what the task needs at least: bytes, and operations on `dtype`.
+    `moved` and `flops` are the least that the task needs: bytes, and operations on `dtype`.
     """
     for call in calls.values():
         call()

@@ -1,6 +1,6 @@
-"""Where the time of a step goes on a GPU: waits, launches, kernels, races. Files in FOLDER.
+"""Where the time of a step goes on a GPU: waits, launches, kernels, races.
 
-`python benchmarks/gpu/profile_step.py FOLDER`: waits.txt (every wait of one exact step),
+`python benchmarks/gpu/profile_step.py FOLDER` writes waits.txt (every synchronisation of one step),
 profile.txt (busy share, launches and the 20 longest kernels of plain, published and exact steps of
 a ViT-S), and sanitizer.txt (compute-sanitizer's racecheck and memcheck on one small launch of each
 kernel).
@@ -23,23 +23,23 @@ SANITIZER_SECONDS = 60
 
 
 def arms(batch):
-    """label -> a call that takes one step, of ViT-S under bf16 autocast."""
+    """label -> a call that takes one step of a ViT-S under bf16 autocast."""
     from bench_step import in_precision
     from gpu_models import make_gpu_task
     from step_arms import Ours, Plain, Published
 
     task = make_gpu_task("vit_s", batch, torch.device("cuda"))
-    made = {
+    steps = {
         "plain": Plain(task),
         "published": Published(task),
         "exact, reference": Ours(task, backend="reference"),
         "exact, triton": Ours(task, backend="triton"),
     }
-    return {label: in_precision(arm.step, "bf16") for label, arm in made.items()}
+    return {label: in_precision(arm.step, "bf16") for label, arm in steps.items()}
 
 
 def waits(call):
-    """What one step waits for, a line each."""
+    """The synchronisations of one step, a line each."""
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
@@ -73,7 +73,7 @@ def profile(label, call):
 
 
 def launch_small():
-    """Every kernel once, on sizes that no tile divides."""
+    """Launch every kernel once, on sizes that no tile divides."""
     from mts_fast import (
         linear_cross_entropy,
         ops,
@@ -98,8 +98,8 @@ def launch_small():
         ops.sample_dot(draw(5, 331), draw(5, 331))
         for kind in (torch.optim.SGD, torch.optim.AdamW):
             leaves = [draw(33, 47, grad=True), draw(101, grad=True)]
-            own = [draw(33, 47), draw(101)]
-            virtual_update(kind(leaves, lr=0.1), own, along=own)
+            gradients = [draw(33, 47), draw(101)]
+            virtual_update(kind(leaves, lr=0.1), gradients, along=gradients)
     torch.cuda.synchronize()
 
 

@@ -1,8 +1,8 @@
-"""Other tiles for the Triton kernels: which is fastest at which size. A command, not a test.
+"""Tries other tiles for the Triton kernels: the fastest for each size. A command, not a test.
 
 `python benchmarks/gpu/tune.py [--json FILE] [KERNEL ...]` sets the kernels' module constants to
-a few alternatives, checks that results stay the same, times all in turns, and says which won. With
-MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 it runs small, on the CPU.
+alternatives, checks that results stay the same, times them in turns, and prints the fastest. With
+MTS_FAST_BENCH_TINY=1 TRITON_INTERPRET=1 it runs on small sizes, on the CPU.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from on_gpu import DEVICE, choose, dtype_name, relative_error, rounded, tf32, wh
 from tune_settings import GROUPS
 
 ROUNDS = choose(20, 1)
-# the same sums in another order, in the dtype of the result
+# largest relative error, by the result's dtype: the same sums in another order
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 @contextmanager
 def in_force(setting):
-    """Module constants set to others."""
+    """Sets module constants to those of a setting, then back."""
     before = [(module, name, getattr(module, name)) for module, name, _ in setting]
     for module, name, value in setting:
         setattr(module, name, value)
@@ -53,35 +53,35 @@ def tune(kernel, case):
     for label, setting in case.settings.items():
         call = under(setting, case.run)
         try:
-            found = [t for t in call() if t.numel()]
-        # the compiler refuses a tile that is too large in ways of its own
+            results = [t for t in call() if t.numel()]
+        # the exception for a tile that is too large depends on the compiler
         except Exception as error:
             failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             continue
-        truth = truth or [t.double() for t in found]
-        error = relative_error(found, truth)
+        truth = truth or [t.double() for t in results]
+        error = relative_error(results, truth)
         if not error < ALLOWED[case.dtype]:
             failed[label] = f"another result: {error:.1e}"
             continue
         calls[label] = call
     seconds = on_device(calls, ROUNDS, DEVICE)
-    us = {label: 1e6 * statistics.median(own) for label, own in seconds.items()}
+    us = {label: 1e6 * statistics.median(times) for label, times in seconds.items()}
     best = min(us, key=us.__getitem__, default=None)
-    now = next(iter(case.settings))
+    current = next(iter(case.settings))
     return {
         "kernel": kernel,
         "size": case.size,
         "dtype": dtype_name(case.dtype),
-        "now": now,
+        "now": current,
         "best": best,
-        "now / best": round(us[now] / us[best], 3) if now in us else None,
+        "now / best": round(us[current] / us[best], 3) if current in us else None,
         "us": rounded(us),
         "failed": failed,
     }
 
 
 def line_of(row):
-    """What one row says, with the settings that did not run."""
+    """One row as text, with the settings that failed."""
     gain = f"{row['now / best']} x faster than {row['now']}"
     failures = f"; failed: {', '.join(row['failed'])}" if row["failed"] else ""
     return f"{row['kernel']:28} {row['size']:24} {row['dtype']:9} {row['best']} ({gain}){failures}"
@@ -102,7 +102,7 @@ def main(arguments):
                 print(line_of(rows[-1]), flush=True)
                 gc.collect()
                 if asked.json:
-                    # after every row, so that a run that is cut short leaves what it has
+                    # after every row, so that an interrupted run leaves its rows so far
                     asked.json.write_text(json.dumps(record_of(rows), indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""What tune_triton.py tries: for each kernel the sizes, the calls and the tiles.
+"""The cases of tune.py: for each kernel the sizes, the calls and the tiles.
 
-The first setting of a case is the one in the source. Needs triton, which is imported when asked.
+The first setting of a case is the one in the source. Triton is imported when the cases are made.
 """
 
 import functools
@@ -36,26 +36,26 @@ def randn(*shape, dtype=FULL):
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def first(value, others):
-    """The value in the source, then the other ones."""
-    return [value, *(other for other in others if other != value)]
+def first(value, alternatives):
+    """The value in the source, then the alternatives to it."""
+    return [value, *(a for a in alternatives if a != value)]
 
 
 def cross_entropy_cases():
-    """Rows in registers: where they end, how many share a program, warps. Rows in tiles: theirs."""
+    """Rows in registers: the longest such row, rows a program, warps. Rows in tiles: the tiles."""
     from mts_fast.backends.triton.kernels import cross_entropy as kernel
 
-    def table(name, others):
-        own = getattr(kernel, name)
+    def table(name, alternatives):
+        tiles_by_dtype = getattr(kernel, name)
         return {
-            f"{name} {tile}": [(kernel, name, own | {FULL: tile})]
-            for tile in first(own[FULL], others)
+            f"{name} {tile}": [(kernel, name, tiles_by_dtype | {FULL: tile})]
+            for tile in first(tiles_by_dtype[FULL], alternatives)
         }
 
-    def constant(name, others):
+    def constant(name, alternatives):
         return {
             f"{name} {value}": [(kernel, name, value)]
-            for value in first(getattr(kernel, name), others)
+            for value in first(getattr(kernel, name), alternatives)
         }
 
     tiles = ((8192, 4), (8192, 8), (16_384, 16), (32_768, 8), (32_768, 16))
@@ -83,11 +83,11 @@ def _cross_entropy(kernel, rows, classes, dtype, statistics, settings):
     x, labels, p = _rows(rows, classes, dtype)
 
     def run():
-        found = kernel.cross_entropy(x, Target(labels), p, statistics)
-        return found.losses, found.gradient
+        result = kernel.cross_entropy(x, Target(labels), p, statistics)
+        return result.losses, result.gradient
 
-    what = ", statistics" if statistics else ""
-    return Case(f"{rows} x {classes}{what}", dtype, run, settings)
+    suffix = ", statistics" if statistics else ""
+    return Case(f"{rows} x {classes}{suffix}", dtype, run, settings)
 
 
 def _backward(kernel, rows, classes, dtype, settings):
@@ -100,7 +100,7 @@ def _backward(kernel, rows, classes, dtype, settings):
     return Case(f"{rows} x {classes}, backward", dtype, run, settings)
 
 
-# rows, columns, steps, warps
+# (rows, columns, step of the inner loop, warps) of a tile
 ONE_PRODUCT = {
     "half": (
         *((128, 128, 32, 4), (128, 128, 32, 8), (128, 128, 64, 4), (128, 256, 64, 8)),
@@ -116,17 +116,17 @@ STAGES = (2, 4)
 
 
 def _product_settings(kind, products):
-    """Tiles for kernels that hold one or two products, and stages."""
+    """Tiles for kernels that hold one or two products, and pipeline stages."""
     from mts_fast.backends.triton.kernels import product
 
     pair = product.TILES[kind]
-    others = (ONE_PRODUCT, TWO_PRODUCTS)[products - 1][kind]
-    found = {}
-    for tile in first(tuple(pair[products - 1]), choose(others, others[:1])):
+    alternatives = (ONE_PRODUCT, TWO_PRODUCTS)[products - 1][kind]
+    settings = {}
+    for tile in first(tuple(pair[products - 1]), choose(alternatives, alternatives[:1])):
         changed = list(pair)
         changed[products - 1] = product.ProductTile(*tile)
-        found[f"tile {tile}"] = [(product, "TILES", product.TILES | {kind: tuple(changed)})]
-    return found | {f"stages {stages}": [(product, "STAGES", stages)] for stages in STAGES}
+        settings[f"tile {tile}"] = [(product, "TILES", product.TILES | {kind: tuple(changed)})]
+    return settings | {f"stages {stages}": [(product, "STAGES", stages)] for stages in STAGES}
 
 
 def hypergradient_dot_cases():
@@ -153,7 +153,9 @@ def hypergradient_dot_cases():
 def linear_cross_entropy_cases():
     """The forward, which holds one product, and the tangent, which holds two."""
     from mts_fast.backends.triton.kernels.linear_cross_entropy import linear_cross_entropy
-    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import linear_cross_entropy_tangent
+    from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import (
+        linear_cross_entropy_tangent,
+    )
     from mts_fast.backends.triton.kernels.logits_tile import Problem
 
     for rows, width, classes in choose(((8192, 768, 50_257),), ((5, 16, 70),)):
@@ -162,13 +164,13 @@ def linear_cross_entropy_cases():
         )
         labels = torch.randint(classes, (rows,), device=DEVICE)
         problem = Problem(hidden, weight, None, Target(labels))
-        found = linear_cross_entropy(problem)
+        losses = linear_cross_entropy(problem)
 
         def forward(problem=problem):
             return (linear_cross_entropy(problem).losses,)
 
-        def along(problem=problem, found=found, tangent=tangent):
-            rest = (found.maximum, found.total, tangent, None)
+        def along(problem=problem, losses=losses, tangent=tangent):
+            rest = (losses.maximum, losses.total, tangent, None)
             return (linear_cross_entropy_tangent(problem, *rest),)
 
         size = f"{rows} x {width} x {classes}"
@@ -176,7 +178,7 @@ def linear_cross_entropy_cases():
         yield Case(f"{size}, tangent", HALF, along, _product_settings("half", 2))
 
 
-# entries of a block, blocks of a program, warps
+# (entries per block, blocks per program, warps)
 POINTER_TABLES = (
     *((1024, 4, 4), (1024, 8, 4), (2048, 2, 8)),
     *((2048, 8, 8), (4096, 2, 8), (4096, 4, 8)),
@@ -188,14 +190,14 @@ def pointer_table_cases():
     from mts_fast.backends.triton.kernels import perturb, pointer_table, virtual_update
 
     users = pointer_table, perturb, virtual_update
-    own = pointer_table.BLOCK, pointer_table.BLOCKS, pointer_table.WARPS
+    current = pointer_table.BLOCK, pointer_table.BLOCKS, pointer_table.WARPS
     settings = {}
-    for block, blocks, warps in first(own, choose(POINTER_TABLES, POINTER_TABLES[:1])):
-        numbers = {"BLOCK": block, "BLOCKS": blocks, "WARPS": warps}
-        # where chunks begin is remembered by sizes alone, so that each setting remembers for itself
+    for block, blocks, warps in first(current, choose(POINTER_TABLES, POINTER_TABLES[:1])):
+        constants = {"BLOCK": block, "BLOCKS": blocks, "WARPS": warps}
+        # the program map is cached by tensor sizes, but depends on CHUNK: one cache per setting
         places = functools.lru_cache(pointer_table._places.__wrapped__)
         settings[f"block {block} x {blocks}, {warps} warps"] = [
-            *((module, name, n) for module in users for name, n in numbers.items()),
+            *((module, name, n) for module in users for name, n in constants.items()),
             (pointer_table, "CHUNK", block * blocks),
             (pointer_table, "_places", places),
         ]
@@ -221,7 +223,7 @@ SAMPLE_DOTS = ((1024, 4), (1024, 8), (2048, 2), (2048, 8), (4096, 2), (4096, 4))
 
 
 def sample_dot_cases():
-    """Entries of a load, and loads of a program."""
+    """Entries per load, and loads per program."""
     from mts_fast.backends.triton.kernels import sample_dot as kernel
 
     settings = {

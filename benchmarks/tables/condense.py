@@ -1,7 +1,7 @@
-"""Keeps of pytest-benchmark's report what is worth committing, one file per benchmark file.
+"""Condenses pytest-benchmark's report to the records that are committed, one per benchmark file.
 
-`python benchmarks/tables/condense.py REPORT.json FOLDER [COMMAND]`: FOLDER/<noun>.json for every
-bench_<noun>.py in it; COMMAND is what the record says it came from.
+`python benchmarks/tables/condense.py REPORT.json FOLDER [COMMAND]` writes FOLDER/<noun>.json for
+every bench_<noun>.py in the report; COMMAND is the command that the record names as its source.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 
 
 def condense(report: dict, command: str) -> dict[str, dict]:
-    """Noun -> machine, and per benchmark its name, median and what it reported itself."""
+    """Noun -> command, machine, and per benchmark its name, median, rounds and extra_info."""
     cpu = report["machine_info"]["cpu"]
     machine = f"{cpu['count']} cores {cpu.get('brand_raw', cpu['arch'])}, torch {torch.__version__}"
     if torch.cuda.is_available():
@@ -32,8 +32,8 @@ def condense(report: dict, command: str) -> dict[str, dict]:
             }
         )
     return {
-        noun: {"command": command, "machine": machine, "rows": found}
-        for noun, found in rows.items()
+        noun: {"command": command, "machine": machine, "rows": noun_rows}
+        for noun, noun_rows in rows.items()
     }
 
 

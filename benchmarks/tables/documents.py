@@ -1,6 +1,7 @@
 """Writes the tables of the documents from the committed results, between `<!-- NAME -->` marks.
 
-`python benchmarks/tables/documents.py` rewrites; `--check` only says whether anything differs (exit status 1).
+`python benchmarks/tables/documents.py` rewrites the documents; with `--check` it changes nothing
+and exits with status 1 where a table differs.
 """
 
 import json
@@ -36,20 +37,20 @@ def study_table(name: str) -> str:
     return f"| selector batch | {sizes} |\n|---|{'---:|' * len(rows)}\n| GSNR | {over} |"
 
 
-# of bench_step's rows those that the front page shows
+# rows of bench_step in README.md
 SUMMARY = ("plain", "auto, exact", "auto, reuse", "published", "double backward (torch.func)")
 
 
 def step_table(value: str, shown: tuple[str, ...] = ()) -> Callable[[str], str]:
-    """One value of bench_step, arms by models; the arms that a model lacks stay empty."""
+    """One value of bench_step, arms by models; empty where a model lacks the arm."""
 
     def make(_: str) -> str:
         models = _runs("step", "bench_step")
         arms = shown or list(max((run["rows"] for run in models.values()), key=len))
         lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
         for arm in arms:
-            found = [run["rows"].get(arm, {}).get(value, "") for run in models.values()]
-            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in found]
+            values = [run["rows"].get(arm, {}).get(value, "") for run in models.values()]
+            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in values]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -70,16 +71,16 @@ def compared_table(_: str) -> str:
         f"|---|{'---:|' * (len(arms) + 1)}",
     ]
     for model, optimizer in dict.fromkeys(key[:2] for key in split):
-        mine = [rows.get(f"{model}, {optimizer}, {arm}") for arm in arms]
-        peak = next(row for row in mine if row and "peak_mib" in row)["peak_mib"]
-        cells = ["" if row is None else _ratio(row) for row in mine]
+        by_arm = [rows.get(f"{model}, {optimizer}, {arm}") for arm in arms]
+        peak = next(row for row in by_arm if row and "peak_mib" in row)["peak_mib"]
+        cells = ["" if row is None else _ratio(row) for row in by_arm]
         name = f"{model.replace('_', ' ')}, {optimizer}"
         lines.append(f"| {name} | {' | '.join(cells)} | {peak['before']} → {peak['after']} |")
     return "\n".join(lines)
 
 
 def worlds_table(_: str) -> str:
-    """What became of the random worlds, and by which engine."""
+    """Verdicts on the random worlds, and the engines that computed them."""
     record = json.loads((RESULTS / "worlds.json").read_text())
     count = record["count"]
     columns = {
@@ -94,49 +95,49 @@ def worlds_table(_: str) -> str:
 
 
 def gradient_norm_table(_: str) -> str:
-    """How many times longer other ways take than ours, by model."""
+    """Times of the implementations over that of mts_fast, by model."""
     models = _runs("gradient_norm", "bench_gradient_norm")
-    ways = list(dict.fromkeys(way for run in models.values() for way in run["ratios"]))
+    implementations = list(dict.fromkeys(name for run in models.values() for name in run["ratios"]))
     lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
-    for way in ways:
-        found = [run["ratios"].get(way) for run in models.values()]
-        cells = ["" if x is None else f"{x:.1f}" for x in found]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+    for name in implementations:
+        values = [run["ratios"].get(name) for run in models.values()]
+        cells = ["" if x is None else f"{x:.1f}" for x in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def neighbor_table(value: str) -> Callable[[str], str]:
-    """One value of bench_neighbor_statistics with two threads, ways by pools."""
+    """One value of bench_neighbor_statistics with two threads, implementations by pools."""
 
     def make(_: str) -> str:
         record = json.loads((RESULTS / "neighbor_statistics.json").read_text())
         runs = [row for row in record["rows"] if row.get("threads") == 2]
-        ways = list(max((run[value] for run in runs), key=len))
+        implementations = list(max((run[value] for run in runs), key=len))
         heads = [f"{run['N'] // 1024}k x {run['D']}" for run in runs]
         lines = [f"| N x D | {' | '.join(heads)} |", f"|---|{'---:|' * len(runs)}"]
-        for way in ways:
-            found = [run[value].get(way, "") for run in runs]
-            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in found]
-            lines.append(f"| {way} | {' | '.join(cells)} |")
+        for name in implementations:
+            values = [run[value].get(name, "") for run in runs]
+            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in values]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
     return make
 
 
 def kernel_table(_: str) -> str:
-    """How many times longer torch takes than each small C++ kernel."""
+    """Times of torch over that of each small C++ kernel."""
     lines = ["| op | sizes | reference | best other | C++ GB/s |", "|---|---|---:|---:|---:|"]
     for noun, base in (
         ("virtual_update", "reference"),
         ("cross_entropy", "reference"),
     ):
         for row in json.loads((RESULTS / f"{noun}.json").read_text())["rows"]:
-            others = {way: x for way, x in row["ratios"].items() if way not in ("C++", base)}
-            best = min(others, key=lambda way: others[way])
+            rivals = {name: x for name, x in row["ratios"].items() if name not in ("C++", base)}
+            best = min(rivals, key=lambda name: rivals[name])
             size = row["name"].partition("[")[2][:-1]
             lines.append(
                 f"| {noun} | {size} | {row['ratios'][base]:.1f} "
-                f"| {others[best]:.2f} ({best}) | {row['GB/s']} |"
+                f"| {rivals[best]:.2f} ({best}) | {row['GB/s']} |"
             )
     for noun in ("class_centroids", "percentile_rank", "label_agreement"):
         rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
@@ -150,26 +151,26 @@ def kernel_table(_: str) -> str:
 
 
 def _runs(noun: str, benchmark: str) -> dict[str, dict]:
-    """Model -> what one benchmark reported of it."""
+    """Model -> the row of one benchmark."""
     rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
-    found = {row["name"].partition("[")[2][:-1]: row for row in rows if benchmark in row["name"]}
-    return {name.replace("_", " "): row for name, row in found.items()}
+    by_model = {row["name"].partition("[")[2][:-1]: row for row in rows if benchmark in row["name"]}
+    return {name.replace("_", " "): row for name, row in by_model.items()}
 
 
 def resource_table(_: str) -> str:
-    """What the Triton kernels take of a chip at most, over all their configurations."""
+    """Registers and shared memory of the Triton kernels, the largest over all configurations."""
     rows = json.loads((RESULTS / "triton_resources.json").read_text())["rows"]
     lines = [
         "| kernel | configurations | registers sm_80 | sm_90 | shared KiB sm_80 | sm_90 |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        own = [row for row in rows if row["kernel"] == kernel]
-        cells = [str(len({row["case"] for row in own}))]
+        configurations = [row for row in rows if row["kernel"] == kernel]
+        cells = [str(len({row["case"] for row in configurations}))]
         for value, unit in (("registers", 1), ("shared", 1024)):
             for chip in (80, 90):
-                most = max(row[value] for row in own if row["capability"] == chip)
-                cells.append(f"{most / unit:.0f}")
+                of_chip = [row[value] for row in configurations if row["capability"] == chip]
+                cells.append(f"{max(of_chip) / unit:.0f}")
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -204,14 +205,14 @@ def render(document: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    older = []
+    stale = []
     for document in TABLES:
         path = ROOT / document
         old = path.read_text()
         new = render(document, old)
         if new != old:
-            older.append(document)
+            stale.append(document)
             if "--check" not in sys.argv:
                 path.write_text(new)
-    if older and "--check" in sys.argv:
-        raise SystemExit(f"older than benchmarks/results: {', '.join(older)}")
+    if stale and "--check" in sys.argv:
+        raise SystemExit(f"older than benchmarks/results: {', '.join(stale)}")

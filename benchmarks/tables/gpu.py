@@ -1,21 +1,21 @@
-"""Tables of what the GPU benchmarks measured, from the records under a folder.
+"""Tables of the GPU benchmarks' records in a folder.
 
-`python benchmarks/tables/gpu.py FOLDER` prints markdown and writes it to FOLDER/table.md. A ratio is
-how many times longer a rival takes than ours: below 1 we lose.
+`python benchmarks/tables/gpu.py FOLDER` prints markdown and writes it to FOLDER/table.md. A ratio
+is a rival's time over ours: below 1 we lose.
 """
 
 import json
 import sys
 from pathlib import Path
 
-# of bench_<noun>.py
+# the nouns of bench_<noun>.py
 KERNELS = ("cross_entropy", "linear_cross_entropy", "virtual_update", "hypergradient_dot")
 STEPS, TUNING = "step", "tune"
 OURS = "triton"
 
 
 def table(heads: list[str], rows: list[list[object]]) -> str:
-    """Markdown; what is None stays empty."""
+    """Markdown table; None gives an empty cell."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |")
@@ -25,8 +25,8 @@ def table(heads: list[str], rows: list[list[object]]) -> str:
 def kernel_table(record: dict) -> str:
     """A row for each kernel, size and dtype; a column for each rival."""
     rows = record["rows"]
-    ways = dict.fromkeys(way for row in rows for way in row["ratios"])
-    rivals = [way for way in ways if way != OURS]
+    implementations = dict.fromkeys(name for row in rows for name in row["ratios"])
+    rivals = [name for name in implementations if name != OURS]
     heads = ["kernel", "size", "dtype", "us", "GB/s", "% of copy", "TFLOP/s", "% of product"]
     heads += ["MiB", "best rival / ours", "with the host"]
     heads += [f"{rival} / ours (MiB)" for rival in rivals]
@@ -35,13 +35,13 @@ def kernel_table(record: dict) -> str:
 
 def _kernel_row(row: dict, rivals: list[str]) -> list[object]:
     rates = [row.get(name) for name in ("GB/s", "% of copy", "TFLOP/s", "% of product")]
-    own = [row["kernel"], row["size"], row["dtype"], row["us"][OURS], *rates]
+    ours = [row["kernel"], row["size"], row["dtype"], row["us"][OURS], *rates]
     host = row["ratios with the host"]
     best = [min(ratios[r] for r in rivals if r in ratios) for ratios in (row["ratios"], host)]
     cells = [
         f"{row['ratios'][r]} ({row['peak_mib'][r]})" if r in row["ratios"] else None for r in rivals
     ]
-    return [*own, row["peak_mib"][OURS], *best, *cells]
+    return [*ours, row["peak_mib"][OURS], *best, *cells]
 
 
 def step_table(record: dict) -> str:
@@ -60,7 +60,7 @@ def step_table(record: dict) -> str:
 
 
 def tuning_table(record: dict) -> str:
-    """What is in the source against the best that was tried."""
+    """The setting in the source against the best that was tried."""
     heads = ["kernel", "size", "dtype", "in the source", "best", "in the source / best", "failed"]
     names = ["kernel", "size", "dtype", "now", "best", "now / best"]
     rows = [[*(row[n] for n in names), ", ".join(row["failed"]) or None] for row in record["rows"]]
@@ -68,19 +68,19 @@ def tuning_table(record: dict) -> str:
 
 
 def copies(record: dict) -> str:
-    """The ceilings that the shares are of."""
+    """The rates that the percentages refer to."""
     names = ("copy GB/s", "product TFLOP/s")
-    found = [
+    ceilings = [
         f"{row['dtype']} {name}: {row[name]}"
         for name in names
         for row in record["rows"]
         if name in row
     ]
-    return "; ".join(dict.fromkeys(found))
+    return "; ".join(dict.fromkeys(ceilings))
 
 
 def render(folder: Path) -> str:
-    """All records that are there, each under a heading."""
+    """All records in the folder, each under a heading."""
     parts = ["A ratio over 1 means that ours is faster, one below 1 that it loses."]
     makers = dict.fromkeys(KERNELS, kernel_table) | {STEPS: step_table, TUNING: tuning_table}
     for noun, make in makers.items():
