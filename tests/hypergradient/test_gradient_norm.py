@@ -13,8 +13,8 @@ from torch import nn
 import mts_fast
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
 from mts_fast.hypergradient.ghost import Ghost
-from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
 from mts_fast.hypergradient.ghost.parts import OuterPart, ScatteredPart, inner
+from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
 
 EXACT = 1e-12  # float64; observed 2e-15
 

@@ -68,9 +68,7 @@ def outer_parts(call, b, axis, size):
 
 def table_parts(call, b, axis, size):
     index = call.input.reshape(size, -1)
-    return {
-        "table": ScatteredPart(index, b.reshape(*index.shape, -1), len(call.argument("table")))
-    }
+    return {"table": ScatteredPart(index, b.reshape(*index.shape, -1), len(call.argument("table")))}
 
 
 @pytest.fixture(autouse=True)
