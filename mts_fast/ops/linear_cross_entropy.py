@@ -10,7 +10,7 @@ from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
 from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import linear_cross_entropy as triton
-from mts_fast.ops.target import check_target
+from mts_fast.ops.cross_entropy import check_target
 from mts_fast.reference import Target
 
 OP, TANGENT = "linear_cross_entropy", "linear_cross_entropy_tangent"

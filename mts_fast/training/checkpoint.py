@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
-
-if TYPE_CHECKING:
-    from mts_fast.training.step import MTSStep
+from mts_fast.training.step_parts import StepParts
 
 OP = "MTSStep.load_state_dict"
 VERSION = 2
@@ -40,7 +38,7 @@ LATER_OPTIONS = {
 }  # fmt: skip
 
 
-def state_of(step: MTSStep) -> dict[str, Any]:
+def state_of(step: StepParts) -> dict[str, Any]:
     """All that a resumed run needs."""
     scheduler, scaler = step.selector_scheduler, step.scaler
     return {
@@ -63,7 +61,7 @@ def state_of(step: MTSStep) -> dict[str, Any]:
     }
 
 
-def load_state(step: MTSStep, state: object) -> None:
+def load_state(step: StepParts, state: object) -> None:
     """Check a state, then load it; where loading fails, the old state is restored."""
     entries = copy.deepcopy(check_state(state, has_scheduler=step.selector_scheduler is not None))
     check_module_state("model", step.model, entries["model"])
@@ -85,7 +83,7 @@ def load_state(step: MTSStep, state: object) -> None:
     step._gap = None
 
 
-def _write(step: MTSStep, entries: dict[str, Any]) -> None:
+def _write(step: StepParts, entries: dict[str, Any]) -> None:
     step.model.load_state_dict(entries["model"])
     step.optimizer.load_state_dict(entries["optimizer"])
     step.selector.load_state_dict(entries["selector"])
@@ -111,7 +109,7 @@ def _write(step: MTSStep, entries: dict[str, Any]) -> None:
     step.skipped_steps = entries.get("skipped_steps", 0)
 
 
-def _loss_modules(step: MTSStep) -> list[nn.Module]:
+def _loss_modules(step: StepParts) -> list[nn.Module]:
     """The modules among the losses, whose buffers a step moves."""
     roots = (*step._objective.world.roots[1:], *step._validation.world.roots[1:])
     return list(dict.fromkeys(roots))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.gradients import set_gradients
+from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.result import StepResult
+from mts_fast.training.step_parts import StepParts
 from mts_fast.training.transaction import (
     Transaction,
     Versions,
@@ -29,9 +31,6 @@ from mts_fast.training.transaction import (
     saved_dict,
     state_bytes,
 )
-
-if TYPE_CHECKING:
-    from mts_fast.training.step import MTSStep
 
 OP = "MTSStep"
 logger = logging.getLogger("mts_fast")
@@ -44,36 +43,7 @@ ATOMIC_BYTES = 256 * 2**20
 OWN_SCALE, OWN_BACKOFF = 2.0**16, 16.0
 
 
-class PendingGap:
-    """Gap of the sum rule in a call that did not wait for it; the next call reads it."""
-
-    def __init__(self, gap: Tensor, allowed: float, engine: str) -> None:
-        self._allowed, self._engine = allowed, engine
-        self._event: torch.cuda.Event | None = None
-        self._gap = gap.detach()
-        if gap.is_cuda:
-            self._gap = torch.empty((), dtype=gap.dtype, pin_memory=True)
-            self._gap.copy_(gap.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def report(self) -> None:
-        """Warn where the gap exceeds its bound; a gap that has not arrived yet is skipped."""
-        if self._event is not None and not self._event.query():
-            return
-        gap = float(self._gap)
-        if gap > self._allowed:
-            logger.warning(
-                "%s: dots of engine %s in the last call missed sum p d = <kappa v, grad L> by %.1e"
-                " of sum p |d| (allowed %.0e); see mts_fast.check_engine",
-                OP,
-                self._engine,
-                gap,
-                self._allowed,
-            )
-
-
-def check_can_run(step: MTSStep) -> None:
+def check_can_run(step: StepParts) -> None:
     """Refuse nested calls, half-stepped parameters, disabled gradients and several processes."""
     if step._running is not None:
         hint = "build one MTSStep for each thread or inner loop"
@@ -88,7 +58,7 @@ def check_can_run(step: MTSStep) -> None:
     check_not_distributed(step.model)
 
 
-def run_call(step: MTSStep, call: Call) -> StepResult:
+def run_call(step: StepParts, call: Call) -> StepResult:
     """Take the step; where anything raises, all state is restored."""
     try:
         try:
@@ -100,12 +70,12 @@ def run_call(step: MTSStep, call: Call) -> StepResult:
         _ended(step, call)
 
 
-def _ended(step: MTSStep, call: Call) -> None:
+def _ended(step: StepParts, call: Call) -> None:
     if step._running is call:
         step._running = None
 
 
-def _run(step: MTSStep, call: Call) -> StepResult:
+def _run(step: StepParts, call: Call) -> StepResult:
     refresh_worlds(step)
     _follow_parameters(step)
     _adopt_scaler(step)
@@ -134,7 +104,7 @@ def _run(step: MTSStep, call: Call) -> StepResult:
             raise
 
 
-def refresh_worlds(step: MTSStep) -> None:
+def refresh_worlds(step: StepParts) -> None:
     """Look for modules that were added or replaced since the last call."""
     for world in (
         step._world,
@@ -145,7 +115,7 @@ def refresh_worlds(step: MTSStep) -> None:
         world.refresh()
 
 
-def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult:
+def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResult:
     """Rows 1 to 9 and the optimizer's step; whole when the transaction is committed."""
     algorithm = _algorithm(step)
     engines = step._engines
@@ -190,7 +160,7 @@ def _complete(step: MTSStep, call: Call, transaction: Transaction) -> StepResult
     return result
 
 
-def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
+def _note_written(step: StepParts, parameters: list[Tensor]) -> None:
     """Note that a forward writes to these parameters: from then on every forward but the training
     one restores them. After the first call there is no copy to restart from."""
     if step._knows_writes:
@@ -203,7 +173,7 @@ def _note_written(step: MTSStep, parameters: list[Tensor]) -> None:
 
 
 def _step_optimizer(
-    step: MTSStep, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
+    step: StepParts, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
 ) -> bool:
     """Step the classifier's optimizer, undone with the call where it raises; whether it stepped."""
     copies = step.atomic
@@ -236,7 +206,7 @@ def _torn_message(moved: str) -> str:
     )
 
 
-def _follow_parameters(step: MTSStep) -> None:
+def _follow_parameters(step: StepParts) -> None:
     """Take over parameters that were frozen, unfrozen or added since the last call."""
     check_optimizer(step.optimizer, op=OP)
     present = ops.trainable_parameters(step.optimizer)
@@ -246,7 +216,7 @@ def _follow_parameters(step: MTSStep) -> None:
     step._engines = step._engines.with_parameters(present)
 
 
-def _adopt_scaler(step: MTSStep) -> None:
+def _adopt_scaler(step: StepParts) -> None:
     """Make a scaler for float16 autocast without one, where small gradients round to 0."""
     parameters = step._engines.parameters
     if step.scaler is None and needs_scaler(parameters):
@@ -254,18 +224,18 @@ def _adopt_scaler(step: MTSStep) -> None:
         _take_own_scaler(step, OWN_SCALE)
 
 
-def _take_own_scaler(step: MTSStep, scale: float) -> None:
+def _take_own_scaler(step: StepParts, scale: float) -> None:
     device = step._engines.parameters[0].device.type
     step.scaler = torch.amp.GradScaler(device, init_scale=scale)
     step._owns_scaler = True
 
 
-def _own_scale(step: MTSStep) -> float:
+def _own_scale(step: StepParts) -> float:
     """The scale of the step's own scaler; 1 where the step has made none."""
     return step.scaler.get_scale() if step._owns_scaler and step.scaler is not None else 1.0
 
 
-def _algorithm(step: MTSStep) -> Algorithm:
+def _algorithm(step: StepParts) -> Algorithm:
     return Algorithm(
         step._objective,
         step._validation,
@@ -282,7 +252,7 @@ def _algorithm(step: MTSStep) -> Algorithm:
     )
 
 
-def _counters(step: MTSStep) -> dict[str, Any]:
+def _counters(step: StepParts) -> dict[str, Any]:
     """State that a step changes beside tensors and generators."""
     scheduler = step.selector_scheduler
     scaler = step.scaler
@@ -297,7 +267,7 @@ def _counters(step: MTSStep) -> dict[str, Any]:
     }
 
 
-def _restore_counters(step: MTSStep, saved: dict[str, Any]) -> None:
+def _restore_counters(step: StepParts, saved: dict[str, Any]) -> None:
     step._features.load_state_dict(saved["features"])
     if step.selector_scheduler is not None:
         step.selector_scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))

@@ -13,24 +13,20 @@ from mts_fast._check import check_finite
 from mts_fast._isolation import World, preserved_buffers, preserved_rng
 from mts_fast.hypergradient import EngineChoice, Loss, Objective
 from mts_fast.training.algorithm import Call
-from mts_fast.training.arguments import check_class_weight, check_options, check_parts
+from mts_fast.training.arguments import check_options, check_parts
 from mts_fast.training.batch import SelectorBatch, check_batch, check_validation
 from mts_fast.training.checkpoint import load_state, state_of
 from mts_fast.training.result import StepResult
-from mts_fast.training.running import (
-    PendingGap,
-    check_can_run,
-    refresh_worlds,
-    run_call,
-)
+from mts_fast.training.running import check_can_run, refresh_worlds, run_call
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
-from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer, SelectorTrainer
+from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
+from mts_fast.training.step_parts import StepParts
 
 OP = "MTSStep"
 
 
-class MTSStep:
+class MTSStep(StepParts):
     """Meta-learned selection of training data, one call per training batch.
 
     Each call weights the batch with the selector, looks one virtual optimizer step ahead, measures
@@ -203,11 +199,12 @@ class MTSStep:
         self.skipped_steps = 0
         self._scorer = Scorer(selector, None)
         self.class_weight = class_weight
-        trainer: SelectorTrainer = EagerSelectorTrainer(self._scorer, selector_optimizer)
+        self._trainer = EagerSelectorTrainer(self._scorer, selector_optimizer)
         if cuda_graph:
             scheduled = selector_scheduler is not None
-            trainer = GraphedSelectorTrainer(self._scorer, selector_optimizer, scheduled=scheduled)
-        self._trainer = trainer
+            self._trainer = GraphedSelectorTrainer(
+                self._scorer, selector_optimizer, scheduled=scheduled
+            )
         self._objective = objective
         self._validation = objective if val_loss is None else Objective(model, val_loss)
         self._world = World(
@@ -216,16 +213,16 @@ class MTSStep:
         self._micro_batch = micro_batch
         parameters = ops.trainable_parameters(optimizer)
         self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
-        self._features: OnlineFeatures | OfflineFeatures = OfflineFeatures()
+        self._features = OfflineFeatures()
         if online_features:
             self._features = OnlineFeatures(
                 objective, feature_layer, online_k, online_momentum, micro_batch
             )
-        self._gap: PendingGap | None = None
+        self._gap = None
         self._owns_scaler = False
-        self._knows_writes = False  # whether it is known which parameters a forward writes to
-        self._running: Call | None = None
-        self._torn = ""  # a tensor that an optimizer had changed before it raised
+        self._knows_writes = False
+        self._running = None
+        self._torn = ""
 
     def __call__(
         self,
@@ -327,17 +324,6 @@ class MTSStep:
             f"MTSStep({names}, schedule={self.schedule!r}, backend={backend!r},"
             f" steps={self.steps}): {self._engines}"
         )
-
-    @property
-    def class_weight(self) -> Tensor | None:
-        """Factor of each class in the weights, [C]; may be set between steps."""
-        return self._scorer.class_weight
-
-    @class_weight.setter
-    def class_weight(self, value: object) -> None:
-        like = next(self.selector.parameters())
-        num_classes = getattr(self.selector, "num_classes", None)
-        self._scorer.class_weight = check_class_weight(value, num_classes, like)
 
     def _num_classes(self) -> int | None:
         """Number of classes of the selector, else of the class weights; None where neither says."""
