@@ -93,7 +93,7 @@ def main(arguments):
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args(arguments)
     if why_not():
-        sys.exit(f"tune_triton: {why_not()}")
+        sys.exit(f"tune: {why_not()}")
     rows = []
     with tf32(True):
         for kernel in asked.kernels or GROUPS:

@@ -195,11 +195,11 @@ def pointer_table_cases():
     for block, blocks, warps in first(current, choose(POINTER_TABLES, POINTER_TABLES[:1])):
         constants = {"BLOCK": block, "BLOCKS": blocks, "WARPS": warps}
         # the program map is cached by tensor sizes, but depends on CHUNK: one cache per setting
-        places = functools.lru_cache(pointer_table._places.__wrapped__)
+        places = functools.lru_cache(pointer_table._program_map.__wrapped__)
         settings[f"block {block} x {blocks}, {warps} warps"] = [
             *((module, name, n) for module in users for name, n in constants.items()),
             (pointer_table, "CHUNK", block * blocks),
-            (pointer_table, "_places", places),
+            (pointer_table, "_program_map", places),
         ]
     for model in choose(("resnet50_batchnorm", "vit_s", "gpt_125m"), ("vit_s",)):
         with torch.device("meta"):

@@ -63,7 +63,8 @@ def _split_problem(arguments: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     from mts_fast.backends.triton.kernels.logits_tile import Problem
 
     target, rest = split_target(arguments[3:])
-    return Problem(*arguments[:3], target), rest
+    hidden, weight, bias = arguments[:3]
+    return Problem(hidden, weight, bias, target), rest
 
 
 @torch.library.register_fake("mts_fast::linear_cross_entropy_triton")

@@ -98,11 +98,13 @@ def plain_name(function: Callable[..., Any]) -> str:
     """The function's name without an in-place underscore; a property's own name; with its namespace
     that of a custom operator, which may be called like one of torch's and be another."""
     name = getattr(function, "__name__", str(function))
-    if isinstance(function, OpOverloadPacket | OpOverload):
-        packet = getattr(function, "overloadpacket", function)
-        namespace, _, name = packet._qualified_op_name.partition("::")
+    if isinstance(function, OpOverload):
+        function = function.overloadpacket
+    if isinstance(function, OpOverloadPacket):
+        qualified = function._qualified_op_name
+        namespace, _, name = qualified.partition("::")
         if namespace != "aten":
-            return packet._qualified_op_name
+            return qualified
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", name)
     return name if name.endswith("__") else name.removesuffix("_")

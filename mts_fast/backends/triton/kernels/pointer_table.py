@@ -80,11 +80,11 @@ def program_map(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
     first = rows[0][0]
     assert first is not None
     stream = torch.cuda.current_stream(first.device) if first.is_cuda else None
-    return _places(sizes, first.device, stream)
+    return _program_map(sizes, first.device, stream)
 
 
 @functools.lru_cache(CACHED_MAPS)
-def _places(
+def _program_map(
     sizes: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream | None
 ) -> Tensor:
     """The cached `program_map`, one per stream: a copy on another stream might not have ended."""
