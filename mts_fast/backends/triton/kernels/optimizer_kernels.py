@@ -223,9 +223,11 @@ def adam_block(
     below = root + eps
     masked = tl.full((), 0, tl.int32)
     if DIRECTION:
-        # counted before v is loaded, so that fewer registers are live
         noise = (root < noise_floor) | (root == 0)
-        masked = tl.sum((noise & mask).to(tl.int32))
+        # counted before v is loaded, so that fewer registers are live; in float64 that makes ptxas
+        # (triton 3.6, sm_80) aim at 128 registers and spill 8 bytes
+        if ACC != tl.float64:
+            masked = tl.sum((noise & mask).to(tl.int32))
     # 3. theta'
     if UPDATE:
         updated = shrink * p - divide(step_mean * old_mean + step_fresh * g, below, ACC)
@@ -237,6 +239,8 @@ def adam_block(
         slope = (slope_eps + divide(old, tl.where(noise, 1.0, root), ACC)) / (below * below)
         kappa = kappa_lr * tl.where(noise, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
+        if ACC == tl.float64:
+            masked = tl.sum((noise & mask).to(tl.int32))
     return masked
 
 
