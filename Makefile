@@ -81,6 +81,7 @@ lint: setup
 # The site in build/docs; a warning (a broken reference, a failing example) is an error.
 docs: setup
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python scripts/check_site.py build/docs
 
 # Registers and shared memory of every Triton kernel, compiled without a GPU; fails where one spills.
 resources: setup

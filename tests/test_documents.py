@@ -1,5 +1,6 @@
 """Documents: blocks are run or say why not, links lead somewhere, examples run and are short."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -84,3 +85,22 @@ def test_examples_name_the_extra_that_they_lack(example, package):
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     assert done.returncode == 1
     assert "pip install 'mts_fast[examples]'" in done.stderr
+
+
+def test_the_check_of_the_site_finds_what_is_broken(tmp_path):
+    spec = importlib.util.spec_from_file_location("check_site", ROOT / "scripts" / "check_site.py")
+    check_site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check_site)
+    (tmp_path / "a.html").write_text(
+        '<h1 id="here"><a href="#here"></a><a href="b.html#there"></a><a href="none.html"></a>'
+        '<a href="https://example.org/none"></a><img src="sphx_glr_a_001.png">'
+    )
+    (tmp_path / "b.html").write_text('<img src="logo.svg">')
+    (tmp_path / "sphx_glr_a_001.png").touch()
+    pages = {path: check_site.Page(path) for path in sorted(tmp_path.glob("*.html"))}
+    assert check_site.broken(pages) == [
+        "a.html: b.html#there has no such anchor",
+        "a.html: none.html",
+        "b.html: logo.svg",
+    ]
+    assert check_site.drawn(pages, ["a", "b"]) == {"a": 1, "b": 0}
