@@ -1,4 +1,4 @@
-"""Checks the built documentation: every link within it leads somewhere, every example shows pictures.
+"""Checks the built documentation: links within it lead somewhere, every example shows a picture.
 
 `python scripts/check_site.py [FOLDER]` prints the number of pictures of each example's page, and
 fails with page and target where a link, a picture or a style sheet is not there.

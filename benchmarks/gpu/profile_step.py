@@ -123,9 +123,7 @@ def main():
     arguments = parser.parse_args()
     folder = arguments.folder
     if not torch.cuda.is_available():
-        raise SystemExit(
-            "profile_step: the machine must have a CUDA device, got none; see make gpu"
-        )
+        raise SystemExit("profile_step: a CUDA device is needed, got none; see make gpu")
     if arguments.small:
         launch_small()
         return

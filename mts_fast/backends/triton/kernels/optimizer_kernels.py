@@ -226,7 +226,7 @@ def adam_block(
         noise = (root < noise_floor) | (root == 0)
         # counted before v is loaded, so that fewer registers are live; in float64 that makes ptxas
         # (triton 3.6, sm_80) aim at 128 registers and spill 8 bytes
-        if ACC != tl.float64:
+        if tl.float64 != ACC:
             masked = tl.sum((noise & mask).to(tl.int32))
     # 3. theta'
     if UPDATE:
@@ -239,7 +239,7 @@ def adam_block(
         slope = (slope_eps + divide(old, tl.where(noise, 1.0, root), ACC)) / (below * below)
         kappa = kappa_lr * tl.where(noise, 0.0, slope)
         tl.store(direction_ptr + offs, (kappa * v).to(direction_ptr.dtype.element_ty), mask=mask)
-        if ACC == tl.float64:
+        if tl.float64 == ACC:
             masked = tl.sum((noise & mask).to(tl.int32))
     return masked
 
