@@ -118,6 +118,7 @@ def build(tmp_path, **environment):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "mts_fast").mkdir()
     (tmp_path / "mts_fast" / "__init__.py").touch()
+    shutil.copy(ROOT / "mts_fast" / "_version.py", tmp_path / "mts_fast")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(
         command,
