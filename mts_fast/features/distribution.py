@@ -40,7 +40,7 @@ def distribution_features(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or lengths, NaN or infinite embeddings (with
-            the rows), a class without real samples, k larger than a class, neighbors >= N.
+            the rows), a class without real samples, k not below a class size, neighbors >= N.
 
     Notes:
         Cosine similarity; a zero vector has cosine 0 to everything. Self is excluded. Ties go to

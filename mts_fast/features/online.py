@@ -73,12 +73,12 @@ class OnlineStandardizer:
 
     def __init__(self, momentum: float | None = None) -> None:
         if momentum is not None:
-            hint = "None standardises by the batch alone"
+            op, hint = "OnlineStandardizer", "None standardises by the batch alone"
             expected = "None or in [0, 1)"
             if isinstance(momentum, bool) or not isinstance(momentum, Real):
-                fail(TypeError, "MTSStep", "online_momentum", expected, describe(momentum), hint)
+                fail(TypeError, op, "momentum", expected, describe(momentum), hint)
             if not 0 <= momentum < 1:
-                fail(ValueError, "MTSStep", "online_momentum", expected, momentum, hint)
+                fail(ValueError, op, "momentum", expected, momentum, hint)
         self.momentum = momentum
         self._running: dict[str, Tensor] = {}  # name -> (mean, variance) [2]
 

@@ -111,7 +111,7 @@ class DistributionSweep:
 
     @property
     def total(self) -> int:
-        """Units of work: T^2 / 2 pairs of T chunks, and each chunk twice more."""
+        """Units of work: T (T + 1) / 2 pairs of T chunks, and each chunk twice more."""
         count = len(self.starts)
         return count * (count + 1) // 2 + 2 * count
 

@@ -77,7 +77,7 @@ class EngineChoice:
         if self.name != "auto":
             why = self._engine(self.name).reasons()
             if why:
-                raise Refused(self.name, why)
+                self.refuse("", Refused(self.name, why))
 
     def engine_for(self, layout: str) -> Engine:
         """The engine that serves a layout, as far as is known before its forward."""
@@ -91,6 +91,7 @@ class EngineChoice:
 
     def refuse(self, layout: str, refused: Refused) -> None:
         """Go on to the next engine; where there is none, or none may follow, raise."""
+        refused.op = self.op
         choice = self._choice(layout)
         reasons = (*choice.refusals, *(f"{refused.engine}: {r}" for r in refused.reasons))
         order = list(ENGINES)

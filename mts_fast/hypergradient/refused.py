@@ -14,12 +14,15 @@ class Refused(RuntimeError):
     def __init__(
         self, engine: str, reasons: Sequence[str], *, final: bool = False, message: str = ""
     ) -> None:
+        super().__init__(message)
         self.engine = engine
         self.reasons = sorted(set(reasons))
         self.final = final
-        hint = "engine='auto' takes one that serves the model"
-        super().__init__(
-            message
-            or f"MTSStep: engine must be able to serve the model, got {engine!r}; "
-            f"{'; '.join([*self.reasons, hint])}"
-        )
+        self.op = "MTSStep"  # the public function or class that was called
+        self._message = message
+
+    def __str__(self) -> str:
+        if self._message:
+            return self._message
+        reasons = "; ".join([*self.reasons, "engine='auto' takes one that serves the model"])
+        return f"{self.op}: engine must be able to serve the model, got {self.engine!r}; {reasons}"

@@ -143,7 +143,7 @@ def test_standardizer_resumes(device):
     ],
 )
 def test_refused_momentum(momentum, error):
-    with pytest.raises(error, match=r"online_momentum must be None or in \[0, 1\)"):
+    with pytest.raises(error, match=r"OnlineStandardizer: momentum must be None or in \[0, 1\)"):
         OnlineStandardizer(momentum)
 
 

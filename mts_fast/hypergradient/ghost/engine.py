@@ -17,9 +17,9 @@ from mts_fast._isolation import (
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
-    FastLinearization,
+    StoredLinearization,
     GhostLinearization,
-    LeanLinearization,
+    LowMemoryLinearization,
 )
 from mts_fast.hypergradient.ghost.recorded import Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
@@ -129,8 +129,8 @@ class Ghost(Engine):
         uses = list(zip(capture.recorded, axes, strict=True))
         # dots alone need each b once
         if self.memory == "low" or not gradients:
-            return LeanLinearization(self, batch, gradients, graph, uses)
-        return FastLinearization(self, batch, gradients, graph, uses)
+            return LowMemoryLinearization(self, batch, gradients, graph, uses)
+        return StoredLinearization(self, batch, gradients, graph, uses)
 
     def _axes(self, graph: Tensor, capture: Capture, history: _History) -> list[SampleAxis | None]:
         """The sample axis of every use; None where the gradient is exactly 0 in this forward.

@@ -108,7 +108,7 @@ class Record:
         return self.use.parameter_gradients(b)
 
 
-class FastLinearization(GhostLinearization):
+class StoredLinearization(GhostLinearization):
     """One backward with the cotangent p gives the gradient and, on the way, p_i b_i at each call.
 
     It frees the graph. p_i d_i = <replay, p b>_i, and the gradient for other weights p' is that
@@ -208,7 +208,7 @@ class FastLinearization(GhostLinearization):
             yield self._records.pop()
 
 
-class LeanLinearization(GhostLinearization):
+class LowMemoryLinearization(GhostLinearization):
     """Keeps the graph; once v is known, a backward pass recomputes each b, uses it and drops it."""
 
     _dots_are_due = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.ghost.engine import Ghost
-from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+from mts_fast.hypergradient.ghost.linearization import LowMemoryLinearization
 from mts_fast.hypergradient.ghost.parts import GradientPart, inner
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
@@ -28,7 +28,7 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
         Unsupported: the model mixes samples, or uses parameters in ways that cannot be taken apart.
     """
     linearization = engine.linearize(batch, gradients=0)
-    assert isinstance(linearization, LeanLinearization)
+    assert isinstance(linearization, LowMemoryLinearization)
     times = linearization.times_used()
     squares = torch.zeros_like(linearization.losses)
     several: dict[Tensor, list[tuple[ParameterSource, GradientPart]]] = defaultdict(list)
