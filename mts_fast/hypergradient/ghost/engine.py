@@ -17,9 +17,9 @@ from mts_fast._isolation import (
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
-    StoredLinearization,
     GhostLinearization,
     LowMemoryLinearization,
+    StoredLinearization,
 )
 from mts_fast.hypergradient.ghost.recorded import Unsupported
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
