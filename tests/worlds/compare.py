@@ -7,7 +7,6 @@ divides by its root (Adam moves a parameter by lr whatever the size of a gradien
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,46 +18,30 @@ from torch import Tensor, nn
 
 from worlds.builders import Objects
 from worlds.generators import Generators
-from worlds.oracle import Gradients, Truth
+from worlds.in_double import Gradients
+from worlds.oracle import Truth
+from worlds.tolerances import (
+    BETWEEN_CORNERS,
+    CORNERS,
+    DOUBLE_EPS,
+    EPS,
+    FEATURE_ROUNDINGS,
+    LEEWAY,
+    NEAR,
+    NEAR_CORNERS,
+    NOISE_SHARE,
+    ROUNDINGS,
+    SHARES,
+    SINGLE,
+    SINGLE_EPS,
+    TAIL,
+    TORCH_ERRORS,
+    distance,
+    double,
+    largest,
+    weighted,
+)
 from worlds.update_rules import updated
-
-# precision -> (dots of an exact engine, dots by differences, everything else); for 16 bits
-# floors of a few roundings: what counts there is torch's own error
-SHARES = {
-    "float64": (1e-7, 1e-3, 1e-9),
-    "float32": (2e-3, 2e-2, 1e-4),
-    "autocast float16": (2e-2, 2e-2, 1e-2),
-    "autocast bfloat16": (5e-2, 5e-2, 3e-2),
-    "bfloat16": (5e-2, 5e-2, 3e-2),
-}
-TORCH_ERRORS = 3
-# where within its bounds a gradient is tried: Adam's step is not monotone in it
-CORNERS = tuple(s * x for s in (-1.0, 1.0) for x in (1.0, 0.75, 0.5, 0.25, 0.1, 0.03, 0.01))
-NEAR = 4.0
-NEAR_CORNERS = (-1.0, -0.5, 0.5, 1.0)
-# what a step may exceed its largest value at these corners by
-BETWEEN_CORNERS = 1.25
-# a gradient that is noise may be this share of its bound, and its kappa that much larger
-TAIL = 1 / 16
-# roundings by which the features that a forward gives may be off
-FEATURE_ROUNDINGS = 4
-ROUNDINGS = 64
-# bounds of an optimizer's step are met exactly: its largest step either way
-LEEWAY = 1.02
-# where torch's own error in 16 bits is that share of the largest true dot, the dots are noise and
-# say nothing, as at Adam's first step, where they are nearly 0
-NOISE_SHARE = 0.5
-# torch keeps NAdam's product of momenta, and a learning rate in a tensor, in float32
-SINGLE = 6e-8
-SINGLE_EPS, DOUBLE_EPS = 1.2e-7, 2.3e-16
-# of what a forward computes in
-EPS = {
-    "float64": DOUBLE_EPS,
-    "float32": SINGLE_EPS,
-    "autocast float16": 9.8e-4,
-    "autocast bfloat16": 7.9e-3,
-    "bfloat16": 7.9e-3,
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ class Comparison:
     def dots_are_noise(self) -> bool:
         """Whether rounding may be half of the largest dot: then nothing says if dots are right."""
         truth = self.truth
-        return truth.learns and self.dots_allowed >= NOISE_SHARE * _largest(truth.dots)
+        return truth.learns and self.dots_allowed >= NOISE_SHARE * largest(truth.dots)
 
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""
@@ -133,16 +116,16 @@ class Comparison:
                 self.share,
                 self._val_loss_noise(),
             )
-            yield Fault("dots", _distance(result.dots, truth.dots), self.dots_allowed)
+            yield Fault("dots", distance(result.dots, truth.dots), self.dots_allowed)
         elif result.dots is not None:
             yield Fault("dots of a call without a lesson", 1.0, 0.0)
-        z, w, p = truth.final_weights(_double(call.objects.selector))
+        z, w, p = truth.final_weights(double(call.objects.selector))
         z_plain, w_plain, p_plain = plain.final_weights(call.objects.selector)
         rounding = 0.0 if truth.reuses else self._z_noise(call.objects.selector, z)
         more = self.share + rounding
         yield self._vector("logits", result.logits, z, [z_plain], self.share, more)
         yield self._vector(
-            "weights", result.weights, w, [w_plain], self.share, rounding * _largest(w)
+            "weights", result.weights, w, [w_plain], self.share, rounding * largest(w)
         )
         yield self._vector("p", result.normalized_weights, p, [p_plain], self.share, 2 * rounding)
         # judged by now: what follows from p is judged by the p that was given
@@ -162,7 +145,7 @@ class Comparison:
         yield self._vector("losses", call.result.losses, self.truth.losses, losses, self.share)
         live = dict(call.objects.model.named_parameters())
         for name, parameter in self.plain.model.named_parameters():
-            yield Fault(f"skipped parameter {name}", _distance(live[name], parameter), 0.0)
+            yield Fault(f"skipped parameter {name}", distance(live[name], parameter), 0.0)
 
     def _vector(
         self,
@@ -173,20 +156,20 @@ class Comparison:
         share: float,
         more: float = 0.0,
     ) -> Fault:
-        own = max(_distance(other, true) for other in others)
-        allowed = share * _largest(true) + TORCH_ERRORS * own + more
-        return Fault(name, _distance(found, true), allowed + self.floor * 1e-3)
+        own = max(distance(other, true) for other in others)
+        allowed = share * largest(true) + TORCH_ERRORS * own + more
+        return Fault(name, distance(found, true), allowed + self.floor * 1e-3)
 
     def _z_noise(self, selector: nn.Module, z: Tensor) -> float:
         """What a few roundings of the penultimate features do to z, once standardised."""
         truth = self.truth
-        selector = _double(selector)
+        selector = double(selector)
         noise = FEATURE_ROUNDINGS * self.eps
         rounded = [
             truth.weigh(selector, truth.noisy_features(truth.train, noise, k), truth.train)[0]
             for k in (0, 1)
         ]
-        return 4 * max(_distance(z_rounded, z) for z_rounded in rounded)
+        return 4 * max(distance(z_rounded, z) for z_rounded in rounded)
 
     @cached_property
     def dots_allowed(self) -> float:
@@ -194,13 +177,13 @@ class Comparison:
         truth = self.truth
         near = truth.summed(truth.near, truth.v, size=True).max().item()
         terms = truth.summed(truth.kappa, truth.v, size=True).max().item()
-        own = TORCH_ERRORS * max(_distance(other.dots, truth.dots) for other in self.others)
+        own = TORCH_ERRORS * max(distance(other.dots, truth.dots) for other in self.others)
         if (
-            own >= NOISE_SHARE * TORCH_ERRORS * _largest(truth.dots)
+            own >= NOISE_SHARE * TORCH_ERRORS * largest(truth.dots)
             and "16" in truth.world.precision
         ):
             return math.inf
-        share = self.dots_share * _largest(truth.dots)
+        share = self.dots_share * largest(truth.dots)
         noise = self._dots_noise() + self._kappa_noise()
         return share + own + near + self.floor * terms + noise
 
@@ -213,8 +196,8 @@ class Comparison:
                 bounds.append(None)
                 continue
             near = [other[k] for other in others]
-            own = TORCH_ERRORS * max(_distance(y, x) for y in near if y is not None)
-            share = self.share * _largest(sizes[k])
+            own = TORCH_ERRORS * max(distance(y, x) for y in near if y is not None)
+            share = self.share * largest(sizes[k])
             bound = share + own + self.floor * largest
             bounds.append(torch.full_like(x, bound))
         return bounds
@@ -252,7 +235,7 @@ class Comparison:
                 for t, m in zip(truth.ahead, moved, strict=True)
             ]
             with_v = truth.validation(theta)[1]
-            worst = max(worst, _distance(truth.dots_along(with_v), truth.dots))
+            worst = max(worst, distance(truth.dots_along(with_v), truth.dots))
         return 2 * worst
 
     def _kappa_noise(self) -> float:
@@ -286,7 +269,7 @@ class Comparison:
         selector = list(call.objects.selector.parameters())
         old = list(before.selector.parameters())
         if not truth.learns:
-            worst = max(_distance(a, b) for a, b in zip(selector, old, strict=True))
+            worst = max(distance(a, b) for a, b in zip(selector, old, strict=True))
             yield Fault("selector in a call without a lesson", worst, 0.0)
             return
         slack = truth.p_pupil * torch.sigmoid(-truth.z_pupil) * 2 * self.dots_allowed
@@ -295,7 +278,7 @@ class Comparison:
         kind = self.truth.world.selector["optimizer"]["kind"]
         optimizer = call.objects.selector_optimizer
         new_of = {id(a): b for a, b in zip(old, selector, strict=True)}
-        sizes = [_weighted(truth.cotangent.abs(), Z.abs()) for Z in truth.Z if Z is not None]
+        sizes = [weighted(truth.cotangent.abs(), Z.abs()) for Z in truth.Z if Z is not None]
         largest = max(size.max().item() for size in sizes)
         noise = FEATURE_ROUNDINGS * self.eps
         noisy = [
@@ -307,13 +290,11 @@ class Comparison:
                 Z = truth.Z[place[id(parameter)]]
                 if Z is None:
                     continue
-                g = _weighted(truth.cotangent, Z)
+                g = weighted(truth.cotangent, Z)
                 k = place[id(parameter)]
                 away = torch.stack([(rows[k] - Z).abs() for rows in noisy]).amax(0)
                 off = away + (self.plain.Z[k] - Z).abs()
-                bound = _weighted(slack, Z.abs()) + self.luck * _weighted(
-                    truth.cotangent.abs(), off
-                )
+                bound = weighted(slack, Z.abs()) + self.luck * weighted(truth.cotangent.abs(), off)
                 own = (self.plain.phi_gradient[k] - truth.phi_gradient[k]).abs()
                 bound = bound + TORCH_ERRORS * own + self.selector_eps * ROUNDINGS * largest
                 state = before.selector_optimizer.state.get(parameter, {})
@@ -347,7 +328,7 @@ class Comparison:
             yield from step.faults("classifier", new, state, self.step_eps)
         for name, parameter in self.plain.model.named_parameters():
             if name not in trained:
-                error = _distance(live[name], parameter)
+                error = distance(live[name], parameter)
                 yield Fault(f"untrained parameter {name}", error, 4 * self.step_eps)
 
     def _state(self, call: Call) -> Iterator[Fault]:
@@ -361,8 +342,8 @@ class Comparison:
                 found = buffers[name]
                 rounding = 0.0
                 if true.is_floating_point():
-                    rounding = (self.share / 10) * (1e-3 + _largest(true))
-                yield Fault(f"buffer {name}", _distance(found, true), rounding)
+                    rounding = (self.share / 10) * (1e-3 + largest(true))
+                yield Fault(f"buffer {name}", distance(found, true), rounding)
             modes = [m.training for m in ours.modules()]
             same = modes == [m.training for m in theirs.modules()]
             yield Fault("modes", 0.0 if same else 1.0, 0.0)
@@ -415,25 +396,3 @@ class _Step:
             k = int(excess.nan_to_num(float("inf")).argmax())
             error = (found.detach().double() - value).abs().flatten()[k].item()
             yield Fault(name, error, allowed.expand(excess.shape).flatten()[k].item())
-
-
-def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
-    return torch.tensordot(weights.to(rows.dtype), rows, dims=([0], [0]))
-
-
-def _double(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).double()
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference; infinite where shapes differ or something is not finite."""
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel():
-        return 0.0
-    difference = (a.detach().double() - b.detach().double()).abs().max().item()
-    return difference if difference == difference else float("inf")
-
-
-def _largest(x: Tensor) -> float:
-    return x.detach().abs().max().item() if x.numel() else 0.0

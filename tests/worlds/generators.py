@@ -1,4 +1,4 @@
-"""The global generators that a model may draw from: torch's, numpy's and Python's."""
+"""State outside of parameters: the global generators that a model may draw from, and buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,22 @@ def drawing_from(start: Generators) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def preserved_buffers(*modules: Any) -> Iterator[None]:
+    """Afterwards every buffer is as it was, also one that was replaced."""
+    places = [
+        (part, name, buffer, buffer.clone())
+        for module in modules
+        if isinstance(module, nn.Module)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in places:
+            part._buffers[name] = buffer
+            buffer.data.copy_(value)

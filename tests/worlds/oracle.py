@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,85 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from worlds.builders import Batch, Objects
-from worlds.generators import Generators, drawing_from
+from worlds.builders import Batch
+from worlds.generators import Generators, drawing_from, preserved_buffers
+from worlds.in_double import Gradients, Snapshot, cross_entropy, in_double, per_sample, score
 from worlds.layers import Checkpointed
-from worlds.losses import logits_of
 from worlds.models import PRECISIONS
+from worlds.tolerances import NEAR_BOUND, NOISE_BOUND, VARIANCE_EPSILON
 from worlds.update_rules import updated
-from worlds.world import World
-
-# kappa is 0 where the root of the second moment is below this many roundings of the largest
-# gradient: such a gradient is rounding noise
-NOISE = 8
-# entries whose second moment lies this near to that bound may fall on either side of it
-NEAR = 16
-VARIANCE_EPSILON = 1e-8
-Gradients = list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A world before a call; `running` are the online features' statistics, if they run."""
-
-    world: World
-    objects: Objects
-    generators: Generators
-    running: dict[str, Tensor]
-    steps: int
-
-    @classmethod
-    def take(cls, world: World, objects: Objects, running: dict[str, Tensor], steps: int) -> Any:
-        """Copies of everything."""
-        return cls(world, copied(objects), Generators.now(), dict(running), steps)
-
-
-def copied(objects: Objects) -> Objects:
-    """Copies that belong together; the scheduler is left out."""
-    parts = objects.model, objects.optimizer, objects.loss
-    selector = objects.selector, objects.selector_optimizer
-    return Objects(*copy.deepcopy((*parts, *selector)))
-
-
-def in_double(objects: Objects) -> Objects:
-    """Copies in float64."""
-    objects = copied(objects)
-    for module in (objects.model, objects.loss, objects.selector):
-        if isinstance(module, nn.Module):
-            module.double()
-    for optimizer in (objects.optimizer, objects.selector_optimizer):
-        for state in optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and name not in ("step", "mu_product"):
-                    state[name] = value.double()
-    return objects
-
-
-def cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    """Per sample [B]; of a sequence the mean over what is not ignored (-100), or 0."""
-    logits = logits_of(output)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted = labels != -100
-    target = labels.masked_fill(~counted, 0)[..., None]
-    loss = logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]
-    loss = loss * counted
-    return loss if labels.ndim == 1 else loss.sum(1) / counted.sum(1).clamp(min=1)
-
-
-def score(selector: nn.Module, h: Tensor, classes: Tensor, synthetic: Tensor) -> Tensor:
-    """z [B] of a selector's parameters, by their names."""
-    named = dict(selector.named_parameters())
-    parts = [h.to(next(iter(named.values())).dtype)]
-    for name, rows in (("class_embed", classes), ("group_embed", synthetic.long())):
-        if f"{name}.weight" in named:
-            parts.append(named[f"{name}.weight"][rows])
-    x = torch.cat(parts, 1)
-    layers = sorted({int(n.split(".")[1]) for n in named if n.startswith("mlp.")})
-    for k in layers:
-        x = x if k == layers[0] else x.relu()
-        x = F.linear(x, named[f"mlp.{k}.weight"], named[f"mlp.{k}.bias"])
-    z = x.reshape(-1)
-    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 class Truth:
@@ -324,8 +251,8 @@ class Truth:
             slope = -grad(theta_ahead.sum(), leaf)[0]
             edge = torch.zeros_like(slope)
             if root is not None:
-                bound = NOISE * eps * largest
-                unsure = (root > bound / NEAR) & (root < bound * NEAR)
+                bound = NOISE_BOUND * eps * largest
+                unsure = (root > bound / NEAR_BOUND) & (root < bound * NEAR_BOUND)
                 edge = slope.abs() * unsure
                 slope = slope * (root >= bound) * (root > 0)
             kappa.append(slope)
@@ -361,7 +288,7 @@ class Truth:
                 module.train(mode)
         total = torch.zeros(())
         v: Gradients = [None] * len(parameters)
-        with drawing_from(self.after_forward), _buffers_kept(model, loss):
+        with drawing_from(self.after_forward), preserved_buffers(model, loss):
             for chunk in self.chunks(self.val):
                 part = self.losses_of(model, loss, *chunk).sum() / len(self.val)
                 total = total + part.detach()
@@ -467,37 +394,3 @@ class Truth:
             with self._autocast():
                 p = self._p(torch.full_like(z, 0.0), self.train)
         return z, w, p
-
-
-@contextlib.contextmanager
-def _buffers_kept(*modules: Any) -> Iterator[None]:
-    """Afterwards every buffer is as it was, also one that was replaced."""
-    places = [
-        (part, name, buffer, buffer.clone())
-        for module in modules
-        if isinstance(module, nn.Module)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for part, name, buffer, value in places:
-            part._buffers[name] = buffer
-            buffer.data.copy_(value)
-
-
-def per_sample(values: Tensor, parameters: Sequence[Tensor]) -> Gradients:
-    """The gradient of every value [B] by each parameter: [B, *shape], or None where unused."""
-    rows = []
-    for i in range(len(values)):
-        unit = torch.zeros_like(values)
-        unit[i] = 1
-        if not values.requires_grad:
-            return [None] * len(parameters)
-        found = grad(values, parameters, unit, retain_graph=True, allow_unused=True)
-        rows.append([None if g is None else g.to_dense() for g in found])
-    return [
-        None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
-    ]

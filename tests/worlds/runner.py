@@ -19,7 +19,8 @@ import mts_fast
 from worlds.builders import HIDDEN, Batch, Objects, build, draw_batch, features_dtype, happen
 from worlds.compare import EPS, Call, Comparison
 from worlds.generators import Generators
-from worlds.oracle import Snapshot, Truth
+from worlds.in_double import Snapshot
+from worlds.oracle import Truth
 from worlds.world import CLASSES, World
 
 COMPUTED, REFUSED, WRONG, TORN, TRACEBACK = "computed", "refused", "wrong", "torn", "traceback"

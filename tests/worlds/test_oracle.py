@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worlds.builders import ColumnSelector, build, draw_batch
 from worlds.generators import drawing_from
-from worlds.oracle import Snapshot, Truth, copied
+from worlds.in_double import Snapshot, copied
+from worlds.oracle import Truth
 from worlds.sampling import sample
 from worlds.strategy import ESTIMATORS
 from worlds.update_rules import updated
