@@ -17,7 +17,7 @@ from mts_fast.diagnostics import GSNRMeter, selector_gsnr, weight_statistics
 def test_weight_statistics_equal_numpy(size, dtype, device):
     w = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
     p = w / w.sum()
-    found = weight_statistics(w.requires_grad_(), p).read()
+    statistics = weight_statistics(w.requires_grad_(), p).read()
     wn, pn = w.detach().cpu().numpy().astype(float), p.detach().cpu().numpy().astype(float)
     expected = {
         "mean_weight": wn.mean(),
@@ -25,19 +25,19 @@ def test_weight_statistics_equal_numpy(size, dtype, device):
         "var_p": pn.var(),
         "effective_batch_size": 1 / (pn**2).sum(),
     }
-    assert list(found) == list(expected)
+    assert list(statistics) == list(expected)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6  # observed 4e-16 and 2e-7
-    assert found == pytest.approx(expected, rel=tolerance, abs=1e-16)
+    assert statistics == pytest.approx(expected, rel=tolerance, abs=1e-16)
 
 
 @pytest.mark.parametrize("counting", [1, 4, 20])  # all weight on one; on a fifth; on everyone
 def test_effective_batch_size_counts_the_samples_that_count(counting):
     w = torch.zeros(20)
     w[:counting] = 0.5
-    found = weight_statistics(w, w / w.sum()).read()
-    assert found["effective_batch_size"] == pytest.approx(counting, rel=1e-6)
-    assert found["max_p"] == pytest.approx(1 / counting, rel=1e-6)
-    assert found["mean_weight"] == pytest.approx(counting / 40, rel=1e-6)
+    statistics = weight_statistics(w, w / w.sum()).read()
+    assert statistics["effective_batch_size"] == pytest.approx(counting, rel=1e-6)
+    assert statistics["max_p"] == pytest.approx(1 / counting, rel=1e-6)
+    assert statistics["mean_weight"] == pytest.approx(counting / 40, rel=1e-6)
 
 
 W = torch.ones(3)
@@ -193,13 +193,13 @@ def test_selector_gsnr_equals_a_loop(device):
     rows = contributions(selector, inputs, cotangent)
     # the rows of the absent class never vary; they must not count as zeros
     assert (rows.var(0) == 0).sum() >= 4
-    found = selector_gsnr(selector, inputs, cotangent).item()
+    gsnr = selector_gsnr(selector, inputs, cotangent).item()
     # the gradient is 9 times the mean contribution: observed 4e-16
-    assert found == pytest.approx(numpy_gsnr(rows, pooled=9), rel=1e-12)
+    assert gsnr == pytest.approx(numpy_gsnr(rows, pooled=9), rel=1e-12)
     meter = GSNRMeter()
     for row in rows:
         meter.update([torch.from_numpy(row)])
-    assert meter.value(pooled=9).item() == pytest.approx(found, rel=1e-12)
+    assert meter.value(pooled=9).item() == pytest.approx(gsnr, rel=1e-12)
 
 
 def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
@@ -216,25 +216,27 @@ def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
             return self.last(self.first(h).tanh())
 
     _, inputs, cotangent = selector_batch(device)
-    own = Own().to(device, torch.float64)
-    hidden = own.first(inputs[0]).tanh()
+    selector = Own().to(device, torch.float64)
+    hidden = selector.first(inputs[0]).tanh()
     rows = torch.cat([hidden * cotangent[:, None], cotangent[:, None]], dim=1)
     expected = numpy_gsnr(rows.cpu().numpy(), pooled=9)
-    assert selector_gsnr(own, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
+    assert selector_gsnr(selector, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_selector_with_dropout_leaves_the_generators(device):
     """A mask a sample: the truth is of the masks that were drawn, so a dropout of 0 is compared."""
     _, inputs, cotangent = selector_batch(device)
 
-    def own(share):
+    def selector_with(share):
         torch.manual_seed(0)
         layers = (torch.nn.Linear(4, 5), torch.nn.Dropout(share), torch.nn.Linear(5, 1))
         return Features(torch.nn.Sequential(*layers).to(device, torch.float64))
 
-    expected = numpy_gsnr(contributions(own(0.0), inputs, cotangent), pooled=9)
-    assert selector_gsnr(own(0.0), inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
-    selector = own(0.5)
+    expected = numpy_gsnr(contributions(selector_with(0.0), inputs, cotangent), pooled=9)
+    assert selector_gsnr(selector_with(0.0), inputs, cotangent).item() == pytest.approx(
+        expected, rel=1e-12
+    )
+    selector = selector_with(0.5)
     before = generators(device)
     noisy = selector_gsnr(selector, inputs, cotangent)
     assert_bitwise(generators(device), before)
@@ -277,12 +279,12 @@ def test_step_tracks_the_gsnr_of_its_selector_gradient(two_batches, device):
     world = World(
         device, dtype=torch.float64, engine="forward_mode", online_features=False, track_gsnr=True
     )
-    given = world.arguments(0, two_batches=two_batches)
-    used = vars(given["selector_batch"]) if two_batches else given
+    arguments = world.arguments(0, two_batches=two_batches)
+    used = vars(arguments["selector_batch"]) if two_batches else arguments
     inputs = tuple(used[k] for k in ("features", "labels", "is_synthetic"))
     z = world.selector(*inputs)
     before = [p.detach().clone() for p in world.selector.parameters()]
-    result = world.step(**given)
+    result = world.step(**arguments)
     p = mts_fast.normalize_weights(z.detach())
     cotangent = mts_fast.selector_gradient(result.dots, z.detach(), p)
     gradient = [q.grad.clone() for q in world.selector.parameters()]

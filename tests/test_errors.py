@@ -61,11 +61,11 @@ def literals(node, tree):
 def test_every_error_has_its_three_parts(path):
     tree = ast.parse(path.read_text())
     for call in calls(tree, "fail"):
-        given = dict(
+        arguments = dict(
             zip(("error", "op", "arg", "expected", "got", "hint"), call.args, strict=False)
         )
-        given |= {k.arg: k.value for k in call.keywords}
-        hint = given.get("hint")
+        arguments |= {k.arg: k.value for k in call.keywords}
+        hint = arguments.get("hint")
         assert hint is not None, f"line {call.lineno}: no word on what to do"
         assert not (isinstance(hint, ast.Constant) and not hint.value), f"line {call.lineno}: empty"
     if path.name == "_check.py":
@@ -80,8 +80,8 @@ def test_every_error_has_its_three_parts(path):
 
 def test_there_are_errors_to_look_at():
     """The walk sees the package: a renamed `fail` would leave it nothing to check."""
-    found = [c for path in FILES for c in calls(ast.parse(path.read_text()), "fail")]
-    assert len(found) > 200
+    fail_calls = [c for path in FILES for c in calls(ast.parse(path.read_text()), "fail")]
+    assert len(fail_calls) > 200
 
 
 def test_the_format():

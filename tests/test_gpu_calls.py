@@ -48,12 +48,12 @@ def test_what_is_selected_exists(number):
     assert len(lines) == {1: 2, 2: 4}[number]
     for line in lines:
         words = shlex.split(line)
-        own = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
-        if "-n" in own:
-            place = own.index("-n")
-            del own[place : place + 2]
+        arguments = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
+        if "-n" in arguments:
+            place = arguments.index("-n")
+            del arguments[place : place + 2]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", *own],
+            [sys.executable, "-m", "pytest", "--collect-only", *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,

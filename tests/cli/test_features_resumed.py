@@ -176,13 +176,13 @@ def test_a_disk_without_room_for_the_progress(pool, tmp_path, monkeypatch, capsy
 
 def test_partial_file_says_what_it_is(pool, tmp_path, monkeypatch):
     monkeypatch.setattr("mts_fast.cli.features.SAVE_SECONDS", 0.0)
-    kept = []
+    saved = []
 
     def keep(self):
         with safe_open(self.path, framework="pt") as file:
-            kept.append((file.metadata()["format"], file.get_tensor("progress").tolist()))
+            saved.append((file.metadata()["format"], file.get_tensor("progress").tolist()))
         self.path.unlink()
 
     monkeypatch.setattr("mts_fast.cli.features._Progress.remove", keep)
     assert run(pool, tmp_path, "--chunk", "60") == 0
-    assert kept == [("mts_fast.DistributionSweep/2", [12, 60])]
+    assert saved == [("mts_fast.DistributionSweep/2", [12, 60])]

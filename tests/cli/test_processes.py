@@ -141,8 +141,8 @@ def test_a_failed_seed_ends_the_others_and_is_not_done(demo):
 
 def test_results_of_seeds_are_in_order():
     ended = []
-    found = run_seeds(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
-    assert found == ["7", "3"]
+    results = run_seeds(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
+    assert results == ["7", "3"]
     assert sorted(ended) == [(3, True), (7, True)]
 
 

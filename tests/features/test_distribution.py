@@ -16,23 +16,23 @@ CHUNKS = (1, 7, 50, 1024)
 @pytest.mark.parametrize("make", POOLS)
 def test_chunks_equal_reference(make, chunk, device):
     x, y, s = (t.to(device) for t in make())
-    found = distribution_features(x, y, s, small_class="pad", chunk=chunk)
+    columns = distribution_features(x, y, s, small_class="pad", chunk=chunk)
     expected = reference.distribution_features(x, y, s)
-    assert list(found) == list(expected)
+    assert list(columns) == list(expected)
     for name, column in expected.items():
         assert column.isfinite().all(), name
         # the matrix product may sum in another order for another chunk; observed 2e-16.
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize(("k", "neighbors"), [(1, 1), (3, 5), (5, 22)])  # least, paper's, N - 1
 def test_other_counts_equal_reference(k, neighbors, device):
     x, y, s = (t.to(device) for t in one_class())
     options = {"k": k, "neighbors": neighbors}
-    found = distribution_features(x, y, s, chunk=7, small_class="pad", **options)
+    columns = distribution_features(x, y, s, chunk=7, small_class="pad", **options)
     for name, column in reference.distribution_features(x, y, s, **options).items():
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
-    assert found["real_nearest3_cosine"].shape == (23, k)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-14, msg=name)
+    assert columns["real_nearest3_cosine"].shape == (23, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -66,7 +66,7 @@ def test_hand_computed_pool(device):
     )
     y = torch.tensor([0, 0, 0, 1, 1], device=device)
     s = torch.tensor([False, False, True, False, True], device=device)
-    found = distribution_features(x, y, s, k=2, neighbors=2, small_class="pad")
+    columns = distribution_features(x, y, s, k=2, neighbors=2, small_class="pad")
     expected = {
         # real centroids (0.8, 0.4) and (0, 1); synthetic ones (0, 2) and (0, -1)
         "real_centroid_cosine": [0.8 / 0.8**0.5, 0.8 / 0.8**0.5, 0.4 / 0.8**0.5, 1.0, -1.0],
@@ -84,9 +84,9 @@ def test_hand_computed_pool(device):
     for name, values in expected.items():
         column = torch.tensor(values, dtype=torch.float64, device=device).view(5, -1)
         # the weighted agreement has 1e-8 in its denominator; observed 1e-8
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-7, msg=name)
     # distances to the class means (8/15, 14/15) and (0, 0), their lower medians, ranks of the gap
-    rank = found["distance_to_median_percentile"].flatten().tolist()
+    rank = columns["distance_to_median_percentile"].flatten().tolist()
     mean = x[:3].mean(0)
     gap = (x[:3] - mean).norm(dim=1)
     gap = (gap - gap.sort().values[1]).abs()
@@ -154,13 +154,13 @@ def test_errors_name_the_argument(arguments, options, error, message):
 def test_largest_k_of_a_class_is_accepted():
     """k other samples of the source are enough: a class of 6 serves k = 5, and no padding shows."""
     labels = torch.arange(24) % 2
-    found = distribution_features(X, labels, BOTH, k=5)
+    columns = distribution_features(X, labels, BOTH, k=5)
     expected = reference.distribution_features(X, labels, BOTH, k=5)
     torch.testing.assert_close(
-        found["real_nearest3_cosine"], expected["real_nearest3_cosine"], rtol=0, atol=1e-14
+        columns["real_nearest3_cosine"], expected["real_nearest3_cosine"], rtol=0, atol=1e-14
     )
-    own = found["real_nearest3_cosine"][~BOTH]
-    assert (own.diff(dim=1) < 0).all()
+    real_rows = columns["real_nearest3_cosine"][~BOTH]
+    assert (real_rows.diff(dim=1) < 0).all()
 
 
 # squares vanish, or overflow, in the dtype that is computed in; half precision is computed in
@@ -191,20 +191,20 @@ def test_columns_do_not_depend_on_the_scale(dtype, power, device):
 def test_reference_does_not_depend_on_the_scale(dtype, scale):
     x, y, s = pool(60, 8, 3)
     expected = reference.distribution_features(x, y, s)
-    found = reference.distribution_features((x * scale).to(dtype), y, s)
+    columns = reference.distribution_features((x * scale).to(dtype), y, s)
     # float32 rounds the cosines; observed 1.6e-7. Ranks are the same.
     for name, column in expected.items():
-        torch.testing.assert_close(found[name].double(), column, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(columns[name].double(), column, rtol=0, atol=1e-6, msg=name)
 
 
 def test_rows_of_very_different_lengths():
     """Each has the cosines of its direction, beside any other."""
     x, y, s = pool(60, 8, 3)
     lengths = 10.0 ** torch.linspace(-150, 150, 60, dtype=torch.float64)
-    found = distribution_features(x * lengths[:, None], y, s, small_class="pad")
+    columns = distribution_features(x * lengths[:, None], y, s, small_class="pad")
     expected = distribution_features(x, y, s, small_class="pad")
     for name in ("real_nearest3_cosine", "synthetic_nearest3_cosine", "class_nearest_cosine"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-14)
+        torch.testing.assert_close(columns[name], expected[name], rtol=0, atol=1e-14)
 
 
 def test_distances_beyond_all_numbers_name_the_embeddings():

@@ -189,7 +189,7 @@ def hidden(model):
 @pytest.mark.parametrize("layer", [None, "penultimate", "5", "1"])
 def test_layers(layer):
     model = classifier()
-    found = embed(model, batches(), layer=layer)
+    embeddings = embed(model, batches(), layer=layer)
     model.eval()
     expected = {
         None: model(IMAGES),
@@ -200,7 +200,7 @@ def test_layers(layer):
     if layer == "1":
         # of a norm's input [B, D, H, W] the axes between are averaged: here [B, W]
         expected = expected.flatten(1, -2).mean(1)
-    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(embeddings, expected.detach())
 
 
 def test_outputs_of_more_axes():
@@ -223,9 +223,9 @@ def test_leaves_no_trace():
 @pytest.mark.parametrize("size", [1, 4, 11])  # one by one, a remainder, all at once
 def test_file_equals_memory(size, tmp_path):
     model, path = classifier(), tmp_path / "x.npy"
-    found = embed(model, batches(size), layer="penultimate", out=path)
-    torch.testing.assert_close(found, hidden(model))
-    assert np.array_equal(np.load(path), found.numpy())
+    embeddings = embed(model, batches(size), layer="penultimate", out=path)
+    torch.testing.assert_close(embeddings, hidden(model))
+    assert np.array_equal(np.load(path), embeddings.numpy())
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 

@@ -51,12 +51,12 @@ def test_counter_resumes():
     second.load_state_dict(first.state_dict())
     for correct in history:
         whole.update(everyone, correct)
-    kept = first.state_dict()
+    state = first.state_dict()
     for correct in history[5:]:
         second.update(everyone, correct)
     assert_bitwise(second.state_dict(), whole.state_dict())
     # the two counters share nothing
-    assert_bitwise(first.state_dict(), kept)
+    assert_bitwise(first.state_dict(), state)
     with pytest.raises(ValueError, match=r"state\['counts'\] must be of 4 samples, got 9"):
         ForgettingCounter(4).load_state_dict(whole.state_dict())
 

@@ -9,9 +9,9 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable
 
 def test_a_table_does_not_follow_the_tensors_it_was_given():
     """Its moments would no longer be those of its columns."""
-    given = columns()
-    table, other = FeatureTable(given), FeatureTable(columns())
-    for value in given.values():
+    tensors = columns()
+    table, other = FeatureTable(tensors), FeatureTable(columns())
+    for value in tensors.values():
         value.zero_()
     assert_same(table, other)
 
@@ -26,18 +26,20 @@ def test_paper_columns_have_width_thirteen():
 def test_standardized_moments(dtype):
     g = torch.Generator().manual_seed(0)
     raw = torch.randn(200, 3, generator=g, dtype=dtype) * torch.tensor([1e-3, 1.0, 1e3]) + 5
-    found = FeatureTable({"x": raw.to(dtype)}).standardized()
+    standardized = FeatureTable({"x": raw.to(dtype)}).standardized()
     exact = raw.to(dtype).double()
     expected = (exact - exact.mean(0)) / exact.std(0, correction=0)
     # 5 with a deviation of 1e-3 loses 4 digits: observed 5e-5 and 9e-13
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        standardized.double(), expected, rtol=0, atol=1e4 * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])  # 0.1 and 1e6 have a sum that rounds
 def test_constant_columns_become_zero(value):
     table = FeatureTable({"c": torch.full((9, 2), value), "x": torch.arange(9.0)})
-    found = table.standardized(["c"])
-    assert torch.equal(found, torch.zeros(9, 2))
+    standardized = table.standardized(["c"])
+    assert torch.equal(standardized, torch.zeros(9, 2))
     assert table.standardized(["x"])[:, 0].std(correction=0).item() == pytest.approx(1)
 
 
@@ -127,13 +129,13 @@ SCALES = [
 def test_numbers_of_any_size_are_standardized(dtype, scale):
     raw = torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float64)
     column = (raw * scale).to(dtype)
-    found = FeatureTable({"x": column}).standardized().flatten()
-    assert found.dtype == dtype
+    standardized = FeatureTable({"x": column}).standardized().flatten()
+    assert standardized.dtype == dtype
     # the truth in units of the scale, from the numbers as they were rounded
     exact = column.double() / scale
     expected = (exact - exact.mean()) / exact.std(correction=0)
     atol = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(standardized.double(), expected, rtol=0, atol=atol)
 
 
 def test_rounding_noise_is_constant_and_what_is_above_it_is_not():

@@ -10,11 +10,11 @@ from feature_tables import assert_same, columns
 from mts_fast.features import FeatureTable
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])  # nothing; half a header; no data; one byte less
-def test_truncated_file(kept, tmp_path):
+@pytest.mark.parametrize("end", [0, 4, 100, -1])  # nothing; half a header; no data; one byte less
+def test_truncated_file(end, tmp_path):
     path = tmp_path / "t.safetensors"
     FeatureTable(columns()).save(path)
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(ValueError, match=r"FeatureTable: file .* must be a complete safetensors"):
         FeatureTable.load(path)
 
@@ -44,11 +44,11 @@ def test_every_flipped_bit_of_the_data_is_noticed(tmp_path):
                 FeatureTable.load(path)
             continue
         try:
-            found = FeatureTable.load(path)
+            loaded = FeatureTable.load(path)
         except ValueError as error:
             assert str(error).startswith(f"FeatureTable: file '{path}' must be ")
         else:
-            assert_same(found, table)
+            assert_same(loaded, table)
 
 
 def old_file(path, tensors, **metadata):
@@ -58,11 +58,11 @@ def old_file(path, tensors, **metadata):
 
 
 def test_old_files_load(tmp_path):
-    given = {"loss": torch.rand(5, 1), "cosines": torch.rand(5, 3)}
-    tensors = {f"column/{n}": v for n, v in given.items()}
-    tensors |= {f"moments/{n}": torch.rand(2, v.shape[1]) for n, v in given.items()}
-    old_file(tmp_path / "t.safetensors", tensors, order=json.dumps(list(given)))
-    assert_same(FeatureTable.load(tmp_path / "t.safetensors"), FeatureTable(given))
+    raw_columns = {"loss": torch.rand(5, 1), "cosines": torch.rand(5, 3)}
+    tensors = {f"column/{n}": v for n, v in raw_columns.items()}
+    tensors |= {f"moments/{n}": torch.rand(2, v.shape[1]) for n, v in raw_columns.items()}
+    old_file(tmp_path / "t.safetensors", tensors, order=json.dumps(list(raw_columns)))
+    assert_same(FeatureTable.load(tmp_path / "t.safetensors"), FeatureTable(raw_columns))
 
 
 ONE = torch.ones(2, 1)

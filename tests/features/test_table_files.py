@@ -15,9 +15,9 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable
 def test_round_trip_is_bitwise(dtype, tmp_path):
     table = FeatureTable(columns(dtype=dtype))
     table.save(tmp_path / "pool.safetensors")
-    found = FeatureTable.load(str(tmp_path / "pool.safetensors"))
-    assert_same(found, table)
-    assert found.num_samples == 7 and found["loss"].dtype == dtype
+    loaded = FeatureTable.load(str(tmp_path / "pool.safetensors"))
+    assert_same(loaded, table)
+    assert loaded.num_samples == 7 and loaded["loss"].dtype == dtype
     assert [p.name for p in tmp_path.iterdir()] == ["pool.safetensors"]
 
 
@@ -25,19 +25,19 @@ def test_awkward_columns_are_saved(tmp_path):
     """Views, a transposed tensor, one tensor under two names, and one that is no leaf."""
     base = torch.randn(7, 6)
     parameter = torch.nn.Parameter(torch.randn(7))
-    given = {
+    tensors = {
         "slice": base[:, 2:4],
         "transposed": torch.randn(2, 7).T,
         "first": base[:, 0],
         "again": base[:, 0],
         "learned": parameter * 2,
     }
-    table = FeatureTable(given)
+    table = FeatureTable(tensors)
     table.save(tmp_path / "t.safetensors")
-    found = FeatureTable.load(tmp_path / "t.safetensors")
-    assert_same(found, table)
-    for name, value in given.items():
-        assert torch.equal(found[name], value.detach().view(7, -1))
+    loaded = FeatureTable.load(tmp_path / "t.safetensors")
+    assert_same(loaded, table)
+    for name, value in tensors.items():
+        assert torch.equal(loaded[name], value.detach().view(7, -1))
 
 
 def test_order_is_that_of_adding_or_of_asking(tmp_path):
@@ -113,11 +113,11 @@ def test_permissions_are_those_of_other_files(tmp_path):
 
 def test_equal_tables_give_equal_bytes(tmp_path):
     """Also of columns that lie otherwise in memory; another order is another table."""
-    given = columns()
-    FeatureTable(given).save(tmp_path / "a.safetensors")
-    given["cosines"] = given["cosines"].T.contiguous().T
-    FeatureTable(given).save(tmp_path / "b.safetensors")
-    FeatureTable(dict(reversed(given.items()))).save(tmp_path / "c.safetensors")
+    tensors = columns()
+    FeatureTable(tensors).save(tmp_path / "a.safetensors")
+    tensors["cosines"] = tensors["cosines"].T.contiguous().T
+    FeatureTable(tensors).save(tmp_path / "b.safetensors")
+    FeatureTable(dict(reversed(tensors.items()))).save(tmp_path / "c.safetensors")
     a, b, c = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
     assert a == b and a != c
 

@@ -13,7 +13,7 @@ def columns(n=7, dtype=torch.float32):
     }
 
 
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert_bitwise(dict(found), dict(expected))
-    assert_bitwise(found.standardized(), expected.standardized())
+def assert_same(result, expected):
+    assert list(result) == list(expected)
+    assert_bitwise(dict(result), dict(expected))
+    assert_bitwise(result.standardized(), expected.standardized())

@@ -90,25 +90,25 @@ def batch(seed=0, dtype=torch.float64):
     return {"inputs": x[:12], "labels": y[:12], "val_inputs": x[12:], "val_labels": y[12:]}
 
 
-def true_dots(step, given):
+def true_dots(step, arguments):
     """d_i by double backward through one plain SGD step."""
     model = step.model
-    w = step.weights(given["inputs"], given["labels"], val_inputs=given["val_inputs"])
+    w = step.weights(arguments["inputs"], arguments["labels"], val_inputs=arguments["val_inputs"])
     p = (w / w.sum()).requires_grad_()
     theta = dict(model.named_parameters())
     losses = F.cross_entropy(
-        torch.func.functional_call(model, {**theta, **clones(model)}, given["inputs"]),
-        given["labels"],
+        torch.func.functional_call(model, {**theta, **clones(model)}, arguments["inputs"]),
+        arguments["labels"],
         reduction="none",
     )
     g = torch.autograd.grad((p * losses).sum(), list(theta.values()), create_graph=True)
     buffers = clones(model)
-    torch.func.functional_call(model, {**theta, **buffers}, given["inputs"])
+    torch.func.functional_call(model, {**theta, **buffers}, arguments["inputs"])
     ahead = {n: t - 0.1 * d for (n, t), d in zip(theta.items(), g, strict=True)}
     model.eval()
-    z = torch.func.functional_call(model, {**ahead, **buffers}, given["val_inputs"])
+    z = torch.func.functional_call(model, {**ahead, **buffers}, arguments["val_inputs"])
     model.train()
-    (d,) = torch.autograd.grad(F.cross_entropy(z, given["val_labels"]), p)
+    (d,) = torch.autograd.grad(F.cross_entropy(z, arguments["val_labels"]), p)
     return -d
 
 
@@ -128,9 +128,9 @@ WRONG = {
 def test_auto_takes_an_engine_that_is_right(kind):
     step = build(kind())
     for seed in range(3):
-        given = batch(seed)
-        expected = true_dots(step, given)
-        result = step(**given)
+        arguments = batch(seed)
+        expected = true_dots(step, arguments)
+        result = step(**arguments)
         assert result.engine == WRONG[kind][0]
         assert relative(result.dots, expected) < 1e-10 and result.self_check < 1e-10
 
@@ -172,9 +172,9 @@ def test_a_probing_call_repeats_the_step_with_the_next_engine(number, monkeypatc
     step, other = build(plain()), build(plain(), engine="forward_mode")
     with caplog.at_level(logging.INFO, "mts_fast"):
         for seed in range(5):
-            found, expected = step(**batch(seed)), other(**batch(seed))
-            assert found.engine == ("ghost" if seed + 1 < number else "forward_mode")
-            assert relative(found.dots, expected.dots) < 1e-12
+            result, expected = step(**batch(seed)), other(**batch(seed))
+            assert result.engine == ("ghost" if seed + 1 < number else "forward_mode")
+            assert relative(result.dots, expected.dots) < 1e-12
     level = logging.INFO if number == 1 else logging.WARNING
     said = [m for m in messages(caplog, level) if "forward_mode, since ghost: sum p d" in m]
     assert len(said) == 1
@@ -207,9 +207,9 @@ def test_a_selector_batch_is_guarded_in_probing_calls(monkeypatch):
             kind, "dots", lambda self, d, right=right: calls.append(1) or right(self, d) * 1.5
         )
     step = build(plain())
-    given, other = batch(0), batch(1)
+    arguments, other = batch(0), batch(1)
     extra = mts_fast.SelectorBatch(other["inputs"], other["labels"])
-    assert step(**given, selector_batch=extra).engine == "forward_mode" and calls
+    assert step(**arguments, selector_batch=extra).engine == "forward_mode" and calls
 
 
 def test_the_choice_is_kept_in_the_state(monkeypatch):
@@ -223,8 +223,8 @@ def test_the_choice_is_kept_in_the_state(monkeypatch):
     other = build(plain())
     other.load_state_dict(state)
     for seed in range(3, 5):
-        found, expected = other(**batch(seed)), step(**batch(seed))
-        assert found.engine == "forward_mode" and torch.equal(found.dots, expected.dots)
+        result, expected = other(**batch(seed)), step(**batch(seed))
+        assert result.engine == "forward_mode" and torch.equal(result.dots, expected.dots)
 
 
 def test_a_failed_call_never_changes_the_choice(monkeypatch):
@@ -255,11 +255,11 @@ def test_layouts_are_chosen_apart():
             return self.b(h if mix is None else h - h.mean(0))
 
     step = build(Model())
-    given = batch()
-    mixed = {**given, "inputs": {"x": given["inputs"], "mix": torch.ones(12)}}
+    arguments = batch()
+    mixed = {**arguments, "inputs": {"x": arguments["inputs"], "mix": torch.ones(12)}}
     engines = []
-    for call in (given, mixed, given, mixed, given):
-        call = {**call, "val_inputs": given["val_inputs"]}
+    for call in (arguments, mixed, arguments, mixed, arguments):
+        call = {**call, "val_inputs": arguments["val_inputs"]}
         engines.append(step(**call).engine)
     assert engines == ["ghost", "forward_mode", "ghost", "forward_mode", "ghost"]
 

@@ -42,22 +42,22 @@ def assert_equals_plain_run(world, *, steps=3, two_batches=False):
     plain = world.copy_of_plain_parts()
     state = generators(world.device)
     for seed in range(steps):
-        given = world.arguments(seed, two_batches=two_batches)
+        arguments = world.arguments(seed, two_batches=two_batches)
         set_generators(state)
-        result = world.step(**given)
-        found = trace(world.model, world.optimizer, world.device)
+        result = world.step(**arguments)
+        traced = trace(world.model, world.optimizer, world.device)
         # the caller's tensors are as they were drawn
         untouched = world.arguments(seed, two_batches=two_batches)
         assert_bitwise(
-            [vars(v) if name == "selector_batch" else v for name, v in given.items()],
+            [vars(v) if name == "selector_batch" else v for name, v in arguments.items()],
             [vars(v) if name == "selector_batch" else v for name, v in untouched.items()],
         )
         set_generators(state)
         p = result.normalized_weights
         assert 0 < p.min() < p.max() < 1
-        losses = plain_step(*plain, given["inputs"], given["labels"], p)
+        losses = plain_step(*plain, arguments["inputs"], arguments["labels"], p)
         expected = trace(*plain, world.device)
-        assert_bitwise(found, expected)
+        assert_bitwise(traced, expected)
         assert_bitwise(result.losses, losses)
         state = expected["generators"]
 
@@ -123,9 +123,9 @@ def test_weights_change_nothing(engine, device):
     world = build(device, engine, online_momentum=0.5)
     world.step(**world.arguments(0))
     before = everything(world)
-    given = world.arguments(1)
-    del given["val_labels"]
-    assert world.step.weights(**given).shape == (12,)
+    arguments = world.arguments(1)
+    del arguments["val_labels"]
+    assert world.step.weights(**arguments).shape == (12,)
     assert_bitwise(everything(world), before)
 
 
@@ -177,11 +177,11 @@ def test_bad_arguments_change_nothing(engine, case, two_batches, device):
     argument, breaks, message = BAD_ARGUMENTS[case]
     world = build(device, engine, online_momentum=0.9, check="always")
     world.step(**world.arguments(0))
-    given = world.arguments(1, two_batches=two_batches)
-    given[argument] = breaks(given[argument])
+    arguments = world.arguments(1, two_batches=two_batches)
+    arguments[argument] = breaks(arguments[argument])
     before = everything(world)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        world.step(**given)
+        world.step(**arguments)
     assert_bitwise(everything(world), before)
 
 
@@ -227,7 +227,7 @@ def test_loss_of_a_wrong_shape_changes_nothing(engine, loss, device):
 def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
     """Out of memory in the n-th forward of the step, after the BatchNorms in it have moved."""
     world = build(device, engine, online_momentum=0.9)
-    given = world.arguments(1, two_batches=two_batches)
+    arguments = world.arguments(1, two_batches=two_batches)
     world.step(**world.arguments(0))
     left = []
 
@@ -242,7 +242,7 @@ def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
     for n in range(1, 20):
         left[:] = [n]
         try:
-            world.step(**given)
+            world.step(**arguments)
         except MemoryError:
             failures += 1
             assert_bitwise(everything(world), before)

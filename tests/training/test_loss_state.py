@@ -39,9 +39,9 @@ def test_a_loss_module_belongs_to_the_world(engine, as_method):
     loss = RunningNorm()
     plain = copy.deepcopy(loss)
     step = step_of(model, engine=engine, loss=loss.method if as_method else loss)
-    given = batch(0)
-    plain(model(given["inputs"]), given["labels"])
-    result = step(**given)
+    arguments = batch(0)
+    plain(model(arguments["inputs"]), arguments["labels"])
+    result = step(**arguments)
     assert relative(loss.mean_norm, plain.mean_norm) < 1e-12
     assert result.self_check < 1e-6
     assert {mode for size, mode in loss.modes if size == 7} == {False} and loss.training
@@ -56,10 +56,10 @@ def test_a_loss_that_writes_into_the_labels():
     model.forward = lambda x: model.b(torch.tanh(model.a(x)))
     step = step_of(model, loss=loss)
     for seed in range(2):
-        given, untouched = batch(seed), batch(seed)
-        step(**given)
-        assert torch.equal(given["labels"], untouched["labels"])
-        assert torch.equal(given["val_labels"], untouched["val_labels"])
+        arguments, untouched = batch(seed), batch(seed)
+        step(**arguments)
+        assert torch.equal(arguments["labels"], untouched["labels"])
+        assert torch.equal(arguments["val_labels"], untouched["val_labels"])
 
 
 @pytest.mark.parametrize("kind", ["module", "partial", "lambda"])
@@ -75,7 +75,7 @@ def test_a_loss_module_is_found_wherever_it_is_carried(kind):
     }[kind]
     plain, model = copy.deepcopy(loss), plain_model()
     step = step_of(model, loss=carried)
-    given = batch(0)
-    plain(model(given["inputs"]), given["labels"])
-    step(**given)
+    arguments = batch(0)
+    plain(model(arguments["inputs"]), arguments["labels"])
+    step(**arguments)
     assert relative(loss.mean_norm, plain.mean_norm) < 1e-12

@@ -62,8 +62,8 @@ def test_resumed_run_is_bit_identical(way, optimizer, device):
     set_generators(rng)
     expected = run(whole, range(3, 6))
     set_generators(rng)
-    found = run(resumed, range(3, 6))
-    assert_bitwise([vars(r) for r in found], [vars(r) for r in expected])
+    results = run(resumed, range(3, 6))
+    assert_bitwise([vars(r) for r in results], [vars(r) for r in expected])
     assert_bitwise(everything(resumed), everything(whole))
     assert resumed.step.steps == 6
 

@@ -56,18 +56,18 @@ def test_reuse_steps_with_the_weights_of_row_2(device):
     """The classifier's gradient is the virtual one; the selector learns as in "exact"."""
     reuse, exact = (World(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact"))
     plain, optimizer = reuse.copy_of_plain_parts()
-    given = reuse.arguments(0)
-    found, expected = reuse.step(**given), exact.step(**given)
-    assert_bitwise(found.dots, expected.dots)
+    arguments = reuse.arguments(0)
+    result, expected = reuse.step(**arguments), exact.step(**arguments)
+    assert_bitwise(result.dots, expected.dots)
     assert_bitwise(reuse.selector.state_dict(), exact.selector.state_dict())
     # row 2: the selector before it learned
     before = World(device, dtype=torch.float64).step.weights(
-        **{k: v for k, v in given.items() if k != "val_labels"}
+        **{k: v for k, v in arguments.items() if k != "val_labels"}
     )
     p = before / before.sum()
-    assert relative(found.normalized_weights, p) < EXACT
+    assert relative(result.normalized_weights, p) < EXACT
     losses = torch.nn.functional.cross_entropy(
-        plain(given["inputs"]), given["labels"], reduction="none"
+        plain(arguments["inputs"]), arguments["labels"], reduction="none"
     )
     optimizer.zero_grad()
     (p * losses).sum().backward()
@@ -91,10 +91,10 @@ def test_batchnorm_streams_as_data_parallelism_would(device):
         device, model="batchnorm", dtype=torch.float64, micro_batch=6, online_features=False
     )
     model = copy.deepcopy(world.model)
-    given = world.arguments(0)
-    world.step(**given)
+    arguments = world.arguments(0)
+    world.step(**arguments)
     with torch.no_grad():
-        for part in given["inputs"].split(6):
+        for part in arguments["inputs"].split(6):
             model(part)
     assert_bitwise(dict(world.model.named_buffers()), dict(model.named_buffers()))
 
@@ -106,17 +106,17 @@ def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
     world = World(device, model=model, dtype=torch.float64, engine="ghost", micro_batch=micro_batch)
     plain, optimizer = world.copy_of_plain_parts()
     for seed in range(3):
-        given = world.arguments(seed)
+        arguments = world.arguments(seed)
         torch.manual_seed(seed)
-        result = world.step(**given)
+        result = world.step(**arguments)
         after = snapshot(device=device)
         torch.manual_seed(seed)
-        size = micro_batch or len(given["labels"])
+        size = micro_batch or len(arguments["labels"])
         losses = torch.cat(
             [
                 torch.nn.functional.cross_entropy(plain(x), y, reduction="none")
                 for x, y in zip(
-                    given["inputs"].split(size), given["labels"].split(size), strict=True
+                    arguments["inputs"].split(size), arguments["labels"].split(size), strict=True
                 )
             ]
         )

@@ -33,12 +33,12 @@ def test_a_selector_draws_afresh_and_moves_its_statistics_once(two_batches):
     step = step_of(plain_model(), selector=selector)
     seen = []
     for seed in range(3):
-        given = batch(seed)
+        arguments = batch(seed)
         if two_batches:
             extra = batch(seed + 50)
-            given["selector_batch"] = mts_fast.SelectorBatch(extra["inputs"], extra["labels"])
+            arguments["selector_batch"] = mts_fast.SelectorBatch(extra["inputs"], extra["labels"])
         selector.masks.clear()
-        step(**given)
+        step(**arguments)
         assert int(selector.norm.num_batches_tracked) == seed + 1
         # rows 1 and 9 see the same mask
         assert torch.equal(selector.masks[0], selector.masks[-1])
@@ -49,9 +49,9 @@ def test_a_selector_draws_afresh_and_moves_its_statistics_once(two_batches):
 def test_weights_change_nothing():
     selector = NoisySelector().double()
     step = step_of(plain_model(), selector=selector)
-    given = batch(0)
+    arguments = batch(0)
     before = copy.deepcopy(selector.state_dict()), str(generators())
-    step.weights(given["inputs"], given["labels"], val_inputs=given["val_inputs"])
+    step.weights(arguments["inputs"], arguments["labels"], val_inputs=arguments["val_inputs"])
     assert all(torch.equal(before[0][k], v) for k, v in selector.state_dict().items())
     assert before[1] == str(generators())
 
@@ -68,17 +68,17 @@ def test_autocast_does_not_weigh_with_the_old_selector():
         torch.optim.SGD(selector.parameters(), lr=50.0),
         online_features=False,
     )
-    given = batch(0, torch.float32)
+    arguments = batch(0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
-            result = step(**given)
+            result = step(**arguments)
             torch.clear_autocast_cache()
-            z = selector(torch.zeros(SIZE, 0), given["labels"], torch.zeros(SIZE).bool())
+            z = selector(torch.zeros(SIZE, 0), arguments["labels"], torch.zeros(SIZE).bool())
             assert relative(result.logits, z.detach().float()) < 1e-6
-            losses = F.cross_entropy(model(given["inputs"]).float(), given["labels"])
+            losses = F.cross_entropy(model(arguments["inputs"]).float(), arguments["labels"])
     with torch.autocast("cpu", torch.bfloat16):
-        first = step(**given).losses.mean()
-        second = step(**given).losses.mean()
+        first = step(**arguments).losses.mean()
+        second = step(**arguments).losses.mean()
     assert first != second and losses > second
 
 

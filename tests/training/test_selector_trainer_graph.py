@@ -90,9 +90,9 @@ def recorder(device, monkeypatch):
     """None for a GPU's own recorder; elsewhere the stand-in."""
     if device.type == "cuda":
         return None
-    found = Rerun()
-    monkeypatch.setattr(module, "CudaRecorder", lambda: found)
-    return found
+    cuda_recorder = Rerun()
+    monkeypatch.setattr(module, "CudaRecorder", lambda: cuda_recorder)
+    return cuda_recorder
 
 
 def make_step(device, *, graph, adam=True, scheduler=False, **options):
@@ -175,15 +175,15 @@ def test_an_independent_selector_batch(device, recorder):
 def test_a_loaded_state_is_what_the_next_step_starts_from(device, recorder):
     """Loading puts other tensors into the optimizer, which a recording would not know of."""
     step, other = (make_step(device, graph=graph) for graph in (True, False))
-    given = list(batches(device, 9))
-    for arguments in given[:6]:
+    calls = list(batches(device, 9))
+    for arguments in calls[:6]:
         step(**arguments)
         other(**arguments)
     state = other.state_dict()
-    for arguments in given[6:8]:
+    for arguments in calls[6:8]:
         step(**arguments)
     step.load_state_dict(state)
-    mine, plain = (s(**given[8]) for s in (step, other))
+    mine, plain = (s(**calls[8]) for s in (step, other))
     assert relative(mine.dots, plain.dots) < 1e-5
     for a, b in zip(*(s.selector.parameters() for s in (step, other)), strict=True):
         assert relative(a, b) < 1e-5

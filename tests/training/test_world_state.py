@@ -71,22 +71,24 @@ def test_a_step_is_one_plain_forward(name, engine):
     step = step_of(model, engine=engine)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
-        given, untouched = batch(seed), batch(seed)
+        arguments, untouched = batch(seed), batch(seed)
         set_generators(seed)
-        result = step(**given)
+        result = step(**arguments)
         after = generators()
         set_generators(seed)
         optimizer.zero_grad()
-        losses = F.cross_entropy(plain(given["inputs"].clone()), given["labels"], reduction="none")
+        losses = F.cross_entropy(
+            plain(arguments["inputs"].clone()), arguments["labels"], reduction="none"
+        )
         (result.normalized_weights * losses).sum().backward()
         optimizer.step()
         assert str(after) == str(generators())
-        assert all(torch.equal(given[k], untouched[k]) for k in given)
+        assert all(torch.equal(arguments[k], untouched[k]) for k in arguments)
         assert relative(result.losses, losses.detach()) < 1e-12
-        for (n, found), expected in zip(
+        for (n, value), expected in zip(
             model.state_dict().items(), plain.state_dict().values(), strict=True
         ):
-            assert relative(found, expected) < 1e-10, n
+            assert relative(value, expected) < 1e-10, n
         # dots against double backward, differences to their own error
         assert result.self_check < 1e-6
 
@@ -155,10 +157,10 @@ def test_gradients_that_share_memory_are_clipped_and_unscaled_once(clip, engine)
     plain = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     step = step_of(model, engine=engine, max_grad_norm=clip, scaler=scaler)
-    given = batch(0)
-    result = step(**given)
+    arguments = batch(0)
+    result = step(**arguments)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
     (result.normalized_weights * losses).sum().backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
@@ -200,9 +202,9 @@ def test_a_forward_that_writes_to_a_parameter(counted):
     step = step_of(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
-        given = batch(seed)
-        p = step(**given).normalized_weights
-        losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+        arguments = batch(seed)
+        p = step(**arguments).normalized_weights
+        losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
         optimizer.zero_grad()
         (p * losses).sum().backward()
         optimizer.step()
