@@ -22,9 +22,11 @@ EXACT_ENGINE = "forward_mode"
 def reference_step(world, arguments, **options):
     """The same step by reference.mts_step."""
     states = optimizer_states(world.optimizer)
-    meta = arguments.get("selector_batch")
-    if meta is not None:
-        meta = reference.Batch(meta.inputs, meta.labels, meta.is_synthetic, meta.features)
+    selector_batch = arguments.get("selector_batch")
+    if selector_batch is not None:
+        selector_batch = reference.Batch(
+            *(getattr(selector_batch, k) for k in ("inputs", "labels", "is_synthetic", "features"))
+        )
     return reference.mts_step(
         world.model,
         world.optimizer,
@@ -33,7 +35,7 @@ def reference_step(world, arguments, **options):
         world.selector_optimizer,
         reference.Batch(*(arguments[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
         (arguments["val_inputs"], arguments["val_labels"]),
-        selector_batch=meta,
+        selector_batch=selector_batch,
         **options,
     )
 
@@ -229,53 +231,6 @@ def test_max_grad_norm_clips_the_real_step_only(device):
     assert_bitwise(clipped.model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # of the batch, the last batch's, running
-def test_online_features_that_the_selector_sees(momentum, device):
-    world = World(
-        device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=momentum, online_k=2
-    )
-    seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    running = {}
-    for seed in range(3):
-        arguments = world.arguments(seed)
-        with torch.no_grad():
-            penultimate, val = (world.model[:-1](arguments[k]) for k in ("inputs", "val_inputs"))
-        columns = []
-        for name, column in zip(
-            ("nearest", "centroid"), reference.online_features(penultimate, val, k=2), strict=True
-        ):
-            batch = torch.stack([column.mean(), column.var(correction=0)])
-            if momentum is not None and name in running:
-                running[name] = momentum * running[name] + (1 - momentum) * batch
-            else:
-                running[name] = batch
-            mean, variance = running[name]
-            columns.append((column - mean) / (variance + 1e-8).sqrt())
-        seen.clear()
-        world.step(**arguments)
-        expected = torch.cat([*columns, arguments["features"]], dim=1)
-        # once for row 1 and once for row 9; observed 0
-        assert len(seen) == 2
-        assert all(relative(h, expected) < 1e-12 for h in seen)
-
-
-def test_running_statistics_move_with_the_selectors_batch(device):
-    """Once a step, with the batch that the selector learns from, whichever else it scores."""
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
-    running = None
-    for seed in range(3):
-        arguments = world.arguments(seed, two_batches=True)
-        inputs = arguments["selector_batch"].inputs, arguments["val_inputs"]
-        with torch.no_grad():
-            nearest, _ = reference.online_features(*(world.model[:-1](x) for x in inputs))
-        batch = torch.stack([nearest.mean(), nearest.var(correction=0)])
-        running = batch if running is None else 0.5 * running + 0.5 * batch
-        world.step(**arguments)
-        moments = world.step.state_dict()["online"]["running"]["nearest"]
-        assert relative(moments, running) < 1e-12  # observed 0
-
-
 def test_selector_batch_meets_the_masks_of_the_training_forward(device):
     """The training batch given as the selector's, too, makes the same step, dropout and all."""
     one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
@@ -288,21 +243,6 @@ def test_selector_batch_meets_the_masks_of_the_training_forward(device):
     result = two.step(**arguments, selector_batch=same)
     assert_bitwise(result.dots, expected.dots)
     assert_bitwise(two.selector.state_dict(), one.selector.state_dict())
-
-
-def test_feature_layer_names_where_features_are_taken(device):
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
-    seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    arguments = world.arguments(0)
-    world.step(**arguments)
-    nearest, centroid = reference.online_features(arguments["inputs"], arguments["val_inputs"])
-    columns = [
-        reference.standardize(nearest),
-        reference.standardize(centroid),
-        arguments["features"],
-    ]
-    assert relative(seen[0], torch.cat(columns, dim=1)) < 1e-12  # observed 0
 
 
 @pytest.mark.parametrize("warmup", [0, 4])  # the cosine alone; after a linear rise
