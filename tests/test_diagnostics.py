@@ -11,7 +11,7 @@ import mts_fast
 from mts_fast.diagnostics import GSNRMeter, selector_gsnr, weight_statistics
 
 
-# float64 for the formulas; float32 as it is used, the sums of 50 terms rounding to 1e-6.
+# float64 checks the formulas; float32 is the dtype in use, and sums of 50 terms round to 1e-6.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1, 50])  # one sample has no variance
 def test_weight_statistics_equal_numpy(size, dtype, device):
@@ -92,7 +92,7 @@ def test_meter_equals_numpy_on_the_stack(n, pooled, device):
 
 
 def test_meter_is_exact_on_a_large_offset():
-    """Sums of squares would lose everything: a mean of 1e8 beside a deviation of 1."""
+    """Mean 1e8, standard deviation about 1: sums of squares would cancel every digit."""
     values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64) + 1e8
     meter = GSNRMeter()
     for value in values:
@@ -145,8 +145,8 @@ def test_refused_pools(pooled, error):
 
 @pytest.mark.parametrize(
     ("mean", "n", "spread"),
-    # few draws; many without any signal, where squared noise would pass for one; many with one.
-    # `spread` is the deviation of one estimate, simulated.
+    # few draws; many without signal, where squared noise would look like signal; many with signal.
+    # `spread` is the standard deviation of one estimate, simulated.
     [(0.5, 8, 0.84), (0.0, 400, 0.0036), (0.5, 100, 0.112)],
 )
 def test_meter_takes_the_noise_out_of_the_squared_mean(mean, n, spread):
@@ -203,7 +203,7 @@ def test_selector_gsnr_equals_a_loop(device):
 
 
 def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
-    """A selector of one's own that returns [B, 1], with a part that does not learn."""
+    """A custom selector that returns [B, 1] and has a frozen layer."""
 
     class Own(torch.nn.Module):
         def __init__(self):
@@ -224,7 +224,7 @@ def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
 
 
 def test_selector_with_dropout_leaves_the_generators(device):
-    """A mask a sample: the truth is of the masks that were drawn, so a dropout of 0 is compared."""
+    """Dropout draws a mask per sample, so only a dropout of 0 is compared with the exact GSNR."""
     _, inputs, cotangent = selector_batch(device)
 
     def selector_with(share):
@@ -244,7 +244,7 @@ def test_selector_with_dropout_leaves_the_generators(device):
 
 
 class Features(torch.nn.Module):
-    """A selector that looks at the features alone."""
+    """A selector that ignores classes and sources."""
 
     def __init__(self, layers):
         super().__init__()
@@ -291,7 +291,7 @@ def test_step_tracks_the_gsnr_of_its_selector_gradient(two_batches, device):
     for q, old in zip(world.selector.parameters(), before, strict=True):
         q.data.copy_(old)
     rows = contributions(world.selector, inputs, cotangent)
-    # the contributions are those of the gradient that the step took; observed 2e-16
+    # the contributions sum to the gradient of the step; observed 2e-16
     total = torch.from_numpy(rows.sum(0)).to(device)
     assert relative(total, torch.cat([g.flatten() for g in gradient])) < 1e-12
     expected = numpy_gsnr(rows, pooled=len(rows))

@@ -51,7 +51,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_disk_that_takes_no_more(pool, tmp_path):
-    """A limit of 4 KiB a file, in a process of its own: the old table stays."""
+    """Files limited to 4 KiB, in a subprocess: the old table stays."""
     target = tmp_path / "table.safetensors"
     FeatureTable({"loss": torch.arange(131.0)}).save(target)
     before = target.read_bytes()
@@ -163,7 +163,8 @@ def test_columns_that_another_process_saves_meanwhile_survive(pool, tmp_path, mo
 
 
 def test_two_saves_wait_for_one_another(pool, tmp_path):
-    """While another process has the folder the table is not read; then it is, as it has become."""
+    """While another process holds the folder's lock the table is not read; the later read sees the
+    columns that were saved meanwhile."""
     out = tmp_path / "table.safetensors"
     command = [sys.executable, "-m", "mts_fast.cli.main", "features", *pool, "--out", str(out)]
     with locked(tmp_path) as alone:
@@ -180,7 +181,7 @@ def test_two_saves_wait_for_one_another(pool, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(pool, tmp_path):
-    """Of two old folders the one goes whose process is gone."""
+    """An old folder is removed if no process holds its lock; new ones stay."""
     dead, alive, new = (tmp_path / f".mts_fast-{name}" for name in ("dead", "alive", "new"))
     for folder in (dead, alive, new):
         folder.mkdir()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mts_fast.features import DistributionSweep, distribution_features
 
 
-# in the first unit, reading, comparing, measuring; as a user and as a batch system does it
+# in the first unit, while reading, comparing and measuring; by Ctrl-C and by a batch system
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("units", [0, 2, 7, 15])
 def test_interrupted_and_resumed(units, number, pool, tmp_path, monkeypatch, capsys):
@@ -60,7 +60,7 @@ def test_progress_of_another_pool_is_refused(pool, tmp_path, monkeypatch, capsys
 
 
 def test_a_row_that_changes_between_two_runs_is_noticed(pool, tmp_path, monkeypatch, capsys):
-    """Every row, even where size and time of the file are as they were; a copy is as good."""
+    """A changed row is noticed even if the file has the same size and time; a copy is accepted."""
     with monkeypatch.context() as patch:
         patch.setattr(DistributionSweep, "run", signalled(7, signal.SIGTERM)[0])
         assert run(pool, tmp_path, "--chunk", "40") == 130
@@ -84,7 +84,8 @@ def test_a_row_that_changes_between_two_runs_is_noticed(pool, tmp_path, monkeypa
 @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
 @pytest.mark.parametrize("done", [1, 5, 15])
 def test_a_file_that_changes_while_it_is_read(suffix, done, pool, tmp_path, monkeypatch, capsys):
-    """Cut off, a mapped file would kill the process; the rows after the change are compared."""
+    """A truncated file is an error (reading a mapped one would kill the process), and rows changed
+    while the sweep runs are noticed."""
     file = tmp_path / f"x.{suffix}"
     if suffix == "npy":
         np.save(file, X.numpy())
@@ -148,7 +149,7 @@ def test_a_damaged_partial_file_is_refused(pool, tmp_path, monkeypatch, capsys):
 
 
 def test_interrupted_in_the_last_stretch(pool, tmp_path, monkeypatch, capsys):
-    """The finished sweep is on disk before the columns are made."""
+    """The finished sweep is saved before the columns are made."""
     with monkeypatch.context() as patch:
         patch.setattr(DistributionSweep, "columns", lambda _: os.kill(os.getpid(), signal.SIGINT))
         assert run(pool, tmp_path, "--chunk", "40") == 130
@@ -161,7 +162,7 @@ def test_interrupted_in_the_last_stretch(pool, tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_without_room_for_the_progress(pool, tmp_path, monkeypatch, capsys):
-    """It is said, and the sweep goes on."""
+    """A failed save of the progress is reported, and the sweep continues."""
     monkeypatch.setattr("mts_fast.cli.features.SAVE_SECONDS", 0.0)
 
     def full(op, path, *_):

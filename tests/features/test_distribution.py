@@ -1,4 +1,4 @@
-"""Distribution features in chunks against the reference, on pools that are awkward."""
+"""Distribution features in chunks against the reference, on pools with special cases."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pools import POOLS, many, one_class, pool
 from mts_fast import reference
 from mts_fast.features import DistributionSweep, distribution_features
 
-# one by one; neither divides any of the pools; everything at once.
+# chunks: one row; two sizes that divide no pool; the whole pool.
 CHUNKS = (1, 7, 50, 1024)
 
 
@@ -42,7 +42,7 @@ def test_half_precision_is_computed_in_float32(dtype, device):
 
 
 def test_names_of_classes_cost_nothing(device):
-    """Numbers far apart, as of WordNet: tables over all numbers in between would take terabytes."""
+    """Class numbers far apart, as in WordNet: a table indexed by them would take terabytes."""
     x, y, s = (t.to(device) for t in many())
     expected = distribution_features(x, y, s)
     assert_bitwise(distribution_features(x, 10**12 * y + 7, s), expected)
@@ -198,7 +198,7 @@ def test_reference_does_not_depend_on_the_scale(dtype, scale):
 
 
 def test_rows_of_very_different_lengths():
-    """Each has the cosines of its direction, beside any other."""
+    """Cosines depend on the directions alone, whatever the lengths."""
     x, y, s = pool(60, 8, 3)
     lengths = 10.0 ** torch.linspace(-150, 150, 60, dtype=torch.float64)
     columns = distribution_features(x * lengths[:, None], y, s, small_class="pad")
@@ -208,7 +208,7 @@ def test_rows_of_very_different_lengths():
 
 
 def test_distances_beyond_all_numbers_name_the_embeddings():
-    """Two corners of what float64 holds are further apart than it can say."""
+    """The distance of two finite embeddings overflows float64."""
     x = torch.full((8, 4), 1.7e308, dtype=torch.float64)
     x[1:2] *= -1
     message = r"the distance of embeddings .* must be finite, .* 2 rows \(0, 1\); divide all"
@@ -217,7 +217,7 @@ def test_distances_beyond_all_numbers_name_the_embeddings():
 
 
 class Source:
-    """Rows that come otherwise than their shape says."""
+    """A source whose rows do not match its shape."""
 
     shape = (24, 4)
 
@@ -265,7 +265,7 @@ def sweep(**options):
 
 
 def state_after(units):
-    """Of 12: 3 for the centroids, 6 pairs of chunks, 3 for the distances."""
+    """State after some of 12 units: 3 for centroids, 6 pairs of chunks, 3 for distances."""
     part = sweep()
     for _ in zip(range(units), part.run(), strict=False):
         pass
@@ -335,7 +335,7 @@ def test_a_state_without_neighbors_is_not_that_of_a_finished_sweep():
 
 
 def test_no_unit_is_done_twice():
-    """By two runs at once, or again after one that broke."""
+    """Neither by two runs at once, nor again after an interrupted one."""
     part = sweep()
     first, second = part.run(), part.run()
     next(first)

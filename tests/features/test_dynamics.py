@@ -27,8 +27,8 @@ class TokenClassifier(nn.Module):
         return self.head(self.layer(self.embed(tokens)).mean(1))
 
 
-# dense; one parameter that does not learn; convolutions and statistics; masks that eval mode
-# switches off; attention over integers.
+# dense; one frozen parameter; convolutions with BatchNorm; dropout, which eval mode switches off;
+# attention over tokens.
 MODELS = {
     "mlp": (mlp, (4,)),
     "partly_frozen": (partly_frozen, (4,)),
@@ -155,7 +155,7 @@ def test_errors_name_the_argument(arguments, options, error, message):
 
 
 class Spoken(nn.Module):
-    """Inputs and outputs in the ways of other libraries: two inputs, logits among other things."""
+    """Inputs and outputs as in other libraries: two inputs, logits beside other outputs."""
 
     def __init__(self, answer):
         super().__init__()
@@ -214,7 +214,8 @@ def squared(output, labels):
     return (output - labels[:, None]).square().mean(1)
 
 
-# classes, whose error norm does not depend on the loss; numbers; integers that are no classes
+# class labels, whose error norm does not depend on the loss; real targets; integers outside the
+# classes
 @pytest.mark.parametrize(
     ("loss", "labels", "has_error_norm"),
     [(smoothed, Y, True), (squared, Y / 3, False), (squared, Y + 1, False)],
@@ -261,7 +262,7 @@ def test_outputs_without_logits_are_refused():
 
 
 def test_gradients_that_are_not_finite_name_their_rows():
-    """The loss of sample 2 is 0, and the root's slope there is infinite."""
+    """The loss of sample 2 is 0, where the derivative of the square root is infinite."""
     loss = lambda output, labels: output.square().sum(1).mul(labels).sqrt()  # noqa: E731
     labels = torch.tensor([1.0, 2.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"gradient_norm of every sample must be .* 1 rows \(2\)"):

@@ -1,4 +1,4 @@
-"""embed: what it takes from a model, and that it leaves no trace on it."""
+"""embed: the features it returns, and that it leaves the model unchanged."""
 
 import sys
 import types
@@ -50,13 +50,13 @@ class Streamed(IterableDataset):
 
 
 class Backwards(SequentialSampler):
-    """Inherits the name of an order that it does not keep."""
+    """A subclass of SequentialSampler that is not sequential."""
 
     def __iter__(self):
         return reversed(range(11))
 
 
-# in the order of their samplers, seen through the samplers of batches; streams; lists
+# loaders of known order: sequential samplers, also inside batch samplers; streams; lists
 @pytest.mark.parametrize(
     "loader",
     [
@@ -75,7 +75,7 @@ def test_loaders_of_known_order(loader):
     assert torch.equal(embed(nn.Identity(), iter(loader)), ROWS)
 
 
-# all of them give every sample once, in some order
+# loaders whose order embed cannot know
 @pytest.mark.parametrize(
     ("loader", "why"),
     [
@@ -109,7 +109,7 @@ def test_the_caller_vouches_for_an_order(out, tmp_path):
         embed(nn.Identity(), ours, ordered="yes", out=out)
 
 
-# in memory as well as with a file: fewer samples than there are, or more
+# loaders that yield fewer or more samples than the data set has
 @pytest.mark.parametrize("out", [None, "x.npy"])
 @pytest.mark.parametrize(
     ("loader", "count"),
@@ -155,7 +155,7 @@ INDEX, TOKENS = torch.arange(11), torch.arange(22).view(11, 2) % 7
     "rest", [[(ROWS, INDEX)], [{"x": ROWS}], [[ROWS]], [ROWS, INDEX], [TOKENS]]
 )
 def test_indices_are_not_taken_for_inputs(rest):
-    """Which a model of integers would take without a word."""
+    """A model of integer inputs would accept them without an error."""
     message = r"batches must be inputs first, got a int64 .*, as of indices, before .*; leave the"
     with pytest.raises(TypeError, match=f"embed: loader's {message}"):
         embed(nn.Embedding(11, 3), [(INDEX, *rest)])

@@ -13,7 +13,7 @@ def random_history(n=9, epochs=12):
 
 
 def test_counter_in_parts_equals_reference_on_the_history(device):
-    """In each epoch the samples come shuffled, in parts, and some of the integers narrow."""
+    """Each epoch's samples come shuffled, in batches, with some integers of narrow dtypes."""
     history = random_history().to(device)
     counter = ForgettingCounter(9, device)
     for epoch, correct in enumerate(history):

@@ -77,7 +77,7 @@ def test_standardised_by_the_batch(device):
     standardize = OnlineStandardizer()
     for values in batches(device):
         standardized = standardize("nearest", values)
-        # one mean and one deviation over all entries, 1e-8 added to the variance
+        # one mean and one standard deviation over all entries, with 1e-8 added to the variance
         assert abs(standardized.mean().item()) < 1e-14
         assert standardized.std(correction=0).item() == pytest.approx(1, abs=1e-8)
         assert (
@@ -89,7 +89,7 @@ def test_standardised_by_the_batch(device):
     assert standardize.state_dict() == {"running": {}}
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])  # forgets at once; half; published order
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])  # last batch only; half; the published order
 def test_running_statistics_are_weighted_means_of_the_batches(momentum, device):
     """After n batches the first one weighs m^(n-1), and batch i weighs (1 - m) m^(n-i)."""
     standardize = OnlineStandardizer(momentum)
@@ -120,7 +120,7 @@ def test_without_update_nothing_moves(device):
     assert_bitwise(standardize.state_dict(), before)
     expected = (second - first.mean()) / (first.var(correction=0) + 1e-8).sqrt()
     assert relative(standardized, expected) < 1e-14
-    # a name that is still unknown: by the batch itself, and it stays unknown
+    # a name without running statistics uses the batch's, and update=False stores none
     assert_bitwise(other("nearest", second, update=False), OnlineStandardizer()("nearest", second))
     assert other.state_dict() == {"running": {}}
 
@@ -136,7 +136,7 @@ def test_standardizer_resumes(device):
     assert_bitwise(resumed.state_dict(), whole.state_dict())
 
 
-# below and above the half-open interval; what is no number
+# values outside [0, 1); values of other types
 @pytest.mark.parametrize(
     ("momentum", "error"),
     [

@@ -8,7 +8,7 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable
 
 
 def test_a_table_does_not_follow_the_tensors_it_was_given():
-    """Its moments would no longer be those of its columns."""
+    """A table that shared memory with them would keep the moments of other values."""
     tensors = columns()
     table, other = FeatureTable(tensors), FeatureTable(columns())
     for value in tensors.values():
@@ -106,15 +106,15 @@ def test_refused_mappings(columns, error, message):
         FeatureTable(columns)
 
 
-def test_a_lone_name_is_not_taken_letter_by_letter():
+def test_a_lone_name_is_not_read_letter_by_letter():
     table = FeatureTable(columns())
     for call in (table.raw, table.standardized, table.missing):
         with pytest.raises(TypeError, match="names must be a sequence of names, got str 'loss'"):
             call("loss")
 
 
-# squares vanish in float32; differences at the last places; overflow in half and single precision,
-# and in double; the smallest numbers that there are.
+# squares below float32's eps, then squares that under- or overflow in their dtype; at 2e4 and 5e307
+# the sum overflows, too.
 SCALES = [
     (torch.float32, 1e-6),
     (torch.float32, 1e-30),
@@ -131,7 +131,7 @@ def test_numbers_of_any_size_are_standardized(dtype, scale):
     column = (raw * scale).to(dtype)
     standardized = FeatureTable({"x": column}).standardized().flatten()
     assert standardized.dtype == dtype
-    # the truth in units of the scale, from the numbers as they were rounded
+    # the exact values in units of the scale, from the rounded column
     exact = column.double() / scale
     expected = (exact - exact.mean()) / exact.std(correction=0)
     atol = 2 * torch.finfo(dtype).eps

@@ -10,7 +10,7 @@ from feature_tables import assert_same, columns
 from mts_fast.features import FeatureTable
 
 
-@pytest.mark.parametrize("end", [0, 4, 100, -1])  # nothing; half a header; no data; one byte less
+@pytest.mark.parametrize("end", [0, 4, 100, -1])  # empty; half a header; no data; one byte short
 def test_truncated_file(end, tmp_path):
     path = tmp_path / "t.safetensors"
     FeatureTable(columns()).save(path)
@@ -19,7 +19,7 @@ def test_truncated_file(end, tmp_path):
         FeatureTable.load(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])  # without any; of another library
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])  # no metadata; another library's
 def test_foreign_file(metadata, tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata=metadata)
@@ -38,7 +38,7 @@ def test_every_flipped_bit_of_the_data_is_noticed(tmp_path):
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
         if bit // 8 >= begin:
-            # NaN and infinity are refused for what they are
+            # NaN and infinity have an error of their own
             message = "data of another checksum|must be of columns that fit a table"
             with pytest.raises(ValueError, match=f"file '.*t.safetensors'.*({message})"):
                 FeatureTable.load(path)
@@ -52,7 +52,7 @@ def test_every_flipped_bit_of_the_data_is_noticed(tmp_path):
 
 
 def old_file(path, tensors, **metadata):
-    """A file as it was before there were checksums."""
+    """A file of format 1, which has no checksums."""
     metadata = {"format": "mts_fast.FeatureTable/1"} | metadata
     safetensors.torch.save_file(tensors, path, metadata=metadata)
 

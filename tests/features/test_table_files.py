@@ -22,7 +22,7 @@ def test_round_trip_is_bitwise(dtype, tmp_path):
 
 
 def test_awkward_columns_are_saved(tmp_path):
-    """Views, a transposed tensor, one tensor under two names, and one that is no leaf."""
+    """Views, a transposed tensor, one tensor under two names, and a non-leaf tensor."""
     base = torch.randn(7, 6)
     parameter = torch.nn.Parameter(torch.randn(7))
     tensors = {
@@ -66,7 +66,7 @@ def test_resume_computes_what_is_missing(tmp_path):
     assert_same(FeatureTable.load(path), table)
 
 
-@pytest.mark.parametrize("at", ["writing", "moving"])  # the two moments at which it can break
+@pytest.mark.parametrize("at", ["writing", "moving"])  # the two operations that can fail
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
 def test_failed_save_keeps_the_old_file(error, at, tmp_path, monkeypatch):
     path = tmp_path / "t.safetensors"
@@ -112,7 +112,7 @@ def test_permissions_are_those_of_other_files(tmp_path):
 
 
 def test_equal_tables_give_equal_bytes(tmp_path):
-    """Also of columns that lie otherwise in memory; another order is another table."""
+    """Strides do not change the bytes of a file; the order of the columns does."""
     tensors = columns()
     FeatureTable(tensors).save(tmp_path / "a.safetensors")
     tensors["cosines"] = tensors["cosines"].T.contiguous().T

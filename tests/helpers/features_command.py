@@ -19,7 +19,7 @@ def table(tmp_path):
 
 
 def signalled(units, number):
-    """run(), to which a signal comes in the unit after `units`; and what was done, unit by unit."""
+    """A sweep's run() that gets a signal in the unit after `units`, and a list of units done."""
     whole = DistributionSweep.run
     seen = []
 

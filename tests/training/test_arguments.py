@@ -1,4 +1,4 @@
-"""What MTSStep is built from and called with: refused by the caller's names, nothing changed."""
+"""Wrong arguments of MTSStep and of its calls: errors name the argument, and nothing changes."""
 
 import copy
 
@@ -42,7 +42,7 @@ def other(build):
     return lambda p: torch.optim.AdamW(build().parameters(), lr=1e-2)
 
 
-# what is put in the place of which part, and what is said
+# name -> (argument that is replaced, its replacement, error, message)
 WRONG_PARTS = {
     "no model": ("model", lambda p: None, TypeError, r"model must be a torch\.nn\.Module"),
     "function": ("model", lambda p: torch.tanh, TypeError, "model must be a torch"),
@@ -209,7 +209,7 @@ def negative_rate(world):
 
 
 class Broken(nn.Module):
-    """A selector that returns what it is told to."""
+    """A selector whose output is any function of its weights."""
 
     def __init__(self, result):
         super().__init__()
@@ -220,7 +220,7 @@ class Broken(nn.Module):
         return self.result(self.w * torch.ones(len(classes)))
 
 
-# what is done to a run before a call, options of the run, and what is said
+# name -> (change of a run before the call, options of the run, message)
 WRONG_CALLS = {
     "nan selector": (nan_selector, {}, "selector's output must be finite.*lower its learning rate"),
     "nan selector, no teaching": (
@@ -265,7 +265,7 @@ def test_wrong_calls_change_nothing(case):
     with pytest.raises((TypeError, ValueError), match=f"MTSStep: .*{message}"):
         world.step(**arguments)
     after = whole_state(world)
-    nan = case.startswith("nan")  # a NaN is no equal of itself
+    nan = case.startswith("nan")  # NaN differs from itself
     assert set(differences(before, after)) <= ({"selector"} if nan else set())
 
 
@@ -321,7 +321,7 @@ def test_a_call_without_gradients(mode, model):
     with mode(), pytest.raises(RuntimeError, match="the call must be made with gradients enabled"):
         world.step(**world.arguments(0))
     assert not differences(before, whole_state(world))
-    # and the engine is chosen as if it had never been
+    # the engine is then chosen as if the failed call had not happened
     other = World(CPU, model=model)
     world.step(**world.arguments(1))
     torch.set_rng_state(before["torch"])
@@ -348,7 +348,7 @@ def test_wrappers_over_processes_are_refused(monkeypatch):
 @pytest.mark.parametrize("kind", ["unfreeze", "freeze", "add"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_parameters_that_change_in_mid_run(kind, every):
-    """The step goes on as one that was built with the new set."""
+    """The step continues as one that was built with the new parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     first = [*model[0].parameters()]

@@ -66,7 +66,7 @@ def test_small_gradients_survive(creates_scaler, engine, device):
 
 
 def test_the_scaled_step_is_the_unscaled_one(device):
-    """In float32 the scale, a power of two, drops out but for rounding."""
+    """In float32 the scale, a power of two, cancels up to rounding."""
     model, x, y = fitted(device)
     import copy
 

@@ -1,4 +1,4 @@
-"""Dots are compared with the gradient before anything is written; "auto" takes what is right."""
+"""Dots are checked against the gradient before any update; "auto" picks a correct engine."""
 
 import logging
 
@@ -34,7 +34,7 @@ class Ternary(nn.Module):
 
 
 class Reversal(torch.autograd.Function):
-    """Turns the gradient round, as domain-adversarial training does; has no forward mode."""
+    """Gradient reversal, as in domain-adversarial training; has no forward mode."""
 
     @staticmethod
     def forward(ctx, x):
@@ -57,7 +57,7 @@ class Adversarial(nn.Module):
 
 
 class Target(nn.Module):
-    """A detached target of the model's own, as in bootstrapping; BatchNorm couples the samples."""
+    """A detached target from the model itself, as in bootstrapping; BatchNorm couples samples."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def clones(model):
     return {n: b.clone() for n, b in model.named_buffers()}
 
 
-# which engine serves, and which explicit ones are found out
+# model -> (engine that "auto" picks, explicit engines that the check refuses)
 WRONG = {
     Ternary: ("forward_mode", ["finite_difference"]),
     Adversarial: ("double_backward", ["finite_difference"]),
@@ -148,7 +148,7 @@ def test_an_explicit_engine_beyond_its_bound_raises(kind):
 
 
 def wrong_in_call(monkeypatch, number, factor=1.5):
-    """Makes ghost's dots wrong in that one call."""
+    """Makes ghost's dots wrong in the call of that number."""
     calls = []
     right = FastLinearization.dots
 
@@ -160,14 +160,14 @@ def wrong_in_call(monkeypatch, number, factor=1.5):
 
 
 def messages(caplog, level):
-    """What was said of engines at that level; ops say which backend they run on."""
+    """Log messages of that level about engines, without those about the backends of ops."""
     said = [r.getMessage() for r in caplog.records if r.levelno == level and r.name == "mts_fast"]
     return [m for m in said if "runs on backend" not in m]
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_probing_call_repeats_the_step_with_the_next_engine(number, monkeypatch, caplog):
-    """Aloud; and the numbers are those of a run with that engine."""
+    """The change is logged, and the numbers are those of a run with that engine."""
     wrong_in_call(monkeypatch, number)
     step, other = build(plain()), build(plain(), engine="forward_mode")
     with caplog.at_level(logging.INFO, "mts_fast"):
@@ -241,7 +241,7 @@ def test_a_failed_call_never_changes_the_choice(monkeypatch):
 
 
 def test_layouts_are_chosen_apart():
-    """A batch that ghost refuses does not cost the others their engine."""
+    """A layout that ghost refuses does not change the engine of other layouts."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -265,7 +265,7 @@ def test_layouts_are_chosen_apart():
 
 
 class Own(nn.Module):
-    """Its own error in the n-th forward: no engine's fault."""
+    """Raises in the n-th forward, whichever engine runs it."""
 
     def __init__(self, raises_at):
         super().__init__()

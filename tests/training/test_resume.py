@@ -1,4 +1,4 @@
-"""A run that was saved and resumed goes on bit for bit as the one that never stopped."""
+"""A run that was saved and resumed continues bit for bit as an uninterrupted one."""
 
 import copy
 import io
@@ -10,8 +10,8 @@ from step_worlds import World
 
 from mts_fast.training import warmup_cosine
 
-# BatchNorm buffers, dropout masks, optimizer moments, running statistics, a schedule and a rhythm:
-# all that a state can forget.
+# BatchNorm buffers, dropout masks, optimizer moments, running statistics, a schedule and
+# `selector_every`: everything that a state must hold.
 OPTIONS = {
     "model": "dense",
     "online_momentum": 0.9,
@@ -34,7 +34,7 @@ def everything(world):
 
 
 def through_a_file(state):
-    """As a user saves it; read back with torch's safe unpickler."""
+    """Saved as a user does, and read with torch's safe unpickler."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -69,7 +69,7 @@ def test_resumed_run_is_bit_identical(way, optimizer, device):
 
 
 def test_loading_does_not_tie_two_runs_together(device):
-    """torch's optimizers take over the tensors of a state; two runs would share their momentum."""
+    """torch's optimizers use a loaded state's tensors themselves: two runs would share momentum."""
     first = World(device, optimizer="nesterov")
     run(first, range(2))
     second = World(device, optimizer="nesterov")

@@ -1,4 +1,4 @@
-"""schedule, memory and micro_batch: what they change of a step, and what they must not."""
+"""schedule, memory and micro_batch: what they change in a step, and what they must not."""
 
 import copy
 
@@ -43,7 +43,7 @@ def assert_same_run(one, other, first, second):
         {"engine": "forward_mode"},
     ],
 )
-def test_same_numbers_by_another_way(options, schedule, two_batches, device):
+def test_options_do_not_change_the_numbers(options, schedule, two_batches, device):
     """Every way of running the passes gives the steps of the fast ghost engine."""
     shared = {"dtype": torch.float64, "online_momentum": 0.9}
     one = World(device, **shared, **{"engine": "ghost", **options}, step_schedule=schedule)
@@ -53,14 +53,14 @@ def test_same_numbers_by_another_way(options, schedule, two_batches, device):
 
 
 def test_reuse_steps_with_the_weights_of_row_2(device):
-    """The classifier's gradient is the virtual one; the selector learns as in "exact"."""
+    """The classifier uses the virtual gradient; the selector is updated as in "exact"."""
     reuse, exact = (World(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact"))
     plain, optimizer = reuse.copy_of_plain_parts()
     arguments = reuse.arguments(0)
     result, expected = reuse.step(**arguments), exact.step(**arguments)
     assert_bitwise(result.dots, expected.dots)
     assert_bitwise(reuse.selector.state_dict(), exact.selector.state_dict())
-    # row 2: the selector before it learned
+    # row 2: the selector before its update
     before = World(device, dtype=torch.float64).step.weights(
         **{k: v for k, v in arguments.items() if k != "val_labels"}
     )
@@ -130,7 +130,7 @@ def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
 
 
 def counted(world):
-    """How many samples the model is run on, by mode."""
+    """Counts the samples that the model is run on, by mode."""
     seen = {"train": 0, "eval": 0}
     world.model.register_forward_pre_hook(
         lambda model, args: seen.update(
@@ -158,7 +158,7 @@ def counted(world):
 )
 def test_nothing_is_computed_twice(options, train, evaluation, device):
     world = World(device, **options)
-    world.step(**world.arguments(0))  # looks once whether the training forward gives the features
+    world.step(**world.arguments(0))  # tests once whether the training forward gives the features
     seen = counted(world)
     world.step(**world.arguments(1))
     assert seen == {"train": train, "eval": evaluation}
@@ -172,14 +172,14 @@ def test_features_of_a_shared_forward_are_those_of_eval_mode(device):
 
 
 class _Never(dict):
-    """Sharing refused for every mode."""
+    """A cache that says of every mode that the training forward cannot be shared."""
 
     def get(self, _):
         return False
 
 
 def test_sharing_ends_when_dropout_is_switched_on(device):
-    """No mode changes, only a probability: the generators tell."""
+    """Only a probability changes, no mode: the step sees it by the random generators' state."""
     world, fresh = (World(device, model="dropout", engine="ghost") for _ in range(2))
     for w in (world, fresh):
         w.model[0].p = 0.0
@@ -194,7 +194,7 @@ def test_sharing_ends_when_dropout_is_switched_on(device):
 
 
 def test_a_gradient_handed_out_twice_is_clipped_once(device):
-    """Two parameters that are only ever added have one gradient; clipping scales in place."""
+    """Two parameters that are only added share one gradient tensor; clipping scales in place."""
 
     class Sum(torch.nn.Module):
         def __init__(self):
@@ -241,7 +241,7 @@ def test_refused_options(options, error, message):
 
 
 def test_ghost_that_meets_batchnorm_later_changes_nothing(device):
-    """The model was in eval mode when the step was made, and is not any more."""
+    """The model was in eval mode when the step was built, and is then put in train mode."""
     world = World(device, model="batchnorm", online_features=False)
     world.model.eval()
     selector = mts_fast.Selector(2, 3).to(device)

@@ -13,7 +13,7 @@ import mts_fast
 
 
 class NoisySelector(nn.Module):
-    """Dropout and BatchNorm: draws, and keeps statistics."""
+    """A selector with dropout, which draws, and BatchNorm, which keeps statistics."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def test_weights_change_nothing():
 
 
 def test_autocast_does_not_weigh_with_the_old_selector():
-    """Row 9 and the next call, all inside one autocast, see the weights as they are."""
+    """Row 9 and the next call, inside one autocast, use current weights, not cached casts."""
     model = plain_model().float()
     torch.manual_seed(1)
     selector = mts_fast.Selector(0, CLASSES, hidden=(8,))

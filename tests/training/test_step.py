@@ -15,7 +15,7 @@ from mts_fast.hypergradient import ENGINES
 from mts_fast.ops.virtual_update import optimizer_states
 from mts_fast.training import warmup_cosine
 
-# the options of this file are the same whatever the engine; this one is exact to rounding.
+# the options tested here do not depend on the engine; this engine is exact to rounding.
 EXACT_ENGINE = "forward_mode"
 
 
@@ -125,7 +125,7 @@ def test_self_check_is_small(engine, device):
     for seed in range(3):
         # observed 2e-10 for finite differences, 5e-16
         assert world.step(**world.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
-    # with a batch of its own only in calls 1, 2, 4, ...: it takes a backward more
+    # with a selector batch only in calls 1, 2, 4, ...: the check then needs one more backward
     assert world.step(**world.arguments(4, two_batches=True)).self_check is not None
     world.step(**world.arguments(5))
     world.step(**world.arguments(6))
@@ -197,7 +197,7 @@ def test_class_weight_multiplies_the_weights(device):
 
 
 def test_vanished_weights_leave_only_momentum_and_decay(device):
-    """All class weights zero: p is zero, the classifier's gradient too, the selector's as well."""
+    """All class weights are zero: so are p and the gradients of classifier and selector."""
     world = World(device, engine=EXACT_ENGINE)
     world.step(**world.arguments(0))
     world.step.class_weight = torch.zeros(CLASSES, device=device)
@@ -232,7 +232,7 @@ def test_max_grad_norm_clips_the_real_step_only(device):
 
 
 def test_selector_batch_meets_the_masks_of_the_training_forward(device):
-    """The training batch given as the selector's, too, makes the same step, dropout and all."""
+    """The training batch passed as selector_batch gives the same step, dropout masks included."""
     one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
     arguments = one.arguments(0)
     names = ("inputs", "labels", "features", "is_synthetic")
@@ -272,8 +272,8 @@ def test_statistics_are_those_of_the_weights(device):
     assert not any(isinstance(v, torch.Tensor) and v.requires_grad for v in vars(result).values())
 
 
-def test_backend_of_the_surroundings_is_kept(device):
-    """`auto` must not undo a choice that was made around the call."""
+def test_backend_set_around_the_call_is_kept(device):
+    """`auto` must not override a `use_backend` around the call."""
     seen = []
 
     def loss(output, labels):

@@ -1,4 +1,4 @@
-"""On every kind of model and loss, one step equals differentiating through the virtual update."""
+"""For every kind of model and loss, a step equals autograd through the virtual update."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class OutputObject(nn.Module):
 
 
 class LinearSelector(nn.Module):
-    """A selector of one's own, with logits [B, 1]."""
+    """A custom selector with logits [B, 1]."""
 
     def __init__(self, features):
         super().__init__()
@@ -147,7 +147,7 @@ def make(name, device):
 
 SCENARIOS = (
     "class_weight",
-    "regression",  # a loss of one's own, labels that are no classes
+    "regression",  # a custom loss, labels that are not classes
     "language",  # next-token prediction, labels [B, T], tied weights
     "transformer",
     "dict",
@@ -246,7 +246,7 @@ def test_sequence_labels_need_classes(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of the selector
 def test_classifier_and_selector_of_different_dtypes(dtype, device):
-    """A double classifier with a float selector, and the other way round, GSNR included."""
+    """A float64 classifier with a float32 selector, and vice versa, GSNR included."""
     scenario = make("dict", device)
     other = torch.float64 if dtype == torch.float32 else torch.float32
     scenario.model.to(other)
@@ -263,7 +263,7 @@ def test_classifier_and_selector_of_different_dtypes(dtype, device):
     )
     result = step(inputs, scenario.labels, val_inputs=val, val_labels=scenario.val_labels)
     assert result.normalized_weights.dtype == dtype
-    # the sum has the precision of the narrower one; observed 6e-8
+    # the sum has float32 precision, the lower of the two dtypes; observed 6e-8
     assert abs(result.normalized_weights.sum().item() - 1) < 1e-6
     # finite differences in float32; observed 3e-4
     assert result.self_check < 1e-2 and torch.isfinite(result.gsnr)

@@ -11,7 +11,7 @@ from mts_fast import reference
 EXACT_ENGINE = "forward_mode"
 
 
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # of the batch, the last batch's, running
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # this batch's; the last batch's; running
 def test_online_features_that_the_selector_sees(momentum, device):
     world = World(
         device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=momentum, online_k=2
@@ -43,7 +43,7 @@ def test_online_features_that_the_selector_sees(momentum, device):
 
 
 def test_running_statistics_move_with_the_selectors_batch(device):
-    """Once a step, with the batch that the selector learns from, whichever else it scores."""
+    """They are updated once per step, with the selector batch only."""
     world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
     running = None
     for seed in range(3):

@@ -65,7 +65,7 @@ MODELS = {m.__name__: m for m in (Reassigned, InPlace, NumpyMask, PythonMask, Wr
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_one_plain_forward(name, engine):
-    """Buffers, generators, inputs, parameters: as a plain loop of these weights leaves them."""
+    """Buffers, generators, inputs and parameters end as after a plain step with these weights."""
     model = MODELS[name]()
     plain = copy.deepcopy(model)
     step = step_of(model, engine=engine)
@@ -136,7 +136,7 @@ def test_a_model_that_begins_to_write_is_named():
 
 
 class Overlapping(nn.Module):
-    """Gradients of the biases are views of one tensor, that of q an expanded one."""
+    """Gradients of the biases are views of one tensor; that of q is an expanded tensor."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ def test_modules_that_are_put_in_between_calls_are_seen():
 
 
 class Decaying(Base):
-    """A forward that shrinks a weight, in a way that version counters see or do not see."""
+    """A forward that scales a weight, with or without a change of its version counter."""
 
     def __init__(self, *, counted):
         super().__init__()
