@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports point one way, lightly, in short files."""
+"""House rules that a machine can check: directions of imports, file lengths, variable names."""
 
 import ast
 import subprocess
@@ -34,7 +34,7 @@ SOURCES = sorted(
     for folder in ("mts_fast", "tests", "benchmarks", "scripts", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
-# names that say nothing of what they hold
+# names that do not say what a variable holds
 VAGUE = {"found", "own", "given", "taken", "wide", "kept"}
 EXTRAS = ("matplotlib", "sklearn", "safetensors", "rich", "triton", "pybind11")
 
@@ -110,7 +110,7 @@ def test_help_leaves_torch_alone(words):
 
 
 def test_import_brings_torch_and_nothing_else():
-    """In a fresh process: whatever torch itself brings is not ours."""
+    """In a fresh process, without the modules that torch imports itself."""
     script = (
         "import sys, torch; before = set(sys.modules); import mts_fast; mts_fast.MTSStep; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"

@@ -1,4 +1,4 @@
-"""`mts-fast features`: the table of a pool in files, and what is refused before or after it."""
+"""`mts-fast features`: the table of a pool in files, and refused arguments."""
 
 import os
 import resource

@@ -154,7 +154,7 @@ INDEX, TOKENS = torch.arange(11), torch.arange(22).view(11, 2) % 7
 @pytest.mark.parametrize(
     "rest", [[(ROWS, INDEX)], [{"x": ROWS}], [[ROWS]], [ROWS, INDEX], [TOKENS]]
 )
-def test_indices_are_not_taken_for_inputs(rest):
+def test_indices_are_not_read_as_inputs(rest):
     """A model of integer inputs would accept them without an error."""
     message = r"batches must be inputs first, got a int64 .*, as of indices, before .*; leave the"
     with pytest.raises(TypeError, match=f"embed: loader's {message}"):

@@ -1,4 +1,4 @@
-"""FeatureTable in memory: columns, their order, standardisation, and what is refused."""
+"""FeatureTable in memory: columns, their order, standardisation, and refused arguments."""
 
 import pytest
 import torch

@@ -48,7 +48,9 @@ def deterministic():
         yield
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])  # one buffer a tensor; two and a count
+@pytest.mark.parametrize(
+    "optimizer", ["nesterov", "adamw"]
+)  # one buffer per tensor; two and a step count
 @pytest.mark.parametrize("way", [through_a_file, lambda state: state], ids=["file", "memory"])
 def test_resumed_run_is_bit_identical(way, optimizer, device):
     whole = World(device, optimizer=optimizer, **OPTIONS)
@@ -56,7 +58,7 @@ def test_resumed_run_is_bit_identical(way, optimizer, device):
     run(whole, range(3))
     state, rng = way(whole.step.state_dict()), generators(device)
     resumed = World(device, optimizer=optimizer, **OPTIONS)
-    # a fresh object is not the saved one already
+    # the fresh run differs from the saved one before it loads
     assert not torch.equal(resumed.model[0].weight, whole.model[0].weight)
     resumed.step.load_state_dict(state)
     set_generators(rng)

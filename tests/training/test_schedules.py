@@ -240,7 +240,7 @@ def test_refused_options(options, error, message):
         World(torch.device("cpu"), **options)
 
 
-def test_ghost_that_meets_batchnorm_later_changes_nothing(device):
+def test_ghost_refuses_a_later_batchnorm_and_changes_nothing(device):
     """The model was in eval mode when the step was built, and is then put in train mode."""
     world = World(device, model="batchnorm", online_features=False)
     world.model.eval()

@@ -33,7 +33,7 @@ def test_logits_of_any_dtypes(integers, feature_dtype, selector_dtype):
     logits = selector(H.to(feature_dtype), Y.to(integers), S.bool())
     assert logits.dtype == selector_dtype
     expected = by_hand(selector, H.to(feature_dtype), Y, S)
-    # products of 8 terms; observed 6e-8 and 1e-16
+    # sums of 8 products; observed 6e-8 and 1e-16
     torch.testing.assert_close(logits, expected, rtol=0, atol=4 * torch.finfo(selector_dtype).eps)
 
 

@@ -1,4 +1,4 @@
-"""The selector's CUDA graphs: what is recorded, replayed and refused.
+"""The selector's CUDA graphs: recording, replay and refusals.
 
 On a GPU, steps with graphs are compared with steps without. Elsewhere a recorder that runs the
 function again replaces torch.cuda.graph, so that everything but the capture is tested.

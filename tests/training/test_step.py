@@ -231,7 +231,7 @@ def test_max_grad_norm_clips_the_real_step_only(device):
     assert_bitwise(clipped.model.state_dict(), plain.state_dict())
 
 
-def test_selector_batch_meets_the_masks_of_the_training_forward(device):
+def test_selector_batch_has_the_masks_of_the_training_forward(device):
     """The training batch passed as selector_batch gives the same step, dropout masks included."""
     one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
     arguments = one.arguments(0)

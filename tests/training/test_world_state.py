@@ -106,7 +106,7 @@ class Energy(nn.Module):
         return self.w(force)
 
 
-def test_a_model_that_differentiates_inside_is_told_what_to_do():
+def test_the_error_of_a_model_that_differentiates_inside_has_a_hint():
     model = Energy().double()
     step = step_of(model, engine="finite_difference")
     with pytest.raises(RuntimeError, match=r"decorate its forward with torch\.enable_grad"):
