@@ -137,7 +137,7 @@ def test_doctor_names_every_backend(capsys):
 
 
 def test_readme_tables_are_those_of_the_results():
-    command = [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables" / "documents.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
