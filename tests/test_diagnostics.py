@@ -11,13 +11,13 @@ import mts_fast
 from mts_fast.diagnostics import GSNRMeter, selector_gsnr, weight_statistics
 
 
-# float64 for the formulas; float32 as it is used, the sums of 50 terms rounding to 1e-6.
+# float64 checks the formulas; float32 is the dtype in use, and sums of 50 terms round to 1e-6.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1, 50])  # one sample has no variance
 def test_weight_statistics_equal_numpy(size, dtype, device):
     w = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
     p = w / w.sum()
-    found = weight_statistics(w.requires_grad_(), p).read()
+    statistics = weight_statistics(w.requires_grad_(), p).read()
     wn, pn = w.detach().cpu().numpy().astype(float), p.detach().cpu().numpy().astype(float)
     expected = {
         "mean_weight": wn.mean(),
@@ -25,19 +25,19 @@ def test_weight_statistics_equal_numpy(size, dtype, device):
         "var_p": pn.var(),
         "effective_batch_size": 1 / (pn**2).sum(),
     }
-    assert list(found) == list(expected)
+    assert list(statistics) == list(expected)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6  # observed 4e-16 and 2e-7
-    assert found == pytest.approx(expected, rel=tolerance, abs=1e-16)
+    assert statistics == pytest.approx(expected, rel=tolerance, abs=1e-16)
 
 
 @pytest.mark.parametrize("counting", [1, 4, 20])  # all weight on one; on a fifth; on everyone
 def test_effective_batch_size_counts_the_samples_that_count(counting):
     w = torch.zeros(20)
     w[:counting] = 0.5
-    found = weight_statistics(w, w / w.sum()).read()
-    assert found["effective_batch_size"] == pytest.approx(counting, rel=1e-6)
-    assert found["max_p"] == pytest.approx(1 / counting, rel=1e-6)
-    assert found["mean_weight"] == pytest.approx(counting / 40, rel=1e-6)
+    statistics = weight_statistics(w, w / w.sum()).read()
+    assert statistics["effective_batch_size"] == pytest.approx(counting, rel=1e-6)
+    assert statistics["max_p"] == pytest.approx(1 / counting, rel=1e-6)
+    assert statistics["mean_weight"] == pytest.approx(counting / 40, rel=1e-6)
 
 
 W = torch.ones(3)
@@ -92,7 +92,7 @@ def test_meter_equals_numpy_on_the_stack(n, pooled, device):
 
 
 def test_meter_is_exact_on_a_large_offset():
-    """Sums of squares would lose everything: a mean of 1e8 beside a deviation of 1."""
+    """Mean 1e8, standard deviation about 1: sums of squares would cancel every digit."""
     values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64) + 1e8
     meter = GSNRMeter()
     for value in values:
@@ -145,8 +145,8 @@ def test_refused_pools(pooled, error):
 
 @pytest.mark.parametrize(
     ("mean", "n", "spread"),
-    # few draws; many without any signal, where squared noise would pass for one; many with one.
-    # `spread` is the deviation of one estimate, simulated.
+    # few draws; many without signal, where squared noise would look like signal; many with signal.
+    # `spread` is the standard deviation of one estimate, simulated.
     [(0.5, 8, 0.84), (0.0, 400, 0.0036), (0.5, 100, 0.112)],
 )
 def test_meter_takes_the_noise_out_of_the_squared_mean(mean, n, spread):
@@ -193,17 +193,17 @@ def test_selector_gsnr_equals_a_loop(device):
     rows = contributions(selector, inputs, cotangent)
     # the rows of the absent class never vary; they must not count as zeros
     assert (rows.var(0) == 0).sum() >= 4
-    found = selector_gsnr(selector, inputs, cotangent).item()
+    gsnr = selector_gsnr(selector, inputs, cotangent).item()
     # the gradient is 9 times the mean contribution: observed 4e-16
-    assert found == pytest.approx(numpy_gsnr(rows, pooled=9), rel=1e-12)
+    assert gsnr == pytest.approx(numpy_gsnr(rows, pooled=9), rel=1e-12)
     meter = GSNRMeter()
     for row in rows:
         meter.update([torch.from_numpy(row)])
-    assert meter.value(pooled=9).item() == pytest.approx(found, rel=1e-12)
+    assert meter.value(pooled=9).item() == pytest.approx(gsnr, rel=1e-12)
 
 
 def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
-    """A selector of one's own that returns [B, 1], with a part that does not learn."""
+    """A custom selector that returns [B, 1] and has a frozen layer."""
 
     class Own(torch.nn.Module):
         def __init__(self):
@@ -216,25 +216,27 @@ def test_selector_gsnr_of_frozen_parts_and_logit_columns(device):
             return self.last(self.first(h).tanh())
 
     _, inputs, cotangent = selector_batch(device)
-    own = Own().to(device, torch.float64)
-    hidden = own.first(inputs[0]).tanh()
+    selector = Own().to(device, torch.float64)
+    hidden = selector.first(inputs[0]).tanh()
     rows = torch.cat([hidden * cotangent[:, None], cotangent[:, None]], dim=1)
     expected = numpy_gsnr(rows.cpu().numpy(), pooled=9)
-    assert selector_gsnr(own, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
+    assert selector_gsnr(selector, inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_selector_with_dropout_leaves_the_generators(device):
-    """A mask a sample: the truth is of the masks that were drawn, so a dropout of 0 is compared."""
+    """Dropout draws a mask per sample, so only a dropout of 0 is compared with the exact GSNR."""
     _, inputs, cotangent = selector_batch(device)
 
-    def own(share):
+    def selector_with(share):
         torch.manual_seed(0)
         layers = (torch.nn.Linear(4, 5), torch.nn.Dropout(share), torch.nn.Linear(5, 1))
         return Features(torch.nn.Sequential(*layers).to(device, torch.float64))
 
-    expected = numpy_gsnr(contributions(own(0.0), inputs, cotangent), pooled=9)
-    assert selector_gsnr(own(0.0), inputs, cotangent).item() == pytest.approx(expected, rel=1e-12)
-    selector = own(0.5)
+    expected = numpy_gsnr(contributions(selector_with(0.0), inputs, cotangent), pooled=9)
+    assert selector_gsnr(selector_with(0.0), inputs, cotangent).item() == pytest.approx(
+        expected, rel=1e-12
+    )
+    selector = selector_with(0.5)
     before = generators(device)
     noisy = selector_gsnr(selector, inputs, cotangent)
     assert_bitwise(generators(device), before)
@@ -242,7 +244,7 @@ def test_selector_with_dropout_leaves_the_generators(device):
 
 
 class Features(torch.nn.Module):
-    """A selector that looks at the features alone."""
+    """A selector that ignores classes and sources."""
 
     def __init__(self, layers):
         super().__init__()
@@ -277,19 +279,19 @@ def test_step_tracks_the_gsnr_of_its_selector_gradient(two_batches, device):
     world = World(
         device, dtype=torch.float64, engine="forward_mode", online_features=False, track_gsnr=True
     )
-    given = world.arguments(0, two_batches=two_batches)
-    used = vars(given["selector_batch"]) if two_batches else given
+    arguments = world.arguments(0, two_batches=two_batches)
+    used = vars(arguments["selector_batch"]) if two_batches else arguments
     inputs = tuple(used[k] for k in ("features", "labels", "is_synthetic"))
     z = world.selector(*inputs)
     before = [p.detach().clone() for p in world.selector.parameters()]
-    result = world.step(**given)
+    result = world.step(**arguments)
     p = mts_fast.normalize_weights(z.detach())
     cotangent = mts_fast.selector_gradient(result.dots, z.detach(), p)
     gradient = [q.grad.clone() for q in world.selector.parameters()]
     for q, old in zip(world.selector.parameters(), before, strict=True):
         q.data.copy_(old)
     rows = contributions(world.selector, inputs, cotangent)
-    # the contributions are those of the gradient that the step took; observed 2e-16
+    # the contributions sum to the gradient of the step; observed 2e-16
     total = torch.from_numpy(rows.sum(0)).to(device)
     assert relative(total, torch.cat([g.flatten() for g in gradient])) < 1e-12
     expected = numpy_gsnr(rows, pooled=len(rows))

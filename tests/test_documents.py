@@ -1,4 +1,4 @@
-"""Documents: blocks are run or say why not, links lead somewhere, examples run and are short."""
+"""Documents: blocks run or say why not, links have targets, examples run and are short."""
 
 import importlib.util
 import os
@@ -49,7 +49,7 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run_and_draw(example, tmp_path):
-    """With small settings; what it shows is saved, and is a picture."""
+    """Each example runs with small settings and shows a figure."""
     for package in ("transformers", "peft", "tensorboard"):
         if package in example.read_text():
             pytest.importorskip(package)

@@ -1,4 +1,4 @@
-"""Every error that mts_fast raises says what was expected, what came, and what to do."""
+"""Every error that mts_fast raises says what was expected, what it got, and what to do."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ from mts_fast._check import fail
 
 PACKAGE = Path(mts_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# errors of calls that cannot be reached, of iteration, and of a command line's own exit
+# exceptions of unreachable code, of iteration, and of the command line's exit
 INTERNAL = {"AssertionError", "StopIteration", "SystemExit"}
 
 
@@ -33,7 +33,7 @@ def raises(tree):
 
 
 def literals(node, tree):
-    """All text in a raise, and in what is assigned in the function around it."""
+    """All text in a raise, and in the assignments of the function around it."""
     functions = [
         f
         for f in ast.walk(tree)
@@ -61,11 +61,11 @@ def literals(node, tree):
 def test_every_error_has_its_three_parts(path):
     tree = ast.parse(path.read_text())
     for call in calls(tree, "fail"):
-        given = dict(
+        arguments = dict(
             zip(("error", "op", "arg", "expected", "got", "hint"), call.args, strict=False)
         )
-        given |= {k.arg: k.value for k in call.keywords}
-        hint = given.get("hint")
+        arguments |= {k.arg: k.value for k in call.keywords}
+        hint = arguments.get("hint")
         assert hint is not None, f"line {call.lineno}: no word on what to do"
         assert not (isinstance(hint, ast.Constant) and not hint.value), f"line {call.lineno}: empty"
     if path.name == "_check.py":
@@ -79,9 +79,9 @@ def test_every_error_has_its_three_parts(path):
 
 
 def test_there_are_errors_to_look_at():
-    """The walk sees the package: a renamed `fail` would leave it nothing to check."""
-    found = [c for path in FILES for c in calls(ast.parse(path.read_text()), "fail")]
-    assert len(found) > 200
+    """The walk finds calls of `fail`: after a renaming it would check nothing."""
+    fail_calls = [c for path in FILES for c in calls(ast.parse(path.read_text()), "fail")]
+    assert len(fail_calls) > 200
 
 
 def test_the_format():

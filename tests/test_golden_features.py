@@ -38,8 +38,8 @@ def test_distribution_features_equal_published(implementation):
 def test_five_nearest_neighbors_carry_the_published_classes(implementation):
     a = load_arrays("distribution_features")
     unit = torch.nn.functional.normalize(a["embeddings"].double(), dim=1)
-    found = implementation(unit, a["labels"], a["is_synthetic"].bool(), k=3, neighbors=5)
-    assert torch.equal(a["labels"][found.index].float(), a["knn5_classes"])
+    statistics = implementation(unit, a["labels"], a["is_synthetic"].bool(), k=3, neighbors=5)
+    assert torch.equal(a["labels"][statistics.index].float(), a["knn5_classes"])
 
 
 def golden_classifier(name):

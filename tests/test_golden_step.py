@@ -15,17 +15,17 @@ EXACT = 1e-8
 ENGINES = list(mts_fast.hypergradient.ENGINES)
 
 
-def relative(found, expected):
+def relative(result, expected):
     """Largest error over the largest entry."""
     scale = expected.double().abs().max().clamp(min=1e-30)
-    return ((found.double() - expected.double()).abs().max() / scale).item()
+    return ((result.double() - expected.double()).abs().max() / scale).item()
 
 
-def assert_groups(found, expected, tolerance):
+def assert_groups(result, expected, tolerance):
     """Named comparison of two dicts of tensors."""
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name in expected:
-        assert relative(found[name], expected[name]) < tolerance, name
+        assert relative(result[name], expected[name]) < tolerance, name
 
 
 def gradients(module):
@@ -116,12 +116,12 @@ def test_selector_gradient_equals_published_finite_difference(name, engine, devi
     golden = load_step(name, device)
     a = golden.arrays
     losses = run(golden, engine).losses
-    found = gradients(golden.selector)
+    summed = gradients(golden.selector)
     golden.selector.load_state_dict(golden.group("selector_before"))
     z = golden.selector(a["selector_features"][:, :17], a["train/labels"], a["train/is_synthetic"])
     virtual_loss = (mts_fast.normalize_weights(z) * losses).sum()
     left = torch.autograd.grad(virtual_loss, list(golden.selector.parameters()))
-    total = {n: g + extra for (n, g), extra in zip(found.items(), left, strict=True)}
+    total = {n: g + extra for (n, g), extra in zip(summed.items(), left, strict=True)}
     assert_groups(total, golden.group("selector_grad_finite_difference"), EXACT)
 
 
@@ -166,11 +166,11 @@ def test_float32_step_is_as_good_as_torch(name, engine, device):
     floor = {"finite_difference": 1e-2 if kinked else 1e-3}.get(engine, 1e-6)
     assert relative(result.dots, dots) <= 2 * relative(trace.dots, dots) + floor
     for parameter, exact in truth.group("selector_grad_exact").items():
-        own = relative(gradients(torchs.selector)[parameter], exact)
-        assert relative(gradients(ours.selector)[parameter], exact) <= 3 * own + 2 * floor
+        torch_error = relative(gradients(torchs.selector)[parameter], exact)
+        assert relative(gradients(ours.selector)[parameter], exact) <= 3 * torch_error + 2 * floor
     for tensor, exact in truth.group("model_after").items():
-        own = relative(torchs.model.state_dict()[tensor], exact)
-        assert relative(ours.model.state_dict()[tensor], exact) <= 2 * own + max(
+        torch_error = relative(torchs.model.state_dict()[tensor], exact)
+        assert relative(ours.model.state_dict()[tensor], exact) <= 2 * torch_error + max(
             1e-6, floor / 100
         ), tensor
 

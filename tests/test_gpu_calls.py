@@ -1,4 +1,4 @@
-"""The three calls for a GPU machine: what they run exists, in time, and few files come back."""
+"""The three make targets for a GPU machine: paths exist, time limits fit, few files return."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# of a command on such a machine, less what make and pytest need to start
+# limit of a command on a GPU machine, less the time that make and pytest need to start
 MOST_SECONDS = 540
-# the first call's, which builds
+# time for the build, which the first call runs
 SETUP_SECONDS = 120
 
 
 def commands(number):
-    """What the call would run, a line each; sub-makes included."""
+    """The commands that a call would run, one per line, sub-makes included."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     done = subprocess.run(
         ["make", "-n", f"gpu-call-{number}", "OUT=build/out"],
@@ -31,7 +31,7 @@ def commands(number):
 
 
 def seconds(text):
-    """The longest that the timed parts may take."""
+    """Sum of the time limits of the commands."""
     return sum(int(n) for n in re.findall(r"timeout (?:-s INT )?-k 10 (\d+)", text))
 
 
@@ -48,12 +48,12 @@ def test_what_is_selected_exists(number):
     assert len(lines) == {1: 2, 2: 4}[number]
     for line in lines:
         words = shlex.split(line)
-        own = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
-        if "-n" in own:
-            place = own.index("-n")
-            del own[place : place + 2]
+        arguments = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
+        if "-n" in arguments:
+            place = arguments.index("-n")
+            del arguments[place : place + 2]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", *own],
+            [sys.executable, "-m", "pytest", "--collect-only", *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports point one way, lightly, in short files."""
+"""House rules that a machine can check: directions of imports, file lengths, variable names."""
 
 import ast
 import subprocess
@@ -28,6 +28,14 @@ ROWS = (
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("mts_fast", "tests", "benchmarks", "scripts", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+)
+# names that do not say what a variable holds
+VAGUE = {"found", "own", "given", "taken", "wide", "kept"}
 EXTRAS = ("matplotlib", "sklearn", "safetensors", "rich", "triton", "pybind11")
 
 
@@ -59,9 +67,9 @@ def imported_parts(source):
 def wrong_imports(part, source):
     """Imports that point upwards; the whole of mts_fast is for the command line alone."""
     return [
-        found or "mts_fast"
-        for found in imported_parts(source)
-        if (part not in ("cli", "demo") if not found else HEIGHT[found] > HEIGHT[part])
+        imported or "mts_fast"
+        for imported in imported_parts(source)
+        if (part not in ("cli", "demo") if not imported else HEIGHT[imported] > HEIGHT[part])
     ]
 
 
@@ -102,7 +110,7 @@ def test_help_leaves_torch_alone(words):
 
 
 def test_import_brings_torch_and_nothing_else():
-    """In a fresh process: whatever torch itself brings is not ours."""
+    """In a fresh process, without the modules that torch imports itself."""
     script = (
         "import sys, torch; before = set(sys.modules); import mts_fast; mts_fast.MTSStep; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
@@ -121,6 +129,48 @@ def test_import_brings_torch_and_nothing_else():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def vague_names(source):
+    """Line and name, wherever some source binds a variable or an argument to a vague name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE:
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg) and node.arg in VAGUE:
+            yield node.lineno, node.arg
+
+
+def test_variables_are_named_by_what_they_hold():
+    bound = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in SOURCES
+        for line, name in sorted(vague_names(path.read_text()))
+    ]
+    assert not bound, "\n".join(bound)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "own = 1",
+        "own: int = 1",
+        "a, (own, *b) = c",
+        "for own in a: pass",
+        "[own for own in a]",
+        "(own := 1)",
+        "with a as own: pass",
+        "def f(own): pass",
+        "def f(*own): pass",
+        "def f(a, *, own=1): pass",
+        "lambda own: 1",
+    ],
+)
+def test_the_walk_sees_every_form_of_binding(source):
+    assert list(vague_names(source)) == [(1, "own")]
+
+
+def test_reading_a_vague_name_is_not_binding_it():
+    assert list(vague_names("f(own=a.own, b=kept)\na.own = 1\na['own'] = 1")) == []

@@ -81,7 +81,7 @@ def idx(array):
 
 @pytest.fixture
 def fashion(tmp_path):
-    """A folder of small sets in place of Fashion-MNIST; the numbers of its pixels count up."""
+    """A folder of small sets in place of Fashion-MNIST; its pixel values count up."""
     for part, count in (("train", 210), ("t10k", 20)):
         images = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
@@ -193,11 +193,11 @@ def test_doctor_explains_a_model(tmp_path, monkeypatch, capsys):
 
 
 def test_doctor_tells_what_would_stop_every_op(monkeypatch, capsys):
-    def lost(name):
+    def failing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setenv("MTS_FAST_BACKEND", "fast")
-    monkeypatch.setattr("importlib.metadata.version", lost)
+    monkeypatch.setattr("importlib.metadata.version", failing)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The command as a process: signals, processes that are killed, readers that go away."""
+"""The command as a process: signals, killed processes, closed pipes."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from mts_fast.demo.classifiers import SETTINGS
 from mts_fast.demo.tables import print_table
 from mts_fast.demo.workers import run_seeds
 
-# far more than any of these processes takes to end, which is under a second
+# seconds to wait for a process; each ends within one
 PATIENCE = 60
 
-# the demo with seeds that never end, or fail; each leaves its process's number when it is at work
+# the demo with seeds that never end, or fail; each worker writes its process id when it starts
 DEMO = """
 import os, signal, sys, time
 from pathlib import Path
@@ -54,12 +54,12 @@ if __name__ == "__main__":
 def wait_for(condition):
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def is_gone(pid):
-    """No such process, or one that has ended and was not yet asked how."""
+    """Whether the process has ended; a zombie counts as ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] == "Z"
@@ -69,7 +69,7 @@ def is_gone(pid):
 
 @pytest.fixture
 def demo(tmp_path):
-    """Starts the demo above; gives it, and its workers' numbers once both are at work."""
+    """Starts DEMO; returns its process and its workers' process ids once both have started."""
     (tmp_path / "script.py").write_text(DEMO)
     processes = []
 
@@ -94,7 +94,7 @@ def demo(tmp_path):
         process.communicate()
 
 
-# to the main process alone, and as a terminal sends it
+# the signal goes to the main process alone, or to the whole group as a terminal sends it
 @pytest.mark.parametrize(
     ("number", "to_all"),
     [
@@ -141,8 +141,8 @@ def test_a_failed_seed_ends_the_others_and_is_not_done(demo):
 
 def test_results_of_seeds_are_in_order():
     ended = []
-    found = run_seeds(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
-    assert found == ["7", "3"]
+    results = run_seeds(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
+    assert results == ["7", "3"]
     assert sorted(ended) == [(3, True), (7, True)]
 
 
@@ -294,7 +294,7 @@ def test_the_demos_table_in_ascii_and_in_twenty_columns(result, tmp_path, monkey
 
 
 def test_the_demo_on_a_disk_that_fills_up(result, tmp_path, monkeypatch, capsys):
-    """The old results stay, and the new ones are printed at least."""
+    """The old results file stays, and the new results are still printed."""
     monkeypatch.setattr(demo_run, "_train", lambda *_: [result])
     (tmp_path / "results.json").write_text("old")
 

@@ -1,4 +1,4 @@
-"""Distribution features in chunks against the reference, on pools that are awkward."""
+"""Distribution features in chunks against the reference, on pools with special cases."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pools import POOLS, many, one_class, pool
 from mts_fast import reference
 from mts_fast.features import DistributionSweep, distribution_features
 
-# one by one; neither divides any of the pools; everything at once.
+# chunks: one row; two sizes that divide no pool; the whole pool.
 CHUNKS = (1, 7, 50, 1024)
 
 
@@ -16,23 +16,23 @@ CHUNKS = (1, 7, 50, 1024)
 @pytest.mark.parametrize("make", POOLS)
 def test_chunks_equal_reference(make, chunk, device):
     x, y, s = (t.to(device) for t in make())
-    found = distribution_features(x, y, s, small_class="pad", chunk=chunk)
+    columns = distribution_features(x, y, s, small_class="pad", chunk=chunk)
     expected = reference.distribution_features(x, y, s)
-    assert list(found) == list(expected)
+    assert list(columns) == list(expected)
     for name, column in expected.items():
         assert column.isfinite().all(), name
         # the matrix product may sum in another order for another chunk; observed 2e-16.
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize(("k", "neighbors"), [(1, 1), (3, 5), (5, 22)])  # least, paper's, N - 1
 def test_other_counts_equal_reference(k, neighbors, device):
     x, y, s = (t.to(device) for t in one_class())
     options = {"k": k, "neighbors": neighbors}
-    found = distribution_features(x, y, s, chunk=7, small_class="pad", **options)
+    columns = distribution_features(x, y, s, chunk=7, small_class="pad", **options)
     for name, column in reference.distribution_features(x, y, s, **options).items():
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-14, msg=name)
-    assert found["real_nearest3_cosine"].shape == (23, k)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-14, msg=name)
+    assert columns["real_nearest3_cosine"].shape == (23, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -41,8 +41,8 @@ def test_half_precision_is_computed_in_float32(dtype, device):
     assert_bitwise(distribution_features(x, y, s), distribution_features(x.float(), y, s))
 
 
-def test_names_of_classes_cost_nothing(device):
-    """Numbers far apart, as of WordNet: tables over all numbers in between would take terabytes."""
+def test_class_numbers_may_be_far_apart(device):
+    """Class numbers far apart, as in WordNet: a table indexed by them would take terabytes."""
     x, y, s = (t.to(device) for t in many())
     expected = distribution_features(x, y, s)
     assert_bitwise(distribution_features(x, 10**12 * y + 7, s), expected)
@@ -66,7 +66,7 @@ def test_hand_computed_pool(device):
     )
     y = torch.tensor([0, 0, 0, 1, 1], device=device)
     s = torch.tensor([False, False, True, False, True], device=device)
-    found = distribution_features(x, y, s, k=2, neighbors=2, small_class="pad")
+    columns = distribution_features(x, y, s, k=2, neighbors=2, small_class="pad")
     expected = {
         # real centroids (0.8, 0.4) and (0, 1); synthetic ones (0, 2) and (0, -1)
         "real_centroid_cosine": [0.8 / 0.8**0.5, 0.8 / 0.8**0.5, 0.4 / 0.8**0.5, 1.0, -1.0],
@@ -84,9 +84,9 @@ def test_hand_computed_pool(device):
     for name, values in expected.items():
         column = torch.tensor(values, dtype=torch.float64, device=device).view(5, -1)
         # the weighted agreement has 1e-8 in its denominator; observed 1e-8
-        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(columns[name], column, rtol=0, atol=1e-7, msg=name)
     # distances to the class means (8/15, 14/15) and (0, 0), their lower medians, ranks of the gap
-    rank = found["distance_to_median_percentile"].flatten().tolist()
+    rank = columns["distance_to_median_percentile"].flatten().tolist()
     mean = x[:3].mean(0)
     gap = (x[:3] - mean).norm(dim=1)
     gap = (gap - gap.sort().values[1]).abs()
@@ -154,13 +154,13 @@ def test_errors_name_the_argument(arguments, options, error, message):
 def test_largest_k_of_a_class_is_accepted():
     """k other samples of the source are enough: a class of 6 serves k = 5, and no padding shows."""
     labels = torch.arange(24) % 2
-    found = distribution_features(X, labels, BOTH, k=5)
+    columns = distribution_features(X, labels, BOTH, k=5)
     expected = reference.distribution_features(X, labels, BOTH, k=5)
     torch.testing.assert_close(
-        found["real_nearest3_cosine"], expected["real_nearest3_cosine"], rtol=0, atol=1e-14
+        columns["real_nearest3_cosine"], expected["real_nearest3_cosine"], rtol=0, atol=1e-14
     )
-    own = found["real_nearest3_cosine"][~BOTH]
-    assert (own.diff(dim=1) < 0).all()
+    real_rows = columns["real_nearest3_cosine"][~BOTH]
+    assert (real_rows.diff(dim=1) < 0).all()
 
 
 # squares vanish, or overflow, in the dtype that is computed in; half precision is computed in
@@ -191,24 +191,24 @@ def test_columns_do_not_depend_on_the_scale(dtype, power, device):
 def test_reference_does_not_depend_on_the_scale(dtype, scale):
     x, y, s = pool(60, 8, 3)
     expected = reference.distribution_features(x, y, s)
-    found = reference.distribution_features((x * scale).to(dtype), y, s)
+    columns = reference.distribution_features((x * scale).to(dtype), y, s)
     # float32 rounds the cosines; observed 1.6e-7. Ranks are the same.
     for name, column in expected.items():
-        torch.testing.assert_close(found[name].double(), column, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(columns[name].double(), column, rtol=0, atol=1e-6, msg=name)
 
 
 def test_rows_of_very_different_lengths():
-    """Each has the cosines of its direction, beside any other."""
+    """Cosines depend on the directions alone, whatever the lengths."""
     x, y, s = pool(60, 8, 3)
     lengths = 10.0 ** torch.linspace(-150, 150, 60, dtype=torch.float64)
-    found = distribution_features(x * lengths[:, None], y, s, small_class="pad")
+    columns = distribution_features(x * lengths[:, None], y, s, small_class="pad")
     expected = distribution_features(x, y, s, small_class="pad")
     for name in ("real_nearest3_cosine", "synthetic_nearest3_cosine", "class_nearest_cosine"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-14)
+        torch.testing.assert_close(columns[name], expected[name], rtol=0, atol=1e-14)
 
 
 def test_distances_beyond_all_numbers_name_the_embeddings():
-    """Two corners of what float64 holds are further apart than it can say."""
+    """The distance of two finite embeddings overflows float64."""
     x = torch.full((8, 4), 1.7e308, dtype=torch.float64)
     x[1:2] *= -1
     message = r"the distance of embeddings .* must be finite, .* 2 rows \(0, 1\); divide all"
@@ -217,7 +217,7 @@ def test_distances_beyond_all_numbers_name_the_embeddings():
 
 
 class Source:
-    """Rows that come otherwise than their shape says."""
+    """A source whose rows do not match its shape."""
 
     shape = (24, 4)
 
@@ -265,7 +265,7 @@ def sweep(**options):
 
 
 def state_after(units):
-    """Of 12: 3 for the centroids, 6 pairs of chunks, 3 for the distances."""
+    """State after some of 12 units: 3 for centroids, 6 pairs of chunks, 3 for distances."""
     part = sweep()
     for _ in zip(range(units), part.run(), strict=False):
         pass
@@ -273,7 +273,7 @@ def state_after(units):
 
 
 @pytest.mark.parametrize("units", [0, 2, 7, 11, 12])
-def test_every_state_is_taken(units):
+def test_every_state_can_be_loaded(units):
     resumed = sweep()
     resumed.load_state_dict(state_after(units))
     for _ in resumed.run():
@@ -335,7 +335,7 @@ def test_a_state_without_neighbors_is_not_that_of_a_finished_sweep():
 
 
 def test_no_unit_is_done_twice():
-    """By two runs at once, or again after one that broke."""
+    """Neither by two runs at once, nor again after an interrupted one."""
     part = sweep()
     first, second = part.run(), part.run()
     next(first)

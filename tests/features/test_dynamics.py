@@ -27,8 +27,8 @@ class TokenClassifier(nn.Module):
         return self.head(self.layer(self.embed(tokens)).mean(1))
 
 
-# dense; one parameter that does not learn; convolutions and statistics; masks that eval mode
-# switches off; attention over integers.
+# dense; one frozen parameter; convolutions with BatchNorm; dropout, which eval mode switches off;
+# attention over tokens.
 MODELS = {
     "mlp": (mlp, (4,)),
     "partly_frozen": (partly_frozen, (4,)),
@@ -76,23 +76,23 @@ def one_at_a_time(model, inputs, labels):
 def test_columns_equal_a_loop(name, batch_size, device):
     model, inputs, labels = make(name, device)
     before = snapshot(module=model, device=device, gradients=True)
-    found = training_dynamics(model, inputs, labels, batch_size=batch_size)
+    columns = training_dynamics(model, inputs, labels, batch_size=batch_size)
     assert_bitwise(snapshot(module=model, device=device, gradients=True), before)
     expected = one_at_a_time(model, inputs, labels)
-    assert set(found) == set(expected)
+    assert set(columns) == set(expected)
     for column, truth in expected.items():
-        assert relative(found[column], truth) < 1e-13, column  # observed 4e-16
+        assert relative(columns[column], truth) < 1e-13, column  # observed 4e-16
 
 
 def test_float32_is_as_exact_as_the_loop(device):
     model, inputs, labels = make("batchnorm_cnn", device)
     truth = one_at_a_time(model, inputs, labels)
     model.float()
-    found = training_dynamics(model, inputs.float(), labels)
+    columns = training_dynamics(model, inputs.float(), labels)
     loop = one_at_a_time(model, inputs.float(), labels)
     for column, exact in truth.items():
         # floor: a few roundings; observed 1.2e-7
-        assert relative(found[column], exact) <= 2 * relative(loop[column], exact) + 5e-7, column
+        assert relative(columns[column], exact) <= 2 * relative(loop[column], exact) + 5e-7, column
 
 
 def test_without_gradient_norm(device):
@@ -100,9 +100,9 @@ def test_without_gradient_norm(device):
     everything = training_dynamics(model, inputs, labels)
     for p in model.parameters():
         p.requires_grad_(False)
-    found = training_dynamics(model, inputs, labels, gradient_norm=False)
-    assert set(found) == {"loss", "error_norm"}
-    assert_bitwise(found, {name: everything[name] for name in found})
+    columns = training_dynamics(model, inputs, labels, gradient_norm=False)
+    assert set(columns) == {"loss", "error_norm"}
+    assert_bitwise(columns, {name: everything[name] for name in columns})
 
 
 def test_modes_of_frozen_modules_are_kept(device):
@@ -155,7 +155,7 @@ def test_errors_name_the_argument(arguments, options, error, message):
 
 
 class Spoken(nn.Module):
-    """Inputs and outputs in the ways of other libraries: two inputs, logits among other things."""
+    """Inputs and outputs as in other libraries: two inputs, logits beside other outputs."""
 
     def __init__(self, answer):
         super().__init__()
@@ -177,10 +177,10 @@ SCALE = torch.tensor([[2.0], [1.0], [0.5], [3.0]])
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_everything_that_the_step_takes(answer, inputs):
     model = Spoken(ANSWERS[answer])
-    found = training_dynamics(model, inputs, Y, batch_size=3)
+    columns = training_dynamics(model, inputs, Y, batch_size=3)
     expected = one_at_a_time(model.body, X * SCALE, Y)
     for column, truth in expected.items():
-        assert relative(found[column], truth) < 1e-6, column  # observed 1e-7
+        assert relative(columns[column], truth) < 1e-6, column  # observed 1e-7
 
 
 def test_sequences_equal_a_loop_over_their_positions():
@@ -188,7 +188,7 @@ def test_sequences_equal_a_loop_over_their_positions():
     g = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(9, (4, 6), generator=g), torch.randint(3, (4, 6), generator=g)
     labels[0, 2:], labels[2, 0] = -100, -100
-    found = training_dynamics(model, tokens, labels, batch_size=3)
+    columns = training_dynamics(model, tokens, labels, batch_size=3)
     for i, (x, y) in enumerate(zip(tokens, labels, strict=True)):
         counted = y >= 0
         logits = model(x)[counted]
@@ -200,7 +200,7 @@ def test_sequences_equal_a_loop_over_their_positions():
             "error_norm": (logits.softmax(1) - F.one_hot(y[counted], 3)).norm(dim=1).mean(),
         }
         for column, truth in expected.items():
-            assert found[column][i].item() == pytest.approx(truth.item(), rel=1e-12), column
+            assert columns[column][i].item() == pytest.approx(truth.item(), rel=1e-12), column
     labels[3] = -100
     with pytest.raises(ValueError, match=r"such that every sample has one .* none in rows \[3\]"):
         training_dynamics(model, tokens, labels)
@@ -214,23 +214,24 @@ def squared(output, labels):
     return (output - labels[:, None]).square().mean(1)
 
 
-# classes, whose error norm does not depend on the loss; numbers; integers that are no classes
+# class labels, whose error norm does not depend on the loss; real targets; integers outside the
+# classes
 @pytest.mark.parametrize(
     ("loss", "labels", "has_error_norm"),
     [(smoothed, Y, True), (squared, Y / 3, False), (squared, Y + 1, False)],
 )
 def test_losses_of_the_callers_own(loss, labels, has_error_norm):
     model = mlp()
-    found = training_dynamics(model, X, labels, loss=loss, batch_size=3)
-    assert set(found) == {"loss", "gradient_norm"} | ({"error_norm"} if has_error_norm else set())
+    columns = training_dynamics(model, X, labels, loss=loss, batch_size=3)
+    assert set(columns) == {"loss", "gradient_norm"} | ({"error_norm"} if has_error_norm else set())
     for i in range(4):
         value = loss(model(X[i : i + 1]), labels[i : i + 1])[0]
         gradient = torch.autograd.grad(value, list(model.parameters()))
-        assert found["loss"][i].item() == pytest.approx(value.item(), rel=1e-6)
+        assert columns["loss"][i].item() == pytest.approx(value.item(), rel=1e-6)
         norm = torch.cat([g.flatten() for g in gradient]).norm().item()
-        assert found["gradient_norm"][i].item() == pytest.approx(norm, rel=1e-5)
+        assert columns["gradient_norm"][i].item() == pytest.approx(norm, rel=1e-5)
     if has_error_norm:
-        assert_bitwise(found["error_norm"], training_dynamics(model, X, Y)["error_norm"])
+        assert_bitwise(columns["error_norm"], training_dynamics(model, X, Y)["error_norm"])
 
 
 def test_whether_gradients_are_enabled_does_not_matter():
@@ -246,8 +247,8 @@ def test_whether_gradients_are_enabled_does_not_matter():
         )
         with pytest.raises(RuntimeError, match=message):
             training_dynamics(model, X, Y)
-        found = training_dynamics(model, made, Y, gradient_norm=False)
-        assert_bitwise(found["loss"].clone(), expected["loss"])
+        columns = training_dynamics(model, made, Y, gradient_norm=False)
+        assert_bitwise(columns["loss"].clone(), expected["loss"])
     with pytest.raises(ValueError, match=r"got tensors made in torch\.inference_mode\(\); clone"):
         training_dynamics(model, made, Y)
 
@@ -261,7 +262,7 @@ def test_outputs_without_logits_are_refused():
 
 
 def test_gradients_that_are_not_finite_name_their_rows():
-    """The loss of sample 2 is 0, and the root's slope there is infinite."""
+    """The loss of sample 2 is 0, where the derivative of the square root is infinite."""
     loss = lambda output, labels: output.square().sum(1).mul(labels).sqrt()  # noqa: E731
     labels = torch.tensor([1.0, 2.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"gradient_norm of every sample must be .* 1 rows \(2\)"):

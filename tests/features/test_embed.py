@@ -1,4 +1,4 @@
-"""embed: what it takes from a model, and that it leaves no trace on it."""
+"""embed: the features it returns, and that it leaves the model unchanged."""
 
 import sys
 import types
@@ -50,13 +50,13 @@ class Streamed(IterableDataset):
 
 
 class Backwards(SequentialSampler):
-    """Inherits the name of an order that it does not keep."""
+    """A subclass of SequentialSampler that is not sequential."""
 
     def __iter__(self):
         return reversed(range(11))
 
 
-# in the order of their samplers, seen through the samplers of batches; streams; lists
+# loaders of known order: sequential samplers, also inside batch samplers; streams; lists
 @pytest.mark.parametrize(
     "loader",
     [
@@ -75,7 +75,7 @@ def test_loaders_of_known_order(loader):
     assert torch.equal(embed(nn.Identity(), iter(loader)), ROWS)
 
 
-# all of them give every sample once, in some order
+# loaders whose order embed cannot know
 @pytest.mark.parametrize(
     ("loader", "why"),
     [
@@ -109,7 +109,7 @@ def test_the_caller_vouches_for_an_order(out, tmp_path):
         embed(nn.Identity(), ours, ordered="yes", out=out)
 
 
-# in memory as well as with a file: fewer samples than there are, or more
+# loaders that yield fewer or more samples than the data set has
 @pytest.mark.parametrize("out", [None, "x.npy"])
 @pytest.mark.parametrize(
     ("loader", "count"),
@@ -154,8 +154,8 @@ INDEX, TOKENS = torch.arange(11), torch.arange(22).view(11, 2) % 7
 @pytest.mark.parametrize(
     "rest", [[(ROWS, INDEX)], [{"x": ROWS}], [[ROWS]], [ROWS, INDEX], [TOKENS]]
 )
-def test_indices_are_not_taken_for_inputs(rest):
-    """Which a model of integers would take without a word."""
+def test_indices_are_not_read_as_inputs(rest):
+    """A model of integer inputs would accept them without an error."""
     message = r"batches must be inputs first, got a int64 .*, as of indices, before .*; leave the"
     with pytest.raises(TypeError, match=f"embed: loader's {message}"):
         embed(nn.Embedding(11, 3), [(INDEX, *rest)])
@@ -189,7 +189,7 @@ def hidden(model):
 @pytest.mark.parametrize("layer", [None, "penultimate", "5", "1"])
 def test_layers(layer):
     model = classifier()
-    found = embed(model, batches(), layer=layer)
+    embeddings = embed(model, batches(), layer=layer)
     model.eval()
     expected = {
         None: model(IMAGES),
@@ -200,7 +200,7 @@ def test_layers(layer):
     if layer == "1":
         # of a norm's input [B, D, H, W] the axes between are averaged: here [B, W]
         expected = expected.flatten(1, -2).mean(1)
-    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(embeddings, expected.detach())
 
 
 def test_outputs_of_more_axes():
@@ -223,9 +223,9 @@ def test_leaves_no_trace():
 @pytest.mark.parametrize("size", [1, 4, 11])  # one by one, a remainder, all at once
 def test_file_equals_memory(size, tmp_path):
     model, path = classifier(), tmp_path / "x.npy"
-    found = embed(model, batches(size), layer="penultimate", out=path)
-    torch.testing.assert_close(found, hidden(model))
-    assert np.array_equal(np.load(path), found.numpy())
+    embeddings = embed(model, batches(size), layer="penultimate", out=path)
+    torch.testing.assert_close(embeddings, hidden(model))
+    assert np.array_equal(np.load(path), embeddings.numpy())
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 

@@ -13,7 +13,7 @@ def random_history(n=9, epochs=12):
 
 
 def test_counter_in_parts_equals_reference_on_the_history(device):
-    """In each epoch the samples come shuffled, in parts, and some of the integers narrow."""
+    """Each epoch's samples come shuffled, in batches, with some integers of narrow dtypes."""
     history = random_history().to(device)
     counter = ForgettingCounter(9, device)
     for epoch, correct in enumerate(history):
@@ -51,12 +51,12 @@ def test_counter_resumes():
     second.load_state_dict(first.state_dict())
     for correct in history:
         whole.update(everyone, correct)
-    kept = first.state_dict()
+    state = first.state_dict()
     for correct in history[5:]:
         second.update(everyone, correct)
     assert_bitwise(second.state_dict(), whole.state_dict())
     # the two counters share nothing
-    assert_bitwise(first.state_dict(), kept)
+    assert_bitwise(first.state_dict(), state)
     with pytest.raises(ValueError, match=r"state\['counts'\] must be of 4 samples, got 9"):
         ForgettingCounter(4).load_state_dict(whole.state_dict())
 

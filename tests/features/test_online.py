@@ -76,30 +76,32 @@ def batches(device, n=4):
 def test_standardised_by_the_batch(device):
     standardize = OnlineStandardizer()
     for values in batches(device):
-        found = standardize("nearest", values)
-        # one mean and one deviation over all entries, 1e-8 added to the variance
-        assert abs(found.mean().item()) < 1e-14
-        assert found.std(correction=0).item() == pytest.approx(1, abs=1e-8)
+        standardized = standardize("nearest", values)
+        # one mean and one standard deviation over all entries, with 1e-8 added to the variance
+        assert abs(standardized.mean().item()) < 1e-14
+        assert standardized.std(correction=0).item() == pytest.approx(1, abs=1e-8)
         assert (
-            relative(found * (values.var(correction=0) + 1e-8).sqrt() + values.mean(), values)
+            relative(
+                standardized * (values.var(correction=0) + 1e-8).sqrt() + values.mean(), values
+            )
             < 1e-14
         )
     assert standardize.state_dict() == {"running": {}}
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])  # forgets at once; half; published order
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])  # last batch only; half; the published order
 def test_running_statistics_are_weighted_means_of_the_batches(momentum, device):
     """After n batches the first one weighs m^(n-1), and batch i weighs (1 - m) m^(n-i)."""
     standardize = OnlineStandardizer(momentum)
     seen = batches(device)
     for n, values in enumerate(seen, start=1):
-        found = standardize("nearest", values)
+        standardized = standardize("nearest", values)
         weights = [momentum ** (n - 1)]
         weights += [(1 - momentum) * momentum ** (n - i) for i in range(2, n + 1)]
         mean = sum(w * b.mean() for w, b in zip(weights, seen, strict=False))
         variance = sum(w * b.var(correction=0) for w, b in zip(weights, seen, strict=False))
         expected = (values - mean) / (variance + 1e-8).sqrt()
-        assert relative(found, expected) < 1e-13  # observed 1e-16
+        assert relative(standardized, expected) < 1e-13  # observed 1e-16
 
 
 def test_names_have_statistics_of_their_own(device):
@@ -114,11 +116,11 @@ def test_without_update_nothing_moves(device):
     standardize, other = OnlineStandardizer(0.5), OnlineStandardizer(0.5)
     standardize("nearest", first)
     before = standardize.state_dict()
-    found = standardize("nearest", second, update=False)
+    standardized = standardize("nearest", second, update=False)
     assert_bitwise(standardize.state_dict(), before)
     expected = (second - first.mean()) / (first.var(correction=0) + 1e-8).sqrt()
-    assert relative(found, expected) < 1e-14
-    # a name that is still unknown: by the batch itself, and it stays unknown
+    assert relative(standardized, expected) < 1e-14
+    # a name without running statistics uses the batch's, and update=False stores none
     assert_bitwise(other("nearest", second, update=False), OnlineStandardizer()("nearest", second))
     assert other.state_dict() == {"running": {}}
 
@@ -134,7 +136,7 @@ def test_standardizer_resumes(device):
     assert_bitwise(resumed.state_dict(), whole.state_dict())
 
 
-# below and above the half-open interval; what is no number
+# values outside [0, 1); values of other types
 @pytest.mark.parametrize(
     ("momentum", "error"),
     [
@@ -193,9 +195,9 @@ def test_penultimate_features(device):
         features = PenultimateFeatures(model, layer)
         with features.capture() as capture:
             model(images, sequence)
-            found = capture.taken()
-        torch.testing.assert_close(found, values, rtol=1e-6, atol=1e-7)
-        assert not found.requires_grad
+            pooled = capture.taken()
+        torch.testing.assert_close(pooled, values, rtol=1e-6, atol=1e-7)
+        assert not pooled.requires_grad
         # the hook is gone
         model(images, sequence)
         with pytest.raises(RuntimeError, match="must be called in the forward, got no call"):

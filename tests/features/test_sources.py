@@ -185,7 +185,7 @@ def member(path, data, compression):
 
 
 def short_member(path):
-    """Stored: what lies behind it would be read as its rows."""
+    """A stored member with too little data: the bytes after it would be read as its rows."""
     return member(path, header((9, 2)) + bytes(24), zipfile.ZIP_STORED)
 
 
@@ -211,7 +211,7 @@ def encrypted_member(path):
 
 
 def damaged_member(path):
-    """The data do not fit their checksum."""
+    """A member whose data do not match its checksum."""
     name = member(path, header((300, 2)) + bytes(2400), zipfile.ZIP_DEFLATED)
     data = bytearray((path / name).read_bytes())
     data[60] ^= 1
@@ -285,7 +285,7 @@ def test_other_refusals(tmp_path):
 
 
 def test_member_headers_of_any_length(tmp_path):
-    """A zip file's member begins where its own header says, not where the directory's would."""
+    """The data of a zip member begin after its local header; the directory may differ."""
     np.save(tmp_path / "x.npy", X.numpy())
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         info = zipfile.ZipInfo("a_long_name_for_a_member.npy")

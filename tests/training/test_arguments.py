@@ -1,4 +1,4 @@
-"""What MTSStep is built from and called with: refused by the caller's names, nothing changed."""
+"""Wrong arguments of MTSStep and of its calls: errors name the argument, and nothing changes."""
 
 import copy
 
@@ -42,7 +42,7 @@ def other(build):
     return lambda p: torch.optim.AdamW(build().parameters(), lr=1e-2)
 
 
-# what is put in the place of which part, and what is said
+# name -> (argument that is replaced, its replacement, error, message)
 WRONG_PARTS = {
     "no model": ("model", lambda p: None, TypeError, r"model must be a torch\.nn\.Module"),
     "function": ("model", lambda p: torch.tanh, TypeError, "model must be a torch"),
@@ -94,10 +94,10 @@ WRONG_PARTS = {
 @pytest.mark.parametrize("case", WRONG_PARTS)
 def test_wrong_parts(case):
     name, make, error, message = WRONG_PARTS[case]
-    given = parts()
-    given[name] = make(given)
+    arguments = parts()
+    arguments[name] = make(arguments)
     with pytest.raises(error, match=message) as seen:
-        mts_fast.MTSStep(**given)
+        mts_fast.MTSStep(**arguments)
     assert str(seen.value).startswith("MTSStep: ")
 
 
@@ -110,10 +110,10 @@ def test_wrong_parts(case):
     ],
 )
 def test_parts_that_do_not_belong_together(change, message):
-    given = parts()
-    change(given)
+    arguments = parts()
+    change(arguments)
     with pytest.raises(ValueError, match=f"MTSStep: {message}"):
-        mts_fast.MTSStep(**given)
+        mts_fast.MTSStep(**arguments)
 
 
 SCHEDULERS = {
@@ -134,9 +134,9 @@ SCHEDULERS = {
 @pytest.mark.parametrize("case", SCHEDULERS)
 def test_schedulers(case):
     make, error, message = SCHEDULERS[case]
-    given = parts()
+    arguments = parts()
     with pytest.raises(error, match=message):
-        mts_fast.MTSStep(**given, selector_scheduler=make(given["selector_optimizer"]))
+        mts_fast.MTSStep(**arguments, selector_scheduler=make(arguments["selector_optimizer"]))
 
 
 NUMBERS = [-1, 0, float("nan"), float("inf"), "1", True, None]
@@ -209,7 +209,7 @@ def negative_rate(world):
 
 
 class Broken(nn.Module):
-    """A selector that returns what it is told to."""
+    """A selector whose output is any function of its weights."""
 
     def __init__(self, result):
         super().__init__()
@@ -220,7 +220,7 @@ class Broken(nn.Module):
         return self.result(self.w * torch.ones(len(classes)))
 
 
-# what is done to a run before a call, options of the run, and what is said
+# name -> (change of a run before the call, options of the run, message)
 WRONG_CALLS = {
     "nan selector": (nan_selector, {}, "selector's output must be finite.*lower its learning rate"),
     "nan selector, no teaching": (
@@ -257,15 +257,15 @@ def test_wrong_calls_change_nothing(case):
     steps = options.pop("steps", 0)
     world = World(CPU, **options)
     world.step.steps = steps
-    given = world.arguments(0)
-    given |= change if isinstance(change, dict) else {}
+    arguments = world.arguments(0)
+    arguments |= change if isinstance(change, dict) else {}
     if callable(change):
         change(world)
     before = whole_state(world)
     with pytest.raises((TypeError, ValueError), match=f"MTSStep: .*{message}"):
-        world.step(**given)
+        world.step(**arguments)
     after = whole_state(world)
-    nan = case.startswith("nan")  # a NaN is no equal of itself
+    nan = case.startswith("nan")  # NaN differs from itself
     assert set(differences(before, after)) <= ({"selector"} if nan else set())
 
 
@@ -321,7 +321,7 @@ def test_a_call_without_gradients(mode, model):
     with mode(), pytest.raises(RuntimeError, match="the call must be made with gradients enabled"):
         world.step(**world.arguments(0))
     assert not differences(before, whole_state(world))
-    # and the engine is chosen as if it had never been
+    # the engine is then chosen as if the failed call had not happened
     other = World(CPU, model=model)
     world.step(**world.arguments(1))
     torch.set_rng_state(before["torch"])
@@ -335,10 +335,10 @@ def test_wrappers_over_processes_are_refused(monkeypatch):
             super().__init__()
             self.module = module
 
-    given = parts()
-    given["model"] = nn.Sequential(DistributedDataParallel(given["model"]))
+    arguments = parts()
+    arguments["model"] = nn.Sequential(DistributedDataParallel(arguments["model"]))
     with pytest.raises(RuntimeError, match=r"model must be free of data-parallel.* at '0'"):
-        mts_fast.MTSStep(**given)
+        mts_fast.MTSStep(**arguments)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="got a process group of 2 ranks"):
@@ -348,7 +348,7 @@ def test_wrappers_over_processes_are_refused(monkeypatch):
 @pytest.mark.parametrize("kind", ["unfreeze", "freeze", "add"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_parameters_that_change_in_mid_run(kind, every):
-    """The step goes on as one that was built with the new set."""
+    """The step continues as one that was built with the new parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     first = [*model[0].parameters()]
@@ -373,8 +373,8 @@ def test_parameters_that_change_in_mid_run(kind, every):
     other.steps = 1
     before = [p.clone() for p in first]
     for seed in (1, 2, 3):
-        found, expected = step(**world.arguments(seed)), other(**world.arguments(seed))
-        assert torch.equal(found.losses, expected.losses)
+        result, expected = step(**world.arguments(seed)), other(**world.arguments(seed))
+        assert torch.equal(result.losses, expected.losses)
     moved = [not torch.equal(p, b) for p, b in zip(first, before, strict=True)]
     assert all(moved) if kind != "freeze" else not any(moved)
     for p, q in zip(model.parameters(), twins[0].parameters(), strict=True):

@@ -49,10 +49,10 @@ def gradient(model):
 
 
 @pytest.mark.parametrize("engine", ["ghost", "forward_mode", "double_backward"])
-@pytest.mark.parametrize("own", [True, False])
-def test_small_gradients_survive(own, engine, device):
+@pytest.mark.parametrize("creates_scaler", [True, False])
+def test_small_gradients_survive(creates_scaler, engine, device):
     model, x, y = fitted(device)
-    scaler = None if own else torch.amp.GradScaler(device.type, init_scale=2.0**14)
+    scaler = None if creates_scaler else torch.amp.GradScaler(device.type, init_scale=2.0**14)
     step = built(model, scaler=scaler, engine=engine)
     reference = built(nn.Sequential(*[m for m in model]), engine=engine)
     w = reference.weights(x, y, val_inputs=x[:9])
@@ -62,11 +62,11 @@ def test_small_gradients_survive(own, engine, device):
     assert not result.skipped and step.skipped_steps == 0
     assert relative(gradient(model), expected) < 0.05  # float16; observed 0.004
     assert result.self_check < 2e-2
-    assert step.scaler is scaler or own
+    assert step.scaler is scaler or creates_scaler
 
 
 def test_the_scaled_step_is_the_unscaled_one(device):
-    """In float32 the scale, a power of two, drops out but for rounding."""
+    """In float32 the scale, a power of two, cancels up to rounding."""
     model, x, y = fitted(device)
     import copy
 

@@ -1,4 +1,4 @@
-"""Dots are compared with the gradient before anything is written; "auto" takes what is right."""
+"""Dots are checked against the gradient before any update; "auto" picks a correct engine."""
 
 import logging
 
@@ -34,7 +34,7 @@ class Ternary(nn.Module):
 
 
 class Reversal(torch.autograd.Function):
-    """Turns the gradient round, as domain-adversarial training does; has no forward mode."""
+    """Gradient reversal, as in domain-adversarial training; has no forward mode."""
 
     @staticmethod
     def forward(ctx, x):
@@ -57,7 +57,7 @@ class Adversarial(nn.Module):
 
 
 class Target(nn.Module):
-    """A detached target of the model's own, as in bootstrapping; BatchNorm couples the samples."""
+    """A detached target from the model itself, as in bootstrapping; BatchNorm couples samples."""
 
     def __init__(self):
         super().__init__()
@@ -90,25 +90,25 @@ def batch(seed=0, dtype=torch.float64):
     return {"inputs": x[:12], "labels": y[:12], "val_inputs": x[12:], "val_labels": y[12:]}
 
 
-def true_dots(step, given):
+def true_dots(step, arguments):
     """d_i by double backward through one plain SGD step."""
     model = step.model
-    w = step.weights(given["inputs"], given["labels"], val_inputs=given["val_inputs"])
+    w = step.weights(arguments["inputs"], arguments["labels"], val_inputs=arguments["val_inputs"])
     p = (w / w.sum()).requires_grad_()
     theta = dict(model.named_parameters())
     losses = F.cross_entropy(
-        torch.func.functional_call(model, {**theta, **clones(model)}, given["inputs"]),
-        given["labels"],
+        torch.func.functional_call(model, {**theta, **clones(model)}, arguments["inputs"]),
+        arguments["labels"],
         reduction="none",
     )
     g = torch.autograd.grad((p * losses).sum(), list(theta.values()), create_graph=True)
     buffers = clones(model)
-    torch.func.functional_call(model, {**theta, **buffers}, given["inputs"])
+    torch.func.functional_call(model, {**theta, **buffers}, arguments["inputs"])
     ahead = {n: t - 0.1 * d for (n, t), d in zip(theta.items(), g, strict=True)}
     model.eval()
-    z = torch.func.functional_call(model, {**ahead, **buffers}, given["val_inputs"])
+    z = torch.func.functional_call(model, {**ahead, **buffers}, arguments["val_inputs"])
     model.train()
-    (d,) = torch.autograd.grad(F.cross_entropy(z, given["val_labels"]), p)
+    (d,) = torch.autograd.grad(F.cross_entropy(z, arguments["val_labels"]), p)
     return -d
 
 
@@ -116,7 +116,7 @@ def clones(model):
     return {n: b.clone() for n, b in model.named_buffers()}
 
 
-# which engine serves, and which explicit ones are found out
+# model -> (engine that "auto" picks, explicit engines that the check refuses)
 WRONG = {
     Ternary: ("forward_mode", ["finite_difference"]),
     Adversarial: ("double_backward", ["finite_difference"]),
@@ -128,9 +128,9 @@ WRONG = {
 def test_auto_takes_an_engine_that_is_right(kind):
     step = build(kind())
     for seed in range(3):
-        given = batch(seed)
-        expected = true_dots(step, given)
-        result = step(**given)
+        arguments = batch(seed)
+        expected = true_dots(step, arguments)
+        result = step(**arguments)
         assert result.engine == WRONG[kind][0]
         assert relative(result.dots, expected) < 1e-10 and result.self_check < 1e-10
 
@@ -148,7 +148,7 @@ def test_an_explicit_engine_beyond_its_bound_raises(kind):
 
 
 def wrong_in_call(monkeypatch, number, factor=1.5):
-    """Makes ghost's dots wrong in that one call."""
+    """Makes ghost's dots wrong in the call of that number."""
     calls = []
     right = FastLinearization.dots
 
@@ -160,21 +160,21 @@ def wrong_in_call(monkeypatch, number, factor=1.5):
 
 
 def messages(caplog, level):
-    """What was said of engines at that level; ops say which backend they run on."""
+    """Log messages of that level about engines, without those about the backends of ops."""
     said = [r.getMessage() for r in caplog.records if r.levelno == level and r.name == "mts_fast"]
     return [m for m in said if "runs on backend" not in m]
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_probing_call_repeats_the_step_with_the_next_engine(number, monkeypatch, caplog):
-    """Aloud; and the numbers are those of a run with that engine."""
+    """The change is logged, and the numbers are those of a run with that engine."""
     wrong_in_call(monkeypatch, number)
     step, other = build(plain()), build(plain(), engine="forward_mode")
     with caplog.at_level(logging.INFO, "mts_fast"):
         for seed in range(5):
-            found, expected = step(**batch(seed)), other(**batch(seed))
-            assert found.engine == ("ghost" if seed + 1 < number else "forward_mode")
-            assert relative(found.dots, expected.dots) < 1e-12
+            result, expected = step(**batch(seed)), other(**batch(seed))
+            assert result.engine == ("ghost" if seed + 1 < number else "forward_mode")
+            assert relative(result.dots, expected.dots) < 1e-12
     level = logging.INFO if number == 1 else logging.WARNING
     said = [m for m in messages(caplog, level) if "forward_mode, since ghost: sum p d" in m]
     assert len(said) == 1
@@ -207,9 +207,9 @@ def test_a_selector_batch_is_guarded_in_probing_calls(monkeypatch):
             kind, "dots", lambda self, d, right=right: calls.append(1) or right(self, d) * 1.5
         )
     step = build(plain())
-    given, other = batch(0), batch(1)
+    arguments, other = batch(0), batch(1)
     extra = mts_fast.SelectorBatch(other["inputs"], other["labels"])
-    assert step(**given, selector_batch=extra).engine == "forward_mode" and calls
+    assert step(**arguments, selector_batch=extra).engine == "forward_mode" and calls
 
 
 def test_the_choice_is_kept_in_the_state(monkeypatch):
@@ -223,8 +223,8 @@ def test_the_choice_is_kept_in_the_state(monkeypatch):
     other = build(plain())
     other.load_state_dict(state)
     for seed in range(3, 5):
-        found, expected = other(**batch(seed)), step(**batch(seed))
-        assert found.engine == "forward_mode" and torch.equal(found.dots, expected.dots)
+        result, expected = other(**batch(seed)), step(**batch(seed))
+        assert result.engine == "forward_mode" and torch.equal(result.dots, expected.dots)
 
 
 def test_a_failed_call_never_changes_the_choice(monkeypatch):
@@ -241,7 +241,7 @@ def test_a_failed_call_never_changes_the_choice(monkeypatch):
 
 
 def test_layouts_are_chosen_apart():
-    """A batch that ghost refuses does not cost the others their engine."""
+    """A layout that ghost refuses does not change the engine of other layouts."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -255,17 +255,17 @@ def test_layouts_are_chosen_apart():
             return self.b(h if mix is None else h - h.mean(0))
 
     step = build(Model())
-    given = batch()
-    mixed = {**given, "inputs": {"x": given["inputs"], "mix": torch.ones(12)}}
+    arguments = batch()
+    mixed = {**arguments, "inputs": {"x": arguments["inputs"], "mix": torch.ones(12)}}
     engines = []
-    for call in (given, mixed, given, mixed, given):
-        call = {**call, "val_inputs": given["val_inputs"]}
+    for call in (arguments, mixed, arguments, mixed, arguments):
+        call = {**call, "val_inputs": arguments["val_inputs"]}
         engines.append(step(**call).engine)
     assert engines == ["ghost", "forward_mode", "ghost", "forward_mode", "ghost"]
 
 
 class Own(nn.Module):
-    """Its own error in the n-th forward: no engine's fault."""
+    """Raises in the n-th forward, whichever engine runs it."""
 
     def __init__(self, raises_at):
         super().__init__()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from interruptions import RUNS, After, Interrupted, RaisingAt, begun, differences, whole_state
 
-# the whole suite takes every operator and 500 moments a run, the core suite a sample
+# the whole suite interrupts at every operator and at 500 moments per run, the core suite at some
 ALL = os.environ.get("MTS_FAST_TEST_ALL") == "1"
 STRIDE = 1 if ALL else 23
 MOMENTS = 500 if ALL else 12
@@ -26,8 +26,8 @@ def operators(world):
 
 
 def interrupted_at(world, before, *numbers):
-    """Whether the step was interrupted; one that was complete before these operators (the checks of
-    ghost are not made in every call) is taken back."""
+    """Whether the step was interrupted. A step that ended before these operators (ghost's checks
+    are not made in every call) is undone."""
     try:
         with RaisingAt(*numbers):
             world.step(**world.arguments(2))
@@ -39,7 +39,7 @@ def interrupted_at(world, before, *numbers):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_exception_at_every_operator(name):
-    """Of the forwards, the selector's step, the optimizer and its copy: all is undone."""
+    """In the forwards, the selector's step, the optimizer and its copy: everything is undone."""
     total = operators(begun(name, atomic=True))
     world = begun(name, atomic=True)
     before = whole_state(world)
@@ -47,7 +47,7 @@ def test_exception_at_every_operator(name):
     for n in [*range(1 + offset, total + 1, STRIDE), total]:
         assert interrupted_at(world, before, n) or n > 0.8 * total
         assert not differences(before, whole_state(world)), f"operator {n} of {total}"
-    # and the run goes on as one that was never interrupted
+    # the run then continues as one that was never interrupted
     other = begun(name, atomic=True)
     world.step(**world.arguments(2))
     after = whole_state(world)
@@ -138,7 +138,7 @@ def test_ctrl_c_is_held_until_the_step_is_complete(name):
                 world.step(**world.arguments(seed))
         except KeyboardInterrupt:
             interrupted += 1
-        if world.step.steps == steps:  # it came before the call had begun
+        if world.step.steps == steps:  # the signal came before the call
             world.step(**world.arguments(seed))
         end = whole_state(world)
         torch.set_rng_state(start)
@@ -268,7 +268,7 @@ def test_without_a_copy_a_torn_step_is_named_and_refused_until_a_load():
     with pytest.raises(RuntimeError, match=r"optimizer must be whole.*'1.weight'.*load a state"):
         world.step(**world.arguments(2))
     handle.remove()
-    # all that is not the optimizer's was rolled back
+    # everything but the optimizer's part was rolled back
     assert set(differences(before, whole_state(world))) == {"model", "optimizer"}
     with pytest.raises(RuntimeError, match="optimizer must be whole"):
         world.step(**world.arguments(2))
@@ -305,7 +305,7 @@ def _through_a_file(state):
 
 
 def test_a_call_inside_a_call_of_the_same_step_is_refused():
-    """From a hook of the model or of the optimizer; and nothing of it stays."""
+    """A hook of the model or of the optimizer calls the step; the state stays as it was."""
     for owner in ("model", "optimizer"):
         world = begun("adamw_scheduler", atomic=True)
         before = whole_state(world)

@@ -1,4 +1,4 @@
-"""A call of MTSStep leaves the trace of one plain weighted step; one that raises leaves none."""
+"""A call of MTSStep changes what one plain weighted step changes; a failed call, nothing."""
 
 import copy
 
@@ -20,7 +20,7 @@ def deterministic():
 
 
 def build(device, engine, *, model="dense", **options):
-    """A world of models that BatchNorm couples; engines that refuse those are skipped."""
+    """A World whose model has BatchNorm; skips engines that refuse it."""
     world = World(device, model=model, **options)
     why = ENGINES[engine](Objective(world.model), list(world.model.parameters())).reasons()
     if why:
@@ -29,7 +29,7 @@ def build(device, engine, *, model="dense", **options):
 
 
 def plain_step(model, optimizer, x, y, p):
-    """What a training loop with fixed weights does."""
+    """One step of a training loop with fixed weights."""
     optimizer.zero_grad()
     losses = F.cross_entropy(model(x), y, reduction="none")
     (p * losses).sum().backward()
@@ -38,26 +38,26 @@ def plain_step(model, optimizer, x, y, p):
 
 
 def assert_equals_plain_run(world, *, steps=3, two_batches=False):
-    """Take steps, and the same ones plainly with the weights that came out, bit for bit."""
+    """Compare steps bitwise with plain steps that use the same sample weights."""
     plain = world.copy_of_plain_parts()
     state = generators(world.device)
     for seed in range(steps):
-        given = world.arguments(seed, two_batches=two_batches)
+        arguments = world.arguments(seed, two_batches=two_batches)
         set_generators(state)
-        result = world.step(**given)
-        found = trace(world.model, world.optimizer, world.device)
+        result = world.step(**arguments)
+        traced = trace(world.model, world.optimizer, world.device)
         # the caller's tensors are as they were drawn
         untouched = world.arguments(seed, two_batches=two_batches)
         assert_bitwise(
-            [vars(v) if name == "selector_batch" else v for name, v in given.items()],
+            [vars(v) if name == "selector_batch" else v for name, v in arguments.items()],
             [vars(v) if name == "selector_batch" else v for name, v in untouched.items()],
         )
         set_generators(state)
         p = result.normalized_weights
         assert 0 < p.min() < p.max() < 1
-        losses = plain_step(*plain, given["inputs"], given["labels"], p)
+        losses = plain_step(*plain, arguments["inputs"], arguments["labels"], p)
         expected = trace(*plain, world.device)
-        assert_bitwise(found, expected)
+        assert_bitwise(traced, expected)
         assert_bitwise(result.losses, losses)
         state = expected["generators"]
 
@@ -89,7 +89,7 @@ def test_trace_is_that_of_a_plain_step(
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_trace_with_options(engine, options, device):
-    """Each option takes another path through the step: fewer, or further forwards."""
+    """Each option takes another path through the step, with fewer or more forwards."""
     world = build(device, engine, **options)
     assert_equals_plain_run(world)
 
@@ -119,13 +119,13 @@ def test_model_in_eval_mode(engine, device):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_weights_change_nothing(engine, device):
-    """Scoring samples is no step: it takes no part of one, running statistics included."""
+    """Scoring samples changes nothing, running statistics included."""
     world = build(device, engine, online_momentum=0.5)
     world.step(**world.arguments(0))
     before = everything(world)
-    given = world.arguments(1)
-    del given["val_labels"]
-    assert world.step.weights(**given).shape == (12,)
+    arguments = world.arguments(1)
+    del arguments["val_labels"]
+    assert world.step.weights(**arguments).shape == (12,)
     assert_bitwise(everything(world), before)
 
 
@@ -149,7 +149,7 @@ def nan(tensor):
     return broken
 
 
-# what a data loader gets wrong, one argument at a time
+# errors of a data loader, one argument at a time
 BAD_ARGUMENTS = {
     "nan_inputs": ("inputs", nan, "the loss of every training sample must be finite"),
     "nan_features": ("features", nan, r"features must be finite, got NaN .* 1 rows \(3\)"),
@@ -177,11 +177,11 @@ def test_bad_arguments_change_nothing(engine, case, two_batches, device):
     argument, breaks, message = BAD_ARGUMENTS[case]
     world = build(device, engine, online_momentum=0.9, check="always")
     world.step(**world.arguments(0))
-    given = world.arguments(1, two_batches=two_batches)
-    given[argument] = breaks(given[argument])
+    arguments = world.arguments(1, two_batches=two_batches)
+    arguments[argument] = breaks(arguments[argument])
     before = everything(world)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        world.step(**given)
+        world.step(**arguments)
     assert_bitwise(everything(world), before)
 
 
@@ -205,7 +205,7 @@ def test_bad_selector_batch_changes_nothing(engine, broken, message, device):
     assert_bitwise(everything(world), before)
 
 
-# a mean over the batch, and a loss per class: what is passed by mistake
+# common mistakes: a mean over the batch, and a loss per class
 WRONG_LOSSES = {
     "mean": F.cross_entropy,
     "per_class": lambda output, _: -output.log_softmax(1),
@@ -225,9 +225,9 @@ def test_loss_of_a_wrong_shape_changes_nothing(engine, loss, device):
 @pytest.mark.parametrize("two_batches", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
-    """Out of memory in the n-th forward of the step, after the BatchNorms in it have moved."""
+    """Out of memory in the n-th forward of the step, after its BatchNorms have been updated."""
     world = build(device, engine, online_momentum=0.9)
-    given = world.arguments(1, two_batches=two_batches)
+    arguments = world.arguments(1, two_batches=two_batches)
     world.step(**world.arguments(0))
     left = []
 
@@ -242,7 +242,7 @@ def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
     for n in range(1, 20):
         left[:] = [n]
         try:
-            world.step(**given)
+            world.step(**arguments)
         except MemoryError:
             failures += 1
             assert_bitwise(everything(world), before)

@@ -1,4 +1,4 @@
-"""A run that was saved and resumed goes on bit for bit as the one that never stopped."""
+"""A run that was saved and resumed continues bit for bit as an uninterrupted one."""
 
 import copy
 import io
@@ -10,8 +10,8 @@ from step_worlds import World
 
 from mts_fast.training import warmup_cosine
 
-# BatchNorm buffers, dropout masks, optimizer moments, running statistics, a schedule and a rhythm:
-# all that a state can forget.
+# BatchNorm buffers, dropout masks, optimizer moments, running statistics, a schedule and
+# `selector_every`: everything that a state must hold.
 OPTIONS = {
     "model": "dense",
     "online_momentum": 0.9,
@@ -34,7 +34,7 @@ def everything(world):
 
 
 def through_a_file(state):
-    """As a user saves it; read back with torch's safe unpickler."""
+    """Saved as a user does, and read with torch's safe unpickler."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -48,7 +48,9 @@ def deterministic():
         yield
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])  # one buffer a tensor; two and a count
+@pytest.mark.parametrize(
+    "optimizer", ["nesterov", "adamw"]
+)  # one buffer per tensor; two and a step count
 @pytest.mark.parametrize("way", [through_a_file, lambda state: state], ids=["file", "memory"])
 def test_resumed_run_is_bit_identical(way, optimizer, device):
     whole = World(device, optimizer=optimizer, **OPTIONS)
@@ -56,20 +58,20 @@ def test_resumed_run_is_bit_identical(way, optimizer, device):
     run(whole, range(3))
     state, rng = way(whole.step.state_dict()), generators(device)
     resumed = World(device, optimizer=optimizer, **OPTIONS)
-    # a fresh object is not the saved one already
+    # the fresh run differs from the saved one before it loads
     assert not torch.equal(resumed.model[0].weight, whole.model[0].weight)
     resumed.step.load_state_dict(state)
     set_generators(rng)
     expected = run(whole, range(3, 6))
     set_generators(rng)
-    found = run(resumed, range(3, 6))
-    assert_bitwise([vars(r) for r in found], [vars(r) for r in expected])
+    results = run(resumed, range(3, 6))
+    assert_bitwise([vars(r) for r in results], [vars(r) for r in expected])
     assert_bitwise(everything(resumed), everything(whole))
     assert resumed.step.steps == 6
 
 
 def test_loading_does_not_tie_two_runs_together(device):
-    """torch's optimizers take over the tensors of a state; two runs would share their momentum."""
+    """torch's optimizers use a loaded state's tensors themselves: two runs would share momentum."""
     first = World(device, optimizer="nesterov")
     run(first, range(2))
     second = World(device, optimizer="nesterov")

@@ -1,4 +1,4 @@
-"""schedule, memory and micro_batch: what they change of a step, and what they must not."""
+"""schedule, memory and micro_batch: what they change in a step, and what they must not."""
 
 import copy
 
@@ -43,7 +43,7 @@ def assert_same_run(one, other, first, second):
         {"engine": "forward_mode"},
     ],
 )
-def test_same_numbers_by_another_way(options, schedule, two_batches, device):
+def test_options_do_not_change_the_numbers(options, schedule, two_batches, device):
     """Every way of running the passes gives the steps of the fast ghost engine."""
     shared = {"dtype": torch.float64, "online_momentum": 0.9}
     one = World(device, **shared, **{"engine": "ghost", **options}, step_schedule=schedule)
@@ -53,21 +53,21 @@ def test_same_numbers_by_another_way(options, schedule, two_batches, device):
 
 
 def test_reuse_steps_with_the_weights_of_row_2(device):
-    """The classifier's gradient is the virtual one; the selector learns as in "exact"."""
+    """The classifier uses the virtual gradient; the selector is updated as in "exact"."""
     reuse, exact = (World(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact"))
     plain, optimizer = reuse.copy_of_plain_parts()
-    given = reuse.arguments(0)
-    found, expected = reuse.step(**given), exact.step(**given)
-    assert_bitwise(found.dots, expected.dots)
+    arguments = reuse.arguments(0)
+    result, expected = reuse.step(**arguments), exact.step(**arguments)
+    assert_bitwise(result.dots, expected.dots)
     assert_bitwise(reuse.selector.state_dict(), exact.selector.state_dict())
-    # row 2: the selector before it learned
+    # row 2: the selector before its update
     before = World(device, dtype=torch.float64).step.weights(
-        **{k: v for k, v in given.items() if k != "val_labels"}
+        **{k: v for k, v in arguments.items() if k != "val_labels"}
     )
     p = before / before.sum()
-    assert relative(found.normalized_weights, p) < EXACT
+    assert relative(result.normalized_weights, p) < EXACT
     losses = torch.nn.functional.cross_entropy(
-        plain(given["inputs"]), given["labels"], reduction="none"
+        plain(arguments["inputs"]), arguments["labels"], reduction="none"
     )
     optimizer.zero_grad()
     (p * losses).sum().backward()
@@ -91,10 +91,10 @@ def test_batchnorm_streams_as_data_parallelism_would(device):
         device, model="batchnorm", dtype=torch.float64, micro_batch=6, online_features=False
     )
     model = copy.deepcopy(world.model)
-    given = world.arguments(0)
-    world.step(**given)
+    arguments = world.arguments(0)
+    world.step(**arguments)
     with torch.no_grad():
-        for part in given["inputs"].split(6):
+        for part in arguments["inputs"].split(6):
             model(part)
     assert_bitwise(dict(world.model.named_buffers()), dict(model.named_buffers()))
 
@@ -106,17 +106,17 @@ def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
     world = World(device, model=model, dtype=torch.float64, engine="ghost", micro_batch=micro_batch)
     plain, optimizer = world.copy_of_plain_parts()
     for seed in range(3):
-        given = world.arguments(seed)
+        arguments = world.arguments(seed)
         torch.manual_seed(seed)
-        result = world.step(**given)
+        result = world.step(**arguments)
         after = snapshot(device=device)
         torch.manual_seed(seed)
-        size = micro_batch or len(given["labels"])
+        size = micro_batch or len(arguments["labels"])
         losses = torch.cat(
             [
                 torch.nn.functional.cross_entropy(plain(x), y, reduction="none")
                 for x, y in zip(
-                    given["inputs"].split(size), given["labels"].split(size), strict=True
+                    arguments["inputs"].split(size), arguments["labels"].split(size), strict=True
                 )
             ]
         )
@@ -130,7 +130,7 @@ def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
 
 
 def counted(world):
-    """How many samples the model is run on, by mode."""
+    """Counts the samples that the model is run on, by mode."""
     seen = {"train": 0, "eval": 0}
     world.model.register_forward_pre_hook(
         lambda model, args: seen.update(
@@ -158,7 +158,7 @@ def counted(world):
 )
 def test_nothing_is_computed_twice(options, train, evaluation, device):
     world = World(device, **options)
-    world.step(**world.arguments(0))  # looks once whether the training forward gives the features
+    world.step(**world.arguments(0))  # tests once whether the training forward gives the features
     seen = counted(world)
     world.step(**world.arguments(1))
     assert seen == {"train": train, "eval": evaluation}
@@ -172,14 +172,14 @@ def test_features_of_a_shared_forward_are_those_of_eval_mode(device):
 
 
 class _Never(dict):
-    """Sharing refused for every mode."""
+    """A cache that says of every mode that the training forward cannot be shared."""
 
     def get(self, _):
         return False
 
 
 def test_sharing_ends_when_dropout_is_switched_on(device):
-    """No mode changes, only a probability: the generators tell."""
+    """Only a probability changes, no mode: the step sees it by the random generators' state."""
     world, fresh = (World(device, model="dropout", engine="ghost") for _ in range(2))
     for w in (world, fresh):
         w.model[0].p = 0.0
@@ -194,7 +194,7 @@ def test_sharing_ends_when_dropout_is_switched_on(device):
 
 
 def test_a_gradient_handed_out_twice_is_clipped_once(device):
-    """Two parameters that are only ever added have one gradient; clipping scales in place."""
+    """Two parameters that are only added share one gradient tensor; clipping scales in place."""
 
     class Sum(torch.nn.Module):
         def __init__(self):
@@ -240,8 +240,8 @@ def test_refused_options(options, error, message):
         World(torch.device("cpu"), **options)
 
 
-def test_ghost_that_meets_batchnorm_later_changes_nothing(device):
-    """The model was in eval mode when the step was made, and is not any more."""
+def test_ghost_refuses_a_later_batchnorm_and_changes_nothing(device):
+    """The model was in eval mode when the step was built, and is then put in train mode."""
     world = World(device, model="batchnorm", online_features=False)
     world.model.eval()
     selector = mts_fast.Selector(2, 3).to(device)

@@ -25,16 +25,16 @@ def by_hand(selector, h, y, s):
     return (x @ state["mlp.4.weight"].T + state["mlp.4.bias"])[:, 0]
 
 
-@pytest.mark.parametrize("own", [torch.float32, torch.float64])
-@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("selector_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("feature_dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("integers", [torch.int64, torch.uint8, torch.int16])
-def test_logits_of_any_dtypes(integers, given, own):
-    selector = Selector(3, 2, hidden=(7, 6)).to(own)
-    found = selector(H.to(given), Y.to(integers), S.bool())
-    assert found.dtype == own
-    expected = by_hand(selector, H.to(given), Y, S)
-    # products of 8 terms; observed 6e-8 and 1e-16
-    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(own).eps)
+def test_logits_of_any_dtypes(integers, feature_dtype, selector_dtype):
+    selector = Selector(3, 2, hidden=(7, 6)).to(selector_dtype)
+    logits = selector(H.to(feature_dtype), Y.to(integers), S.bool())
+    assert logits.dtype == selector_dtype
+    expected = by_hand(selector, H.to(feature_dtype), Y, S)
+    # sums of 8 products; observed 6e-8 and 1e-16
+    torch.testing.assert_close(logits, expected, rtol=0, atol=4 * torch.finfo(selector_dtype).eps)
 
 
 @pytest.mark.parametrize(
@@ -126,23 +126,23 @@ def optimizer():
 
 
 def rates(adam, schedule, steps):
-    found = []
+    learning_rates = []
     for _ in range(steps):
-        found.append(adam.param_groups[0]["lr"])
+        learning_rates.append(adam.param_groups[0]["lr"])
         adam.step()
         schedule.step()
-    return found
+    return learning_rates
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_schedule_rises_falls_and_stays_at_zero(warmup):
     adam = optimizer()
-    found = rates(adam, warmup_cosine(adam, warmup, 10), 25)
+    learning_rates = rates(adam, warmup_cosine(adam, warmup, 10), 25)
     rise = [0.5 * (t + 1) / (warmup + 1) for t in range(warmup)]
     span = 10 - warmup
     fall = [0.25 * (1 + math.cos(math.pi * t / span)) for t in range(span)]
-    assert found[:10] == pytest.approx(rise + fall, rel=1e-15)
-    assert found[10:] == [0.0] * 15
+    assert learning_rates[:10] == pytest.approx(rise + fall, rel=1e-15)
+    assert learning_rates[10:] == [0.0] * 15
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -1,7 +1,7 @@
-"""The selector's CUDA graphs: what is recorded, replayed and refused.
+"""The selector's CUDA graphs: recording, replay and refusals.
 
-On a GPU steps with graphs are compared with steps without; elsewhere a recorder that runs the
-function anew stands in for torch.cuda.graph, so that only the capture itself is not seen.
+On a GPU, steps with graphs are compared with steps without. Elsewhere a recorder that runs the
+function again replaces torch.cuda.graph, so that everything but the capture is tested.
 """
 
 import pytest
@@ -17,13 +17,13 @@ CLASSES, FEATURES = 3, 5
 
 
 class Rerun:
-    """Replays by running the function on the memory that was recorded; keeps count."""
+    """A recorder whose replay runs the function on the recorded inputs; counts its calls."""
 
     def __init__(self):
         self.runs, self.recordings = 0, 0
 
     def check(self, scorer, optimizer):
-        """Nothing is asked of them here."""
+        """Accepts every selector and optimizer."""
 
     def run(self, function, inputs):
         self.runs += 1
@@ -51,7 +51,7 @@ def test_eager_first_then_one_recording_a_shape():
 
 def test_results_are_not_overwritten_and_inputs_not_kept():
     class Static(Rerun):
-        """Results in memory that the next replay overwrites, as a graph's."""
+        """Results are in memory that the next replay overwrites, as with a CUDA graph."""
 
         def record(self, function, inputs):
             out = torch.empty(4)
@@ -87,12 +87,12 @@ def test_recorded_anew_when_what_it_holds_has_changed():
 
 @pytest.fixture
 def recorder(device, monkeypatch):
-    """None for a GPU's own recorder; elsewhere the stand-in."""
+    """None on a GPU, which uses its own recorder; elsewhere the replacement."""
     if device.type == "cuda":
         return None
-    found = Rerun()
-    monkeypatch.setattr(module, "CudaRecorder", lambda: found)
-    return found
+    cuda_recorder = Rerun()
+    monkeypatch.setattr(module, "CudaRecorder", lambda: cuda_recorder)
+    return cuda_recorder
 
 
 def make_step(device, *, graph, adam=True, scheduler=False, **options):
@@ -152,7 +152,7 @@ def test_steps_are_those_without_graphs(name, autocast, device, recorder):
         for field in ("losses", "loss", "logits", "weights", "normalized_weights", "dots", "gsnr"):
             a, b = getattr(mine, field), getattr(plain, field)
             assert (a is None) == (b is None), field
-            if a is not None:  # observed 0 with the stand-in
+            if a is not None:  # observed 0 with the replacement
                 assert relative(a, b) < 1e-5, field
     for a, b in zip(*(step.selector.parameters() for step in steps), strict=True):
         assert relative(a, b) < 1e-5
@@ -173,17 +173,17 @@ def test_an_independent_selector_batch(device, recorder):
 
 
 def test_a_loaded_state_is_what_the_next_step_starts_from(device, recorder):
-    """Loading puts other tensors into the optimizer, which a recording would not know of."""
+    """Loading puts new tensors into the optimizer; an old recording would use the previous ones."""
     step, other = (make_step(device, graph=graph) for graph in (True, False))
-    given = list(batches(device, 9))
-    for arguments in given[:6]:
+    calls = list(batches(device, 9))
+    for arguments in calls[:6]:
         step(**arguments)
         other(**arguments)
     state = other.state_dict()
-    for arguments in given[6:8]:
+    for arguments in calls[6:8]:
         step(**arguments)
     step.load_state_dict(state)
-    mine, plain = (s(**given[8]) for s in (step, other))
+    mine, plain = (s(**calls[8]) for s in (step, other))
     assert relative(mine.dots, plain.dots) < 1e-5
     for a, b in zip(*(s.selector.parameters() for s in (step, other)), strict=True):
         assert relative(a, b) < 1e-5
@@ -249,7 +249,7 @@ def test_refused_layers_that_a_second_forward_changes(layer, device, recorder):
 
 
 def test_class_weights_follow_the_selector(device, recorder):
-    """Also those that are set between steps: a recording cannot copy from the host."""
+    """Class weights set between steps move to the device: a graph cannot copy from the host."""
     step = make_step(device, graph=True, class_weight=torch.ones(CLASSES))
     assert step.class_weight.device.type == device.type
     step.class_weight = torch.zeros(CLASSES)

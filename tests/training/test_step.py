@@ -15,25 +15,27 @@ from mts_fast.hypergradient import ENGINES
 from mts_fast.ops.virtual_update import optimizer_states
 from mts_fast.training import warmup_cosine
 
-# the options of this file are the same whatever the engine; this one is exact to rounding.
+# the options tested here do not depend on the engine; this engine is exact to rounding.
 EXACT_ENGINE = "forward_mode"
 
 
-def reference_step(world, given, **options):
+def reference_step(world, arguments, **options):
     """The same step by reference.mts_step."""
     states = optimizer_states(world.optimizer)
-    meta = given.get("selector_batch")
-    if meta is not None:
-        meta = reference.Batch(meta.inputs, meta.labels, meta.is_synthetic, meta.features)
+    selector_batch = arguments.get("selector_batch")
+    if selector_batch is not None:
+        selector_batch = reference.Batch(
+            *(getattr(selector_batch, k) for k in ("inputs", "labels", "is_synthetic", "features"))
+        )
     return reference.mts_step(
         world.model,
         world.optimizer,
         {n: states[p] for n, p in world.model.named_parameters()},
         world.selector,
         world.selector_optimizer,
-        reference.Batch(*(given[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
-        (given["val_inputs"], given["val_labels"]),
-        selector_batch=meta,
+        reference.Batch(*(arguments[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
+        (arguments["val_inputs"], arguments["val_labels"]),
+        selector_batch=selector_batch,
         **options,
     )
 
@@ -52,17 +54,17 @@ def test_twenty_steps_equal_the_reference(engine, model, optimizer, two_batches,
     options = {"model": model, "optimizer": optimizer, "dtype": torch.float64}
     expected = World(device, online_features=False, **options)
     try:
-        found = World(device, online_features=False, engine=engine, **options)
+        world = World(device, online_features=False, engine=engine, **options)
     except RuntimeError as refused:
         pytest.skip(str(refused))
     tolerance = DRIFT.get(engine, DRIFT_EXACT)
     for seed in range(20):
-        given = found.arguments(seed, two_batches=two_batches)
-        result = found.step(**given)
-        trace = reference_step(expected, given)
+        arguments = world.arguments(seed, two_batches=two_batches)
+        result = world.step(**arguments)
+        trace = reference_step(expected, arguments)
         assert relative(result.dots, trace.dots) < tolerance
         assert relative(result.losses, trace.losses) < tolerance
-    for ours, theirs in ((found.model, expected.model), (found.selector, expected.selector)):
+    for ours, theirs in ((world.model, expected.model), (world.selector, expected.selector)):
         for name, truth in theirs.state_dict().items():
             assert relative(ours.state_dict()[name], truth) < tolerance, name
 
@@ -78,29 +80,31 @@ def test_validation_mode_with_batchnorm(mode, device):
         online_features=False,
         validation_mode=mode,
     )
-    given = world.arguments(0)
+    arguments = world.arguments(0)
     (plain, optimizer), (ahead, ahead_optimizer) = (world.copy_of_plain_parts() for _ in range(2))
     with torch.no_grad():
-        z = world.selector(given["features"], given["labels"], given["is_synthetic"])
+        z = world.selector(arguments["features"], arguments["labels"], arguments["is_synthetic"])
         p = mts_fast.normalize_weights(z)
-    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
-    virtual_loss = F.cross_entropy(ahead(given["inputs"]), given["labels"], reduction="none")
+    losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
+    virtual_loss = F.cross_entropy(
+        ahead(arguments["inputs"]), arguments["labels"], reduction="none"
+    )
     (p * virtual_loss).sum().backward()
     g = [q.grad for q in ahead.parameters()]
     ahead_optimizer.step()
-    output = ahead.train(mode == "train")(given["val_inputs"])
-    val_loss = F.cross_entropy(output, given["val_labels"])
+    output = ahead.train(mode == "train")(arguments["val_inputs"])
+    val_loss = F.cross_entropy(output, arguments["val_labels"])
     v = torch.autograd.grad(val_loss, list(ahead.parameters()))
     direction = mts_fast.virtual_update(optimizer, g).scale(v)
     dots = reference.hypergradient_dots(losses, list(plain.parameters()), direction)
-    result = world.step(**given)
+    result = world.step(**arguments)
     # observed 2e-16 and 4e-16
     assert relative(result.val_loss, val_loss) < 1e-13
     assert relative(result.dots, dots) < 1e-12
 
 
 def test_hypergradient_lr_equals_the_reference(device):
-    found = World(
+    world = World(
         device,
         dtype=torch.float64,
         online_features=False,
@@ -109,9 +113,9 @@ def test_hypergradient_lr_equals_the_reference(device):
     )
     expected = World(device, dtype=torch.float64, online_features=False)
     for seed in range(3):
-        given = found.arguments(seed)
-        result = found.step(**given)
-        trace = reference_step(expected, given, hypergradient_lr=3.0)
+        arguments = world.arguments(seed)
+        result = world.step(**arguments)
+        trace = reference_step(expected, arguments, hypergradient_lr=3.0)
         assert relative(result.dots, trace.dots) < 1e-12  # observed 1e-15
 
 
@@ -121,7 +125,7 @@ def test_self_check_is_small(engine, device):
     for seed in range(3):
         # observed 2e-10 for finite differences, 5e-16
         assert world.step(**world.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
-    # with a batch of its own only in calls 1, 2, 4, ...: it takes a backward more
+    # with a selector batch only in calls 1, 2, 4, ...: the check then needs one more backward
     assert world.step(**world.arguments(4, two_batches=True)).self_check is not None
     world.step(**world.arguments(5))
     world.step(**world.arguments(6))
@@ -132,8 +136,8 @@ def test_selector_every_third_step(device):
     world = World(device, engine=EXACT_ENGINE, online_features=False, selector_every=3)
     for call in range(7):
         before = snapshot(module=world.selector, optimizer=world.selector_optimizer)
-        given = world.arguments(call)
-        result = world.step(**given)
+        arguments = world.arguments(call)
+        result = world.step(**arguments)
         after = snapshot(module=world.selector, optimizer=world.selector_optimizer)
         learned = call % 3 == 0
         assert (result.val_loss, result.dots, result.self_check).count(None) == (
@@ -144,7 +148,9 @@ def test_selector_every_third_step(device):
         else:
             assert_bitwise(after, before)
         with torch.no_grad():
-            z = world.selector(given["features"], given["labels"], given["is_synthetic"])
+            z = world.selector(
+                arguments["features"], arguments["labels"], arguments["is_synthetic"]
+            )
         assert_bitwise(result.normalized_weights, mts_fast.normalize_weights(z))
 
 
@@ -155,16 +161,16 @@ def test_warmup_trains_the_selector_alone(class_weight, device):
     warm, cold = World(device, warmup_steps=2, **options), World(device, **options)
     initial = snapshot(module=warm.selector)["state"]
     for call in range(4):
-        given = warm.arguments(call)
-        result = warm.step(**given)
+        arguments = warm.arguments(call)
+        result = warm.step(**arguments)
         if call == 0:
             # the selector's own step is as without warm-up
-            other = cold.step(**given)
+            other = cold.step(**arguments)
             assert_bitwise(result.dots, other.dots)
             assert_bitwise(snapshot(module=warm.selector), snapshot(module=cold.selector))
             assert not torch.equal(warm.selector.mlp[0].weight, initial["mlp.0.weight"])
             assert not torch.equal(result.normalized_weights, other.normalized_weights)
-        weights = torch.ones(12, device=device) if c is None else c[given["labels"]]
+        weights = torch.ones(12, device=device) if c is None else c[arguments["labels"]]
         if call >= 2:
             weights = result.logits.sigmoid() * weights
         torch.testing.assert_close(
@@ -178,18 +184,20 @@ def test_warmup_trains_the_selector_alone(class_weight, device):
 def test_class_weight_multiplies_the_weights(device):
     c = torch.tensor([1.0, 0.0, 2.5], device=device)
     world = World(device, engine=EXACT_ENGINE, class_weight=c)
-    given = world.arguments(0)
-    result = world.step(**given)
-    w = result.logits.sigmoid() * c[given["labels"]]
+    arguments = world.arguments(0)
+    result = world.step(**arguments)
+    w = result.logits.sigmoid() * c[arguments["labels"]]
     torch.testing.assert_close(result.weights, w, rtol=1e-6, atol=0)
     torch.testing.assert_close(result.normalized_weights, w / w.sum(), rtol=1e-6, atol=0)
-    assert (result.normalized_weights[given["labels"] == 1] == 0).all()
-    again = world.step.weights(**{k: v for k, v in given.items() if k != "val_labels"})
-    assert (again[given["labels"] == 1] == 0).all() and (again[given["labels"] != 1] > 0).all()
+    assert (result.normalized_weights[arguments["labels"] == 1] == 0).all()
+    again = world.step.weights(**{k: v for k, v in arguments.items() if k != "val_labels"})
+    assert (again[arguments["labels"] == 1] == 0).all() and (
+        again[arguments["labels"] != 1] > 0
+    ).all()
 
 
 def test_vanished_weights_leave_only_momentum_and_decay(device):
-    """All class weights zero: p is zero, the classifier's gradient too, the selector's as well."""
+    """All class weights are zero: so are p and the gradients of classifier and selector."""
     world = World(device, engine=EXACT_ENGINE)
     world.step(**world.arguments(0))
     world.step.class_weight = torch.zeros(CLASSES, device=device)
@@ -211,11 +219,11 @@ def test_max_grad_norm_clips_the_real_step_only(device):
     free = World(device, engine=EXACT_ENGINE)
     clipped = World(device, engine=EXACT_ENGINE, max_grad_norm=0.01)
     plain, optimizer = clipped.copy_of_plain_parts()
-    given = clipped.arguments(0)
-    expected, result = free.step(**given), clipped.step(**given)
+    arguments = clipped.arguments(0)
+    expected, result = free.step(**arguments), clipped.step(**arguments)
     for name in ("dots", "val_loss", "normalized_weights"):
         assert_bitwise(getattr(result, name), getattr(expected, name))
-    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
     (result.normalized_weights * losses).sum().backward()
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
     assert norm > 0.02
@@ -223,76 +231,18 @@ def test_max_grad_norm_clips_the_real_step_only(device):
     assert_bitwise(clipped.model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # of the batch, the last batch's, running
-def test_online_features_that_the_selector_sees(momentum, device):
-    world = World(
-        device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=momentum, online_k=2
-    )
-    seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    running = {}
-    for seed in range(3):
-        given = world.arguments(seed)
-        with torch.no_grad():
-            penultimate, val = (world.model[:-1](given[k]) for k in ("inputs", "val_inputs"))
-        columns = []
-        for name, column in zip(
-            ("nearest", "centroid"), reference.online_features(penultimate, val, k=2), strict=True
-        ):
-            batch = torch.stack([column.mean(), column.var(correction=0)])
-            if momentum is not None and name in running:
-                running[name] = momentum * running[name] + (1 - momentum) * batch
-            else:
-                running[name] = batch
-            mean, variance = running[name]
-            columns.append((column - mean) / (variance + 1e-8).sqrt())
-        seen.clear()
-        world.step(**given)
-        expected = torch.cat([*columns, given["features"]], dim=1)
-        # once for row 1 and once for row 9; observed 0
-        assert len(seen) == 2
-        assert all(relative(h, expected) < 1e-12 for h in seen)
-
-
-def test_running_statistics_move_with_the_selectors_batch(device):
-    """Once a step, with the batch that the selector learns from, whichever else it scores."""
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
-    running = None
-    for seed in range(3):
-        given = world.arguments(seed, two_batches=True)
-        inputs = given["selector_batch"].inputs, given["val_inputs"]
-        with torch.no_grad():
-            nearest, _ = reference.online_features(*(world.model[:-1](x) for x in inputs))
-        batch = torch.stack([nearest.mean(), nearest.var(correction=0)])
-        running = batch if running is None else 0.5 * running + 0.5 * batch
-        world.step(**given)
-        found = world.step.state_dict()["online"]["running"]["nearest"]
-        assert relative(found, running) < 1e-12  # observed 0
-
-
-def test_selector_batch_meets_the_masks_of_the_training_forward(device):
-    """The training batch given as the selector's, too, makes the same step, dropout and all."""
+def test_selector_batch_has_the_masks_of_the_training_forward(device):
+    """The training batch passed as selector_batch gives the same step, dropout masks included."""
     one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
-    given = one.arguments(0)
+    arguments = one.arguments(0)
     names = ("inputs", "labels", "features", "is_synthetic")
-    same = mts_fast.SelectorBatch(*(given[name] for name in names))
+    same = mts_fast.SelectorBatch(*(arguments[name] for name in names))
     torch.manual_seed(1)
-    expected = one.step(**given)
+    expected = one.step(**arguments)
     torch.manual_seed(1)
-    found = two.step(**given, selector_batch=same)
-    assert_bitwise(found.dots, expected.dots)
+    result = two.step(**arguments, selector_batch=same)
+    assert_bitwise(result.dots, expected.dots)
     assert_bitwise(two.selector.state_dict(), one.selector.state_dict())
-
-
-def test_feature_layer_names_where_features_are_taken(device):
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
-    seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    given = world.arguments(0)
-    world.step(**given)
-    nearest, centroid = reference.online_features(given["inputs"], given["val_inputs"])
-    columns = [reference.standardize(nearest), reference.standardize(centroid), given["features"]]
-    assert relative(seen[0], torch.cat(columns, dim=1)) < 1e-12  # observed 0
 
 
 @pytest.mark.parametrize("warmup", [0, 4])  # the cosine alone; after a linear rise
@@ -306,8 +256,8 @@ def test_selector_scheduler_steps_in_every_call(warmup, device):
     for t in range(10):
         share = (t - warmup) / (10 - warmup)
         factor = (t + 1) / (warmup + 1) if t < warmup else (1 + math.cos(math.pi * share)) / 2
-        found = world.selector_optimizer.param_groups[0]["lr"]
-        assert found == pytest.approx(0.05 * factor, rel=1e-12)
+        lr = world.selector_optimizer.param_groups[0]["lr"]
+        assert lr == pytest.approx(0.05 * factor, rel=1e-12)
         world.step(**world.arguments(t))
     assert world.selector_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
@@ -322,8 +272,8 @@ def test_statistics_are_those_of_the_weights(device):
     assert not any(isinstance(v, torch.Tensor) and v.requires_grad for v in vars(result).values())
 
 
-def test_backend_of_the_surroundings_is_kept(device):
-    """`auto` must not undo a choice that was made around the call."""
+def test_backend_set_around_the_call_is_kept(device):
+    """`auto` must not override a `use_backend` around the call."""
     seen = []
 
     def loss(output, labels):
@@ -347,10 +297,10 @@ def test_weights_stay_float32_under_autocast(device):
         result = world.step(**world.arguments(0))
     assert result.normalized_weights.dtype == torch.float32
     assert abs(result.normalized_weights.sum().item() - 1) < 1e-6
-    found = [p.grad for p in world.model.parameters()]
+    gradients = [p.grad for p in world.model.parameters()]
     other = World(device, engine=EXACT_ENGINE)
     other.step(**other.arguments(0))
-    for g, full in zip(found, (p.grad for p in other.model.parameters()), strict=True):
+    for g, full in zip(gradients, (p.grad for p in other.model.parameters()), strict=True):
         assert relative(g, full) < 0.05  # bf16 activations; observed 0.004
 
 

@@ -1,4 +1,4 @@
-"""On every kind of model and loss, one step equals differentiating through the virtual update."""
+"""For every kind of model and loss, a step equals autograd through the virtual update."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class OutputObject(nn.Module):
 
 
 class LinearSelector(nn.Module):
-    """A selector of one's own, with logits [B, 1]."""
+    """A custom selector with logits [B, 1]."""
 
     def __init__(self, features):
         super().__init__()
@@ -89,11 +89,11 @@ def make(name, device):
     vectors = normal(B, 4), normal(V, 4)
     if name == "class_weight":
         weight = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64, device=device)
-        found = Scenario(
+        scenario = Scenario(
             mlp(), vectors[0], labels[0], vectors[1], labels[1], options={"class_weight": weight}
         )
     elif name == "regression":
-        found = Scenario(
+        scenario = Scenario(
             mlp(classes=2),
             vectors[0],
             normal(B, 2),
@@ -104,7 +104,7 @@ def make(name, device):
         )
     elif name == "language":
         tokens, val_tokens = integers(7, B, T + 1), integers(7, V, T + 1)
-        found = Scenario(
+        scenario = Scenario(
             TiedTagger(7),
             tokens[:, :-1],
             tokens[:, 1:],
@@ -113,7 +113,7 @@ def make(name, device):
             classes=integers(CLASSES, B),
         )
     elif name == "transformer":
-        found = Scenario(
+        scenario = Scenario(
             TransformerTagger(),
             normal(B, T, 8),
             integers(CLASSES, B, T),
@@ -123,14 +123,14 @@ def make(name, device):
         )
     elif name == "dict":
         x, val = ({"left": normal(n, 4), "right": normal(n, 3)} for n in (B, V))
-        found = Scenario(TwoTower(), x, labels[0], val, labels[1])
+        scenario = Scenario(TwoTower(), x, labels[0], val, labels[1])
     elif name == "tuple":
         x, val = ((normal(n, 4), normal(n, 3)) for n in (B, V))
-        found = Scenario(TwoTower(), x, labels[0], val, labels[1])
+        scenario = Scenario(TwoTower(), x, labels[0], val, labels[1])
     elif name == "output_object":
-        found = Scenario(OutputObject(), vectors[0], labels[0], vectors[1], labels[1])
+        scenario = Scenario(OutputObject(), vectors[0], labels[0], vectors[1], labels[1])
     elif name == "own_selector":
-        found = Scenario(
+        scenario = Scenario(
             mlp(),
             vectors[0],
             labels[0],
@@ -139,15 +139,15 @@ def make(name, device):
             selector=lambda features, _: LinearSelector(features),
         )
     else:
-        found = Scenario(mlp(), vectors[0], labels[0], vectors[1], labels[1])
-        found.model[0].bias.requires_grad_(False)
-    found.model.to(device, torch.float64).train()
-    return found
+        scenario = Scenario(mlp(), vectors[0], labels[0], vectors[1], labels[1])
+        scenario.model[0].bias.requires_grad_(False)
+    scenario.model.to(device, torch.float64).train()
+    return scenario
 
 
 SCENARIOS = (
     "class_weight",
-    "regression",  # a loss of one's own, labels that are no classes
+    "regression",  # a custom loss, labels that are not classes
     "language",  # next-token prediction, labels [B, T], tied weights
     "transformer",
     "dict",
@@ -218,9 +218,9 @@ def test_step_equals_double_backward(name, engine, device):
         )
         assert relative(result.losses, losses) < EXACT
         assert relative(result.val_loss, val_loss) < EXACT
-        found = [q.grad for q in selector.parameters()]
+        gradients = [q.grad for q in selector.parameters()]
         largest = max(t.abs().max() for t in truth)
-        for ours, exact in zip(found, truth, strict=True):
+        for ours, exact in zip(gradients, truth, strict=True):
             gap = (ours - exact).abs().max() / largest
             assert gap < TOLERANCE.get(engine, EXACT)
         assert result.self_check < TOLERANCE.get(engine, EXACT)
@@ -246,7 +246,7 @@ def test_sequence_labels_need_classes(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of the selector
 def test_classifier_and_selector_of_different_dtypes(dtype, device):
-    """A double classifier with a float selector, and the other way round, GSNR included."""
+    """A float64 classifier with a float32 selector, and vice versa, GSNR included."""
     scenario = make("dict", device)
     other = torch.float64 if dtype == torch.float32 else torch.float32
     scenario.model.to(other)
@@ -263,7 +263,7 @@ def test_classifier_and_selector_of_different_dtypes(dtype, device):
     )
     result = step(inputs, scenario.labels, val_inputs=val, val_labels=scenario.val_labels)
     assert result.normalized_weights.dtype == dtype
-    # the sum has the precision of the narrower one; observed 6e-8
+    # the sum has float32 precision, the lower of the two dtypes; observed 6e-8
     assert abs(result.normalized_weights.sum().item() - 1) < 1e-6
     # finite differences in float32; observed 3e-4
     assert result.self_check < 1e-2 and torch.isfinite(result.gsnr)

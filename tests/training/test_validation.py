@@ -14,7 +14,7 @@ WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 1.0, 3.0, 0.5, 1.0, 1.0, 1.0], dtype=torc
 
 
 def margin(z, y):
-    """A loss that has nothing to do with the training loss."""
+    """A loss unrelated to the training loss."""
     return F.multi_margin_loss(z, y, reduction="none")
 
 

@@ -1,4 +1,4 @@
-"""Whatever a forward touches, a step touches once: loss modules, buffers, generators, inputs."""
+"""A step moves a model's buffers, generators and inputs as one plain forward does."""
 
 import copy
 import random
@@ -8,40 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative
+from small_steps import CLASSES, Base, batch, generators, plain_model, set_generators, step_of
 from torch import nn
 
-import mts_fast
 from mts_fast.hypergradient import ENGINES
-
-SIZE, CLASSES = 12, 3
-
-
-def batch(seed, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(SIZE + 7, 4, generator=g, dtype=dtype)
-    y = torch.randint(CLASSES, (SIZE + 7,), generator=g)
-    return {"inputs": x[:SIZE], "labels": y[:SIZE], "val_inputs": x[SIZE:], "val_labels": y[SIZE:]}
-
-
-def step_of(model, *, selector=None, **options):
-    torch.manual_seed(1)
-    selector = selector or mts_fast.Selector(0, CLASSES, hidden=(8,)).double()
-    return mts_fast.MTSStep(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        selector,
-        torch.optim.AdamW(selector.parameters(), lr=0.05),
-        online_features=False,
-        **options,
-    )
-
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, CLASSES)
-        self.double()
 
 
 class Reassigned(Base):
@@ -92,141 +62,35 @@ class WritesInput(Base):
 MODELS = {m.__name__: m for m in (Reassigned, InPlace, NumpyMask, PythonMask, WritesInput)}
 
 
-def set_generators(seed):
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-def generators():
-    return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-
-
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_one_plain_forward(name, engine):
-    """Buffers, generators, inputs, parameters: as a plain loop of these weights leaves them."""
+    """Buffers, generators, inputs and parameters end as after a plain step with these weights."""
     model = MODELS[name]()
     plain = copy.deepcopy(model)
     step = step_of(model, engine=engine)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
-        given, untouched = batch(seed), batch(seed)
+        arguments, untouched = batch(seed), batch(seed)
         set_generators(seed)
-        result = step(**given)
+        result = step(**arguments)
         after = generators()
         set_generators(seed)
         optimizer.zero_grad()
-        losses = F.cross_entropy(plain(given["inputs"].clone()), given["labels"], reduction="none")
+        losses = F.cross_entropy(
+            plain(arguments["inputs"].clone()), arguments["labels"], reduction="none"
+        )
         (result.normalized_weights * losses).sum().backward()
         optimizer.step()
         assert str(after) == str(generators())
-        assert all(torch.equal(given[k], untouched[k]) for k in given)
+        assert all(torch.equal(arguments[k], untouched[k]) for k in arguments)
         assert relative(result.losses, losses.detach()) < 1e-12
-        for (n, found), expected in zip(
+        for (n, value), expected in zip(
             model.state_dict().items(), plain.state_dict().values(), strict=True
         ):
-            assert relative(found, expected) < 1e-10, n
+            assert relative(value, expected) < 1e-10, n
         # dots against double backward, differences to their own error
         assert result.self_check < 1e-6
-
-
-class RunningNorm(nn.Module):
-    """A loss with a running statistic that is its divisor, as in AdaFace."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean_norm", torch.full((), 5.0).double())
-        self.modes = []
-
-    def forward(self, logits, labels):
-        self.modes.append((len(labels), self.training))
-        if self.training:
-            self.mean_norm.mul_(0.9).add_(0.1 * logits.detach().norm(dim=1).mean())
-        return F.cross_entropy(logits / self.mean_norm.clone(), labels, reduction="none")
-
-    def method(self, logits, labels):
-        return self(logits, labels)
-
-
-@pytest.mark.parametrize("as_method", [False, True])
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
-def test_a_loss_module_belongs_to_the_world(engine, as_method):
-    model = Base()
-    model.forward = lambda x: model.b(torch.tanh(model.a(x)))
-    loss = RunningNorm()
-    plain = copy.deepcopy(loss)
-    step = step_of(model, engine=engine, loss=loss.method if as_method else loss)
-    given = batch(0)
-    plain(model(given["inputs"]), given["labels"])
-    result = step(**given)
-    assert relative(loss.mean_norm, plain.mean_norm) < 1e-12
-    assert result.self_check < 1e-6
-    assert {mode for size, mode in loss.modes if size == 7} == {False} and loss.training
-
-
-def test_a_loss_that_writes_into_the_labels():
-    def loss(logits, labels):
-        labels[labels == 2] = 0
-        return F.cross_entropy(logits, labels, reduction="none")
-
-    model = Base()
-    model.forward = lambda x: model.b(torch.tanh(model.a(x)))
-    step = step_of(model, loss=loss)
-    for seed in range(2):
-        given, untouched = batch(seed), batch(seed)
-        step(**given)
-        assert torch.equal(given["labels"], untouched["labels"])
-        assert torch.equal(given["val_labels"], untouched["val_labels"])
-
-
-class NoisySelector(nn.Module):
-    """Dropout and BatchNorm: draws, and keeps statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(CLASSES, 6), nn.BatchNorm1d(6)
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(6, 1)
-        self.masks = []
-
-    def forward(self, features, classes, is_synthetic):
-        h = self.drop(self.norm(self.embed(classes)))
-        self.masks.append(h.detach() == 0)
-        return self.head(h)
-
-
-def plain_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
-
-
-@pytest.mark.parametrize("two_batches", [False, True])
-def test_a_selector_draws_afresh_and_moves_its_statistics_once(two_batches):
-    selector = NoisySelector().double()
-    step = step_of(plain_model(), selector=selector)
-    seen = []
-    for seed in range(3):
-        given = batch(seed)
-        if two_batches:
-            extra = batch(seed + 50)
-            given["selector_batch"] = mts_fast.SelectorBatch(extra["inputs"], extra["labels"])
-        selector.masks.clear()
-        step(**given)
-        assert int(selector.norm.num_batches_tracked) == seed + 1
-        # rows 1 and 9 see the same mask
-        assert torch.equal(selector.masks[0], selector.masks[-1])
-        seen.append(selector.masks[0])
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-
-
-def test_weights_change_nothing():
-    selector = NoisySelector().double()
-    step = step_of(plain_model(), selector=selector)
-    given = batch(0)
-    before = copy.deepcopy(selector.state_dict()), str(generators())
-    step.weights(given["inputs"], given["labels"], val_inputs=given["val_inputs"])
-    assert all(torch.equal(before[0][k], v) for k, v in selector.state_dict().items())
-    assert before[1] == str(generators())
 
 
 class Energy(nn.Module):
@@ -242,7 +106,7 @@ class Energy(nn.Module):
         return self.w(force)
 
 
-def test_a_model_that_differentiates_inside_is_told_what_to_do():
+def test_the_error_of_a_model_that_differentiates_inside_has_a_hint():
     model = Energy().double()
     step = step_of(model, engine="finite_difference")
     with pytest.raises(RuntimeError, match=r"decorate its forward with torch\.enable_grad"):
@@ -271,34 +135,8 @@ def test_a_model_that_begins_to_write_is_named():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_autocast_does_not_weigh_with_the_old_selector():
-    """Row 9 and the next call, all inside one autocast, see the weights as they are."""
-    model = plain_model().float()
-    torch.manual_seed(1)
-    selector = mts_fast.Selector(0, CLASSES, hidden=(8,))
-    step = mts_fast.MTSStep(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        selector,
-        torch.optim.SGD(selector.parameters(), lr=50.0),
-        online_features=False,
-    )
-    given = batch(0, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            result = step(**given)
-            torch.clear_autocast_cache()
-            z = selector(torch.zeros(SIZE, 0), given["labels"], torch.zeros(SIZE).bool())
-            assert relative(result.logits, z.detach().float()) < 1e-6
-            losses = F.cross_entropy(model(given["inputs"]).float(), given["labels"])
-    with torch.autocast("cpu", torch.bfloat16):
-        first = step(**given).losses.mean()
-        second = step(**given).losses.mean()
-    assert first != second and losses > second
-
-
 class Overlapping(nn.Module):
-    """Gradients of the biases are views of one tensor, that of q an expanded one."""
+    """Gradients of the biases are views of one tensor; that of q is an expanded tensor."""
 
     def __init__(self):
         super().__init__()
@@ -319,10 +157,10 @@ def test_gradients_that_share_memory_are_clipped_and_unscaled_once(clip, engine)
     plain = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     step = step_of(model, engine=engine, max_grad_norm=clip, scaler=scaler)
-    given = batch(0)
-    result = step(**given)
+    arguments = batch(0)
+    result = step(**arguments)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+    losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
     (result.normalized_weights * losses).sum().backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
@@ -343,83 +181,8 @@ def test_modules_that_are_put_in_between_calls_are_seen():
     assert model[1][1].training
 
 
-def test_a_selector_updates_its_optimizers_parameters_alone():
-    selector = nn.ModuleDict({"a": nn.Embedding(CLASSES, 4), "b": nn.Linear(4, 1)}).double()
-    selector.forward = lambda h, y, s: selector["b"](selector["a"](y) + h.sum(1, keepdim=True))
-    model = plain_model()
-    step = mts_fast.MTSStep(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        selector,
-        torch.optim.AdamW(selector["b"].parameters(), lr=0.05),
-        online_features=False,
-    )
-    features = torch.randn(SIZE, 2, dtype=torch.float64, requires_grad=True)
-    for seed in range(2):
-        step(**batch(seed), features=features)
-        assert selector["a"].weight.grad is None and features.grad is None
-
-
-@pytest.mark.parametrize("kind", ["module", "partial", "lambda"])
-def test_a_loss_module_is_found_wherever_it_is_carried(kind):
-    import functools
-
-    def call(module, logits, labels):
-        return module(logits, labels)
-
-    loss = RunningNorm()
-    carried = {
-        "module": loss,
-        "partial": functools.partial(call, loss),
-        "lambda": lambda logits, labels: loss(logits, labels),
-    }[kind]
-    plain, model = copy.deepcopy(loss), plain_model()
-    step = step_of(model, loss=carried)
-    given = batch(0)
-    plain(model(given["inputs"]), given["labels"])
-    step(**given)
-    assert relative(loss.mean_norm, plain.mean_norm) < 1e-12
-
-
-def test_an_engine_that_is_named_is_not_overridden_by_a_state():
-    other, step = step_of(plain_model(), engine="double_backward"), step_of(plain_model())
-    other(**batch(0))
-    for engine in ("ghost", "forward_mode"):
-        named = step_of(plain_model(), engine=engine)
-        named.load_state_dict(other.state_dict())
-        assert named(**batch(1)).engine == engine
-    step.load_state_dict(other.state_dict())
-    assert step(**batch(1)).engine == "double_backward"
-
-
-def test_a_scaler_is_usable_after_a_step_that_was_undone():
-    class Refusing(Base):
-        def forward(self, x):
-            h = torch.tanh(self.a(x))
-            return self.b(h) + h @ (self.b.weight.T @ torch.eye(3).double()).roll(1, 0)
-
-    step = step_of(Refusing(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    failures = [KeyError]
-
-    def once(*_):
-        if failures:
-            raise failures.pop()
-
-    step.optimizer.register_step_pre_hook(once)
-    with pytest.raises(KeyError):
-        step(**batch(0))
-    for seed in range(3):
-        assert not step(**batch(seed)).skipped
-    state = step.state_dict()
-    off = step_of(plain_model(), scaler=torch.amp.GradScaler("cpu", enabled=False))
-    off(**batch(0))
-    fresh = step_of(plain_model())
-    fresh.load_state_dict(off.state_dict())
-    assert fresh.scaler is None and state["scaler"]["scale"] == 8.0
-
-
 class Decaying(Base):
-    """A forward that shrinks a weight, in a way that version counters see or do not see."""
+    """A forward that scales a weight, with or without a change of its version counter."""
 
     def __init__(self, *, counted):
         super().__init__()
@@ -439,9 +202,9 @@ def test_a_forward_that_writes_to_a_parameter(counted):
     step = step_of(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
-        given = batch(seed)
-        p = step(**given).normalized_weights
-        losses = F.cross_entropy(plain(given["inputs"]), given["labels"], reduction="none")
+        arguments = batch(seed)
+        p = step(**arguments).normalized_weights
+        losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
         optimizer.zero_grad()
         (p * losses).sum().backward()
         optimizer.step()
