@@ -96,10 +96,10 @@ def test_a_refused_try_leaves_one_forwards_trace(name, device):
     other = copy.deepcopy(case)
     torch.manual_seed(0)
     line = linearize(engine, LabelledBatch(case.inputs, case.labels))
-    found = snapshot(module=case.model, device=device)
+    state = snapshot(module=case.model, device=device)
     torch.manual_seed(0)
     losses = Objective(other.model).losses(LabelledBatch(other.inputs, other.labels))
-    assert_bitwise(found, snapshot(module=other.model, device=device))
+    assert_bitwise(state, snapshot(module=other.model, device=device))
     assert torch.equal(line.losses, losses.detach())
 
 
@@ -119,7 +119,7 @@ def test_micro_batches_add_up(name, engine, gradients_first, device):
     line = streamed.linearize(batch)
     if not gradients_first:
         _ = line.losses
-    found = [line.gradient(weights[0]), line.dots(direction), line.gradient(weights[1])]
+    results = [line.gradient(weights[0]), line.dots(direction), line.gradient(weights[1])]
     after = snapshot(device=device)
 
     torch.manual_seed(0)
@@ -128,15 +128,15 @@ def test_micro_batches_add_up(name, engine, gradients_first, device):
     assert_bitwise(after, snapshot(device=device))
     # double backward takes the unfused attention, which rounds otherwise; observed 2e-16
     assert relative(line.losses, torch.cat([part.losses for part in parts])) < 1e-15
-    for got, p in ((found[0], weights[0]), (found[2], weights[1])):
+    for got, p in ((results[0], weights[0]), (results[2], weights[1])):
         pieces = [part.gradient(q) for part, q in zip(parts, p.split(4), strict=True)]
         for g, first, second in zip(got, *pieces, strict=True):
             assert relative(g, first + second) < 1e-12  # observed 3e-16
     dots = torch.cat([part.dots(direction) for part in parts])
-    assert relative(found[1], dots) < TOLERANCE
+    assert relative(results[1], dots) < TOLERANCE
 
 
 def test_a_small_batch_is_not_streamed(device):
     case, engine = built("mlp", device, micro_batch=len(make_case("mlp", device).labels))
     line = linearize(engine, LabelledBatch(case.inputs, case.labels))
-    assert type(line).__name__ == "FastLinearization"
+    assert type(line).__name__ == "StoredLinearization"

@@ -64,12 +64,12 @@ def test_dots_equal_reference(name, engine, device):
     direction = dict(zip(named, random_direction(named.values()), strict=True))
     engine_for(engine, case, list(named.values()))
     start = generators(device)
-    found = mts_fast.hypergradient_dots(
+    computed = mts_fast.hypergradient_dots(
         case.model, case.inputs, case.labels, direction, engine=engine
     )
     set_generators(start)
     expected = true_dots(case, list(named.values()), list(direction.values()))
-    assert relative(found, expected) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, expected) < TOLERANCE.get(engine, EXACT)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -81,10 +81,10 @@ def test_dots_in_eval_mode(name, engine, device):
     direction = dict(zip(named, random_direction(named.values()), strict=True))
     engine_for(engine, case, list(named.values()))
     expected = true_dots(case, list(named.values()), list(direction.values()))
-    found = mts_fast.hypergradient_dots(
+    computed = mts_fast.hypergradient_dots(
         case.model, case.inputs, case.labels, direction, engine=engine
     )
-    assert relative(found, expected) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, expected) < TOLERANCE.get(engine, EXACT)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -93,10 +93,10 @@ def test_parameters_left_out_of_the_direction_count_nothing(engine, device):
     weight = case.named()["2.weight"]
     direction = random_direction([weight])
     expected = true_dots(case, [weight], direction)
-    found = mts_fast.hypergradient_dots(
+    computed = mts_fast.hypergradient_dots(
         case.model, case.inputs, case.labels, {"2.weight": direction[0]}, engine=engine
     )
-    assert relative(found, expected) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, expected) < TOLERANCE.get(engine, EXACT)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -113,7 +113,7 @@ def test_linearization_in_the_order_of_parameter_groups(engine, device):
     after = snapshot(module=case.model, device=device)
     p = torch.linspace(0, 1, len(case.labels), dtype=torch.float64, device=device)
     gradients = [line.gradient(p), line.gradient(p)]
-    found = line.dots(direction)
+    computed = line.dots(direction)
     assert_bitwise(snapshot(module=case.model, device=device), after)
 
     case.model.load_state_dict(start["state"])
@@ -123,7 +123,7 @@ def test_linearization_in_the_order_of_parameter_groups(engine, device):
     expected = torch.autograd.grad((p * losses).sum(), parameters, retain_graph=True)
     assert_bitwise(gradients, [list(expected)] * 2)
     dots = reference.hypergradient_dots(losses, parameters, direction)
-    assert relative(found, dots) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, dots) < TOLERANCE.get(engine, EXACT)
     # exactly one forward's trace
     assert_bitwise(snapshot(module=case.model, device=device), after)
 
@@ -174,9 +174,9 @@ def test_hypergradient_equals_double_backward(optimizer, engine, device):
         built = engine_for(engine, case, trainable_parameters(live))
         return built.dots(LabelledBatch(case.inputs, case.labels), direction)
 
-    found, truth = selector_gradients_two_ways(live, case, validation, z, dots)
+    computed, truth = selector_gradients_two_ways(live, case, validation, z, dots)
     # observed 9e-11 with finite differences and 2e-16.
-    assert relative(found, truth) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, truth) < TOLERANCE.get(engine, EXACT)
 
 
 def test_lstm_needs_finite_differences(device):
@@ -188,8 +188,8 @@ def test_lstm_needs_finite_differences(device):
     # on a GPU cuDNN's LSTM has no second derivative
     with torch.backends.cudnn.flags(enabled=False):
         expected = true_dots(case, list(named.values()), list(direction.values()))
-        found = mts_fast.hypergradient_dots(*arguments, engine="finite_difference")
-    assert relative(found, expected) < TOLERANCE["finite_difference"]
+        computed = mts_fast.hypergradient_dots(*arguments, engine="finite_difference")
+    assert relative(computed, expected) < TOLERANCE["finite_difference"]
     with pytest.raises(RuntimeError, match="lstm is a LSTM, whose weights cannot be swapped"):
         mts_fast.hypergradient_dots(*arguments, engine="forward_mode")
 
@@ -212,10 +212,10 @@ def test_zero_direction_gives_zeros(engine, device):
     case = make_case("norm_and_dropout", device, torch.float32)
     direction = {n: torch.zeros_like(p) for n, p in case.named().items()}
     engine_for(engine, case, list(case.named().values()))
-    found = mts_fast.hypergradient_dots(
+    computed = mts_fast.hypergradient_dots(
         case.model, case.inputs, case.labels, direction, engine=engine
     )
-    assert torch.equal(found, torch.zeros_like(found))
+    assert torch.equal(computed, torch.zeros_like(computed))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -230,11 +230,11 @@ def test_autocast_does_not_run_on_stale_weights(engine, device):
         line = engine_for(engine, case, list(named.values())).linearize(
             LabelledBatch(case.inputs, case.labels)
         )
-        found = line.dots(list(direction))
+        computed = line.dots(list(direction))
         again = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     # two losses of a forward in 8 bits, half a percent apart: observed 0.08 for finite
     # differences and 0.002 for the exact engine; stale weights give 1.
-    assert (found - expected).norm() / expected.norm() < (0.4 if engine in TOLERANCE else 0.05)
+    assert (computed - expected).norm() / expected.norm() < (0.4 if engine in TOLERANCE else 0.05)
     # and the weights that were put back are met again, not the moved ones.
     assert torch.equal(again.detach(), line.losses)
 
@@ -246,11 +246,11 @@ def test_dots_leave_no_trace(name, engine, device):
     named = case.named()
     direction = dict(zip(named, random_direction(named.values()), strict=True))
     engine_for(engine, case, list(named.values()))
-    given = copy.deepcopy((case.inputs, case.labels, direction))
+    before = copy.deepcopy((case.inputs, case.labels, direction))
     before = snapshot(module=case.model, device=device, gradients=True)
     mts_fast.hypergradient_dots(case.model, case.inputs, case.labels, direction, engine=engine)
     assert_bitwise(snapshot(module=case.model, device=device, gradients=True), before)
-    assert_bitwise((case.inputs, case.labels, direction), given)
+    assert_bitwise((case.inputs, case.labels, direction), before)
 
 
 @pytest.mark.parametrize(
@@ -349,17 +349,17 @@ def test_gradients_divided_by_frequency(engine, fresh):
     losses = made.objective.losses(batch)
     rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
     if fresh:
-        found = made.dots(batch, direction)
+        computed = made.dots(batch, direction)
     else:
         line = made.linearize(batch)
         gradient = line.gradient(torch.ones(4).double())
-        found = line.dots(direction)
+        computed = line.dots(direction)
         for g, *parts in zip(gradient, *rows, strict=True):
             torch.testing.assert_close(g, sum(parts), rtol=EXACT, atol=EXACT)
     expected = torch.stack(
         [sum((v * g).sum() for v, g in zip(direction, row, strict=True)) for row in rows]
     )
-    assert relative(found, expected) < TOLERANCE.get(engine, EXACT)
+    assert relative(computed, expected) < TOLERANCE.get(engine, EXACT)
     assert not any(m._forward_hooks for m in model.modules())
 
 

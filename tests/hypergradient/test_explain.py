@@ -178,11 +178,13 @@ SERVED = {
 def test_refused_models_and_their_reasons(case, device):
     build, reason, choice = REFUSED[case]
     model = build().to(device)
-    found = mts_fast.explain_engine(model, X.to(device), Y.to(device))
-    assert found.choice == choice
-    assert choice == "none" or found.reasons[choice] == []
-    assert any(re.search(reason, why) for why in found.reasons["ghost"]), found.reasons["ghost"]
-    assert f"engine='auto' takes {choice}" in str(found)
+    explanation = mts_fast.explain_engine(model, X.to(device), Y.to(device))
+    assert explanation.choice == choice
+    assert choice == "none" or explanation.reasons[choice] == []
+    assert any(re.search(reason, why) for why in explanation.reasons["ghost"]), explanation.reasons[
+        "ghost"
+    ]
+    assert f"engine='auto' takes {choice}" in str(explanation)
 
 
 @pytest.mark.parametrize("case", SERVED)
@@ -195,16 +197,16 @@ def test_served_models_are_exact(case, device):
 
 
 def test_without_a_batch_only_what_shows_without():
-    found = mts_fast.explain_engine(batchnorm())
-    assert found.choice == "forward_mode" and not found.with_batch
-    assert "what a forward shows is not known" in str(found)
-    assert {p.path: p.seen_as for p in found.parameters}["1.weight"] == "in BatchNorm1d"
+    explanation = mts_fast.explain_engine(batchnorm())
+    assert explanation.choice == "forward_mode" and not explanation.with_batch
+    assert "what a forward shows is not known" in str(explanation)
+    assert {p.path: p.seen_as for p in explanation.parameters}["1.weight"] == "in BatchNorm1d"
     assert mts_fast.explain_engine(Sine()).choice == "ghost"
 
 
 def test_forward_mode_reasons_are_told(device):
-    found = mts_fast.explain_engine(lstm().to(device))
-    assert found.reasons["forward_mode"] == ["rnn is a LSTM, whose weights cannot be swapped"]
+    explanation = mts_fast.explain_engine(lstm().to(device))
+    assert explanation.reasons["forward_mode"] == ["rnn is a LSTM, whose weights cannot be swapped"]
 
 
 @pytest.mark.parametrize("name", ["mlp", "batchnorm_cnn", "dropout_mlp", "transformer", "lstm"])
@@ -278,11 +280,11 @@ def test_loss_that_mixes_samples():
         losses = F.cross_entropy(output, labels, reduction="none")
         return losses / losses.sum()
 
-    found = mts_fast.explain_engine(nn.Linear(4, 3), X, Y, loss=mixing)
-    assert found.reasons["ghost"] == [
+    explanation = mts_fast.explain_engine(nn.Linear(4, 3), X, Y, loss=mixing)
+    assert explanation.reasons["ghost"] == [
         "weight: samples are mixed in, or after, the layer that uses it"
     ]
-    assert found.choice == "forward_mode"
+    assert explanation.choice == "forward_mode"
 
 
 def test_errors_name_the_argument():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from comparison import assert_bitwise
-from test_ghost_samples import EXACT, LabelledBatch, assert_exact, engine_of, trainable
+from ghost_engines import EXACT, assert_exact, engine_of, trainable
 from torch import nn
 from torch.nn import functional as F
 
 from mts_fast.hypergradient import register_layer
 from mts_fast.hypergradient.ghost import Unsupported
 from mts_fast.hypergradient.ghost.rules import _rules
+from mts_fast.hypergradient.objective import LabelledBatch
 
 
 class Words(nn.Module):
@@ -72,8 +73,8 @@ def test_options_of_embeddings(name, tied, shared, memory):
         losses = engine.objective.losses(BATCH)
 
         def autograds(p, losses=losses):
-            found = torch.autograd.grad(losses, engine.parameters, p, retain_graph=True)
-            return densely(found)
+            gradients = torch.autograd.grad(losses, engine.parameters, p, retain_graph=True)
+            return densely(gradients)
 
         for gradients, p in ((results[0], weights[0]), (results[2], weights[1])):
             for g, t in zip(gradients, autograds(p), strict=True):

@@ -25,8 +25,10 @@ def one_at_a_time(model, batch):
     norms = []
     for one in batch.split(1):
         loss = Objective(model).losses(one).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms.append(torch.stack([g.square().sum() for g in found if g is not None]).sum().sqrt())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        norms.append(
+            torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
+        )
     return torch.stack(norms)
 
 
@@ -51,8 +53,8 @@ def test_whole_models(case):
     """In-place activations, class token and layer scale, attention, a matrix used three times."""
     objective, _, x, y = make_ghost_case(case)
     batch = LabelledBatch(x, y)
-    found = by_ghost(objective.model, batch)
-    assert relative(found, one_at_a_time(objective.model, batch)) < EXACT
+    norms = by_ghost(objective.model, batch)
+    assert relative(norms, one_at_a_time(objective.model, batch)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer", "tied", "dict_inputs", "partly_frozen"])
@@ -119,9 +121,9 @@ def test_an_lstm_goes_another_way_and_says_so(device, caplog):
     case.model.eval()
     batch = LabelledBatch(case.inputs, case.labels)
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = GradientNorm(Objective(case.model))(batch)
+        norms = GradientNorm(Objective(case.model))(batch)
     assert "gradient norms: one sample at a time, since ghost cannot: lstm." in caplog.text
-    assert relative(found, one_at_a_time(case.model, batch)) < EXACT
+    assert relative(norms, one_at_a_time(case.model, batch)) < EXACT
 
 
 def test_a_wild_use_goes_another_way(caplog):
@@ -135,9 +137,9 @@ def test_a_wild_use_goes_another_way(caplog):
 
     model, batch = Sine().double(), noise()
     with caplog.at_level(logging.INFO, "mts_fast"):
-        found = GradientNorm(Objective(model))(batch)
+        norms = GradientNorm(Objective(model))(batch)
     assert "layer.weight is used by sin" in caplog.text
-    assert relative(found, one_at_a_time(model, batch)) < EXACT
+    assert relative(norms, one_at_a_time(model, batch)) < EXACT
 
 
 def test_no_trace(device):

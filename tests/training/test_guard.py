@@ -14,7 +14,7 @@ import mts_fast
 from mts_fast.hypergradient import ENGINES, Refused
 from mts_fast.hypergradient.choice import EngineChoice
 from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.ghost.linearization import FastLinearization
+from mts_fast.hypergradient.ghost.linearization import StoredLinearization
 
 CPU = torch.device("cpu")
 
@@ -150,13 +150,13 @@ def test_an_explicit_engine_beyond_its_bound_raises(kind):
 def wrong_in_call(monkeypatch, number, factor=1.5):
     """Makes ghost's dots wrong in the call of that number."""
     calls = []
-    right = FastLinearization.dots
+    right = StoredLinearization.dots
 
     def dots(self, direction):
         calls.append(1)
         return right(self, direction) * (factor if len(calls) == number else 1.0)
 
-    monkeypatch.setattr(FastLinearization, "dots", dots)
+    monkeypatch.setattr(StoredLinearization, "dots", dots)
 
 
 def messages(caplog, level):
@@ -198,10 +198,10 @@ def test_between_probing_calls_the_next_call_warns(monkeypatch, caplog):
 
 
 def test_a_selector_batch_is_guarded_in_probing_calls(monkeypatch):
-    from mts_fast.hypergradient.ghost.linearization import LeanLinearization
+    from mts_fast.hypergradient.ghost.linearization import LowMemoryLinearization
 
     calls = []
-    for kind in (FastLinearization, LeanLinearization):
+    for kind in (StoredLinearization, LowMemoryLinearization):
         right = kind.dots
         monkeypatch.setattr(
             kind, "dots", lambda self, d, right=right: calls.append(1) or right(self, d) * 1.5

@@ -136,8 +136,8 @@ def _groups(world: World, model: Model) -> list[list[nn.Parameter]]:
 
 def _optimizer(o: Options, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
     """Every second group with twice the learning rate and no decay."""
-    own = ("groups", "lr_tensor", "without_frozen", "kind", "lr")
-    options = {name: value for name, value in o.items() if name not in own}
+    handled = ("groups", "lr_tensor", "without_frozen", "kind", "lr")
+    options = {name: value for name, value in o.items() if name not in handled}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     rows = []

@@ -96,8 +96,8 @@ class Comparison:
 
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""
-        found = [*self._results(call), *self._state(call)]
-        return [f for f in found if not (f.allowed == math.inf or f.error <= LEEWAY * f.allowed)]
+        faults = [*self._results(call), *self._state(call)]
+        return [f for f in faults if not (f.allowed == math.inf or f.error <= LEEWAY * f.allowed)]
 
     def _results(self, call: Call) -> Iterator[Fault]:
         truth, plain, result = self.truth, self.plain, call.result
@@ -150,15 +150,15 @@ class Comparison:
     def _vector(
         self,
         name: str,
-        found: Tensor,
+        value: Tensor,
         true: Tensor,
         others: Sequence[Tensor],
         share: float,
         more: float = 0.0,
     ) -> Fault:
-        own = max(distance(other, true) for other in others)
-        allowed = share * largest(true) + TORCH_ERRORS * own + more
-        return Fault(name, distance(found, true), allowed + self.floor * 1e-3)
+        torch_error = max(distance(other, true) for other in others)
+        allowed = share * largest(true) + TORCH_ERRORS * torch_error + more
+        return Fault(name, distance(value, true), allowed + self.floor * 1e-3)
 
     def _z_noise(self, selector: nn.Module, z: Tensor) -> float:
         """What a few roundings of the penultimate features do to z, once standardised."""
@@ -177,15 +177,15 @@ class Comparison:
         truth = self.truth
         near = truth.summed(truth.near, truth.v, size=True).max().item()
         terms = truth.summed(truth.kappa, truth.v, size=True).max().item()
-        own = TORCH_ERRORS * max(distance(other.dots, truth.dots) for other in self.others)
+        torch_error = TORCH_ERRORS * max(distance(other.dots, truth.dots) for other in self.others)
         if (
-            own >= NOISE_SHARE * TORCH_ERRORS * largest(truth.dots)
+            torch_error >= NOISE_SHARE * TORCH_ERRORS * largest(truth.dots)
             and "16" in truth.world.precision
         ):
             return math.inf
         share = self.dots_share * largest(truth.dots)
         noise = self._dots_noise() + self._kappa_noise()
-        return share + own + near + self.floor * terms + noise
+        return share + torch_error + near + self.floor * terms + noise
 
     def _noise_of(self, g: Gradients, sizes: Gradients, others: Sequence[Gradients]) -> Gradients:
         """How far each gradient entry may be off."""
@@ -196,9 +196,9 @@ class Comparison:
                 bounds.append(None)
                 continue
             near = [other[k] for other in others]
-            own = TORCH_ERRORS * max(distance(y, x) for y in near if y is not None)
+            torch_error = TORCH_ERRORS * max(distance(y, x) for y in near if y is not None)
             share = self.share * largest(sizes[k])
-            bound = share + own + self.floor * largest
+            bound = share + torch_error + self.floor * largest
             bounds.append(torch.full_like(x, bound))
         return bounds
 
@@ -295,8 +295,8 @@ class Comparison:
                 away = torch.stack([(rows[k] - Z).abs() for rows in noisy]).amax(0)
                 off = away + (self.plain.Z[k] - Z).abs()
                 bound = weighted(slack, Z.abs()) + self.luck * weighted(truth.cotangent.abs(), off)
-                own = (self.plain.phi_gradient[k] - truth.phi_gradient[k]).abs()
-                bound = bound + TORCH_ERRORS * own + self.selector_eps * ROUNDINGS * largest
+                torch_error = (self.plain.phi_gradient[k] - truth.phi_gradient[k]).abs()
+                bound = bound + TORCH_ERRORS * torch_error + self.selector_eps * ROUNDINGS * largest
                 state = before.selector_optimizer.state.get(parameter, {})
                 step = _Step(parameter.detach(), g, bound, group, state, kind)
                 new = new_of[id(parameter)]
@@ -339,11 +339,11 @@ class Comparison:
                 continue
             buffers = dict(ours.named_buffers())
             for name, true in theirs.named_buffers():
-                found = buffers[name]
+                buffer = buffers[name]
                 rounding = 0.0
                 if true.is_floating_point():
                     rounding = (self.share / 10) * (1e-3 + largest(true))
-                yield Fault(f"buffer {name}", distance(found, true), rounding)
+                yield Fault(f"buffer {name}", distance(buffer, true), rounding)
             modes = [m.training for m in ours.modules()]
             same = modes == [m.training for m in theirs.modules()]
             yield Fault("modes", 0.0 if same else 1.0, 0.0)
@@ -383,7 +383,7 @@ class _Step:
             others = [r[1][name] for r in runs[1:]]
             start = self.state.get(name, 0.0)
             truths.append((f"{who} optimizer's {name}", new_state[name], value, others, start))
-        for name, found, value, others, start in truths:
+        for name, ours, value, others, start in truths:
             value = torch.as_tensor(value, dtype=torch.float64)
             spread = [(torch.as_tensor(o, dtype=torch.float64) - value).abs() for o in others]
             # of the terms, which may cancel
@@ -392,7 +392,7 @@ class _Step:
             allowed = allowed.expand(unknown.shape) if allowed.ndim == 0 else allowed
             if allowed.shape == unknown.shape:
                 allowed = allowed.masked_fill(unknown, float("inf"))
-            excess = (found.detach().double() - value).abs() - allowed
+            excess = (ours.detach().double() - value).abs() - allowed
             k = int(excess.nan_to_num(float("inf")).argmax())
-            error = (found.detach().double() - value).abs().flatten()[k].item()
+            error = (ours.detach().double() - value).abs().flatten()[k].item()
             yield Fault(name, error, allowed.expand(excess.shape).flatten()[k].item())

@@ -94,8 +94,8 @@ def per_sample(values: Tensor, parameters: Sequence[Tensor]) -> Gradients:
         unit[i] = 1
         if not values.requires_grad:
             return [None] * len(parameters)
-        found = grad(values, parameters, unit, retain_graph=True, allow_unused=True)
-        rows.append([None if g is None else g.to_dense() for g in found])
+        gradients = grad(values, parameters, unit, retain_graph=True, allow_unused=True)
+        rows.append([None if g is None else g.to_dense() for g in gradients])
     return [
         None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
     ]

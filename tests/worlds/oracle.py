@@ -206,8 +206,8 @@ class Truth:
             if not losses.requires_grad:
                 continue
             weights = share.to(losses.dtype)
-            found = grad(losses, parameters, weights, retain_graph=True, allow_unused=True)
-            for k, g in enumerate(found):
+            gradients = grad(losses, parameters, weights, retain_graph=True, allow_unused=True)
+            for k, g in enumerate(gradients):
                 if g is not None:
                     before = total[k]
                     g = g.to_dense().double()

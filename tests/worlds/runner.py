@@ -181,7 +181,7 @@ def _autocast(world: World) -> Any:
 
 
 def _arguments(train: Batch, val: Batch, meta: Batch | None) -> dict[str, Any]:
-    given = {
+    arguments = {
         "inputs": train.inputs,
         "labels": train.labels,
         "features": train.features,
@@ -191,36 +191,36 @@ def _arguments(train: Batch, val: Batch, meta: Batch | None) -> dict[str, Any]:
         "val_labels": val.labels,
     }
     if meta is not None:
-        given["selector_batch"] = mts_fast.SelectorBatch(
+        arguments["selector_batch"] = mts_fast.SelectorBatch(
             meta.inputs, meta.labels, meta.features, meta.is_synthetic, meta.classes
         )
-    return given
+    return arguments
 
 
 def _state(objects: Objects) -> dict[str, Any]:
     """Everything that a call that raises must leave alone, by name; tensors are copied."""
-    found: dict[str, Any] = {}
+    snapshot: dict[str, Any] = {}
     modules = {"model": objects.model, "selector": objects.selector, "loss": objects.loss}
     for role, module in modules.items():
         if isinstance(module, nn.Module):
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                found[f"{role} {name}"] = tensor.detach().clone()
+                snapshot[f"{role} {name}"] = tensor.detach().clone()
             for name, part in module.named_modules():
-                found[f"{role} mode {name}"] = part.training
+                snapshot[f"{role} mode {name}"] = part.training
     optimizers = {"optimizer": objects.optimizer, "selector optimizer": objects.selector_optimizer}
     for role, optimizer in optimizers.items():
         state = optimizer.state_dict()
         for key, entries in state["state"].items():
             for name, value in entries.items():
                 value = value.clone() if isinstance(value, Tensor) else value
-                found[f"{role} state {key} {name}"] = value
+                snapshot[f"{role} state {key} {name}"] = value
         for k, group in enumerate(state["param_groups"]):
             for name, value in group.items():
                 value = value.clone() if isinstance(value, Tensor) else value
-                found[f"{role} group {k} {name}"] = value
+                snapshot[f"{role} group {k} {name}"] = value
     if objects.scheduler is not None:
-        found["scheduler"] = objects.scheduler.last_epoch
-    return found
+        snapshot["scheduler"] = objects.scheduler.last_epoch
+    return snapshot
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -103,7 +103,7 @@ def test_dots_are_central_differences_of_the_whole_step():
     worlds = [w for w in map(in_float64, sample(3 * DIFFERENCES, 11)) if is_derivative(w)]
     for world in worlds[:DIFFERENCES]:
         truth, before = second_call(world)
-        found = []
+        slopes = []
         h = 1e-6
         for i in range(len(truth.p)):
             unit = torch.zeros_like(truth.p)
@@ -111,8 +111,8 @@ def test_dots_are_central_differences_of_the_whole_step():
             above, below = (
                 plain_val_loss(truth, before, truth.p + s * unit)[0].item() for s in (1, -1)
             )
-            found.append(-(above - below) / (2 * h))
-        error = (torch.tensor(found, dtype=torch.float64) - truth.dots).abs().max().item()
+            slopes.append(-(above - below) / (2 * h))
+        error = (torch.tensor(slopes, dtype=torch.float64) - truth.dots).abs().max().item()
         rounding = 1e-15 * abs(truth.val_loss.item()) / h
         assert error < 1e-4 * truth.dots.abs().max().item() + 20 * rounding, world.to_json()
         at_p, _ = plain_val_loss(truth, before, truth.p)
