@@ -246,11 +246,11 @@ def test_dots_leave_no_trace(name, engine, device):
     named = case.named()
     direction = dict(zip(named, random_direction(named.values()), strict=True))
     engine_for(engine, case, list(named.values()))
-    before = copy.deepcopy((case.inputs, case.labels, direction))
+    arguments = copy.deepcopy((case.inputs, case.labels, direction))
     before = snapshot(module=case.model, device=device, gradients=True)
     mts_fast.hypergradient_dots(case.model, case.inputs, case.labels, direction, engine=engine)
     assert_bitwise(snapshot(module=case.model, device=device, gradients=True), before)
-    assert_bitwise((case.inputs, case.labels, direction), before)
+    assert_bitwise((case.inputs, case.labels, direction), arguments)
 
 
 @pytest.mark.parametrize(

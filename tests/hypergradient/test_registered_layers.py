@@ -181,19 +181,68 @@ def test_a_reason_for_no_parts_is_named():
         norms_by_ghost(model, batch)
 
 
-class Sum(nn.Module):
-    """addmm with factors, which scale the gradients."""
+def squares_only_in(mode):
+    return lambda call: "not linear" if call.option("mode", 2, "plain") == mode else None
 
-    def __init__(self):
+
+def moded_lookup(index, table, mode="plain"):
+    """Rows of a table, or of its square."""
+    if torch.overrides._len_torch_function_stack():
+        return handle_torch_function(moded_lookup, (index, table), index, table, mode)
+    return table[index] if mode == "plain" else (table**2)[index]
+
+
+class Places(nn.Module):
+    """A table of positions, which all samples share."""
+
+    def __init__(self, mode):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3))
+        self.table, self.head, self.mode = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3), mode
 
     def forward(self, x):
-        return torch.addmm(self.bias, x, self.weight, beta=0.5, alpha=3.0)
+        return self.head((x + moded_lookup(torch.arange(5), self.table, self.mode)).mean(1).tanh())
 
 
-def test_norms_know_the_factors_of_addmm():
-    model = Sum().double()
+def test_shared_rows_are_refused_where_the_layer_is(monkeypatch):
+    monkeypatch.setitem(_rules, moded_lookup, None)
+    register_layer(
+        moded_lookup, {"table": 1}, nullable=(), indexed=True, refuses=squares_only_in("square")
+    )
+    batch = LabelledBatch(torch.randn(6, 5, 6).double(), torch.arange(6) % 3)
+    for mode, reason in (("plain", None), ("square", "table: not linear")):
+        model = Places(mode).double()
+        engine = Ghost(Objective(model), list(model.parameters()))
+        if reason is None:
+            engine.linearize(batch)
+            continue
+        with pytest.raises(Unsupported, match=reason):
+            engine.linearize(batch)
+
+
+class Sum(nn.Module):
+    """addmm with factors, which scale the gradients, or a bias that is broadcast."""
+
+    def __init__(self, width, **factors):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(width))
+        self.factors = factors
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight, **self.factors)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("width", "factors"), [(3, {}), (3, {"beta": 0.5, "alpha": 3.0}), (1, {})])
+def test_addmm_with_factors_and_with_a_broadcast_bias(width, factors, backend):
+    if backend == "triton" and triton_reasons():
+        pytest.skip("; ".join(triton_reasons()))
+    model = Sum(width, **factors).double()
     batch = LabelledBatch(torch.randn(6, 5).double(), torch.arange(6) % 3)
-    norms = norms_by_ghost(model, batch)
-    assert relative(norms, true_norms(model, batch)) < EXACT
+    parameters = list(model.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    truth = reference.hypergradient_dots(
+        reference.cross_entropy(model(batch.inputs), batch.labels), parameters, direction
+    )
+    with use_backend(backend):
+        assert relative(Ghost(Objective(model), parameters).dots(batch, direction), truth) < EXACT
+        assert relative(norms_by_ghost(model, batch), true_norms(model, batch)) < EXACT

@@ -38,7 +38,7 @@ from worlds.tolerances import (
     TORCH_ERRORS,
     distance,
     double,
-    largest,
+    largest_entry,
     weighted,
 )
 from worlds.update_rules import updated
@@ -92,7 +92,7 @@ class Comparison:
     def dots_are_noise(self) -> bool:
         """Whether rounding may be half of the largest dot: then nothing says if dots are right."""
         truth = self.truth
-        return truth.learns and self.dots_allowed >= NOISE_SHARE * largest(truth.dots)
+        return truth.learns and self.dots_allowed >= NOISE_SHARE * largest_entry(truth.dots)
 
     def faults(self, call: Call) -> list[Fault]:
         """Everything that is wrong."""
@@ -125,7 +125,7 @@ class Comparison:
         more = self.share + rounding
         yield self._vector("logits", result.logits, z, [z_plain], self.share, more)
         yield self._vector(
-            "weights", result.weights, w, [w_plain], self.share, rounding * largest(w)
+            "weights", result.weights, w, [w_plain], self.share, rounding * largest_entry(w)
         )
         yield self._vector("p", result.normalized_weights, p, [p_plain], self.share, 2 * rounding)
         # judged by now: what follows from p is judged by the p that was given
@@ -157,7 +157,7 @@ class Comparison:
         more: float = 0.0,
     ) -> Fault:
         torch_error = max(distance(other, true) for other in others)
-        allowed = share * largest(true) + TORCH_ERRORS * torch_error + more
+        allowed = share * largest_entry(true) + TORCH_ERRORS * torch_error + more
         return Fault(name, distance(value, true), allowed + self.floor * 1e-3)
 
     def _z_noise(self, selector: nn.Module, z: Tensor) -> float:
@@ -179,11 +179,11 @@ class Comparison:
         terms = truth.summed(truth.kappa, truth.v, size=True).max().item()
         torch_error = TORCH_ERRORS * max(distance(other.dots, truth.dots) for other in self.others)
         if (
-            torch_error >= NOISE_SHARE * TORCH_ERRORS * largest(truth.dots)
+            torch_error >= NOISE_SHARE * TORCH_ERRORS * largest_entry(truth.dots)
             and "16" in truth.world.precision
         ):
             return math.inf
-        share = self.dots_share * largest(truth.dots)
+        share = self.dots_share * largest_entry(truth.dots)
         noise = self._dots_noise() + self._kappa_noise()
         return share + torch_error + near + self.floor * terms + noise
 
@@ -197,7 +197,7 @@ class Comparison:
                 continue
             near = [other[k] for other in others]
             torch_error = TORCH_ERRORS * max(distance(y, x) for y in near if y is not None)
-            share = self.share * largest(sizes[k])
+            share = self.share * largest_entry(sizes[k])
             bound = share + torch_error + self.floor * largest
             bounds.append(torch.full_like(x, bound))
         return bounds
@@ -342,7 +342,7 @@ class Comparison:
                 buffer = buffers[name]
                 rounding = 0.0
                 if true.is_floating_point():
-                    rounding = (self.share / 10) * (1e-3 + largest(true))
+                    rounding = (self.share / 10) * (1e-3 + largest_entry(true))
                 yield Fault(f"buffer {name}", distance(buffer, true), rounding)
             modes = [m.training for m in ours.modules()]
             same = modes == [m.training for m in theirs.modules()]

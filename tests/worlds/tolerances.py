@@ -70,5 +70,5 @@ def distance(a: Tensor, b: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def largest(x: Tensor) -> float:
+def largest_entry(x: Tensor) -> float:
     return x.detach().abs().max().item() if x.numel() else 0.0

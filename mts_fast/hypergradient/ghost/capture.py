@@ -219,7 +219,10 @@ class Capture(FunctionMode):
         """The rows that serve all samples, tracked as a view of the table."""
         rows = call.run({})
         (name,) = call.rule.parameters
-        source = self._sources[id(table)]
+        source = call.sources[name] = self._sources[id(table)]
+        why = call.unsupported()
+        if why is not None:
+            self.reasons.append(f"{self._path(table)}: {why}")
         self._sources[id(rows)] = source.then(lambda t: call.replay({name: t}))
         self._alive.append(rows)
         return rows

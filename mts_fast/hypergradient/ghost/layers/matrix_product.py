@@ -14,10 +14,11 @@ from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
 
 def _is_plain(call: LayerCall, weight: Tensor) -> bool:
-    """Whether y = c + a W with a matrix W and a vector c; addmm's factors alpha and beta are 1."""
+    """Whether y = c + a W with W [K, N] and c [N], not broadcast; addmm's alpha and beta are 1."""
     bias = call.argument("bias") if "bias" in call.sources else None
     factors = [call.kwargs.get(name, 1) for name in ("alpha", "beta")]
-    return weight.ndim == 2 and (bias is None or bias.ndim == 1) and factors == [1, 1]
+    same_width = bias is None or bias.shape == weight.shape[1:]
+    return weight.ndim == 2 and same_width and factors == [1, 1]
 
 
 def _as_product(
