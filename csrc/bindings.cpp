@@ -1,4 +1,5 @@
 // The Python module `mts_fast._C`: importing it loads the ops library; it knows no torch headers.
+// Kernels are registered elsewhere: schemas in mts_fast/backends/cpp, implementations in csrc/ops.
 #include <pybind11/pybind11.h>
 
 #include "common/build_info.h"

@@ -2,8 +2,8 @@
 
 Every op has a `reference` implementation. A faster backend registers a function and a check that
 returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
-backend raises where its kernel cannot run; an op without a kernel for the device runs the
-reference.
+backend raises where its kernel cannot take the tensors; an op without a kernel for the device, or
+with an option that the kernel lacks (label smoothing in C++), runs the reference.
 """
 
 from __future__ import annotations

@@ -110,8 +110,13 @@ def _backends() -> list[str]:
         why = registry.backend_reasons(name)
         state = "not available: " + "; ".join(why) if why else "ok" + _note(name)
         lines.append(f"  {name:<10} {state}")
-    for key, value in extension().info.items():
-        lines.append(f"  {'':<10} {key}: {value or 'none'}")
+        lines += _build() if name == "cpp" else []
+    return lines
+
+
+def _build() -> list[str]:
+    """How the C++ kernels were built."""
+    lines = [f"  {'':<10} {key}: {value or 'none'}" for key, value in extension().info.items()]
     if build_record().get("cuda_reason"):
         lines.append(f"  {'':<10} without CUDA kernels: {build_record()['cuda_reason']}")
     return lines

@@ -99,7 +99,7 @@ def _run(step: StepParts, call: Call) -> StepResult:
             except BaseException:
                 run_to_completion(transaction.roll_back)
                 raise
-        except BaseException:  # for an exception that came before the first clean-up had begun
+        except BaseException:  # before the first roll-back had begun; a second one is harmless
             transaction.roll_back()
             raise
 
@@ -123,6 +123,8 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     engines.begin()
     if not step._knows_writes:
         transaction.save_parameters()
+    # repeated where an engine refuses, where float16 overflows under the step's own scaler, and
+    # where a forward is first seen to write to parameters
     while True:
         scaling = GradientScaling(step.scaler)
         try:

@@ -109,7 +109,10 @@ class Selector(nn.Module):
     ) -> None:
         check_floating(OP, "features", features, ndim=2)
         if features.shape[1] != self.num_features:
-            hint = "online features add k + 1 columns to those you pass"
+            hint = (
+                f"build it with num_features={features.shape[1]}; online features of MTSStep"
+                " (online_k + 1 columns) come before those you pass"
+            )
             expected = f"[B, {self.num_features}] as the selector was built"
             fail(ValueError, OP, "features", expected, tuple(features.shape), hint)
         check_integer(OP, "classes", classes, ndim=1)

@@ -171,6 +171,11 @@ class OnlineFeatures:
             expected = f"[{len(batch)}, D]"
             got = tuple(features.shape)
             fail(ValueError, "MTSStep", "penultimate features", expected, got, hint)
+        available = len(self._val_features)
+        if self._k > available:
+            hint = "use a larger validation batch or a smaller online_k"
+            expected = f"at most the validation batch ({available})"
+            fail(ValueError, "MTSStep", "online_k", expected, self._k, hint)
         nearest, centroid = online_features(features, self._val_features, k=self._k)
         columns = [
             self._standardizer("nearest", nearest, update=update),

@@ -53,7 +53,8 @@ class MTSStep(StepParts):
             micro-batch, as under data parallelism.
         backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
             `use_backend` and MTS_FAST_BACKEND around the call.
-        loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default.
+        loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default;
+            with label smoothing torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none").
         val_loss: likewise for the validation samples; by default that of the training samples.
         val_objective: "mean" of the validation losses (weighted by val_weights), "group_balanced":
             the mean over groups of their means, "worst_group": the largest of these.

@@ -151,8 +151,8 @@ class StoredLinearization(GhostLinearization):
         graph, self._graph = self._graph, None
         assert graph is not None
         records = [Record(use, axis) for use, axis in self._uses]
-        few = [r for r in records if self._has_few_parameters(r)]
-        rest = [r for r in records if not self._has_few_parameters(r)]
+        few = [r for r in records if self._keeps_sample_gradients(r)]
+        rest = [r for r in records if not self._keeps_sample_gradients(r)]
         with ExitStack() as hooks:
             for r in few:
                 hooks.callback(r.use.edge.node.register_prehook(self._keeper(r)).remove)
@@ -166,7 +166,7 @@ class StoredLinearization(GhostLinearization):
         copies = [(r.use, r.b) for r in rest if r.use.call is None]
         return self._with_copies(gradients[: len(parameters)], copies)
 
-    def _has_few_parameters(self, record: Record) -> bool:
+    def _keeps_sample_gradients(self, record: Record) -> bool:
         call = record.use.call
         return (
             call is not None and call.rule.sample_gradients is not None and record.axis is not None

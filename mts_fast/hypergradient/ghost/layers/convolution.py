@@ -46,6 +46,7 @@ def _weight_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     """torch's own convolution backward without its input gradient."""
     options = _options(call)
     if options is None:
+        # without this function: by autograd
         plain = LayerRule(call.rule.function, call.rule.parameters)
         return LayerCall(plain, call.args, call.kwargs, call.sources).weight_gradients(b)
     wanted = [False, "weight" in call.sources, "bias" in call.sources]
