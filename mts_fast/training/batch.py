@@ -86,8 +86,8 @@ def check_batch(
     if classes is None:
         if labels.ndim != 1 or labels.is_floating_point():
             hint = (
-                "pass labels.long(), or, for labels that are no class indices, loss= and classes="
-                " (zeros where there are none)"
+                "pass labels.long(); for labels that are no class indices pass classes= (zeros"
+                " where there are none) and, but for sequences of them, loss="
             )
             fail(ValueError, OP, f"{prefix}labels", "class indices [B]", describe(labels), hint)
         classes = labels
@@ -138,16 +138,12 @@ def check_validation(
     if needs_groups and groups is None:
         hint = "pass the group of each validation sample"
         fail(ValueError, OP, "val_groups", "given with this val_objective", "none", hint)
-    numbers: Tensor | None = None
     if groups is not None:
-        if not needs_groups:
-            hint = "val_objective='group_balanced' or 'worst_group' reads them"
-            fail(ValueError, OP, "val_groups", "None with val_objective='mean'", "groups", hint)
         numbers = check_integer(OP, "val_groups", groups, ndim=1)
         check_length(OP, "val_groups", numbers, len(tensor))
         check_device(OP, "val_groups", numbers, tensor.device, "val_labels")
-        numbers = numbers.unique(return_inverse=True)[1]
-    return CheckedValidation(inputs, tensor, weights, numbers, name="val_labels")
+        groups = numbers.unique(return_inverse=True)[1] if needs_groups else None
+    return CheckedValidation(inputs, tensor, weights, groups, name="val_labels")
 
 
 def check_pair(inputs: Any, labels: object, prefix: str) -> Tensor:
