@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import _len_torch_function_stack, handle_torch_function, has_torch_function
 
 from mts_fast import reference
 from mts_fast._check import (
@@ -54,6 +55,15 @@ def cross_entropy(
     ignore_index: int = -100,
 ) -> Tensor:
     """Per-sample cross-entropy l_i [B]; arguments and errors as `weighted_cross_entropy`."""
+    if is_overridden(logits):
+        return handle_torch_function(
+            cross_entropy,
+            (logits,),
+            *(logits, labels),
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
     target = Target(labels, class_weight, label_smoothing, ignore_index)
     target = _checked("cross_entropy", logits, target)
     return resolve("cross_entropy", [logits])(logits, target)
@@ -173,6 +183,13 @@ def _checked(op: str, logits: Tensor, target: Target) -> Target:
         hint = "look at the last layer's width"
         fail(ValueError, op, "logits", "of at least one class", tuple(logits.shape), hint)
     return check_target(op, target, logits, "logits", logits.shape[-1])
+
+
+def is_overridden(*tensors: Tensor) -> bool:
+    """Whether a mode or a subclass of Tensor is to see the op as one call (`torch.overrides`)."""
+    if torch.compiler.is_compiling():
+        return False
+    return has_torch_function(tensors) or bool(_len_torch_function_stack())
 
 
 def check_target(op: str, target: Target, rows: Tensor, like: str, classes: int) -> Target:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import _len_torch_function_stack, handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, check_not_empty, fail
 from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import linear_cross_entropy as triton
-from mts_fast.ops.cross_entropy import check_target
+from mts_fast.ops.cross_entropy import check_target, is_overridden
 from mts_fast.reference import Target
 
 OP, TANGENT = "linear_cross_entropy", "linear_cross_entropy_tangent"
@@ -80,9 +80,7 @@ def linear_cross_entropy(
         [4.0, 4.0]
     """
     tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    if not torch.compiler.is_compiling() and (
-        has_torch_function(tensors) or _len_torch_function_stack()
-    ):
+    if is_overridden(*tensors):
         return handle_torch_function(
             linear_cross_entropy,
             tensors,

@@ -67,6 +67,16 @@ def test_a_layer_that_is_never_reached_costs_no_check(monkeypatch):
     assert backward_passes(monkeypatch, lambda: engine.linearize(batch)) <= 2
 
 
+@pytest.mark.parametrize("size", [6, 7])  # 6: as many samples as positions
+def test_the_default_loss_costs_no_check(size, monkeypatch):
+    """Its sum over positions is not taken for one over samples, whatever their number."""
+    engine = engine_of(nn.Linear(5, 3).double())
+    batch = LabelledBatch(torch.randn(size, 6, 5).double(), torch.randint(3, (size, 6)))
+    for _ in range(2):
+        engine.linearize(batch)
+    assert backward_passes(monkeypatch, lambda: engine.linearize(batch)) == 0
+
+
 def test_losses_of_the_cpp_kernel_cost_no_check(monkeypatch):
     """From 1000 classes on the loss of the default is an operator of this library."""
     engine = engine_of(nn.Sequential(nn.Flatten(), nn.Linear(35, 1000)))

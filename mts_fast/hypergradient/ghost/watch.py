@@ -47,7 +47,7 @@ _REGROUPINGS = _words(
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d interpolate upsample pixel_shuffle pixel_unshuffle
     channel_shuffle grid_sample affine_grid local_response_norm layer_norm rms_norm group_norm
-    instance_norm batch_norm complex view_as_real view_as_complex linear_cross_entropy"""
+    instance_norm batch_norm complex view_as_real view_as_complex"""
 )
 _INDEPENDENT = {
     *_POINTWISE,
@@ -55,9 +55,8 @@ _INDEPENDENT = {
     *_BINARY,
     *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")),
     *("__neg__", "__pos__", "__abs__", "__invert__"),
-    # of this library, a loss for every row
-    *("mts_fast::cross_entropy", "mts_fast::cross_entropy_triton"),
-    "mts_fast::linear_cross_entropy_triton",
+    # of this library, a loss for every sample
+    *("mts_fast::cross_entropy", "mts_fast::linear_cross_entropy"),
 }
 _MOVES = _words(
     """transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint rot90 einsum"""
@@ -96,7 +95,7 @@ _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "add
 
 def plain_name(function: Callable[..., Any]) -> str:
     """The function's name without an in-place underscore; a property's own name; with its namespace
-    that of a custom operator, which may be called like one of torch's and be another."""
+    that of a custom operator or of this library, which may have the name of another of torch's."""
     name = getattr(function, "__name__", str(function))
     if isinstance(function, OpOverload):
         function = function.overloadpacket
@@ -105,6 +104,8 @@ def plain_name(function: Callable[..., Any]) -> str:
         namespace, _, name = qualified.partition("::")
         if namespace != "aten":
             return qualified
+    if (getattr(function, "__module__", None) or "").startswith("mts_fast."):
+        return f"mts_fast::{name}"
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", name)
     return name if name.endswith("__") else name.removesuffix("_")
