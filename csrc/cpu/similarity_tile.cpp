@@ -5,10 +5,7 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__)
-#define MTS_FAST_TARGET(name) __attribute__((target(name)))
-#endif
-#define MTS_FAST_INLINE inline __attribute__((always_inline))
+#include "targets.h"
 
 namespace mts_fast::cpu {
 namespace {
@@ -116,10 +113,10 @@ MTS_FAST_INLINE int64_t find_reaching(const scalar_t* value, const scalar_t* thr
 MTS_FAST_TILE_FUNCTIONS(baseline_float, , float, 4, 4)
 MTS_FAST_TILE_FUNCTIONS(baseline_double, , double, 2, 3)
 #if defined(__x86_64__)
-MTS_FAST_TILE_FUNCTIONS(avx2_float, MTS_FAST_TARGET("avx2,fma"), float, 8, 4)
-MTS_FAST_TILE_FUNCTIONS(avx2_double, MTS_FAST_TARGET("avx2,fma"), double, 4, 4)
-MTS_FAST_TILE_FUNCTIONS(avx512_float, MTS_FAST_TARGET("avx512f"), float, 16, 8)
-MTS_FAST_TILE_FUNCTIONS(avx512_double, MTS_FAST_TARGET("avx512f"), double, 8, 8)
+MTS_FAST_TILE_FUNCTIONS(avx2_float, MTS_FAST_AVX2, float, 8, 4)
+MTS_FAST_TILE_FUNCTIONS(avx2_double, MTS_FAST_AVX2, double, 4, 4)
+MTS_FAST_TILE_FUNCTIONS(avx512_float, MTS_FAST_AVX512, float, 16, 8)
+MTS_FAST_TILE_FUNCTIONS(avx512_double, MTS_FAST_AVX512, double, 8, 8)
 #endif
 
 }  // namespace

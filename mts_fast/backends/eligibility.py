@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,6 +15,14 @@ def under_transform() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or bool(torch._C._functorch.peek_interpreter_stack())
+
+
+def several_devices(tensors: Sequence[Tensor]) -> list[str]:
+    """The reason that tensors on more than one device are for every kernel, or none."""
+    devices = {t.device for t in tensors}
+    if len(devices) <= 1:
+        return []
+    return [f"its tensors are on several devices: {sorted(map(str, devices))}"]
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

@@ -29,7 +29,7 @@ from mts_fast.reference import SampleStatistics, Target
 register(
     "cross_entropy",
     "reference",
-    lambda logits, target: reference.cross_entropy(logits, **target.keywords()),
+    lambda logits, target: reference.cross_entropy(logits, **target._asdict()),
 )
 register(
     "cross_entropy",

@@ -18,14 +18,14 @@ register(
     OP,
     "reference",
     lambda hidden, weight, bias, target: reference.linear_cross_entropy(
-        hidden, weight, bias=bias, **target.keywords()
+        hidden, weight, bias=bias, **target._asdict()
     ),
 )
 register(
     TANGENT,
     "reference",
     lambda hidden, weight, bias, target, **tangents: reference.linear_cross_entropy_tangent(
-        hidden, weight, bias=bias, **target.keywords(), **tangents
+        hidden, weight, bias=bias, **target._asdict(), **tangents
     ),
 )
 register_triton(OP, triton.linear_cross_entropy, triton.reasons)

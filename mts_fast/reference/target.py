@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,15 +17,6 @@ class Target(NamedTuple):
     class_weight: Tensor | None = None  # [C], in any floating dtype
     label_smoothing: float = 0.0  # in [0, 1]
     ignore_index: int = -100
-
-    def keywords(self) -> dict[str, Any]:
-        """The same as keyword arguments of the functions of the reference."""
-        return {
-            "labels": self.labels,
-            "class_weight": self.class_weight,
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": self.ignore_index,
-        }
 
     def flat(self) -> Target:
         """With labels [M], of rows of logits [M, C]."""

@@ -56,7 +56,7 @@ def wins(tensors: Sequence[Tensor]) -> bool:
 def cross_entropy(logits: Tensor, target: Target) -> Tensor:
     """As the reference, which runs where labels are smoothed: the kernel has no sum for that."""
     if target.label_smoothing:
-        return reference.cross_entropy(logits, **target.keywords())
+        return reference.cross_entropy(logits, **target._asdict())
     rows, flat = logits.flatten(0, -2).contiguous(), target.labels.flatten()
     losses = _CrossEntropy.apply(rows, flat, target.ignore_index)
     if target.class_weight is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.backends.cpp.extension import extension
+from mts_fast.backends.eligibility import several_devices
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -17,11 +18,8 @@ def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
     in; empty where one can."""
     status = extension()
     reasons = [] if status.available else [status.reason]
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
-    on_gpu = any(device.type == "cuda" for device in devices)
-    if on_gpu and status.available and not status.info["cuda"]:
+    reasons += several_devices(tensors)
+    if any(t.is_cuda for t in tensors) and status.available and not status.info["cuda"]:
         reasons.append("it was built without CUDA kernels; MTS_FAST_CUDA=1 builds them")
     if tensors[0].dtype not in DTYPES:
         reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")

@@ -148,7 +148,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, labels, class_weight, maximum, total = ctx.saved_tensors
         target = Target(labels, class_weight, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            rows = reference.cross_entropy(logits.flatten(0, -2), **target.flat().keywords())
+            rows = reference.cross_entropy(logits.flatten(0, -2), **target.flat()._asdict())
             gradients = torch.autograd.grad(rows, logits, grad.to(rows.dtype), create_graph=True)
             return *gradients, None, None, None, None, None
         gradient = torch.ops.mts_fast.cross_entropy_backward_triton(
@@ -198,7 +198,7 @@ class _Weighted(torch.autograd.Function):
             cotangent = grad_losses.to(dtype) if cotangent is None else cotangent + grad_losses
         d_logits = d_p = None
         if torch.is_grad_enabled():  # create_graph
-            losses = reference.cross_entropy(logits, **target.keywords())
+            losses = reference.cross_entropy(logits, **target._asdict())
             if to_logits and cotangent is not None:
                 cotangent = cotangent.to(losses.dtype)
                 (d_logits,) = torch.autograd.grad(losses, logits, cotangent, create_graph=True)

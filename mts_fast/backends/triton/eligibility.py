@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mts_fast.backends.eligibility import several_devices
+
 # earlier versions lack functions that the kernels use; block pointers, which later versions remove,
 # are not used
 OLDEST_TRITON = (3, 6)
@@ -84,10 +86,9 @@ def reasons_against_triton(
     has a backward.
     """
     reasons = list(triton_reasons())
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        reasons.append(f"its tensors are on several devices: {sorted(map(str, devices))}")
+    reasons += several_devices(tensors)
     if not reasons:
+        devices = {t.device for t in tensors}
         reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
     dtypes = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
     other = sorted(str(d).removeprefix("torch.") for d in dtypes - set(DTYPES))

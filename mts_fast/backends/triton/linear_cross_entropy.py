@@ -164,7 +164,7 @@ class _Losses(torch.autograd.Function):
             # gradient through hidden, which autograd adds later
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
             bias = bias if bias is None else bias.view_as(bias)
-            losses = reference.linear_cross_entropy(hidden, weight, bias=bias, **target.keywords())
+            losses = reference.linear_cross_entropy(hidden, weight, bias=bias, **target._asdict())
             inputs = [t for t, need in zip((hidden, weight, bias), needed, strict=True) if need]
             computed = iter(
                 torch.autograd.grad(losses, inputs, grad.to(losses.dtype), create_graph=True)
