@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mts_fast
-from mts_fast.demo.classifiers import (
-    Progress,
-    Settings,
-    batches,
-    build_classifier,
-    build_optimizer,
-    train_weighted,
-)
-from mts_fast.demo.images import LabelledImages
-from mts_fast.demo.scenario import CLASSES, Scenario
-from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
+from mts_fast.demo.arms.plain import retrain_last_layer
+from mts_fast.demo.arms.seed_run import Options, Outcome, SeedRun
+from mts_fast.demo.data import CLASSES
+from mts_fast.demo.training import build_classifier, build_optimizer, epochs
+from mts_fast.features import PAPER_COLUMNS, FeatureTable
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
@@ -29,61 +23,70 @@ WEIGHING_BATCH = 1024
 AVERAGED = 10
 # points stored of each curve
 CURVE_POINTS = 120
+SELECTOR_OPTIONS = (
+    *("selector_lr", "selector_every", "hypergradient_lr", "warmup_share", "batch_size"),
+    *("selector_weight_decay", "online_momentum"),
+)
 
 # features [B, F] of pool samples under the current classifier
 BatchFeatures = Callable[[nn.Module, Tensor], Tensor]
 
 
-@dataclass
-class Selection:
-    """A trained classifier, the weights of all pool samples, and curves over training."""
+def embeddings_of(run: SeedRun, source: str) -> Tensor:
+    """[N, D] of the pool: its pixels, or the hidden layer of a classifier of clean data."""
+    images = run.scenario.pool.images
+    if source == "pixels":
+        return images.flatten(1)
+    model = run.by_validation if source == "validation" else run.by_real
+    with torch.no_grad():
+        return model[:-1](images)  # type: ignore[index]
 
-    model: nn.Module
-    weights: Tensor  # [N], averaged over the second half of training
-    last_weights: Tensor  # [N], of the selector at the end
-    curves: dict[str, list[float]] = field(default_factory=dict)
 
+def pool_features(run: SeedRun, options: Options) -> Tensor:
+    """Standardised columns [N, F] of the pool: the paper's 13 offline ones, and further ones.
 
-def pool_features(
-    scenario: Scenario,
-    unselected: nn.Module,
-    counter: ForgettingCounter,
-) -> FeatureTable:
-    """The paper's 13 offline columns of the pool.
-
-    `unselected` is a classifier trained without weights, whose forgetting `counter` counted.
-    Pixels serve as embeddings.
+    `holdout` adds loss under the classifier of the validation data, and what the classifier of
+    everything reduces it by.
     """
-    images, labels = scenario.pool.images, scenario.pool.labels
+    images, labels = run.scenario.pool.images, run.scenario.pool.labels
+    embeddings = embeddings_of(run, options.get("embeddings", "pixels"))
     table = FeatureTable(
-        mts_fast.features.distribution_features(images.flatten(1), labels, scenario.is_synthetic)
+        mts_fast.features.distribution_features(embeddings, labels, run.scenario.is_synthetic)
     )
-    table.update(mts_fast.features.training_dynamics(unselected, images, labels))
-    table.update(counter.columns())
-    return table
+    table.update(mts_fast.features.training_dynamics(run.everything, images, labels))
+    table.update(run.forgetting.columns())
+    columns = [table.standardized(PAPER_COLUMNS)]
+    if options.get("holdout_columns", False):
+        clean = run.probability(run.by_validation).clamp(min=1e-8).log()
+        gap = clean - run.probability(run.everything).clamp(min=1e-8).log()
+        extra = torch.stack([clean, gap], 1)
+        columns.append((extra - extra.mean(0)) / extra.std(0))
+    return torch.cat(columns, 1)
 
 
 class MTSRun:
-    """One run of MTSStep on a scenario: the selector, the classifier and their schedules."""
+    """One run of MTSStep: the selector, the classifier and their schedules."""
 
     def __init__(
         self,
-        scenario: Scenario,
-        settings: Settings,
-        seed: int,
+        run: SeedRun,
         selector: nn.Module,
         features: BatchFeatures,
+        options: Options,
         *,
         online: bool,
         track_gsnr: bool = False,
     ) -> None:
-        self.scenario = scenario
-        self.settings = settings
+        changed = {name: options[name] for name in SELECTOR_OPTIONS if name in options}
+        self.settings = settings = replace(run.with_options(options), **changed)
+        self.scenario = run.scenario
         self.features = features
         self.track_gsnr = track_gsnr
-        self.generator = torch.Generator().manual_seed(seed)
+        self.progress = run.progress
+        self.generator = torch.Generator().manual_seed(run.seed)
+        torch.manual_seed(run.seed)
         model = build_classifier(settings.data)
-        optimizer, self.schedule = build_optimizer(model, settings)
+        optimizer, self.schedule = build_optimizer(model.parameters(), settings)
         groups = mts_fast.training.parameter_groups(selector, settings.selector_weight_decay)
         selector_optimizer = torch.optim.AdamW(groups, lr=settings.selector_lr)
         warmup = round(settings.warmup_share * settings.steps)
@@ -105,40 +108,32 @@ class MTSRun:
 
     @classmethod
     def with_features(
-        cls,
-        scenario: Scenario,
-        table: FeatureTable,
-        settings: Settings,
-        seed: int,
-        *,
-        track_gsnr: bool = False,
+        cls, run: SeedRun, offline: Tensor, options: Options, *, track_gsnr: bool = False
     ) -> MTSRun:
-        """MTS with the full feature set."""
-        offline = table.standardized(PAPER_COLUMNS)  # [N, 13]
-        torch.manual_seed(seed)
+        """MTS with offline columns [N, F] and the online ones."""
+        torch.manual_seed(run.seed)
         selector = mts_fast.Selector(ONLINE_WIDTH + offline.shape[1], CLASSES)
         return cls(
-            scenario,
-            settings,
-            seed,
+            run,
             selector,
             lambda _, indices: offline[indices],
+            options,
             online=True,
             track_gsnr=track_gsnr,
         )
 
     @classmethod
-    def loss_only(cls, scenario: Scenario, settings: Settings, seed: int) -> MTSRun:
+    def loss_only(cls, run: SeedRun, options: Options) -> MTSRun:
         """A selector that sees nothing but the sample's current loss (Meta-Weight-Net)."""
 
         def current_loss(model: nn.Module, indices: Tensor) -> Tensor:
-            batch = scenario.pool[indices]
+            batch = run.scenario.pool[indices]
             with torch.no_grad():
                 return F.cross_entropy(model(batch.images), batch.labels, reduction="none")[:, None]
 
-        torch.manual_seed(seed)
+        torch.manual_seed(run.seed)
         selector = mts_fast.Selector(1, CLASSES, class_embedding=0, group_embedding=0)
-        return cls(scenario, settings, seed, selector, current_loss, online=False)
+        return cls(run, selector, current_loss, options, online=False)
 
     def take_step(self, indices: Tensor) -> mts_fast.StepResult:
         """One step on these pool samples [B]."""
@@ -152,9 +147,9 @@ class MTSRun:
             val_labels=val.labels,
         )
 
-    def train(self, progress: Progress, *, stop: int | None = None) -> Selection:
+    def train(self, *, stop: int | None = None) -> Outcome:
         """Train to the end, or for `stop` steps, and weigh the whole pool."""
-        steps = batches(len(self.scenario.pool), self.settings, self.generator)
+        steps = epochs(len(self.scenario.pool), self.settings, self.generator)
         every = max(1, self.settings.steps // CURVE_POINTS)
         # single selectors are noisy: the weights are averaged over the second half of training
         half = self.settings.steps // 2
@@ -169,10 +164,10 @@ class MTSRun:
                 history.append(result)
             if count >= half and (count - half) % apart == 0:
                 weights.append(self.pool_weights())
-            progress(1)
+            self.progress(1)
         weights.append(self.pool_weights())
         average = torch.stack(weights).mean(0)
-        return Selection(self.step.model.eval(), average, weights[-1], _curves(history, every))
+        return Outcome(self.step.model.eval(), average, _curves(history, every))
 
     def pool_weights(self) -> Tensor:
         """Weights [N] of the whole pool under the current selector."""
@@ -190,19 +185,6 @@ class MTSRun:
                 )
             )
         return torch.cat(parts)
-
-
-def retrain(
-    scenario: Scenario, weights: Tensor, settings: Settings, seed: int, progress: Progress
-) -> nn.Module:
-    """Fresh training on everything, validation set included, with the learned weights frozen.
-
-    A validation image counts as much as the average real image of the pool.
-    """
-    real = weights[~scenario.is_synthetic].mean()
-    both: LabelledImages = scenario.pool + scenario.val
-    frozen = torch.cat([weights, real.expand(len(scenario.val))])
-    return train_weighted(both, settings, seed, progress, weights=frozen)
 
 
 def _curves(history: list[mts_fast.StepResult], every: int) -> dict[str, list[float]]:

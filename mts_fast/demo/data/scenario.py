@@ -1,0 +1,73 @@
+"""A selection problem with a known truth, and its name on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mts_fast.demo.data.images import LabelledImages
+
+CLASSES = 10
+# marks real images among the kinds
+REAL = -1
+DATA = ("coloured-digits", "coloured-fashion", "digits", "fashion")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Images [N, C, H, W] in [0, 1] with labels [N]: the pool to select from, and clean sets.
+
+    A recipe that uses weights takes half of every batch from `clean`, and draws the rest from the
+    pool's `candidates`.
+    """
+
+    pool: LabelledImages  # real images first, then synthetic ones
+    kind: Tensor  # [N] REAL, or an index into `kinds`
+    kinds: tuple[str, ...]
+    helpful: tuple[str, ...]  # the kinds that an oracle would take
+    clean: LabelledImages
+    candidates: Tensor  # [N] bool
+    val: LabelledImages
+    test: LabelledImages
+    groups: Tensor | None = None  # [N] of the pool, where groups are known
+    val_groups: Tensor | None = None
+    test_groups: Tensor | None = None
+
+    @property
+    def is_synthetic(self) -> Tensor:
+        """[N] bool."""
+        return self.kind != REAL
+
+    @property
+    def is_helpful(self) -> Tensor:
+        """[N] bool: synthetic samples of a kind that helps."""
+        return torch.isin(self.kind, torch.tensor([self.kinds.index(k) for k in self.helpful]))
+
+    @property
+    def real(self) -> LabelledImages:
+        """The real images of the pool."""
+        return self.pool[self.kind == REAL]
+
+    def with_validation(self, size: int) -> Scenario:
+        """The same with the first `size` validation images, which are in turns of the classes."""
+        first = torch.arange(size)
+        extra = len(self.clean) - len(self.val)  # clean data that are no validation data
+        clean = torch.cat([torch.arange(extra), extra + first])
+        groups = None if self.val_groups is None else self.val_groups[first]
+        return replace(self, val=self.val[first], clean=self.clean[clean], val_groups=groups)
+
+
+def make_scenario(data: str, seed: int, root: str | None = None) -> Scenario:
+    """The scenario of one of DATA for one seed; `root` holds the IDX files of Fashion-MNIST."""
+    from mts_fast.demo.data import coloured, planted
+
+    makers: dict[str, Callable[[torch.Generator, str | None], Scenario]] = {
+        "coloured-digits": coloured.coloured_digits,
+        "coloured-fashion": coloured.coloured_fashion,
+        "digits": planted.planted_digits,
+        "fashion": planted.planted_fashion,
+    }
+    return makers[data](torch.Generator().manual_seed(seed), root)

@@ -1,0 +1,132 @@
+"""Using the weights: batches that mix clean data with samples drawn by weight.
+
+Weights that a selector has learned say which samples help beside clean data, not instead of it. A
+new classifier trained on half clean data, half samples drawn by weight was ahead of the classifier
+that was trained while they were learned, and of weighting one loss by them (docs/using_weights.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from mts_fast._check import (
+    check_finite,
+    check_floating,
+    check_integer,
+    check_length,
+    check_number,
+    check_positive_int,
+    check_range,
+    fail,
+)
+
+OP = "MixedBatchSampler"
+
+
+class MixedBatchSampler(Sampler[list[int]]):
+    """Batches of indices: a share of clean samples, the others drawn by weight.
+
+    For a `DataLoader(ConcatDataset([pool, clean]), batch_sampler=...)`: indices below
+    `len(weights)` are of the pool, those from there on of the clean set.
+
+    The pool is drawn systematically: in any run of draws, a sample occurs as often as its share of
+    the weights says, up to one; so the composition of the draws has far less variance than that
+    of independent ones. The clean set is visited in random orders, each image as often as every
+    other up to one.
+
+    Args:
+        weights: [N], floating, not negative, not all 0; their scale does not matter.
+        clean: number of clean samples, M.
+        batch_size: samples of a batch.
+        num_batches: batches of an epoch; default: as many as give N draws of the pool.
+        clean_share: share of clean samples in every batch, in [0, 1]; the number is rounded.
+        labels: classes of the pool [N], for draws that are balanced over the classes that have
+            weight: each is drawn equally often, its samples by weight.
+        seed: of the draws; epoch e of a seed is always the same (`set_epoch`).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; both parts of a batch are named
+            where one would be empty.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        clean: int,
+        batch_size: int,
+        *,
+        num_batches: int | None = None,
+        clean_share: float = 0.5,
+        labels: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        weights = check_floating(OP, "weights", weights, ndim=1)
+        check_finite(OP, "weights", weights)
+        if len(weights) == 0 or bool((weights < 0).any()) or not bool((weights > 0).any()):
+            got = "an empty tensor" if len(weights) == 0 else "only 0, or negative ones"
+            hint = "pass the selector's weights of the pool, for example those of step.weights()"
+            fail(ValueError, OP, "weights", "not negative and not all 0", got, hint)
+        check_positive_int(OP, "clean", clean)
+        check_positive_int(OP, "batch_size", batch_size)
+        check_number(OP, "clean_share", clean_share, 0, 1)
+        share = weights.detach().double().cpu()
+        if labels is not None:
+            check_integer(OP, "labels", labels, ndim=1)
+            check_length(OP, "labels", labels, len(weights))
+            share = _balanced(share, labels.cpu().long())
+        self._cumulative = (share / share.sum()).cumsum(0)
+        self._last = int(share.nonzero().max())
+        self.num_clean = round(clean_share * batch_size)
+        self.num_drawn = batch_size - self.num_clean
+        self._clean = clean
+        if num_batches is None:
+            num_batches = -(-len(weights) // max(1, self.num_drawn))
+        check_positive_int(OP, "num_batches", num_batches)
+        self.num_batches = num_batches
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of this epoch from the next `iter` on, as torch's DistributedSampler."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed)
+        generator.manual_seed(int(torch.randint(2**62, (), generator=generator)) + self._epoch)
+        drawn = self._draw(self.num_batches * self.num_drawn, generator)
+        clean = _orders(self._clean, self.num_batches * self.num_clean, generator)
+        clean = clean + len(self._cumulative)
+        for b in range(self.num_batches):
+            parts = (
+                drawn[b * self.num_drawn : (b + 1) * self.num_drawn],
+                clean[b * self.num_clean : (b + 1) * self.num_clean],
+            )
+            yield torch.cat(parts).tolist()
+
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Systematic draws in random order: one random start, then equal steps through the mass."""
+        start = torch.rand((), dtype=torch.float64, generator=generator)
+        places = (torch.arange(count, dtype=torch.float64) + start) / max(1, count)
+        drawn = torch.searchsorted(self._cumulative, places, right=True).clamp(max=self._last)
+        return drawn[torch.randperm(count, generator=generator)]
+
+
+def _balanced(share: Tensor, labels: Tensor) -> Tensor:
+    """The same mass for every class that has any."""
+    check_range(OP, "labels", labels, 0, 2**31)
+    mass = torch.zeros(int(labels.max()) + 1, dtype=share.dtype).index_add_(0, labels, share)
+    return share / mass[labels].clamp(min=torch.finfo(share.dtype).tiny)
+
+
+def _orders(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """[count]: random orders of [0, size), one after the other."""
+    rounds = -(-count // size)
+    orders = [torch.randperm(size, generator=generator) for _ in range(rounds)]
+    return torch.cat([*orders, torch.empty(0, dtype=torch.int64)])[:count]
