@@ -302,8 +302,9 @@ class MTSStep(StepParts):
     ) -> Tensor:
         """Raw weights w [B] that the selector currently gives to samples; nothing is changed.
 
-        Arguments and errors as for a step; without online features no `val_inputs` are read. With batch-wise standardised online features
-        (online_momentum=None) the weight of a sample depends on the batch it is scored in.
+        Arguments and errors as for a step; without online features no `val_inputs` are read. With
+        batch-wise standardised online features (online_momentum=None) the weight of a sample
+        depends on the batch it is scored in.
         """
         samples = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         check_values = self._checks_values(labels)
