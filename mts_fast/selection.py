@@ -72,7 +72,7 @@ class MixedBatchSampler(Sampler[list[int]]):
             fail(ValueError, OP, "weights", "not negative and not all 0", got, hint)
         check_positive_int(OP, "clean", clean)
         check_positive_int(OP, "batch_size", batch_size)
-        check_number(OP, "clean_share", clean_share, 0, 1)
+        check_number(OP, "clean_share", clean_share, at_least=0.0, at_most=1.0)
         share = weights.detach().double().cpu()
         if labels is not None:
             check_integer(OP, "labels", labels, ndim=1)

@@ -18,7 +18,9 @@ from mts_fast._version import __version__
 from mts_fast.cli.packages import hint_for
 from mts_fast.cli.usage import usage_message, whole
 
-DEFAULT_SEEDS = 2
+DEFAULT_SEEDS = 4
+# no setting was chosen on seeds from here on
+DEFAULT_FIRST_SEED = 400
 # torch counts in int64
 LARGEST = 2**63 - 1
 # imported before the demo's work, so that the main process reports what is missing
@@ -129,48 +131,65 @@ def _options(
 
 @_verb
 def demo(
-    data: Annotated[Literal["digits", "fashion"], typer.Option(help="Images.")] = "digits",
-    root: Annotated[str | None, typer.Option(help="Folder of Fashion-MNIST's IDX files.")] = None,
+    data: Annotated[
+        Literal["coloured-digits", "coloured-fashion", "digits", "fashion"],
+        typer.Option(help="Spurious correlation (coloured-*), or planted failures."),
+    ] = "coloured-digits",
+    root: Annotated[str | None, typer.Option(help="Folder of Fashion-MNIST's files.")] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(parser=whole(1, MOST_SEEDS), metavar="N", help="How many seeds (2)."),
+        typer.Option(parser=whole(1, MOST_SEEDS), metavar="N", help="How many seeds (4)."),
     ] = None,
     first_seed: Annotated[
         int, typer.Option(parser=whole(0, LARGEST - MOST_SEEDS), metavar="N", help="The first.")
-    ] = 0,
+    ] = DEFAULT_FIRST_SEED,
     steps: Annotated[
         int | None,
         typer.Option(parser=whole(1, LARGEST), metavar="N", help="Training steps of every arm."),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for results (runs/demo-DATA).")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder for results (runs/demo-DATA); a run interrupted there goes on."),
+    ] = None,
     study: Annotated[
-        Literal["batch-size"] | None,
-        typer.Option(help="GSNR of the selector's gradient against its batch."),
+        Literal[
+            *("features", "batch-size", "validation-size", "bad-share", "selector-every"),
+            *("embeddings", "gsnr"),
+        ]
+        | None,
+        typer.Option(help="What moves the result, instead of the comparison of arms."),
     ] = None,
 ) -> int:
-    """Learn which synthetic images help, on real data with planted failures."""
+    """Learn which synthetic images help, where labels alone do not tell; against what else one
+    could do."""
     for module in DEMO_NEEDS:
         importlib.import_module(module)
     from mts_fast._check import fail
+    from mts_fast.demo.gsnr import run_gsnr_study
     from mts_fast.demo.run import run_demo
-    from mts_fast.demo.study import run_batch_size_study
+    from mts_fast.demo.studies import run_study
 
-    if root is not None and data != "fashion":
-        hint = "leave it out, or pass --data fashion"
-        fail(ValueError, "demo", "--root", "given with --data fashion only", "digits", hint)
+    if root is not None and not data.endswith("fashion"):
+        hint = "leave it out, or pass --data coloured-fashion or fashion"
+        fail(ValueError, "demo", "--root", "given with data of Fashion-MNIST only", data, hint)
     if out == "":
         fail(ValueError, "demo", "--out", "a folder", "an empty name", "name one, or leave it out")
-    if study is not None:
+    if study is not None and study != "gsnr" and not data.startswith("coloured"):
+        hint = "pass --data coloured-digits or coloured-fashion"
+        fail(ValueError, "demo", "--data", f"coloured with --study {study}", data, hint)
+    chosen = range(first_seed, first_seed + (seeds or DEFAULT_SEEDS))
+    folder = Path(out or f"runs/{'demo' if study is None else f'study-{study}'}-{data}")
+    if study == "gsnr":
         for flag, value in (("--seeds", seeds), ("--steps", steps)):
             if value is not None:
                 expected = f"left out with --study {study}"
                 hint = "it has one seed, --first-seed, and steps of its own"
                 fail(ValueError, "demo", flag, expected, value, hint)
-        folder = Path(out or f"runs/study-batch-size-{data}")
-        run_batch_size_study(data, first_seed, folder, root)
-        return 0
-    folder = Path(out or f"runs/demo-{data}")
-    run_demo(data, range(first_seed, first_seed + (seeds or DEFAULT_SEEDS)), folder, root, steps)
+        run_gsnr_study(data, first_seed, folder, root)
+    elif study is not None:
+        run_study(study, data, chosen, folder, root, steps)
+    else:
+        run_demo(data, chosen, folder, root, steps)
     return 0
 
 

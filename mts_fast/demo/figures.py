@@ -1,4 +1,4 @@
-"""Pictures of a demo run: weights by kind, extremes per class, and the paper's Figure 2 panels."""
+"""Pictures of a demo run: accuracies, extremes per class, weights by kind, Figure 2's panels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from mts_fast._files import replaced_file, writing
-from mts_fast.demo.arms import SeedResult
-from mts_fast.demo.scenario import CLASSES, KINDS, REAL, Scenario, make_scenario
+from mts_fast.demo.arms import ARMS
+from mts_fast.demo.data import CLASSES, REAL, Scenario, make_scenario
+from mts_fast.demo.jobs import JobResult
 
-# good, then the failures; real images in black
+# helpful kinds, then all others; real images in black
 COLORS = ("#1b9e77", "#7570b3", "#d95f02", "#e7298a", "#a6761d")
+ROLES = {"baseline": "#8c8c8c", "ours": "#1b9e77", "reference": "#c9b458"}
 SHOWN = 6
 PANELS = (
     ("mean_weight", "mean w"),
@@ -27,24 +29,58 @@ PANELS = (
 
 
 def draw_figures(
-    data: str, results: Sequence[SeedResult], root: str | None, out: Path
+    data: str,
+    results: Sequence[JobResult],
+    rows: dict[str, dict[str, Any]],
+    root: str | None,
+    out: Path,
 ) -> list[Path]:
     """All pictures of a run; those that show images are of the first seed."""
     first = results[0]
     scenario = make_scenario(data, first.seed, root)
     weights = torch.tensor(first.weights)
     return [
-        draw_weights(scenario, weights, out / "weights_by_kind.png"),
+        draw_accuracies(rows, len(results), out / "accuracies.png"),
         draw_extremes(scenario, weights, out / "extremes.png"),
+        draw_weights(scenario, weights, out / "weights_by_kind.png"),
+        draw_weights_over_time(scenario, results, out / "weights_over_time.png"),
         draw_curves(results, out / "training_curves.png"),
     ]
+
+
+def colors_of(scenario: Scenario) -> dict[str, str]:
+    """A colour for each kind, green for the first that helps."""
+    order = sorted(scenario.kinds, key=lambda kind: kind not in scenario.helpful)
+    return dict(zip(order, COLORS, strict=False))
+
+
+def draw_accuracies(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> Path:
+    """Mean accuracy of every arm, with two standard errors, the best on top."""
+    plt = _pyplot()
+    order = sorted(rows, key=lambda arm: rows[arm]["accuracy"])
+    figure, ax = plt.subplots(figsize=(7.5, 0.3 * len(order) + 1))
+    for y, arm in enumerate(order):
+        row, color = rows[arm], ROLES[ARMS[arm].role]
+        error = 2 * (row["accuracy_se"] or 0)
+        ax.errorbar(row["accuracy"], y, xerr=error, fmt="o", color=color, capsize=3)
+    ax.set_yticks(range(len(order)), order)
+    ax.set_xlabel(f"test accuracy %: mean of {seeds} seeds, two standard errors")
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    names = {"baseline": "baseline", "ours": "MTS", "reference": "knows the truth"}
+    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="") for c in ROLES.values()]
+    ax.legend(handles, [names[role] for role in ROLES], loc="lower right", frameon=False)
+    return _save(figure, path)
 
 
 def draw_weights(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path:
     """Histogram of the learned weight for each kind of sample."""
     plt = _pyplot()
-    kinds = [("real", REAL, "black"), *((n, i, COLORS[i]) for i, n in enumerate(KINDS))]
-    figure, axes = plt.subplots(len(kinds), 1, figsize=(6, 6.5), sharex=True)
+    colors = colors_of(scenario)
+    kinds = [("real", REAL, "black")]
+    kinds += [(kind, scenario.kinds.index(kind), color) for kind, color in colors.items()]
+    figure, axes = plt.subplots(len(kinds), 1, figsize=(6, 1.1 * len(kinds) + 0.8), sharex=True)
     bins = np.linspace(0, 1, 41)
     for ax, (name, kind, color) in zip(axes, kinds, strict=True):
         values = weights[scenario.kind == kind].numpy()
@@ -58,9 +94,26 @@ def draw_weights(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_weights_over_time(scenario: Scenario, results: Sequence[JobResult], path: Path) -> Path:
+    """Mean weight of every kind while it is learned, mean of the seeds."""
+    plt = _pyplot()
+    figure, ax = plt.subplots(figsize=(6, 3.6))
+    steps = results[0].curves["weighed at"]
+    for name, color in {"real": "black", **colors_of(scenario)}.items():
+        curves = np.array([r.curves[f"weight: {name}"] for r in results])
+        ax.plot(steps, curves.T, color=color, alpha=0.2, linewidth=0.8)
+        ax.plot(steps, curves.mean(0), color=color, linewidth=1.8, label=name)
+    ax.set_xlabel("step")
+    ax.set_ylabel("mean weight w")
+    ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
 def draw_extremes(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path:
     """The highest- and lowest-weighted synthetic images of each class, framed by their kind."""
     plt = _pyplot()
+    colors = colors_of(scenario)
     figure, axes = plt.subplots(CLASSES, 2 * SHOWN + 1, figsize=(8.5, 7))
     for c in range(CLASSES):
         members = ((scenario.pool.labels == c) & scenario.is_synthetic).nonzero().flatten()
@@ -72,18 +125,19 @@ def draw_extremes(scenario: Scenario, weights: torch.Tensor, path: Path) -> Path
             if index is None:
                 ax.axis("off")
                 continue
-            ax.imshow(scenario.pool.images[index, 0], cmap="gray", vmin=0, vmax=1)
+            image = scenario.pool.images[index].permute(1, 2, 0)
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
             for spine in ax.spines.values():
-                spine.set(color=COLORS[int(scenario.kind[index])], linewidth=2.5)
+                spine.set(color=colors[scenario.kinds[int(scenario.kind[index])]], linewidth=2.5)
         axes[c, 0].set_ylabel(f"{c}", rotation=0, labelpad=8, va="center")
     figure.text(0.30, 0.93, "highest weights", ha="center")
     figure.text(0.73, 0.93, "lowest weights", ha="center")
-    handles = [plt.Line2D([], [], color=color, linewidth=4) for color in COLORS]
-    figure.legend(handles, list(KINDS), loc="lower center", ncols=len(KINDS), frameon=False)
+    handles = [plt.Line2D([], [], color=color, linewidth=4) for color in colors.values()]
+    figure.legend(handles, list(colors), loc="lower center", ncols=len(colors), frameon=False)
     return _save(figure, path, tight=False)
 
 
-def draw_curves(results: Sequence[SeedResult], path: Path) -> Path:
+def draw_curves(results: Sequence[JobResult], path: Path) -> Path:
     """The paper's Figure 2 quantities over training, one thin line per seed and their mean."""
     plt = _pyplot()
     panels = [(key, title) for key, title in PANELS if key in results[0].curves]
@@ -101,7 +155,34 @@ def draw_curves(results: Sequence[SeedResult], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_batch_size_study(rows: Sequence[dict[str, float]], data: str, path: Path) -> Path:
+def draw_study(
+    title: str,
+    xlabel: str,
+    lines: dict[str, list[tuple[float, float]]],
+    labels: Sequence[str],
+    path: Path,
+) -> Path:
+    """Accuracy (mean, standard error) of arms over the variants of a study."""
+    plt = _pyplot()
+    figure, ax = plt.subplots(figsize=(6.5, 4))
+    places = np.arange(len(labels))
+    for i, (arm, values) in enumerate(lines.items()):
+        means, errors = np.array(values).T
+        shift = 0.08 * (i - (len(lines) - 1) / 2)
+        ax.errorbar(
+            places + shift, means, yerr=2 * errors, fmt="o-", capsize=3, linewidth=1.2, label=arm
+        )
+    ax.set_xticks(places, labels)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel("test accuracy %")
+    ax.set_title(title, loc="left", fontsize=10)
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def draw_gsnr(rows: Sequence[dict[str, float]], data: str, path: Path) -> Path:
     """GSNR of the selector gradient against the selector batch, over draws and within one batch."""
     plt = _pyplot()
     figure, ax = plt.subplots(figsize=(5.5, 4))

@@ -1,152 +1,167 @@
-"""Runs the demo over seeds in parallel processes; writes table, JSON and pictures."""
+"""Runs the comparison over seeds in parallel processes; writes table, JSON and pictures."""
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 import platform
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mts_fast._files import replaced_file, writing
 from mts_fast._outputs import output_folder
-from mts_fast.demo.arms import ARMS, SeedResult, run_seed
-from mts_fast.demo.classifiers import SETTINGS, Settings
 from mts_fast.demo.figures import draw_figures
+from mts_fast.demo.jobs import Job, JobResult, available_arms, train_job
+from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.store import load_result, save_json, save_result
+from mts_fast.demo.summary import OURS, strongest_baseline, summarize
 from mts_fast.demo.tables import plus_minus, print_table
-from mts_fast.demo.workers import run_seeds, tell
+from mts_fast.demo.training import SETTINGS
+from mts_fast.demo.workers import run_tasks, tell
 
-# steps reported to the progress bar at once
-REPORT_EVERY = 20
+# summaries of ten fresh seeds, made by `make evidence`
+COMMITTED = "committed.json"
 
 
 def run_demo(
     data: str, seeds: Sequence[int], out: Path, root: str | None, steps: int | None
-) -> list[SeedResult]:
-    """Train all arms for all seeds, fill `out` and print the table."""
-    settings = SETTINGS[data]
-    if steps is not None:
-        settings = Settings(**{**asdict(settings), "steps": steps})
+) -> list[JobResult]:
+    """Train all arms for all seeds, fill `out` and print the table; finished seeds are reused."""
+    changed = {} if steps is None else {"steps": steps}
+    arms = available_arms(data)
+    jobs = [Job(data, seed, arms, root=root, settings=changed) for seed in seeds]
     with output_folder("demo", "--out", out):
-        results = _train(data, seeds, root, settings)
+        results = run_jobs(jobs, out)
         rows = summarize(results)
+        settings = replace(SETTINGS[data], **changed)
         record = {
             "data": data,
             "seeds": list(seeds),
             "settings": asdict(settings),
+            "options": OPTIONS[data],
             "machine": machine(),
             "summary": rows,
-            "runs": [
-                {k: v for k, v in asdict(r).items() if k not in ("weights", "curves")}
-                for r in results
-            ],
+            "runs": [_without_pools(result) for result in results],
         }
         console = Console()
         try:
-            save_record(record, out)
-            pictures = draw_figures(data, results, root, out)
+            save_json(out / "results.json", record, indent=1)
+            pictures = draw_figures(data, results, rows, root, out)
         finally:  # where the disk has filled up meanwhile, the table is the only output
-            print_table(console, *render(data, rows, len(seeds), plus_minus(console)))
+            committed = None if steps else committed_rows(data)
+            print_table(console, *render(data, rows, len(seeds), plus_minus(console), committed))
             _explain(console, rows)
     names = ", ".join(["results.json", *(path.name for path in pictures)])
     console.print(f"Written to {out}/: {names}", markup=False)
     return results
 
 
-def save_record(record: dict[str, Any], out: Path) -> None:
-    """Write results.json, whole or not at all."""
-    path = out / "results.json"
-    with replaced_file("demo", path) as part, writing("demo", path):
-        part.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _train(
-    data: str, seeds: Sequence[int], root: str | None, settings: Settings
-) -> list[SeedResult]:
-    """One process per core; each works through whole seeds with one thread."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        total = len(ARMS) * settings.steps
-        tasks = {s: bars.add_task(f"seed {s}: waiting", total=total) for s in seeds}
-
-        def report(seed: int, arm: str, steps: int) -> None:
-            bars.update(tasks[seed], advance=steps, description=f"seed {seed}: {arm:<30}")
-
-        def ended(seed: int, well: bool) -> None:
-            if well:
-                bars.update(tasks[seed], completed=total, description=f"seed {seed}: done")
-            else:
-                bars.update(tasks[seed], description=f"seed {seed}: failed")
-
-        return run_seeds(partial(_work, data, root, settings), seeds, report, ended)
-
-
-def _work(data: str, root: str | None, settings: Settings, seed: int) -> SeedResult:
-    torch.set_num_threads(1)
-    counted = 0
-
-    def report(arm: str, steps: int) -> None:
-        nonlocal counted
-        counted += steps
-        if counted >= REPORT_EVERY:
-            tell(seed, arm, counted)
-            counted = 0
-
-    return run_seed(data, seed, root, settings, report)
-
-
-def summarize(results: Sequence[SeedResult]) -> dict[str, dict[str, float | None]]:
-    """By arm: mean and sample deviation of accuracy (percent), of AUC, and mean seconds."""
-
-    def spread(values: list[float]) -> float:
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
-    rows: dict[str, dict[str, float | None]] = {}
-    for arm in ARMS:
-        accuracies = [100 * r.accuracy[arm] for r in results]
-        auc = [r.auc[arm] for r in results if arm in r.auc]
-        rows[arm] = {
-            "accuracy": statistics.mean(accuracies),
-            "accuracy_spread": spread(accuracies),
-            "auc": statistics.mean(auc) if auc else None,
-            "auc_spread": spread(auc) if auc else None,
-            "seconds": statistics.mean(r.seconds[arm] for r in results),
+def run_jobs(jobs: Sequence[Job], out: Path) -> list[JobResult]:
+    """The results of jobs in order: of an earlier run where it finished them, else trained here,
+    one process per core and one thread each, and saved as each job ends."""
+    results = {job.name: result for job in jobs if (result := load_result(out, job)) is not None}
+    left = [job for job in jobs if job.name not in results]
+    errors = Console(stderr=True)
+    if results:
+        errors.print(f"{len(results)} of {len(jobs)} were finished by an earlier run")
+    columns = (
+        TextColumn("{task.description}"),
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+    )
+    with Progress(*columns, console=errors) as bars:
+        tasks = {
+            job.name: bars.add_task(f"{job.name}: waiting", total=len(job.arms)) for job in left
         }
-    return rows
+        started = dict.fromkeys(tasks, 0)
+
+        def report(job: Job, arm: str) -> None:
+            bars.update(
+                tasks[job.name],
+                completed=started[job.name],
+                description=f"{job.name}: {arm:<38}",
+            )
+            started[job.name] += 1
+
+        def ended(job: Job, well: bool) -> None:
+            end = {"completed": len(job.arms)} if well else {}
+            bars.update(
+                tasks[job.name], description=f"{job.name}: {'done' if well else 'failed'}", **end
+            )
+
+        trained = run_tasks(partial(_work, str(out)), left, report, ended)
+    results |= {job.name: result for job, result in zip(left, trained, strict=True)}
+    return [results[job.name] for job in jobs]
+
+
+def _work(out: str, job: Job) -> JobResult:
+    torch.set_num_threads(1)
+    result = train_job(job, lambda arm: tell(job, arm))
+    save_result(Path(out), job, result)
+    return result
+
+
+def _without_pools(result: JobResult) -> dict[str, Any]:
+    """A result without what has an entry for every sample or step."""
+    return {k: v for k, v in asdict(result).items() if k not in ("weights", "curves")}
+
+
+def committed_rows(data: str) -> dict[str, dict[str, Any]] | None:
+    """The committed summary of ten fresh seeds; None of data that has none."""
+    path = importlib.resources.files("mts_fast.demo").joinpath(COMMITTED)
+    try:
+        return json.loads(path.read_text()).get(data)
+    except FileNotFoundError:
+        return None
 
 
 def render(
-    data: str, rows: dict[str, dict[str, float | None]], seeds: int, sign: str
+    data: str,
+    rows: dict[str, dict[str, Any]],
+    seeds: int,
+    sign: str,
+    committed: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of the table; `sign` stands between a mean and its spread."""
+    """Title, columns and rows of the table; `sign` stands between a mean and its error."""
+
+    def cell(row: dict[str, Any], name: str, digits: int = 1) -> str:
+        if name not in row:
+            return ""
+        error = row[f"{name}_se"]
+        text = f"{row[name]:.{digits}f}"
+        return text if error is None else f"{text} {sign} {error:.{digits}f}"
+
+    columns = ["trained on", "test accuracy %", "worst group %", "AUC of weights"]
+    columns += [f"{OURS} ahead by", "seconds"]
+    if committed is not None:
+        columns.append("accuracy, 10 committed seeds")
     lines = []
     for arm, row in rows.items():
-        auc = "" if row["auc"] is None else f"{row['auc']:.2f} {sign} {row['auc_spread']:.2f}"
-        accuracy = f"{row['accuracy']:.1f} {sign} {row['accuracy_spread']:.1f}"
-        lines.append([arm, accuracy, auc, f"{row['seconds']:.1f}"])
-    columns = ["trained on", "test accuracy %", "AUC of weights", "seconds"]
-    return f"{data}: mean and spread over {seeds} seeds", columns, lines
+        line = [arm, cell(row, "accuracy"), cell(row, "worst_group"), cell(row, "auc", 2)]
+        line += [cell(row, "ahead"), f"{row['seconds']:.1f}"]
+        if committed is not None:
+            line.append(cell(committed[arm], "accuracy") if arm in committed else "")
+        lines.append(line)
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+    title = f"{data}: mean and standard error of {seeds} seeds"
+    return title, [columns[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
-def _explain(console: Console, rows: dict[str, dict[str, float | None]]) -> None:
-    gain = _value(rows, "MTS") - _value(rows, "all, unweighted")
-    fair = _value(rows, "MTS weights, retrained") - _value(rows, "real + validation")
+def _explain(console: Console, rows: dict[str, dict[str, Any]]) -> None:
+    if OURS not in rows:
+        return
+    name = strongest_baseline(rows)
+    alike = rows["everything alike"]["ahead"]
     console.print(
-        f"MTS against training on everything alike: {gain:+.1f} points. Retrained with its weights "
-        f"against real + validation data alone (the fair control): {fair:+.1f} points."
+        f"{OURS}: {rows[name]['ahead']:+.1f} points against the strongest baseline of this run"
+        f" ({name}), {alike:+.1f} against training on everything alike."
     )
-
-
-def _value(rows: dict[str, dict[str, float | None]], arm: str) -> float:
-    return rows[arm]["accuracy"] or 0.0
 
 
 def machine() -> dict[str, str | int | None]:

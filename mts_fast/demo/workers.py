@@ -1,4 +1,4 @@
-"""Processes of the demo: one works through a whole seed, and none outlives the main one."""
+"""Processes of the demo: one works through a whole task, and none outlives the main one."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from mts_fast._check import fail
 from mts_fast._process import postponed
 
-# time between checks of the main process for seeds that have ended
+# time between checks of the main process for tasks that have ended
 POLL_SECONDS = 0.2
 # signals that a terminal sends to all processes; the main one ends its workers
 SENT_TO_ALL = (signal.SIGINT, signal.SIGHUP)
+
+T = TypeVar("T")
 
 # queue of a worker's reports
 _messages: Any = None
 
 
-def run_seeds(
-    work: Callable[[int], Any],
-    seeds: Sequence[int],
-    report: Callable[[int, str, int], None],
-    ended: Callable[[int, bool], None],
+def run_tasks(
+    work: Callable[[T], Any],
+    tasks: Sequence[T],
+    report: Callable[[T, str], None],
+    ended: Callable[[T, bool], None],
 ) -> list[Any]:
-    """work(seed) of every seed in processes, one per core; the results in order.
+    """work(task) of every task in processes, one per core; the results in order.
 
-    `report` gets the messages that workers send by `tell`; `ended` gets a seed, and whether it
-    succeeded. The first seed that fails, or an interrupt, ends all processes.
+    `report` gets the messages (task, text) that workers send by `tell`; `ended` gets a task, and
+    whether it succeeded. The first task that fails, or an interrupt, ends all processes.
 
     Raises:
         RuntimeError: a process was killed.
         Exception: what `work` raised.
     """
+    if not tasks:
+        return []
     context = multiprocessing.get_context("spawn")
     with _blocked(SENT_TO_ALL):  # starts multiprocessing's resource tracker
         messages = context.Queue()
-    count = min(len(seeds), os.cpu_count() or 1)
+    count = min(len(tasks), os.cpu_count() or 1)
     before = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(count, context, _start_worker, (messages,)) as pool:
         try:
             with _blocked(SENT_TO_ALL):
-                futures = {pool.submit(work, seed): seed for seed in seeds}
+                futures = {pool.submit(work, task): task for task in tasks}
             workers = {*multiprocessing.active_children()} - before
             return _collect(futures, workers, messages, report, ended)
         except BaseException:
@@ -65,18 +69,18 @@ def tell(*message: Any) -> None:
 
 
 def _collect(
-    futures: dict[Future, int],
+    futures: dict[Future, T],
     workers: set[BaseProcess],
     messages: Any,
-    report: Callable[[int, str, int], None],
-    ended: Callable[[int, bool], None],
+    report: Callable[[T, str], None],
+    ended: Callable[[T, bool], None],
 ) -> list[Any]:
     running = dict(futures)
     while running:
         for future in [future for future in running if future.done()]:
-            seed = running.pop(future)
+            task = running.pop(future)
             error = future.exception()
-            ended(seed, error is None)
+            ended(task, error is None)
             if isinstance(error, BrokenProcessPool):
                 _fail_for_killed_process()
             if error is not None:
@@ -87,16 +91,16 @@ def _collect(
                 ended(running[future], False)
             _fail_for_killed_process()
         try:
-            seed, arm, steps = messages.get(timeout=POLL_SECONDS)
+            task, text = messages.get(timeout=POLL_SECONDS)
         except queue.Empty:
             continue
-        if seed in running.values():
-            report(seed, arm, steps)
+        if task in running.values():
+            report(task, text)
     return [future.result() for future in futures]
 
 
 def _fail_for_killed_process() -> NoReturn:
-    expected = "alive until its seed is done"
+    expected = "alive until its work is done"
     hint = "it may have had too little memory: close other programs, run fewer --seeds"
     fail(RuntimeError, "demo", "every process", expected, "one that was killed", hint)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +12,59 @@ from torch import Tensor, nn
 import mts_fast
 from mts_fast.demo.arms.plain import retrain_last_layer
 from mts_fast.demo.arms.seed_run import Options, Outcome, SeedRun
-from mts_fast.demo.data import CLASSES
+from mts_fast.demo.data import CLASSES, REAL
 from mts_fast.demo.training import build_classifier, build_optimizer, epochs
 from mts_fast.features import PAPER_COLUMNS, FeatureTable
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
-# number of selectors whose weights are averaged
-AVERAGED = 10
+# times in a run at which the whole pool is weighed; the weights of the second half are averaged,
+# since those of a single selector are noisy
+WEIGHINGS = 40
 # points stored of each curve
 CURVE_POINTS = 120
 SELECTOR_OPTIONS = (
     *("selector_lr", "selector_every", "hypergradient_lr", "warmup_share", "batch_size"),
     *("selector_weight_decay", "online_momentum"),
 )
+FEATURE_OPTIONS = ("embeddings", "features")
 
 # features [B, F] of pool samples under the current classifier
 BatchFeatures = Callable[[nn.Module, Tensor], Tensor]
+
+
+def mts(run: SeedRun, options: Options) -> Outcome:
+    """MTS itself: the classifier that was trained while the weights were learned."""
+
+    def train() -> Outcome:
+        if options.get("features") == "loss":
+            return MTSRun.loss_only(run, options, track_gsnr=True).train()
+        columns = pool_features(run, options)
+        return MTSRun.with_features(run, columns, options, track_gsnr=True).train()
+
+    names = (*SELECTOR_OPTIONS, *FEATURE_OPTIONS, "lr", "weight_decay")
+    return run.once(("MTS", *(options.get(name) for name in names)), train)
+
+
+def mts_weights(run: SeedRun, options: Options) -> Outcome:
+    """The recipe: a new classifier on a clean share, and samples drawn by the weights of MTS."""
+    learned = mts(run, options)
+    assert learned.weights is not None
+    return Outcome(run.mixed(learned.weights, options), learned.weights)
+
+
+def mts_last_layer(run: SeedRun, options: Options) -> Outcome:
+    """The same, its last layer retrained on the clean data."""
+    learned = mts_weights(run, options)
+    return Outcome(retrain_last_layer(run, learned.model, {}), learned.weights)
+
+
+def loss_only(run: SeedRun, options: Options) -> Outcome:
+    """Meta-Weight-Net (Shu et al. 2019): a selector that sees the loss; its weights, retrained."""
+    key = ("loss only", *(options.get(name) for name in SELECTOR_OPTIONS))
+    learned = run.once(key, lambda: MTSRun.loss_only(run, options).train())
+    assert learned.weights is not None
+    return Outcome(run.mixed(learned.weights, options), learned.weights)
 
 
 def embeddings_of(run: SeedRun, source: str) -> Tensor:
@@ -43,20 +78,28 @@ def embeddings_of(run: SeedRun, source: str) -> Tensor:
 
 
 def pool_features(run: SeedRun, options: Options) -> Tensor:
-    """Standardised columns [N, F] of the pool: the paper's 13 offline ones, and further ones.
+    """Standardised columns [N, F] of the pool, by `options["features"]`.
 
-    `holdout` adds loss under the classifier of the validation data, and what the classifier of
-    everything reduces it by.
+    "paper": its 13 offline columns, default; "all": with the loss under the classifier of the
+    validation data, and what that of everything reduces it by; "distribution", "dynamics": a part
+    of the paper's; "online": none.
     """
     images, labels = run.scenario.pool.images, run.scenario.pool.labels
+    kind = options.get("features", "paper")
+    if kind == "online":
+        return images.new_empty(len(labels), 0)
     embeddings = embeddings_of(run, options.get("embeddings", "pixels"))
-    table = FeatureTable(
+    distribution = FeatureTable(
         mts_fast.features.distribution_features(embeddings, labels, run.scenario.is_synthetic)
     )
-    table.update(mts_fast.features.training_dynamics(run.everything, images, labels))
-    table.update(run.forgetting.columns())
-    columns = [table.standardized(PAPER_COLUMNS)]
-    if options.get("holdout_columns", False):
+    dynamics = FeatureTable(mts_fast.features.training_dynamics(run.everything, images, labels))
+    dynamics.update(run.forgetting.columns())
+    if kind == "distribution":
+        return distribution.standardized()
+    if kind == "dynamics":
+        return dynamics.standardized()
+    columns = [FeatureTable({**distribution, **dynamics}).standardized(PAPER_COLUMNS)]
+    if kind == "all":
         clean = run.probability(run.by_validation).clamp(min=1e-8).log()
         gap = clean - run.probability(run.everything).clamp(min=1e-8).log()
         extra = torch.stack([clean, gap], 1)
@@ -123,7 +166,7 @@ class MTSRun:
         )
 
     @classmethod
-    def loss_only(cls, run: SeedRun, options: Options) -> MTSRun:
+    def loss_only(cls, run: SeedRun, options: Options, *, track_gsnr: bool = False) -> MTSRun:
         """A selector that sees nothing but the sample's current loss (Meta-Weight-Net)."""
 
         def current_loss(model: nn.Module, indices: Tensor) -> Tensor:
@@ -133,7 +176,7 @@ class MTSRun:
 
         torch.manual_seed(run.seed)
         selector = mts_fast.Selector(1, CLASSES, class_embedding=0, group_embedding=0)
-        return cls(run, selector, current_loss, options, online=False)
+        return cls(run, selector, current_loss, options, online=False, track_gsnr=track_gsnr)
 
     def take_step(self, indices: Tensor) -> mts_fast.StepResult:
         """One step on these pool samples [B]."""
@@ -147,27 +190,38 @@ class MTSRun:
             val_labels=val.labels,
         )
 
-    def train(self, *, stop: int | None = None) -> Outcome:
-        """Train to the end, or for `stop` steps, and weigh the whole pool."""
+    def train(self) -> Outcome:
+        """Train to the end, and weigh the whole pool now and then."""
         steps = epochs(len(self.scenario.pool), self.settings, self.generator)
         every = max(1, self.settings.steps // CURVE_POINTS)
-        # single selectors are noisy: the weights are averaged over the second half of training
-        half = self.settings.steps // 2
-        apart = max(1, half // AVERAGED)
-        history, weights = [], []
-        for count, indices in enumerate(islice(steps, stop)):
+        apart = max(1, self.settings.steps // WEIGHINGS)
+        history: list[mts_fast.StepResult] = []
+        weights: dict[int, Tensor] = {}
+        for count, indices in enumerate(steps):
             sampled = count % every == 0
             self.step.track_gsnr = sampled and self.track_gsnr
             result = self.take_step(indices)
             self.schedule.step()
             if sampled:
                 history.append(result)
-            if count >= half and (count - half) % apart == 0:
-                weights.append(self.pool_weights())
+            if (count + 1) % apart == 0 or count + 1 == self.settings.steps:
+                weights[count + 1] = self.pool_weights()
             self.progress(1)
-        weights.append(self.pool_weights())
-        average = torch.stack(weights).mean(0)
-        return Outcome(self.step.model.eval(), average, _curves(history, every))
+        half = self.settings.steps // 2
+        average = torch.stack([w for at, w in weights.items() if at > half]).mean(0)
+        curves = _curves(history, every) | self._weights_by_kind(weights)
+        return Outcome(self.step.model.eval(), average, curves)
+
+    def _weights_by_kind(self, weights: dict[int, Tensor]) -> dict[str, list[float]]:
+        """Mean weight of every kind at the times of the weighings."""
+        kinds = {"real": REAL, **{name: i for i, name in enumerate(self.scenario.kinds)}}
+        curves = {
+            f"weight: {name}": [
+                float(w[self.scenario.kind == kind].mean()) for w in weights.values()
+            ]
+            for name, kind in kinds.items()
+        }
+        return {"weighed at": [float(at) for at in weights], **curves}
 
     def pool_weights(self) -> Tensor:
         """Weights [N] of the whole pool under the current selector."""

@@ -79,7 +79,9 @@ def group_dro(run: SeedRun, options: Options) -> Outcome:
     share = 1 / groups.bincount(minlength=count).clamp(min=1)[groups]
     for _ in range(settings.steps):
         indices = torch.multinomial(share, settings.batch_size, True, generator=generator)
-        losses = F.cross_entropy(model(both.images[indices]), both.labels[indices], reduction="none")
+        losses = F.cross_entropy(
+            model(both.images[indices]), both.labels[indices], reduction="none"
+        )
         sums = torch.zeros(count).index_add(0, groups[indices], losses)
         means = sums / groups[indices].bincount(minlength=count).clamp(min=1)
         q = q * (options.get("group_lr", 0.01) * means.detach()).exp()
@@ -90,4 +92,3 @@ def group_dro(run: SeedRun, options: Options) -> Outcome:
         schedule.step()
         run.progress(1)
     return Outcome(model.eval())
-

@@ -45,6 +45,8 @@ class SeedRun:
         self.settings = settings
         self.seed = seed
         self.progress = progress
+        # outcomes of learned selectors, by everything that they depend on
+        self._outcomes: dict[tuple[Any, ...], Outcome] = {}
 
     def with_options(self, options: Options) -> Settings:
         """The settings, with those that an arm has of its own."""
@@ -62,9 +64,7 @@ class SeedRun:
             self.scenario.pool, batches, settings, self.seed, self.progress, watch=watch
         )
 
-    def mixed(
-        self, weights: Tensor, options: Options, model: nn.Module | None = None
-    ) -> nn.Module:
+    def mixed(self, weights: Tensor, options: Options, model: nn.Module | None = None) -> nn.Module:
         """The recipe for weights: a share of every batch is clean, the rest is drawn by weight."""
         settings = self.with_options(options)
         scenario = self.scenario
@@ -107,6 +107,12 @@ class SeedRun:
     def by_real(self) -> nn.Module:
         """Trained on real and validation data, half each."""
         return self.mixed((~self.scenario.is_synthetic).float(), {})
+
+    def once(self, key: tuple[Any, ...], train: Callable[[], Outcome]) -> Outcome:
+        """The outcome of `train`, which several arms look at."""
+        if key not in self._outcomes:
+            self._outcomes[key] = train()
+        return self._outcomes[key]
 
     def probability(self, model: nn.Module) -> Tensor:
         """[N]: the probability of each pool sample's label under a classifier."""

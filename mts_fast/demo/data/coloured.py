@@ -8,7 +8,7 @@ neither the loss nor the colour alone tells good samples from bad.
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from mts_fast.demo.data.edits import Edit, edit_images
 from mts_fast.demo.data.images import LabelledImages, load_digits, load_fashion
 from mts_fast.demo.data.scenario import CLASSES, REAL, Scenario
-from mts_fast.demo.data.splits import in_turns, random_of_classes, ranks_in_class
+from mts_fast.demo.data.splits import random_of_classes, ranks_in_class
 
 # kinds of synthetic samples
 KINDS = ("colour of its class", "another colour", "wrong label")
@@ -31,21 +31,11 @@ DIGITS_EDIT = Edit(rotation=10, shear=0.1, log_scale=0.08, shift=0.08, elastic=0
 FASHION_NOISE, FASHION_GAMMA = 0.03, 0.9
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Images of each part."""
-
-    real: int
-    synthetic: int
-    val_per_class: int
-
-
-DIGITS = Sizes(real=200, synthetic=4000, val_per_class=3)
-FASHION = Sizes(real=1000, synthetic=8000, val_per_class=10)
-
-
 def coloured_digits(
-    generator: torch.Generator, _: str | None, sizes: Sizes = DIGITS, shares=SHARES
+    generator: torch.Generator,
+    _: str | None,
+    val_per_class: int = 3,
+    shares: Sequence[float] = SHARES,
 ) -> Scenario:
     """scikit-learn's digits; synthetic images are edits of others than the real ones."""
     digits = load_digits()
@@ -55,11 +45,14 @@ def coloured_digits(
     def edit(images: Tensor) -> Tensor:
         return edit_images(images, DIGITS_EDIT, generator)
 
-    return _make(train, test, sizes, shares, edit, generator)
+    return _make(train, test, 200, _kinds(4000, shares), val_per_class, edit, generator)
 
 
 def coloured_fashion(
-    generator: torch.Generator, root: str | None, sizes: Sizes = FASHION, shares=SHARES
+    generator: torch.Generator,
+    root: str | None,
+    val_per_class: int = 10,
+    shares: Sequence[float] = SHARES,
 ) -> Scenario:
     """Fashion-MNIST at 14 x 14; synthetic images are others than the real ones."""
     train, test = load_fashion(root)
@@ -68,7 +61,7 @@ def coloured_fashion(
         noise = torch.randn(images.shape, generator=generator) * FASHION_NOISE
         return (images + noise).clamp(0, 1) ** FASHION_GAMMA
 
-    return _make(train, test, sizes, shares, edit, generator)
+    return _make(train, test, 1000, _kinds(8000, shares), val_per_class, edit, generator)
 
 
 def paint(images: Tensor, colour: Tensor) -> Tensor:
@@ -76,21 +69,32 @@ def paint(images: Tensor, colour: Tensor) -> Tensor:
     return INK * images + BACKGROUND * (1 - images) * PALETTE[colour][:, :, None, None]
 
 
-def _make(train, test, sizes, shares, edit, generator) -> Scenario:
+def _kinds(count: int, shares: Sequence[float]) -> Tensor:
+    """[about count]: the kind of every synthetic sample."""
+    counts = [round(share * count) for share in shares]
+    return torch.repeat_interleave(torch.arange(len(KINDS)), torch.tensor(counts))
+
+
+def _make(
+    train: LabelledImages,
+    test: LabelledImages,
+    reals: int,
+    kind: Tensor,
+    val_per_class: int,
+    edit: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+) -> Scenario:
     def any_colour(count: int) -> Tensor:
         return torch.randint(CLASSES, (count,), generator=generator)
 
     rank = ranks_in_class(train.labels, generator)
-    val = train[(rank < sizes.val_per_class).nonzero().flatten()]
-    val = val[in_turns(val.labels)]
-    rest = (rank >= sizes.val_per_class).nonzero().flatten()
+    val = train[(rank < val_per_class).nonzero().flatten()]
+    rest = (rank >= val_per_class).nonzero().flatten()
     rest = rest[torch.randperm(len(rest), generator=generator)]
-    real, base = train[rest[: sizes.real]], train[rest[sizes.real :]]
-    biased = torch.rand(sizes.real, generator=generator) < BIAS
-    real_colour = torch.where(biased, real.labels, any_colour(sizes.real))
+    real, base = train[rest[:reals]], train[rest[reals:]]
+    biased = torch.rand(reals, generator=generator) < BIAS
+    real_colour = torch.where(biased, real.labels, any_colour(reals))
 
-    counts = [round(share * sizes.synthetic) for share in shares]
-    kind = torch.repeat_interleave(torch.arange(len(KINDS)), torch.tensor(counts))
     labels = any_colour(len(kind))
     wrong = kind == KINDS.index("wrong label")
     other = (labels + 1 + torch.randint(CLASSES - 1, labels.shape, generator=generator)) % CLASSES
@@ -107,7 +111,7 @@ def _make(train, test, sizes, shares, edit, generator) -> Scenario:
     clean = LabelledImages(paint(val.images, val_colour), val.labels)
     return Scenario(
         pool=pool,
-        kind=torch.cat([torch.full((sizes.real,), REAL), kind]),
+        kind=torch.cat([torch.full((reals,), REAL), kind]),
         kinds=KINDS,
         helpful=HELPFUL,
         clean=clean,

@@ -15,7 +15,7 @@ from mts_fast.demo.data.edits import Edit, edit_images
 from mts_fast.demo.data.glyphs import draw_glyphs
 from mts_fast.demo.data.images import LabelledImages, load_digits, load_fashion
 from mts_fast.demo.data.scenario import CLASSES, REAL, Scenario
-from mts_fast.demo.data.splits import in_turns, random_of_classes, ranks_in_class
+from mts_fast.demo.data.splits import random_of_classes, ranks_in_class
 
 # kinds of synthetic samples and the share of each among them
 KINDS = {
@@ -92,7 +92,7 @@ def _split(
     last = REAL_PER_CLASS + VALIDATION_PER_CLASS
     real, rest = rank < REAL_PER_CLASS, rank >= last
     real, val, rest = (images[m.nonzero().flatten()] for m in (real, ~real & ~rest, rest))
-    return real, val[in_turns(val.labels)], rest
+    return real, val, rest
 
 
 def _digits(real: LabelledImages, generator: torch.Generator) -> Synthesize:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,23 +52,25 @@ class Scenario:
         """The real images of the pool."""
         return self.pool[self.kind == REAL]
 
-    def with_validation(self, size: int) -> Scenario:
-        """The same with the first `size` validation images, which are in turns of the classes."""
-        first = torch.arange(size)
-        extra = len(self.clean) - len(self.val)  # clean data that are no validation data
-        clean = torch.cat([torch.arange(extra), extra + first])
-        groups = None if self.val_groups is None else self.val_groups[first]
-        return replace(self, val=self.val[first], clean=self.clean[clean], val_groups=groups)
 
+def make_scenario(
+    data: str, seed: int, root: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Scenario:
+    """The scenario of one of DATA for one seed.
 
-def make_scenario(data: str, seed: int, root: str | None = None) -> Scenario:
-    """The scenario of one of DATA for one seed; `root` holds the IDX files of Fashion-MNIST."""
+    Args:
+        data: one of DATA.
+        seed: of all draws.
+        root: folder of Fashion-MNIST's files; default: where they usually are.
+        changes: of the coloured scenarios: `val_per_class`, and `shares` of KINDS.
+    """
     from mts_fast.demo.data import coloured, planted
 
-    makers: dict[str, Callable[[torch.Generator, str | None], Scenario]] = {
+    makers: dict[str, Callable[..., Scenario]] = {
         "coloured-digits": coloured.coloured_digits,
         "coloured-fashion": coloured.coloured_fashion,
         "digits": planted.planted_digits,
         "fashion": planted.planted_fashion,
     }
-    return makers[data](torch.Generator().manual_seed(seed), root)
+    generator = torch.Generator().manual_seed(seed)
+    return makers[data](generator, root, **(changes or {}))

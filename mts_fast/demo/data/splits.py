@@ -18,18 +18,7 @@ def ranks_in_class(labels: Tensor, generator: torch.Generator) -> Tensor:
     return rank
 
 
-def in_turns(labels: Tensor) -> Tensor:
-    """An order [N] that visits the classes in turns, so that every beginning is balanced."""
-    rank = torch.empty_like(labels)
-    for c in labels.unique().tolist():
-        members = (labels == c).nonzero().flatten()
-        rank[members] = torch.arange(len(members))
-    return rank.argsort(stable=True)
-
-
-def random_of_classes(
-    images: LabelledImages, labels: Tensor, generator: torch.Generator
-) -> Tensor:
+def random_of_classes(images: LabelledImages, labels: Tensor, generator: torch.Generator) -> Tensor:
     """One random image [n, C, H, W] for each label [n]."""
     picked = images.images.new_empty(len(labels), *images.images.shape[1:])
     for c in labels.unique().tolist():

@@ -1,4 +1,4 @@
-"""`--study batch-size`: GSNR of the selector's gradient against the selector batch, on real data.
+"""`--study gsnr`: GSNR of the selector's gradient against the selector batch, on real data.
 
 The paper's central claim: small batches give no usable meta-gradient. All parameters stay fixed in
 mid-training; only the batch is drawn again.
@@ -7,7 +7,9 @@ mid-training; only the batch is drawn again.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,14 +17,16 @@ from rich.console import Console
 from rich.progress import track
 
 from mts_fast._outputs import output_folder
-from mts_fast.demo.classifiers import SETTINGS, train_weighted
-from mts_fast.demo.figures import draw_batch_size_study
-from mts_fast.demo.run import machine, save_record
-from mts_fast.demo.scenario import Scenario, make_scenario
-from mts_fast.demo.selection import MTSRun, pool_features
+from mts_fast.demo.arms.learned import MTSRun, pool_features
+from mts_fast.demo.arms.seed_run import SeedRun
+from mts_fast.demo.data import make_scenario
+from mts_fast.demo.figures import draw_gsnr
+from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.run import machine
+from mts_fast.demo.store import save_json
 from mts_fast.demo.tables import print_table
+from mts_fast.demo.training import SETTINGS, epochs
 from mts_fast.diagnostics import GSNRMeter
-from mts_fast.features import ForgettingCounter
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 32
@@ -30,15 +34,16 @@ DRAWS = 32
 STOP_SHARE = 0.4
 
 
-def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> list[dict]:
+def run_gsnr_study(
+    data: str, seed: int, out: Path, root: str | None, sizes: Sequence[int] = BATCH_SIZES
+) -> list[dict[str, float]]:
     """Train to mid-way, then measure; writes results.json and gsnr_by_batch_size.png."""
     with output_folder("demo", "--out", out):
         progress = Console(stderr=True)
-        scenario = make_scenario(data, seed, root)
-        run = _mid_training(scenario, data, seed, progress)
+        run = _mid_training(data, seed, root, progress)
         generator = torch.Generator().manual_seed(seed)
-        sizes = track(BATCH_SIZES, "measuring", console=progress)
-        rows = [_measure(run, size, generator) for size in sizes]
+        measured = track(sizes, "measuring", console=progress)
+        rows = [_measure(run, size, generator) for size in measured]
         record = {
             "data": data,
             "seed": seed,
@@ -50,15 +55,15 @@ def run_batch_size_study(data: str, seed: int, out: Path, root: str | None) -> l
         }
         console = Console()
         try:
-            save_record(record, out)
-            picture = draw_batch_size_study(rows, data, out / "gsnr_by_batch_size.png")
+            save_json(out / "results.json", record, indent=1)
+            picture = draw_gsnr(rows, data, out / "gsnr_by_batch_size.png")
         finally:  # where the disk has filled up meanwhile, the table is the only output
             print_table(console, *_table(data, rows))
     console.print(f"Written to {out}/: results.json, {picture.name}", markup=False)
     return rows
 
 
-def _table(data: str, rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
+def _table(data: str, rows: list[dict[str, float]]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows."""
     title = f"{data}: GSNR of the selector gradient, {DRAWS} draws, parameters fixed"
     columns = ["selector batch", "GSNR over draws", "GSNR within one batch (mean)"]
@@ -69,19 +74,17 @@ def _table(data: str, rows: list[dict]) -> tuple[str, list[str], list[list[str]]
     return title, columns, values
 
 
-def _mid_training(scenario: Scenario, data: str, seed: int, console: Console) -> MTSRun:
-    settings = SETTINGS[data]
-
-    def silent(_: int) -> None:
-        """No progress bar of its own."""
-
+def _mid_training(data: str, seed: int, root: str | None, console: Console) -> MTSRun:
     with console.status("training to mid-way"):
-        counter = ForgettingCounter(len(scenario.pool))
-        unselected = train_weighted(scenario.pool, settings, seed, silent, counter=counter)
-        table = pool_features(scenario, unselected, counter)
-        run = MTSRun.with_features(scenario, table, settings, seed, track_gsnr=True)
-        run.train(silent, stop=round(STOP_SHARE * settings.steps))
-    return run
+        settings = SETTINGS[data]
+        run = SeedRun(make_scenario(data, seed, root), settings, seed, lambda _: None)
+        options = OPTIONS[data].get("MTS weights", {})
+        learner = MTSRun.with_features(run, pool_features(run, options), options)
+        batches = epochs(len(run.scenario.pool), settings, torch.Generator().manual_seed(seed))
+        for indices in islice(batches, round(STOP_SHARE * settings.steps)):
+            learner.take_step(indices)
+            learner.schedule.step()
+    return learner
 
 
 def _measure(run: MTSRun, size: int, generator: torch.Generator) -> dict[str, float]:
