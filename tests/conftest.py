@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the device, and repeatable random numbers."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from mts_fast.backends.registry import backend_reasons
 
 
 def pytest_configure(config):
+    # a shell starts background jobs with SIGINT ignored; the tests of interruptions send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # several test processes share the cores: one thread each, so that they do not compete.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)

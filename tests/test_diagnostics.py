@@ -5,7 +5,7 @@ import pytest
 import torch
 from comparison import assert_bitwise, generators, relative
 from models import CLASSES
-from step_worlds import World
+from step_run import StepRun
 
 import mts_fast
 from mts_fast.diagnostics import GSNRMeter, selector_gsnr, weight_statistics
@@ -276,32 +276,32 @@ def test_refused_selectors(change, error, message):
 
 @pytest.mark.parametrize("two_batches", [False, True])
 def test_step_tracks_the_gsnr_of_its_selector_gradient(two_batches, device):
-    world = World(
+    run = StepRun(
         device, dtype=torch.float64, engine="forward_mode", online_features=False, track_gsnr=True
     )
-    arguments = world.arguments(0, two_batches=two_batches)
+    arguments = run.arguments(0, two_batches=two_batches)
     used = vars(arguments["selector_batch"]) if two_batches else arguments
     inputs = tuple(used[k] for k in ("features", "labels", "is_synthetic"))
-    z = world.selector(*inputs)
-    before = [p.detach().clone() for p in world.selector.parameters()]
-    result = world.step(**arguments)
+    z = run.selector(*inputs)
+    before = [p.detach().clone() for p in run.selector.parameters()]
+    result = run.step(**arguments)
     p = mts_fast.normalize_weights(z.detach())
     cotangent = mts_fast.selector_gradient(result.dots, z.detach(), p)
-    gradient = [q.grad.clone() for q in world.selector.parameters()]
-    for q, old in zip(world.selector.parameters(), before, strict=True):
+    gradient = [q.grad.clone() for q in run.selector.parameters()]
+    for q, old in zip(run.selector.parameters(), before, strict=True):
         q.data.copy_(old)
-    rows = contributions(world.selector, inputs, cotangent)
+    rows = contributions(run.selector, inputs, cotangent)
     # the contributions sum to the gradient of the step; observed 2e-16
     total = torch.from_numpy(rows.sum(0)).to(device)
     assert relative(total, torch.cat([g.flatten() for g in gradient])) < 1e-12
     expected = numpy_gsnr(rows, pooled=len(rows))
     assert result.gsnr.item() == pytest.approx(expected, rel=1e-9)  # observed 1e-13
-    assert not World(device).step.track_gsnr
+    assert not StepRun(device).step.track_gsnr
 
 
 def test_step_without_tracking_has_none(device):
-    world = World(device, selector_every=2, track_gsnr=True)
-    assert world.step(**world.arguments(0)).gsnr is not None
-    assert world.step(**world.arguments(1)).gsnr is None
-    plain = World(device)
+    run = StepRun(device, selector_every=2, track_gsnr=True)
+    assert run.step(**run.arguments(0)).gsnr is not None
+    assert run.step(**run.arguments(1)).gsnr is None
+    plain = StepRun(device)
     assert plain.step(**plain.arguments(0)).gsnr is None

@@ -99,7 +99,8 @@ def explain_engine(
         batch = LabelledBatch(inputs, labels)
         calls, more, final = _uses(ghost, batch)
         seen |= calls
-        why = sorted({*why, *more})
+        refused = {reason.partition(":")[0] for reason in why}  # modules: what they call is moot
+        why = sorted({*why, *(r for r in more if r.partition(":")[0] not in refused)})
     reasons = {"ghost": why} if not final else dict.fromkeys(ENGINES, why)
     for name in [] if final else list(ENGINES)[1:]:
         engine = make_engine(name, objective, parameters)

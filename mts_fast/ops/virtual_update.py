@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_number, fail
+from mts_fast._check import check_device, check_floating, check_number, describe, fail
 from mts_fast.backends.cpp import virtual_update as cpp
 from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import virtual_update as triton
-from mts_fast.ops.update_rules import rule_of
-from mts_fast.ops.virtual_update_checks import (
-    OP,
-    check_like,
-    check_optimizer,
-    trainable_parameters,
-)
+from mts_fast.ops.update_rules import check_optimizer, rule_of, trainable_parameters
 from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.reference.virtual_update import State, masked_direction
 
@@ -36,6 +30,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+OP = "virtual_update"
 DIRECTION = "hypergradient_direction"
 ALONG = "virtual_update_along"
 
@@ -120,7 +115,7 @@ class VirtualUpdate:
         Call it before the real step: the optimizer's state is read, not copied. The list has
         `masked_entries`, how many entries of kappa were taken for noise and set to 0.
         """
-        check_like("direction", direction, self._before)
+        _check_like("direction", direction, self._before)
         _check_lr(hypergradient_lr)
         scaled: list[Tensor | None] = [None] * len(direction)
         counts: list[Tensor] = []
@@ -197,12 +192,12 @@ def virtual_update(
     """
     check_optimizer(optimizer)
     parameters = trainable_parameters(optimizer)
-    check_like("gradients", gradients, parameters)
+    _check_like("gradients", gradients, parameters)
     if all(g is None for g in gradients):
         hint = "the loss does not depend on any parameter of the optimizer"
         fail(ValueError, OP, "gradients", "given for at least one parameter", "none", hint)
     if along is not None:
-        check_like("along", along, parameters)
+        _check_like("along", along, parameters)
     elif hypergradient_lr is not None:
         hint = "without it, give it to .scale()"
         fail(ValueError, OP, "hypergradient_lr", "given together with along", "alone", hint)
@@ -261,6 +256,25 @@ def _select(indices: list[int], column: Sequence[T | None]) -> list[T]:
 
 def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True)]
+
+
+def _check_like(arg: str, tensors: object, parameters: Sequence[Tensor]) -> None:
+    """One per parameter, of its shape and on its device, dense and floating-point, or None."""
+    expected = f"one per trainable parameter ({len(parameters)})"
+    hint = "give a list in the order of the optimizer's groups, with None where there is none"
+    if not isinstance(tensors, list | tuple):
+        fail(TypeError, OP, arg, f"a list, {expected}", describe(tensors), hint)
+    if len(tensors) != len(parameters):
+        fail(ValueError, OP, arg, expected, len(tensors), hint)
+    for i, (parameter, tensor) in enumerate(zip(parameters, tensors, strict=True)):
+        if tensor is None:
+            continue
+        check_floating(OP, f"{arg}[{i}]", tensor)
+        if tensor.shape != parameter.shape:
+            expected = f"of shape {tuple(parameter.shape)}"
+            hint = f"parameter {i} of mts_fast.ops.trainable_parameters(optimizer) has that shape"
+            fail(ValueError, OP, f"{arg}[{i}]", expected, tuple(tensor.shape), hint)
+        check_device(OP, f"{arg}[{i}]", tensor, parameter.device, f"parameter {i}")
 
 
 def _check_lr(hypergradient_lr: float | None) -> None:

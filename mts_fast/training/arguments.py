@@ -21,7 +21,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.backends.registry import BACKENDS
-from mts_fast.ops.virtual_update_checks import check_optimizer
+from mts_fast.ops.update_rules import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 
 OP = "MTSStep"

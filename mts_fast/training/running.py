@@ -16,7 +16,7 @@ from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import run_to_completion
 from mts_fast.hypergradient import Refused
 from mts_fast.hypergradient.guard import bound
-from mts_fast.ops.virtual_update_checks import check_optimizer
+from mts_fast.ops.update_rules import check_optimizer
 from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler

@@ -118,6 +118,9 @@ class OnlineFeatures:
 
         Those of the selector's batch, too, unless its own forward will give them.
         """
+        if val_inputs is None:
+            hint = "pass validation inputs, or make the step with online_features=False"
+            fail(TypeError, "MTSStep", "val_inputs", "given for online features", "None", hint)
         self._val_features = self._in_eval_mode([val_inputs])
         self._precomputed = None
         if selector_batch is not None and not self._shared.get(self._objective.world.modes()):

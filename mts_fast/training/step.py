@@ -295,15 +295,16 @@ class MTSStep(StepParts):
         inputs: Any,
         labels: Tensor,
         *,
-        val_inputs: Any,
+        val_inputs: Any = None,
         features: Tensor | None = None,
         is_synthetic: Tensor | None = None,
         classes: Tensor | None = None,
     ) -> Tensor:
         """Raw weights w [B] that the selector currently gives to samples; nothing is changed.
 
-        Arguments and errors as for a step. With batch-wise standardised online features
-        (online_momentum=None) the weight of a sample depends on the batch it is scored in.
+        Arguments and errors as for a step; without online features no `val_inputs` are read. With
+        batch-wise standardised online features (online_momentum=None) the weight of a sample
+        depends on the batch it is scored in.
         """
         samples = SelectorBatch(inputs, labels, features, is_synthetic, classes)
         check_values = self._checks_values(labels)

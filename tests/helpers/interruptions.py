@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import torch
-from step_worlds import World
+from step_run import StepRun
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # what differs between paths through a step
@@ -31,24 +31,24 @@ class Interrupted(BaseException):
 
 def begun(name, **options):
     """A run after two undisturbed steps, so that every buffer and moment exists."""
-    world = World(torch.device("cpu"), **RUNS[name], **options)
+    run = StepRun(torch.device("cpu"), **RUNS[name], **options)
     for seed in range(2):
-        world.step(**world.arguments(seed))
-    return world
+        run.step(**run.arguments(seed))
+    return run
 
 
-def whole_state(world):
+def whole_state(run):
     """All that a step may touch, as plain comparable values and tensors."""
-    step = world.step
+    step = run.step
     scheduler = step.selector_scheduler
-    parameters = [*world.model.parameters(), *world.selector.parameters()]
+    parameters = [*run.model.parameters(), *run.selector.parameters()]
     return copy.deepcopy(
         {
-            "model": world.model.state_dict(),
-            "modes": [m.training for m in world.model.modules()],
-            "optimizer": world.optimizer.state_dict(),
-            "selector": world.selector.state_dict(),
-            "selector_optimizer": world.selector_optimizer.state_dict(),
+            "model": run.model.state_dict(),
+            "modes": [m.training for m in run.model.modules()],
+            "optimizer": run.optimizer.state_dict(),
+            "selector": run.selector.state_dict(),
+            "selector_optimizer": run.selector_optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "online": step._features.state_dict(),
             "engines": step._engines.state_dict(),

@@ -43,13 +43,13 @@ def linearize(engines, batch):
     engines.begin()
     while True:
         try:
-            line = engines.engine_for(layout).linearize(batch)
+            linearization = engines.engine_for(layout).linearize(batch)
             break
         except Refused as refused:
             engines.refuse(layout, refused)
     engines.served(layout)
     engines.commit()
-    return line
+    return linearization
 
 
 def said(caplog):
@@ -95,12 +95,12 @@ def test_a_refused_try_leaves_one_forwards_trace(name, device):
     case, engine = built(name, device)
     other = copy.deepcopy(case)
     torch.manual_seed(0)
-    line = linearize(engine, LabelledBatch(case.inputs, case.labels))
+    linearization = linearize(engine, LabelledBatch(case.inputs, case.labels))
     state = snapshot(module=case.model, device=device)
     torch.manual_seed(0)
     losses = Objective(other.model).losses(LabelledBatch(other.inputs, other.labels))
     assert_bitwise(state, snapshot(module=other.model, device=device))
-    assert torch.equal(line.losses, losses.detach())
+    assert torch.equal(linearization.losses, losses.detach())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -116,10 +116,14 @@ def test_micro_batches_add_up(name, engine, gradients_first, device):
     weights = torch.rand(2, len(batch), generator=generator, dtype=torch.float64).to(device)
     streamed = Streamed(make_engine(engine, objective, parameters), 4)
     torch.manual_seed(0)
-    line = streamed.linearize(batch)
+    linearization = streamed.linearize(batch)
     if not gradients_first:
-        _ = line.losses
-    results = [line.gradient(weights[0]), line.dots(direction), line.gradient(weights[1])]
+        _ = linearization.losses
+    results = [
+        linearization.gradient(weights[0]),
+        linearization.dots(direction),
+        linearization.gradient(weights[1]),
+    ]
     after = snapshot(device=device)
 
     torch.manual_seed(0)
@@ -127,7 +131,7 @@ def test_micro_batches_add_up(name, engine, gradients_first, device):
     parts = [whole.linearize(part) for part in batch.split(4)]
     assert_bitwise(after, snapshot(device=device))
     # double backward takes the unfused attention, which rounds otherwise; observed 2e-16
-    assert relative(line.losses, torch.cat([part.losses for part in parts])) < 1e-15
+    assert relative(linearization.losses, torch.cat([part.losses for part in parts])) < 1e-15
     for got, p in ((results[0], weights[0]), (results[2], weights[1])):
         pieces = [part.gradient(q) for part, q in zip(parts, p.split(4), strict=True)]
         for g, first, second in zip(got, *pieces, strict=True):
@@ -138,5 +142,5 @@ def test_micro_batches_add_up(name, engine, gradients_first, device):
 
 def test_a_small_batch_is_not_streamed(device):
     case, engine = built("mlp", device, micro_batch=len(make_case("mlp", device).labels))
-    line = linearize(engine, LabelledBatch(case.inputs, case.labels))
-    assert type(line).__name__ == "StoredLinearization"
+    linearization = linearize(engine, LabelledBatch(case.inputs, case.labels))
+    assert type(linearization).__name__ == "StoredLinearization"

@@ -109,17 +109,17 @@ def test_linearization_in_the_order_of_parameter_groups(engine, device):
     direction = random_direction(parameters)
     built = engine_for(engine, case, parameters)
     start = snapshot(module=case.model, device=device)
-    line = built.linearize(LabelledBatch(case.inputs, case.labels))
+    linearization = built.linearize(LabelledBatch(case.inputs, case.labels))
     after = snapshot(module=case.model, device=device)
     p = torch.linspace(0, 1, len(case.labels), dtype=torch.float64, device=device)
-    gradients = [line.gradient(p), line.gradient(p)]
-    computed = line.dots(direction)
+    gradients = [linearization.gradient(p), linearization.gradient(p)]
+    computed = linearization.dots(direction)
     assert_bitwise(snapshot(module=case.model, device=device), after)
 
     case.model.load_state_dict(start["state"])
     set_generators(start["generators"])
     losses = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
-    assert torch.equal(line.losses, losses.detach())
+    assert torch.equal(linearization.losses, losses.detach())
     expected = torch.autograd.grad((p * losses).sum(), parameters, retain_graph=True)
     assert_bitwise(gradients, [list(expected)] * 2)
     dots = reference.hypergradient_dots(losses, parameters, direction)
@@ -162,25 +162,25 @@ def selector_gradients_two_ways(optimizer, case, validation, z, direction_of):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_hypergradient_equals_double_backward(optimizer, engine, device):
     case, other = make_case("mlp", device), make_case("mlp", device)
-    live = OPTIMIZERS[optimizer](case.model.parameters())
+    optimizer_used = OPTIMIZERS[optimizer](case.model.parameters())
     for _ in range(3):  # a history for the optimizer's state
-        live.zero_grad()
+        optimizer_used.zero_grad()
         Objective(case.model).losses(LabelledBatch(case.inputs, case.labels)).mean().backward()
-        live.step()
+        optimizer_used.step()
     z = torch.linspace(-1, 2, 6, dtype=torch.float64, device=device, requires_grad=True)
     validation = other.inputs.flip(0) + 0.3, other.labels
 
     def dots(direction):
-        built = engine_for(engine, case, trainable_parameters(live))
+        built = engine_for(engine, case, trainable_parameters(optimizer_used))
         return built.dots(LabelledBatch(case.inputs, case.labels), direction)
 
-    computed, truth = selector_gradients_two_ways(live, case, validation, z, dots)
+    computed, truth = selector_gradients_two_ways(optimizer_used, case, validation, z, dots)
     # observed 9e-11 with finite differences and 2e-16.
     assert relative(computed, truth) < TOLERANCE.get(engine, EXACT)
 
 
 def test_lstm_needs_finite_differences(device):
-    """Its weights live in one flat list, which swapped-in parameters do not reach."""
+    """Its weights optimizer_used in one flat list, which swapped-in parameters do not reach."""
     case = make_case("lstm", device)
     named = case.named()
     direction = dict(zip(named, random_direction(named.values()), strict=True))
@@ -203,7 +203,7 @@ def test_error_estimate_is_of_the_size_of_the_error(dtype, device):
     expected = true_dots(case, parameters, direction)
     error = (engine.dots(LabelledBatch(case.inputs, case.labels), direction) - expected).abs()
     estimate = engine.error_estimate(LabelledBatch(case.inputs, case.labels), direction)
-    # a single entry may be lucky, the norms may not; observed 0.5 and 0.4.
+    # a single entry may agree by chance, the norms may not; observed 0.5 and 0.4.
     assert 0.1 < (estimate.norm() / error.norm()).item() < 10
 
 
@@ -227,16 +227,16 @@ def test_autocast_does_not_run_on_stale_weights(engine, device):
     direction = torch.autograd.grad(losses[:3].sum(), list(named.values()))
     expected = true_dots(case, list(named.values()), direction)
     with torch.autocast(device.type, torch.bfloat16):
-        line = engine_for(engine, case, list(named.values())).linearize(
+        linearization = engine_for(engine, case, list(named.values())).linearize(
             LabelledBatch(case.inputs, case.labels)
         )
-        computed = line.dots(list(direction))
+        computed = linearization.dots(list(direction))
         again = Objective(case.model).losses(LabelledBatch(case.inputs, case.labels))
     # two losses of a forward in 8 bits, half a percent apart: observed 0.08 for finite
     # differences and 0.002 for the exact engine; stale weights give 1.
     assert (computed - expected).norm() / expected.norm() < (0.4 if engine in TOLERANCE else 0.05)
     # and the weights that were put back are met again, not the moved ones.
-    assert torch.equal(again.detach(), line.losses)
+    assert torch.equal(again.detach(), linearization.losses)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -351,9 +351,9 @@ def test_gradients_divided_by_frequency(engine, fresh):
     if fresh:
         computed = made.dots(batch, direction)
     else:
-        line = made.linearize(batch)
-        gradient = line.gradient(torch.ones(4).double())
-        computed = line.dots(direction)
+        linearization = made.linearize(batch)
+        gradient = linearization.gradient(torch.ones(4).double())
+        computed = linearization.dots(direction)
         for g, *parts in zip(gradient, *rows, strict=True):
             torch.testing.assert_close(g, sum(parts), rtol=EXACT, atol=EXACT)
     expected = torch.stack(

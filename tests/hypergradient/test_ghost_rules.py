@@ -67,8 +67,12 @@ def test_options_of_embeddings(name, tied, shared, memory):
     before = [v.clone() for v in direction]
     weights = torch.rand(2, 3).double()
     for _ in range(2):
-        line = engine.linearize(BATCH)
-        results = [line.gradient(weights[0]), line.dots(direction), line.gradient(weights[1])]
+        linearization = engine.linearize(BATCH)
+        results = [
+            linearization.gradient(weights[0]),
+            linearization.dots(direction),
+            linearization.gradient(weights[1]),
+        ]
         assert_bitwise(direction, before)
         losses = engine.objective.losses(BATCH)
 
@@ -93,12 +97,12 @@ def test_max_norm_moves_the_table_once(shared):
     """As a plain forward does, and never the caller's direction."""
     model, plain = (Words(shared=shared, max_norm=1.0).double() for _ in range(2))
     plain.load_state_dict(model.state_dict())
-    line = engine_of(model).linearize(BATCH)
+    linearization = engine_of(model).linearize(BATCH)
     plain(TOKENS)
     assert_bitwise(model.state_dict(), plain.state_dict())
     direction = [10 * torch.ones_like(p) for p in model.parameters()]
-    line.gradient(torch.ones(3).double())
-    line.dots(direction)
+    linearization.gradient(torch.ones(3).double())
+    linearization.dots(direction)
     assert all((v == 10).all() for v in direction)
     assert_bitwise(model.state_dict(), plain.state_dict())
 
@@ -121,8 +125,8 @@ class Bags(nn.Module):
 def test_embedding_bags(options, memory):
     engine = engine_of(Bags(**options).double(), memory)
     direction, weights = [torch.randn_like(p) for p in engine.parameters], torch.rand(3).double()
-    line = engine.linearize(BATCH)
-    gradients, dots = line.gradient(weights), line.dots(direction)
+    linearization = engine.linearize(BATCH)
+    gradients, dots = linearization.gradient(weights), linearization.dots(direction)
     losses = engine.objective.losses(BATCH)
     jacobian = [torch.autograd.grad(loss, engine.parameters, retain_graph=True) for loss in losses]
     truth = torch.stack(
@@ -238,11 +242,11 @@ def test_a_replay_that_fails_with_the_direction_is_named(monkeypatch):
     register_layer(scaled, {"weight": 1}, refuses=fails_later)
     model = Scaled("plain").double()
     batch = LabelledBatch(torch.randn(6, 5).double(), torch.arange(6) % 3)
-    line = engine_of(model).linearize(batch)
+    linearization = engine_of(model).linearize(batch)
     direction = [torch.ones_like(p) for p in trainable(model)]
     direction[0] = torch.ones(2, 2).double()  # of the bare weight, which comes first
     with pytest.raises(Unsupported, match="weight: its layer cannot be replayed"):
-        line.dots(direction)
+        linearization.dots(direction)
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
@@ -263,10 +267,10 @@ def test_running_statistics_move_once(training, memory):
     plain.load_state_dict(model.state_dict())
     batch = LabelledBatch(torch.randn(5, 2, 8).double(), torch.arange(5) % 3)
     engine = engine_of(model, memory)
-    line = engine.linearize(batch)
-    line.gradient(torch.rand(5).double())
-    line.dots([torch.randn_like(p) for p in engine.parameters])
-    line.gradient(torch.rand(5).double())
+    linearization = engine.linearize(batch)
+    linearization.gradient(torch.rand(5).double())
+    linearization.dots([torch.randn_like(p) for p in engine.parameters])
+    linearization.gradient(torch.rand(5).double())
     plain(batch.inputs)
     assert_bitwise(model.state_dict(), plain.state_dict())
     assert_exact(engine, batch)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from interruptions import differences, whole_state
-from step_worlds import World
+from step_run import StepRun
 from torch import nn
 
 import mts_fast
@@ -195,17 +195,17 @@ def test_class_weights_that_are_none(value):
     assert step.class_weight is None
 
 
-def nan_selector(world):
+def nan_selector(run):
     with torch.no_grad():
-        next(world.selector.parameters()).fill_(torch.nan)
+        next(run.selector.parameters()).fill_(torch.nan)
 
 
-def diverging_selector(world):
-    world.selector_optimizer.param_groups[0]["lr"] = 1e20
+def diverging_selector(run):
+    run.selector_optimizer.param_groups[0]["lr"] = 1e20
 
 
-def negative_rate(world):
-    world.optimizer.param_groups[0]["lr"] = -0.1
+def negative_rate(run):
+    run.optimizer.param_groups[0]["lr"] = -0.1
 
 
 class Broken(nn.Module):
@@ -260,16 +260,16 @@ def test_wrong_calls_change_nothing(case):
     change, options, message = WRONG_CALLS[case]
     options = dict(options)
     steps = options.pop("steps", 0)
-    world = World(CPU, **options)
-    world.step.steps = steps
-    arguments = world.arguments(0)
+    run = StepRun(CPU, **options)
+    run.step.steps = steps
+    arguments = run.arguments(0)
     arguments |= change if isinstance(change, dict) else {}
     if callable(change):
-        change(world)
-    before = whole_state(world)
+        change(run)
+    before = whole_state(run)
     with pytest.raises((TypeError, ValueError), match=f"MTSStep: .*{message}"):
-        world.step(**arguments)
-    after = whole_state(world)
+        run.step(**arguments)
+    after = whole_state(run)
     nan = case.startswith("nan")  # NaN differs from itself
     assert set(differences(before, after)) <= ({"selector"} if nan else set())
 
@@ -288,15 +288,15 @@ SELECTORS = {
 @pytest.mark.parametrize("case", SELECTORS)
 def test_selectors_that_return_something_else(case):
     result, message = SELECTORS[case]
-    world = World(CPU)
+    run = StepRun(CPU)
     selector = Broken(result)
     step = mts_fast.MTSStep(
-        world.model, world.optimizer, selector, torch.optim.SGD(selector.parameters(), lr=0.1)
+        run.model, run.optimizer, selector, torch.optim.SGD(selector.parameters(), lr=0.1)
     )
-    before = copy.deepcopy(world.model.state_dict())
+    before = copy.deepcopy(run.model.state_dict())
     with pytest.raises((TypeError, ValueError), match=message):
-        step(**world.arguments(0))
-    assert all(torch.equal(before[k], v) for k, v in world.model.state_dict().items())
+        step(**run.arguments(0))
+    assert all(torch.equal(before[k], v) for k, v in run.model.state_dict().items())
 
 
 LOSSES = {
@@ -311,27 +311,27 @@ LOSSES = {
 @pytest.mark.parametrize("model", ["mlp", "batchnorm"])
 @pytest.mark.parametrize("case", LOSSES)
 def test_losses_that_cannot_be_differentiated(case, model):
-    world = World(CPU, model=model, loss=LOSSES[case])
-    before = whole_state(world)
+    run = StepRun(CPU, model=model, loss=LOSSES[case])
+    before = whole_state(run)
     with pytest.raises((TypeError, ValueError), match=r"MTSStep: loss\(output, labels\) must be"):
-        world.step(**world.arguments(0))
-    assert not differences(before, whole_state(world))
+        run.step(**run.arguments(0))
+    assert not differences(before, whole_state(run))
 
 
 @pytest.mark.parametrize("model", ["mlp", "batchnorm"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_call_without_gradients(mode, model):
-    world = World(CPU, model=model)
-    before = whole_state(world)
+    run = StepRun(CPU, model=model)
+    before = whole_state(run)
     with mode(), pytest.raises(RuntimeError, match="the call must be made with gradients enabled"):
-        world.step(**world.arguments(0))
-    assert not differences(before, whole_state(world))
+        run.step(**run.arguments(0))
+    assert not differences(before, whole_state(run))
     # the engine is then chosen as if the failed call had not happened
-    other = World(CPU, model=model)
-    world.step(**world.arguments(1))
+    other = StepRun(CPU, model=model)
+    run.step(**run.arguments(1))
     torch.set_rng_state(before["torch"])
     other.step(**other.arguments(1))
-    assert not differences(whole_state(world), whole_state(other))
+    assert not differences(whole_state(run), whole_state(other))
 
 
 def test_wrappers_over_processes_are_refused(monkeypatch):
@@ -360,8 +360,8 @@ def test_parameters_that_change_in_mid_run(kind, every):
     model[0].requires_grad_(kind == "freeze")
     held = model.parameters() if kind != "add" else model[2].parameters()
     optimizer = torch.optim.SGD(held, lr=0.1, momentum=0.9)
-    world = World(CPU)
-    selector = world.selector
+    run = StepRun(CPU)
+    selector = run.selector
     step = mts_fast.MTSStep(
         model,
         optimizer,
@@ -369,7 +369,7 @@ def test_parameters_that_change_in_mid_run(kind, every):
         torch.optim.AdamW(selector.parameters(), lr=0.05),
         selector_every=every,
     )
-    step(**world.arguments(0))
+    step(**run.arguments(0))
     model[0].requires_grad_(kind != "freeze")
     if kind == "add":
         optimizer.add_param_group({"params": first, "lr": 0.01})
@@ -378,7 +378,7 @@ def test_parameters_that_change_in_mid_run(kind, every):
     other.steps = 1
     before = [p.clone() for p in first]
     for seed in (1, 2, 3):
-        result, expected = step(**world.arguments(seed)), other(**world.arguments(seed))
+        result, expected = step(**run.arguments(seed)), other(**run.arguments(seed))
         assert torch.equal(result.losses, expected.losses)
     moved = [not torch.equal(p, b) for p, b in zip(first, before, strict=True)]
     assert all(moved) if kind != "freeze" else not any(moved)
@@ -387,9 +387,9 @@ def test_parameters_that_change_in_mid_run(kind, every):
 
 
 def test_a_stale_gradient_of_a_frozen_layer_is_cleared():
-    world = World(CPU)
-    world.model[0].weight.grad = torch.ones_like(world.model[0].weight)
-    world.model[0].requires_grad_(False)
-    before = world.model[0].weight.clone()
-    world.step(**world.arguments(0))
-    assert torch.equal(world.model[0].weight, before) and world.model[0].weight.grad is None
+    run = StepRun(CPU)
+    run.model[0].weight.grad = torch.ones_like(run.model[0].weight)
+    run.model[0].requires_grad_(False)
+    before = run.model[0].weight.clone()
+    run.step(**run.arguments(0))
+    assert torch.equal(run.model[0].weight, before) and run.model[0].weight.grad is None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comparison import relative
 from interruptions import differences, whole_state
-from step_worlds import World
+from step_run import StepRun
 from torch import nn
 
 import mts_fast
@@ -230,14 +230,14 @@ def test_the_choice_is_kept_in_the_state(monkeypatch):
 def test_a_failed_call_never_changes_the_choice(monkeypatch):
     """The engine was refused, and then the call failed for another reason."""
     wrong_in_call(monkeypatch, 1)
-    world = World(CPU, online_features=False)
-    before = whole_state(world)
-    handle = world.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    run = StepRun(CPU, online_features=False)
+    before = whole_state(run)
+    handle = run.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        world.step(**world.arguments(0))
+        run.step(**run.arguments(0))
     handle.remove()
-    assert not differences(before, whole_state(world))
-    assert world.step(**world.arguments(0)).engine == "ghost"
+    assert not differences(before, whole_state(run))
+    assert run.step(**run.arguments(0)).engine == "ghost"
 
 
 def test_layouts_are_chosen_apart():

@@ -17,23 +17,23 @@ STRIDE = 1 if ALL else 23
 MOMENTS = 500 if ALL else 12
 
 
-def operators(world):
+def operators(run):
     """How many operators a step dispatches."""
     counter = RaisingAt()
     with counter:
-        world.step(**world.arguments(2))
+        run.step(**run.arguments(2))
     return counter.count
 
 
-def interrupted_at(world, before, *numbers):
+def interrupted_at(run, before, *numbers):
     """Whether the step was interrupted. A step that ended before these operators (ghost's checks
     are not made in every call) is undone."""
     try:
         with RaisingAt(*numbers):
-            world.step(**world.arguments(2))
+            run.step(**run.arguments(2))
     except Interrupted:
         return True
-    restart(world, before)
+    restart(run, before)
     return False
 
 
@@ -41,16 +41,16 @@ def interrupted_at(world, before, *numbers):
 def test_exception_at_every_operator(name):
     """In the forwards, the selector's step, the optimizer and its copy: everything is undone."""
     total = operators(begun(name, atomic=True))
-    world = begun(name, atomic=True)
-    before = whole_state(world)
+    run = begun(name, atomic=True)
+    before = whole_state(run)
     offset = random.Random(name).randrange(STRIDE)
     for n in [*range(1 + offset, total + 1, STRIDE), total]:
-        assert interrupted_at(world, before, n) or n > 0.8 * total
-        assert not differences(before, whole_state(world)), f"operator {n} of {total}"
+        assert interrupted_at(run, before, n) or n > 0.8 * total
+        assert not differences(before, whole_state(run)), f"operator {n} of {total}"
     # the run then continues as one that was never interrupted
     other = begun(name, atomic=True)
-    world.step(**world.arguments(2))
-    after = whole_state(world)
+    run.step(**run.arguments(2))
+    after = whole_state(run)
     torch.set_rng_state(before["torch"])
     other.step(**other.arguments(2))
     assert not differences(after, whole_state(other))
@@ -59,19 +59,19 @@ def test_exception_at_every_operator(name):
 @pytest.mark.parametrize("name", RUNS)
 def test_exception_in_the_clean_up(name):
     """A second exception, while the first is being undone."""
-    world = begun(name, atomic=True)
+    run = begun(name, atomic=True)
     total = operators(begun(name, atomic=True))
-    before = whole_state(world)
+    before = whole_state(run)
     generator = random.Random(name)
     for second in range(1, 80, 3 if STRIDE > 1 else 1):
         first = generator.randrange(total // 2, total + 1)
-        assert interrupted_at(world, before, first, first + second) or first > 0.8 * total
-        assert not differences(before, whole_state(world)), f"operators {first}, +{second}"
+        assert interrupted_at(run, before, first, first + second) or first > 0.8 * total
+        assert not differences(before, whole_state(run)), f"operators {first}, +{second}"
 
 
-def seconds_of_a_step(world):
+def seconds_of_a_step(run):
     start = time.perf_counter()
-    world.step(**world.arguments(2))
+    run.step(**run.arguments(2))
     return time.perf_counter() - start
 
 
@@ -84,31 +84,31 @@ def test_exception_at_random_moments(name):
 
     generator = random.Random(name)
     length = seconds_of_a_step(begun(name, atomic=True))
-    world = begun(name, atomic=True)
+    run = begun(name, atomic=True)
     undone = 0
     for _ in range(MOMENTS):
-        before = whole_state(world)
-        steps = world.step.steps
+        before = whole_state(run)
+        steps = run.step.steps
         try:
             with After(generator.uniform(1e-5, 1.2 * length), interrupt):
-                world.step(**world.arguments(2))
+                run.step(**run.arguments(2))
         except Interrupted:
-            if world.step.steps == steps:
+            if run.step.steps == steps:
                 undone += 1
-                assert not differences(before, whole_state(world))
-        if world.step.steps > steps:
-            after = whole_state(world)
-            restart(world, before)
-            world.step(**world.arguments(2))
-            assert not differences(after, whole_state(world))
+                assert not differences(before, whole_state(run))
+        if run.step.steps > steps:
+            after = whole_state(run)
+            restart(run, before)
+            run.step(**run.arguments(2))
+            assert not differences(after, whole_state(run))
     assert undone > MOMENTS / 5
 
 
-def restart(world, state):
+def restart(run, state):
     """Put a whole state back."""
-    world.step.load_state_dict(
+    run.step.load_state_dict(
         {
-            **world.step.state_dict(),
+            **run.step.state_dict(),
             **{k: state[k] for k in ("model", "optimizer", "selector", "selector_optimizer")},
             "selector_scheduler": state["scheduler"],
             "online": state["online"],
@@ -117,7 +117,7 @@ def restart(world, state):
         }
     )
     torch.set_rng_state(state["torch"])
-    parameters = [*world.model.parameters(), *world.selector.parameters()]
+    parameters = [*run.model.parameters(), *run.selector.parameters()]
     for parameter, gradient in zip(parameters, state["gradients"], strict=True):
         parameter.grad = None if gradient is None else gradient.clone()
 
@@ -126,21 +126,21 @@ def restart(world, state):
 def test_ctrl_c_is_held_until_the_step_is_complete(name):
     generator = random.Random(name)
     length = seconds_of_a_step(begun(name))
-    world, other = begun(name), begun(name)
+    run, other = begun(name), begun(name)
     torch.manual_seed(1)
     start = torch.get_rng_state()
     interrupted = 0
     for seed in range(MOMENTS):
         torch.set_rng_state(start)
-        steps = world.step.steps
+        steps = run.step.steps
         try:
             with After(generator.uniform(1e-4, length), lambda: signal.raise_signal(signal.SIGINT)):
-                world.step(**world.arguments(seed))
+                run.step(**run.arguments(seed))
         except KeyboardInterrupt:
             interrupted += 1
-        if world.step.steps == steps:  # the signal came before the call
-            world.step(**world.arguments(seed))
-        end = whole_state(world)
+        if run.step.steps == steps:  # the signal came before the call
+            run.step(**run.arguments(seed))
+        end = whole_state(run)
         torch.set_rng_state(start)
         other.step(**other.arguments(seed))
         assert not differences(end, whole_state(other))
@@ -149,8 +149,8 @@ def test_ctrl_c_is_held_until_the_step_is_complete(name):
 
 
 def test_a_second_ctrl_c_undoes_the_step():
-    world = begun("ghost")
-    before = whole_state(world)
+    run = begun("ghost")
+    before = whole_state(run)
     calls = []
 
     def twice(*_):
@@ -159,21 +159,21 @@ def test_a_second_ctrl_c_undoes_the_step():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    world.model.register_forward_hook(twice)
+    run.model.register_forward_hook(twice)
     with pytest.raises(KeyboardInterrupt):
-        world.step(**world.arguments(2))
-    assert len(calls) == 3 and not differences(before, whole_state(world))
+        run.step(**run.arguments(2))
+    assert len(calls) == 3 and not differences(before, whole_state(run))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_handler_off_the_main_thread():
-    world = begun("ghost")
+    run = begun("ghost")
     seen = []
-    world.model.register_forward_hook(lambda *_: seen.append(signal.getsignal(signal.SIGINT)))
-    thread = threading.Thread(target=lambda: world.step(**world.arguments(2)))
+    run.model.register_forward_hook(lambda *_: seen.append(signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=lambda: run.step(**run.arguments(2)))
     thread.start()
     thread.join()
-    assert set(seen) == {signal.default_int_handler} and world.step.steps == 3
+    assert set(seen) == {signal.default_int_handler} and run.step.steps == 3
 
 
 def nth_call_raises(n):
@@ -206,14 +206,14 @@ SITES = {
 def test_exception_at_every_call_site(name, site):
     failures = 0
     for n in range(1, 30):
-        world = begun(name)
-        before = whole_state(world)
-        handle = SITES[site](world, nth_call_raises(n))
+        run = begun(name)
+        before = whole_state(run)
+        handle = SITES[site](run, nth_call_raises(n))
         try:
-            world.step(**world.arguments(2))
+            run.step(**run.arguments(2))
         except Interrupted:
             failures += 1
-            assert not differences(before, whole_state(world)), f"call {n}"
+            assert not differences(before, whole_state(run)), f"call {n}"
         else:
             break
         finally:
@@ -233,68 +233,68 @@ def test_exception_of_the_loss_and_of_the_scheduler():
 
     for limit in (5, 6):
         calls.clear()
-        world = begun("adamw_scheduler", loss=loss)
-        before = whole_state(world)
+        run = begun("adamw_scheduler", loss=loss)
+        before = whole_state(run)
         calls[:] = [1] * (limit - 1)
         with pytest.raises(Interrupted):
-            world.step(**world.arguments(2))
-        assert not differences(before, whole_state(world))
-    world = begun("adamw_scheduler")
-    world.step.selector_scheduler.get_lr = nth_call_raises(1)
-    before = whole_state(world)
+            run.step(**run.arguments(2))
+        assert not differences(before, whole_state(run))
+    run = begun("adamw_scheduler")
+    run.step.selector_scheduler.get_lr = nth_call_raises(1)
+    before = whole_state(run)
     with pytest.raises(Interrupted):
-        world.step(**world.arguments(2))
-    assert not differences(before, whole_state(world))
+        run.step(**run.arguments(2))
+    assert not differences(before, whole_state(run))
 
 
-def break_optimizer(world):
+def break_optimizer(run):
     """The optimizer's update raises after its first tensor."""
-    first = world.optimizer.param_groups[0]["params"][0]
+    first = run.optimizer.param_groups[0]["params"][0]
 
     def hook(*_):
         with torch.no_grad():
             first.add_(1.0)
         raise RuntimeError("out of memory")
 
-    return world.optimizer.register_step_post_hook(hook)
+    return run.optimizer.register_step_post_hook(hook)
 
 
 def test_without_a_copy_a_torn_step_is_named_and_refused_until_a_load():
-    world = begun("ghost", atomic=False)
-    state = world.step.state_dict()
+    run = begun("ghost", atomic=False)
+    state = run.step.state_dict()
     saved = torch.load(_through_a_file(state))
-    before = whole_state(world)
-    handle = break_optimizer(world)
+    before = whole_state(run)
+    handle = break_optimizer(run)
     with pytest.raises(RuntimeError, match=r"optimizer must be whole.*'1.weight'.*load a state"):
-        world.step(**world.arguments(2))
+        run.step(**run.arguments(2))
     handle.remove()
     # everything but the optimizer's part was rolled back
-    assert set(differences(before, whole_state(world))) == {"model", "optimizer"}
+    assert set(differences(before, whole_state(run))) == {"model", "optimizer"}
     with pytest.raises(RuntimeError, match="optimizer must be whole"):
-        world.step(**world.arguments(2))
-    world.step.load_state_dict(saved)
-    world.step(**world.arguments(2))
-    assert world.step.steps == 3
+        run.step(**run.arguments(2))
+    run.step.load_state_dict(saved)
+    run.step(**run.arguments(2))
+    assert run.step.steps == 3
 
 
 def test_without_a_copy_an_optimizer_that_moved_nothing_is_rolled_back():
-    world = begun("ghost", atomic=False)
-    before = whole_state(world)
-    handle = world.optimizer.register_step_pre_hook(nth_call_raises(1))
+    run = begun("ghost", atomic=False)
+    before = whole_state(run)
+    handle = run.optimizer.register_step_pre_hook(nth_call_raises(1))
     with pytest.raises(Interrupted):
-        world.step(**world.arguments(2))
-    assert not differences(before, whole_state(world))
+        run.step(**run.arguments(2))
+    assert not differences(before, whole_state(run))
     handle.remove()
-    world.step(**world.arguments(2))
+    run.step(**run.arguments(2))
 
 
 def test_with_a_copy_the_same_is_undone():
-    world = begun("ghost", atomic=True)
-    before = whole_state(world)
-    break_optimizer(world)
+    run = begun("ghost", atomic=True)
+    before = whole_state(run)
+    break_optimizer(run)
     with pytest.raises(RuntimeError, match="out of memory"):
-        world.step(**world.arguments(2))
-    assert not differences(before, whole_state(world))
+        run.step(**run.arguments(2))
+    assert not differences(before, whole_state(run))
 
 
 def _through_a_file(state):
@@ -307,25 +307,25 @@ def _through_a_file(state):
 def test_a_call_inside_a_call_of_the_same_step_is_refused():
     """A hook of the model or of the optimizer calls the step; the state stays as it was."""
     for owner in ("model", "optimizer"):
-        world = begun("adamw_scheduler", atomic=True)
-        before = whole_state(world)
+        run = begun("adamw_scheduler", atomic=True)
+        before = whole_state(run)
         register = {
-            "model": world.model.register_forward_hook,
-            "optimizer": world.optimizer.register_step_post_hook,
+            "model": run.model.register_forward_hook,
+            "optimizer": run.optimizer.register_step_post_hook,
         }[owner]
-        handle = register(lambda *_, world=world: world.step(**world.arguments(3)) and None)
+        handle = register(lambda *_, run=run: run.step(**run.arguments(3)) and None)
         with pytest.raises(RuntimeError, match="must be complete before the next one"):
-            world.step(**world.arguments(2))
-        assert not differences(before, whole_state(world))
+            run.step(**run.arguments(2))
+        assert not differences(before, whole_state(run))
         handle.remove()
-        world.step(**world.arguments(2))
-    other, world = begun("ghost"), begun("ghost")
+        run.step(**run.arguments(2))
+    other, run = begun("ghost"), begun("ghost")
 
     def step_of_another(*_):
         with torch.enable_grad():
             other.step(**other.arguments(2))
 
-    handle = world.model.register_forward_hook(step_of_another)
-    world.step(**world.arguments(2))
+    handle = run.model.register_forward_hook(step_of_another)
+    run.step(**run.arguments(2))
     handle.remove()
-    assert other.step.steps > 2 and world.step.steps == 3
+    assert other.step.steps > 2 and run.step.steps == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import assert_bitwise, generators, set_generators, snapshot
-from step_worlds import World
+from step_run import StepRun
 
 import mts_fast
 from mts_fast.hypergradient import ENGINES, Objective
@@ -20,12 +20,12 @@ def deterministic():
 
 
 def build(device, engine, *, model="dense", **options):
-    """A World whose model has BatchNorm; skips engines that refuse it."""
-    world = World(device, model=model, **options)
-    why = ENGINES[engine](Objective(world.model), list(world.model.parameters())).reasons()
+    """A StepRun whose model has BatchNorm; skips engines that refuse it."""
+    run = StepRun(device, model=model, **options)
+    why = ENGINES[engine](Objective(run.model), list(run.model.parameters())).reasons()
     if why:
         pytest.skip("; ".join(why))
-    return World(device, model=model, engine=engine, **options)
+    return StepRun(device, model=model, engine=engine, **options)
 
 
 def plain_step(model, optimizer, x, y, p):
@@ -37,17 +37,17 @@ def plain_step(model, optimizer, x, y, p):
     return losses.detach()
 
 
-def assert_equals_plain_run(world, *, steps=3, two_batches=False):
+def assert_equals_plain_run(run, *, steps=3, two_batches=False):
     """Compare steps bitwise with plain steps that use the same sample weights."""
-    plain = world.copy_of_plain_parts()
-    state = generators(world.device)
+    plain = run.copy_of_plain_parts()
+    state = generators(run.device)
     for seed in range(steps):
-        arguments = world.arguments(seed, two_batches=two_batches)
+        arguments = run.arguments(seed, two_batches=two_batches)
         set_generators(state)
-        result = world.step(**arguments)
-        traced = trace(world.model, world.optimizer, world.device)
+        result = run.step(**arguments)
+        traced = trace(run.model, run.optimizer, run.device)
         # the caller's tensors are as they were drawn
-        untouched = world.arguments(seed, two_batches=two_batches)
+        untouched = run.arguments(seed, two_batches=two_batches)
         assert_bitwise(
             [vars(v) if name == "selector_batch" else v for name, v in arguments.items()],
             [vars(v) if name == "selector_batch" else v for name, v in untouched.items()],
@@ -56,7 +56,7 @@ def assert_equals_plain_run(world, *, steps=3, two_batches=False):
         p = result.normalized_weights
         assert 0 < p.min() < p.max() < 1
         losses = plain_step(*plain, arguments["inputs"], arguments["labels"], p)
-        expected = trace(*plain, world.device)
+        expected = trace(*plain, run.device)
         assert_bitwise(traced, expected)
         assert_bitwise(result.losses, losses)
         state = expected["generators"]
@@ -74,8 +74,8 @@ def trace(model, optimizer, device):
 def test_trace_is_that_of_a_plain_step(
     model, engine, optimizer, validation_mode, two_batches, device
 ):
-    world = build(device, engine, model=model, optimizer=optimizer, validation_mode=validation_mode)
-    assert_equals_plain_run(world, two_batches=two_batches)
+    run = build(device, engine, model=model, optimizer=optimizer, validation_mode=validation_mode)
+    assert_equals_plain_run(run, two_batches=two_batches)
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_trace_is_that_of_a_plain_step(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_trace_with_options(engine, options, device):
     """Each option takes another path through the step, with fewer or more forwards."""
-    world = build(device, engine, **options)
-    assert_equals_plain_run(world)
+    run = build(device, engine, **options)
+    assert_equals_plain_run(run)
 
 
 @pytest.mark.parametrize("validation_mode", ["eval", "train"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_modules_keep_their_own_modes(engine, validation_mode, device):
     """A BatchNorm that was frozen in eval mode, inside a model in train mode, stays frozen."""
-    world = build(device, engine, validation_mode=validation_mode)
-    frozen = world.model[1].eval()
+    run = build(device, engine, validation_mode=validation_mode)
+    frozen = run.model[1].eval()
     before = copy.deepcopy(frozen.state_dict())
-    assert_equals_plain_run(world)
-    assert not frozen.training and world.model.training and world.model[3].training
+    assert_equals_plain_run(run)
+    assert not frozen.training and run.model.training and run.model[3].training
     assert torch.equal(frozen.running_mean, before["running_mean"])
     assert torch.equal(frozen.num_batches_tracked, before["num_batches_tracked"])
 
@@ -110,35 +110,33 @@ def test_modules_keep_their_own_modes(engine, validation_mode, device):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_model_in_eval_mode(engine, device):
     """Fine-tuning without dropout and with fixed statistics: nothing but parameters moves."""
-    world = build(device, engine)
-    world.model.eval()
-    before = snapshot(device=device), {n: b.clone() for n, b in world.model.named_buffers()}
-    assert_equals_plain_run(world)
-    assert_bitwise((snapshot(device=device), dict(world.model.named_buffers())), before)
+    run = build(device, engine)
+    run.model.eval()
+    before = snapshot(device=device), {n: b.clone() for n, b in run.model.named_buffers()}
+    assert_equals_plain_run(run)
+    assert_bitwise((snapshot(device=device), dict(run.model.named_buffers())), before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_weights_change_nothing(engine, device):
     """Scoring samples changes nothing, running statistics included."""
-    world = build(device, engine, online_momentum=0.5)
-    world.step(**world.arguments(0))
-    before = everything(world)
-    arguments = world.arguments(1)
+    run = build(device, engine, online_momentum=0.5)
+    run.step(**run.arguments(0))
+    before = everything(run)
+    arguments = run.arguments(1)
     del arguments["val_labels"]
-    assert world.step.weights(**arguments).shape == (12,)
-    assert_bitwise(everything(world), before)
+    assert run.step.weights(**arguments).shape == (12,)
+    assert_bitwise(everything(run), before)
 
 
-def everything(world):
+def everything(run):
     """All that a failed call must leave as it was."""
     return copy.deepcopy(
         (
-            snapshot(
-                module=world.model, optimizer=world.optimizer, device=world.device, gradients=True
-            ),
-            snapshot(module=world.selector, optimizer=world.selector_optimizer, gradients=True),
-            world.step.state_dict()["online"],
-            world.step.steps,
+            snapshot(module=run.model, optimizer=run.optimizer, device=run.device, gradients=True),
+            snapshot(module=run.selector, optimizer=run.selector_optimizer, gradients=True),
+            run.step.state_dict()["online"],
+            run.step.steps,
         )
     )
 
@@ -175,14 +173,14 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bad_arguments_change_nothing(engine, case, two_batches, device):
     argument, breaks, message = BAD_ARGUMENTS[case]
-    world = build(device, engine, online_momentum=0.9, check="always")
-    world.step(**world.arguments(0))
-    arguments = world.arguments(1, two_batches=two_batches)
+    run = build(device, engine, online_momentum=0.9, check="always")
+    run.step(**run.arguments(0))
+    arguments = run.arguments(1, two_batches=two_batches)
     arguments[argument] = breaks(arguments[argument])
-    before = everything(world)
+    before = everything(run)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        world.step(**arguments)
-    assert_bitwise(everything(world), before)
+        run.step(**arguments)
+    assert_bitwise(everything(run), before)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +194,13 @@ def test_bad_arguments_change_nothing(engine, case, two_batches, device):
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bad_selector_batch_changes_nothing(engine, broken, message, device):
-    world = build(device, engine, online_momentum=0.9, check="always")
-    world.step(**world.arguments(0))
-    before = everything(world)
-    batch = mts_fast.SelectorBatch(*broken(*world.draw(2000)[:3]))
+    run = build(device, engine, online_momentum=0.9, check="always")
+    run.step(**run.arguments(0))
+    before = everything(run)
+    batch = mts_fast.SelectorBatch(*broken(*run.draw(2000)[:3]))
     with pytest.raises(ValueError, match=message):
-        world.step(**world.arguments(1), selector_batch=batch)
-    assert_bitwise(everything(world), before)
+        run.step(**run.arguments(1), selector_batch=batch)
+    assert_bitwise(everything(run), before)
 
 
 # common mistakes: a mean over the batch, and a loss per class
@@ -215,20 +213,20 @@ WRONG_LOSSES = {
 @pytest.mark.parametrize("loss", WRONG_LOSSES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_loss_of_a_wrong_shape_changes_nothing(engine, loss, device):
-    world = build(device, engine, loss=WRONG_LOSSES[loss])
-    before = everything(world)
+    run = build(device, engine, loss=WRONG_LOSSES[loss])
+    before = everything(run)
     with pytest.raises(ValueError, match=r"loss\(output, labels\) must be a tensor of shape"):
-        world.step(**world.arguments(1))
-    assert_bitwise(everything(world), before)
+        run.step(**run.arguments(1))
+    assert_bitwise(everything(run), before)
 
 
 @pytest.mark.parametrize("two_batches", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
     """Out of memory in the n-th forward of the step, after its BatchNorms have been updated."""
-    world = build(device, engine, online_momentum=0.9)
-    arguments = world.arguments(1, two_batches=two_batches)
-    world.step(**world.arguments(0))
+    run = build(device, engine, online_momentum=0.9)
+    arguments = run.arguments(1, two_batches=two_batches)
+    run.step(**run.arguments(0))
     left = []
 
     def fail_when_due(*_):
@@ -236,18 +234,18 @@ def test_failure_in_any_forward_changes_nothing(engine, two_batches, device):
         if left[0] == 0:
             raise MemoryError
 
-    world.model[-1].register_forward_hook(fail_when_due)
-    before = everything(world)
+    run.model[-1].register_forward_hook(fail_when_due)
+    before = everything(run)
     failures = 0
     for n in range(1, 20):
         left[:] = [n]
         try:
-            world.step(**arguments)
+            run.step(**arguments)
         except MemoryError:
             failures += 1
-            assert_bitwise(everything(world), before)
+            assert_bitwise(everything(run), before)
         else:
             break
     # features of two or three batches, rows 3 and 5, and one for dots that need another forward
     assert failures >= (6 if two_batches else 4 if engine == "double_backward" else 5)
-    assert world.step.steps == 2
+    assert run.step.steps == 2

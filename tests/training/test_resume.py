@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from comparison import assert_bitwise, generators, set_generators, snapshot
-from step_worlds import World
+from step_run import StepRun
 
 from mts_fast.training import warmup_cosine
 
@@ -21,15 +21,15 @@ OPTIONS = {
 }
 
 
-def run(world, calls):
-    return [world.step(**world.arguments(seed)) for seed in calls]
+def take_steps(run, calls):
+    return [run.step(**run.arguments(seed)) for seed in calls]
 
 
-def everything(world):
+def everything(run):
     return (
-        snapshot(module=world.model, optimizer=world.optimizer, device=world.device),
-        snapshot(module=world.selector, optimizer=world.selector_optimizer),
-        world.step.state_dict(),
+        snapshot(module=run.model, optimizer=run.optimizer, device=run.device),
+        snapshot(module=run.selector, optimizer=run.selector_optimizer),
+        run.step.state_dict(),
     )
 
 
@@ -53,18 +53,18 @@ def deterministic():
 )  # one buffer per tensor; two and a step count
 @pytest.mark.parametrize("way", [through_a_file, lambda state: state], ids=["file", "memory"])
 def test_resumed_run_is_bit_identical(way, optimizer, device):
-    whole = World(device, optimizer=optimizer, **OPTIONS)
+    whole = StepRun(device, optimizer=optimizer, **OPTIONS)
     torch.manual_seed(1)
-    run(whole, range(3))
+    take_steps(whole, range(3))
     state, rng = way(whole.step.state_dict()), generators(device)
-    resumed = World(device, optimizer=optimizer, **OPTIONS)
+    resumed = StepRun(device, optimizer=optimizer, **OPTIONS)
     # the fresh run differs from the saved one before it loads
     assert not torch.equal(resumed.model[0].weight, whole.model[0].weight)
     resumed.step.load_state_dict(state)
     set_generators(rng)
-    expected = run(whole, range(3, 6))
+    expected = take_steps(whole, range(3, 6))
     set_generators(rng)
-    results = run(resumed, range(3, 6))
+    results = take_steps(resumed, range(3, 6))
     assert_bitwise([vars(r) for r in results], [vars(r) for r in expected])
     assert_bitwise(everything(resumed), everything(whole))
     assert resumed.step.steps == 6
@@ -72,12 +72,12 @@ def test_resumed_run_is_bit_identical(way, optimizer, device):
 
 def test_loading_does_not_tie_two_runs_together(device):
     """torch's optimizers use a loaded state's tensors themselves: two runs would share momentum."""
-    first = World(device, optimizer="nesterov")
-    run(first, range(2))
-    second = World(device, optimizer="nesterov")
+    first = StepRun(device, optimizer="nesterov")
+    take_steps(first, range(2))
+    second = StepRun(device, optimizer="nesterov")
     second.step.load_state_dict(first.step.state_dict())
     before = everything(first)[:2]
-    run(second, range(2, 4))
+    take_steps(second, range(2, 4))
     after = everything(first)[:2]
     # the second run drew no random numbers and must have touched nothing of the first
     assert_bitwise(after, before)
@@ -114,12 +114,12 @@ def of_another_optimizer(state):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(spoil, message, device):
-    world = World(device, optimizer="adamw", **OPTIONS)
-    run(world, range(2))
-    state = copy.deepcopy(world.step.state_dict())
-    run(world, range(2, 3))
-    before = copy.deepcopy(everything(world))
+    run = StepRun(device, optimizer="adamw", **OPTIONS)
+    take_steps(run, range(2))
+    state = copy.deepcopy(run.step.state_dict())
+    take_steps(run, range(2, 3))
+    before = copy.deepcopy(everything(run))
     spoil(state)
     with pytest.raises(ValueError, match=message):
-        world.step.load_state_dict(state)
-    assert_bitwise(everything(world), before)
+        run.step.load_state_dict(state)
+    assert_bitwise(everything(run), before)

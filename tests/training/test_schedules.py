@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from comparison import assert_bitwise, relative, snapshot
-from step_worlds import World
+from step_run import StepRun
 
 import mts_fast
 
@@ -13,10 +13,10 @@ import mts_fast
 EXACT = 1e-11
 
 
-def run(world, steps=5, **options):
+def take_steps(run, steps=5, **options):
     results = []
     for seed in range(steps):
-        results.append(world.step(**world.arguments(seed, **options)))
+        results.append(run.step(**run.arguments(seed, **options)))
     return results
 
 
@@ -46,22 +46,27 @@ def assert_same_run(one, other, first, second):
 def test_options_do_not_change_the_numbers(options, schedule, two_batches, device):
     """Every way of running the passes gives the steps of the fast ghost engine."""
     shared = {"dtype": torch.float64, "online_momentum": 0.9}
-    one = World(device, **shared, **{"engine": "ghost", **options}, step_schedule=schedule)
-    other = World(device, **shared, engine="ghost", step_schedule=schedule)
-    first, second = run(one, two_batches=two_batches), run(other, two_batches=two_batches)
+    one = StepRun(device, **shared, **{"engine": "ghost", **options}, step_schedule=schedule)
+    other = StepRun(device, **shared, engine="ghost", step_schedule=schedule)
+    first, second = (
+        take_steps(one, two_batches=two_batches),
+        take_steps(other, two_batches=two_batches),
+    )
     assert_same_run(one, other, first, second)
 
 
 def test_reuse_steps_with_the_weights_of_row_2(device):
     """The classifier uses the virtual gradient; the selector is updated as in "exact"."""
-    reuse, exact = (World(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact"))
+    reuse, exact = (
+        StepRun(device, dtype=torch.float64, step_schedule=s) for s in ("reuse", "exact")
+    )
     plain, optimizer = reuse.copy_of_plain_parts()
     arguments = reuse.arguments(0)
     result, expected = reuse.step(**arguments), exact.step(**arguments)
     assert_bitwise(result.dots, expected.dots)
     assert_bitwise(reuse.selector.state_dict(), exact.selector.state_dict())
     # row 2: the selector before its update
-    before = World(device, dtype=torch.float64).step.weights(
+    before = StepRun(device, dtype=torch.float64).step.weights(
         **{k: v for k, v in arguments.items() if k != "val_labels"}
     )
     p = before / before.sum()
@@ -79,36 +84,36 @@ def test_reuse_steps_with_the_weights_of_row_2(device):
 
 @pytest.mark.parametrize("schedule", ["exact", "reuse"])
 def test_warmup_is_unweighted_in_both_schedules(schedule, device):
-    world = World(device, warmup_steps=2, step_schedule=schedule)
-    results = run(world, 3)
+    run = StepRun(device, warmup_steps=2, step_schedule=schedule)
+    results = take_steps(run, 3)
     assert results[0].normalized_weights.tolist() == pytest.approx([1 / 12] * 12)
     assert results[2].normalized_weights.max() > 1 / 12 + 1e-6
 
 
 def test_batchnorm_streams_as_data_parallelism_would(device):
     """Statistics move once per micro-batch and step, in order."""
-    world = World(
+    run = StepRun(
         device, model="batchnorm", dtype=torch.float64, micro_batch=6, online_features=False
     )
-    model = copy.deepcopy(world.model)
-    arguments = world.arguments(0)
-    world.step(**arguments)
+    model = copy.deepcopy(run.model)
+    arguments = run.arguments(0)
+    run.step(**arguments)
     with torch.no_grad():
         for part in arguments["inputs"].split(6):
             model(part)
-    assert_bitwise(dict(world.model.named_buffers()), dict(model.named_buffers()))
+    assert_bitwise(dict(run.model.named_buffers()), dict(model.named_buffers()))
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
 @pytest.mark.parametrize("model", ["mlp", "dropout"])
 def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
     """Buffers and generators bitwise; parameters to rounding."""
-    world = World(device, model=model, dtype=torch.float64, engine="ghost", micro_batch=micro_batch)
-    plain, optimizer = world.copy_of_plain_parts()
+    run = StepRun(device, model=model, dtype=torch.float64, engine="ghost", micro_batch=micro_batch)
+    plain, optimizer = run.copy_of_plain_parts()
     for seed in range(3):
-        arguments = world.arguments(seed)
+        arguments = run.arguments(seed)
         torch.manual_seed(seed)
-        result = world.step(**arguments)
+        result = run.step(**arguments)
         after = snapshot(device=device)
         torch.manual_seed(seed)
         size = micro_batch or len(arguments["labels"])
@@ -126,13 +131,13 @@ def test_ghost_leaves_the_trace_of_a_plain_step(model, micro_batch, device):
         (result.normalized_weights * losses).sum().backward()
         optimizer.step()
     for name, value in plain.state_dict().items():
-        assert relative(world.model.state_dict()[name], value) < EXACT
+        assert relative(run.model.state_dict()[name], value) < EXACT
 
 
-def counted(world):
+def counted(run):
     """Counts the samples that the model is run on, by mode."""
     seen = {"train": 0, "eval": 0}
-    world.model.register_forward_pre_hook(
+    run.model.register_forward_pre_hook(
         lambda model, args: seen.update(
             {(k := "train" if model.training else "eval"): seen[k] + len(args[0])}
         )
@@ -157,18 +162,18 @@ def counted(world):
     ],
 )
 def test_nothing_is_computed_twice(options, train, evaluation, device):
-    world = World(device, **options)
-    world.step(**world.arguments(0))  # tests once whether the training forward gives the features
-    seen = counted(world)
-    world.step(**world.arguments(1))
+    run = StepRun(device, **options)
+    run.step(**run.arguments(0))  # tests once whether the training forward gives the features
+    seen = counted(run)
+    run.step(**run.arguments(1))
     assert seen == {"train": train, "eval": evaluation}
 
 
 def test_features_of_a_shared_forward_are_those_of_eval_mode(device):
-    world = World(device, dtype=torch.float64, engine="ghost")
-    other = World(device, dtype=torch.float64, engine="ghost")
+    run = StepRun(device, dtype=torch.float64, engine="ghost")
+    other = StepRun(device, dtype=torch.float64, engine="ghost")
     other.step._features._shared = _Never()
-    assert_same_run(world, other, run(world), run(other))
+    assert_same_run(run, other, take_steps(run), take_steps(other))
 
 
 class _Never(dict):
@@ -180,17 +185,17 @@ class _Never(dict):
 
 def test_sharing_ends_when_dropout_is_switched_on(device):
     """Only a probability changes, no mode: the step sees it by the random generators' state."""
-    world, fresh = (World(device, model="dropout", engine="ghost") for _ in range(2))
-    for w in (world, fresh):
+    run, fresh = (StepRun(device, model="dropout", engine="ghost") for _ in range(2))
+    for w in (run, fresh):
         w.model[0].p = 0.0
-    world.step(**world.arguments(0))
+    run.step(**run.arguments(0))
     fresh.step(**fresh.arguments(0))
     fresh.step._features._shared = _Never()
-    for w in (world, fresh):
+    for w in (run, fresh):
         w.model[0].p = 0.5
         torch.manual_seed(0)
         w.step(**w.arguments(1))
-    assert_bitwise(world.selector.state_dict(), fresh.selector.state_dict())
+    assert_bitwise(run.selector.state_dict(), fresh.selector.state_dict())
 
 
 def test_a_gradient_handed_out_twice_is_clipped_once(device):
@@ -237,24 +242,24 @@ def test_a_gradient_handed_out_twice_is_clipped_once(device):
 )
 def test_refused_options(options, error, message):
     with pytest.raises(error, match=f"MTSStep: {message}"):
-        World(torch.device("cpu"), **options)
+        StepRun(torch.device("cpu"), **options)
 
 
 def test_ghost_refuses_a_later_batchnorm_and_changes_nothing(device):
     """The model was in eval mode when the step was built, and is then put in train mode."""
-    world = World(device, model="batchnorm", online_features=False)
-    world.model.eval()
+    run = StepRun(device, model="batchnorm", online_features=False)
+    run.model.eval()
     selector = mts_fast.Selector(2, 3).to(device)
     step = mts_fast.MTSStep(
-        world.model,
-        world.optimizer,
+        run.model,
+        run.optimizer,
         selector,
         torch.optim.AdamW(selector.parameters()),
         engine="ghost",
         online_features=False,
     )
-    world.model.train()
-    before = snapshot(module=world.model, optimizer=world.optimizer, device=device)
+    run.model.train()
+    before = snapshot(module=run.model, optimizer=run.optimizer, device=device)
     with pytest.raises(RuntimeError, match="1: BatchNorm2d in train mode"):
-        step(**world.arguments(0))
-    assert_bitwise(snapshot(module=world.model, optimizer=world.optimizer, device=device), before)
+        step(**run.arguments(0))
+    assert_bitwise(snapshot(module=run.model, optimizer=run.optimizer, device=device), before)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from comparison import relative
 from small_steps import CLASSES, SIZE, batch, generators, plain_model, step_of
+from step_run import StepRun
 from torch import nn
 
 import mts_fast
@@ -54,6 +55,18 @@ def test_weights_change_nothing():
     step.weights(arguments["inputs"], arguments["labels"], val_inputs=arguments["val_inputs"])
     assert all(torch.equal(before[0][k], v) for k, v in selector.state_dict().items())
     assert before[1] == str(generators())
+
+
+def test_weights_need_validation_inputs_for_online_features_alone():
+    run = StepRun(torch.device("cpu"), online_features=False)
+    arguments = run.arguments(0)
+    validation = arguments.pop("val_inputs")
+    del arguments["val_labels"]
+    without = run.step.weights(**arguments)
+    assert torch.equal(without, run.step.weights(**arguments, val_inputs=validation))
+    online = StepRun(torch.device("cpu"))
+    with pytest.raises(TypeError, match="val_inputs must be given for online features, got None"):
+        online.step.weights(**arguments)
 
 
 def test_autocast_does_not_weigh_with_the_old_selector():

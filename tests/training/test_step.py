@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_bitwise, relative, snapshot
 from models import CLASSES
-from step_worlds import World
+from step_run import StepRun
 
 import mts_fast
 from mts_fast import reference
@@ -19,20 +19,20 @@ from mts_fast.training import warmup_cosine
 EXACT_ENGINE = "forward_mode"
 
 
-def reference_step(world, arguments, **options):
+def reference_step(run, arguments, **options):
     """The same step by reference.mts_step."""
-    states = optimizer_states(world.optimizer)
+    states = optimizer_states(run.optimizer)
     selector_batch = arguments.get("selector_batch")
     if selector_batch is not None:
         selector_batch = reference.Batch(
             *(getattr(selector_batch, k) for k in ("inputs", "labels", "is_synthetic", "features"))
         )
     return reference.mts_step(
-        world.model,
-        world.optimizer,
-        {n: states[p] for n, p in world.model.named_parameters()},
-        world.selector,
-        world.selector_optimizer,
+        run.model,
+        run.optimizer,
+        {n: states[p] for n, p in run.model.named_parameters()},
+        run.selector,
+        run.selector_optimizer,
         reference.Batch(*(arguments[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
         (arguments["val_inputs"], arguments["val_labels"]),
         selector_batch=selector_batch,
@@ -52,19 +52,19 @@ DRIFT_EXACT = 1e-12
 @pytest.mark.parametrize("engine", ENGINES)
 def test_twenty_steps_equal_the_reference(engine, model, optimizer, two_batches, device):
     options = {"model": model, "optimizer": optimizer, "dtype": torch.float64}
-    expected = World(device, online_features=False, **options)
+    expected = StepRun(device, online_features=False, **options)
     try:
-        world = World(device, online_features=False, engine=engine, **options)
+        run = StepRun(device, online_features=False, engine=engine, **options)
     except RuntimeError as refused:
         pytest.skip(str(refused))
     tolerance = DRIFT.get(engine, DRIFT_EXACT)
     for seed in range(20):
-        arguments = world.arguments(seed, two_batches=two_batches)
-        result = world.step(**arguments)
+        arguments = run.arguments(seed, two_batches=two_batches)
+        result = run.step(**arguments)
         trace = reference_step(expected, arguments)
         assert relative(result.dots, trace.dots) < tolerance
         assert relative(result.losses, trace.losses) < tolerance
-    for ours, theirs in ((world.model, expected.model), (world.selector, expected.selector)):
+    for ours, theirs in ((run.model, expected.model), (run.selector, expected.selector)):
         for name, truth in theirs.state_dict().items():
             assert relative(ours.state_dict()[name], truth) < tolerance, name
 
@@ -72,7 +72,7 @@ def test_twenty_steps_equal_the_reference(engine, model, optimizer, two_batches,
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_validation_mode_with_batchnorm(mode, device):
     """Row 5 in either mode: BatchNorm on its running statistics, or on the validation batch's."""
-    world = World(
+    run = StepRun(
         device,
         model="batchnorm",
         dtype=torch.float64,
@@ -80,10 +80,10 @@ def test_validation_mode_with_batchnorm(mode, device):
         online_features=False,
         validation_mode=mode,
     )
-    arguments = world.arguments(0)
-    (plain, optimizer), (ahead, ahead_optimizer) = (world.copy_of_plain_parts() for _ in range(2))
+    arguments = run.arguments(0)
+    (plain, optimizer), (ahead, ahead_optimizer) = (run.copy_of_plain_parts() for _ in range(2))
     with torch.no_grad():
-        z = world.selector(arguments["features"], arguments["labels"], arguments["is_synthetic"])
+        z = run.selector(arguments["features"], arguments["labels"], arguments["is_synthetic"])
         p = mts_fast.normalize_weights(z)
     losses = F.cross_entropy(plain(arguments["inputs"]), arguments["labels"], reduction="none")
     virtual_loss = F.cross_entropy(
@@ -97,48 +97,48 @@ def test_validation_mode_with_batchnorm(mode, device):
     v = torch.autograd.grad(val_loss, list(ahead.parameters()))
     direction = mts_fast.virtual_update(optimizer, g).scale(v)
     dots = reference.hypergradient_dots(losses, list(plain.parameters()), direction)
-    result = world.step(**arguments)
+    result = run.step(**arguments)
     # observed 2e-16 and 4e-16
     assert relative(result.val_loss, val_loss) < 1e-13
     assert relative(result.dots, dots) < 1e-12
 
 
 def test_hypergradient_lr_equals_the_reference(device):
-    world = World(
+    run = StepRun(
         device,
         dtype=torch.float64,
         online_features=False,
         engine=EXACT_ENGINE,
         hypergradient_lr=3.0,
     )
-    expected = World(device, dtype=torch.float64, online_features=False)
+    expected = StepRun(device, dtype=torch.float64, online_features=False)
     for seed in range(3):
-        arguments = world.arguments(seed)
-        result = world.step(**arguments)
+        arguments = run.arguments(seed)
+        result = run.step(**arguments)
         trace = reference_step(expected, arguments, hypergradient_lr=3.0)
         assert relative(result.dots, trace.dots) < 1e-12  # observed 1e-15
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_self_check_is_small(engine, device):
-    world = World(device, dtype=torch.float64, engine=engine)
+    run = StepRun(device, dtype=torch.float64, engine=engine)
     for seed in range(3):
         # observed 2e-10 for finite differences, 5e-16
-        assert world.step(**world.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
+        assert run.step(**run.arguments(seed)).self_check < DRIFT.get(engine, DRIFT_EXACT)
     # with a selector batch only in calls 1, 2, 4, ...: the check then needs one more backward
-    assert world.step(**world.arguments(4, two_batches=True)).self_check is not None
-    world.step(**world.arguments(5))
-    world.step(**world.arguments(6))
-    assert world.step(**world.arguments(7, two_batches=True)).self_check is None
+    assert run.step(**run.arguments(4, two_batches=True)).self_check is not None
+    run.step(**run.arguments(5))
+    run.step(**run.arguments(6))
+    assert run.step(**run.arguments(7, two_batches=True)).self_check is None
 
 
 def test_selector_every_third_step(device):
-    world = World(device, engine=EXACT_ENGINE, online_features=False, selector_every=3)
+    run = StepRun(device, engine=EXACT_ENGINE, online_features=False, selector_every=3)
     for call in range(7):
-        before = snapshot(module=world.selector, optimizer=world.selector_optimizer)
-        arguments = world.arguments(call)
-        result = world.step(**arguments)
-        after = snapshot(module=world.selector, optimizer=world.selector_optimizer)
+        before = snapshot(module=run.selector, optimizer=run.selector_optimizer)
+        arguments = run.arguments(call)
+        result = run.step(**arguments)
+        after = snapshot(module=run.selector, optimizer=run.selector_optimizer)
         learned = call % 3 == 0
         assert (result.val_loss, result.dots, result.self_check).count(None) == (
             0 if learned else 3
@@ -148,9 +148,7 @@ def test_selector_every_third_step(device):
         else:
             assert_bitwise(after, before)
         with torch.no_grad():
-            z = world.selector(
-                arguments["features"], arguments["labels"], arguments["is_synthetic"]
-            )
+            z = run.selector(arguments["features"], arguments["labels"], arguments["is_synthetic"])
         assert_bitwise(result.normalized_weights, mts_fast.normalize_weights(z))
 
 
@@ -158,7 +156,7 @@ def test_selector_every_third_step(device):
 def test_warmup_trains_the_selector_alone(class_weight, device):
     c = None if class_weight is None else torch.tensor(class_weight, device=device)
     options = {"engine": EXACT_ENGINE, "class_weight": c}
-    warm, cold = World(device, warmup_steps=2, **options), World(device, **options)
+    warm, cold = StepRun(device, warmup_steps=2, **options), StepRun(device, **options)
     initial = snapshot(module=warm.selector)["state"]
     for call in range(4):
         arguments = warm.arguments(call)
@@ -183,14 +181,14 @@ def test_warmup_trains_the_selector_alone(class_weight, device):
 
 def test_class_weight_multiplies_the_weights(device):
     c = torch.tensor([1.0, 0.0, 2.5], device=device)
-    world = World(device, engine=EXACT_ENGINE, class_weight=c)
-    arguments = world.arguments(0)
-    result = world.step(**arguments)
+    run = StepRun(device, engine=EXACT_ENGINE, class_weight=c)
+    arguments = run.arguments(0)
+    result = run.step(**arguments)
     w = result.logits.sigmoid() * c[arguments["labels"]]
     torch.testing.assert_close(result.weights, w, rtol=1e-6, atol=0)
     torch.testing.assert_close(result.normalized_weights, w / w.sum(), rtol=1e-6, atol=0)
     assert (result.normalized_weights[arguments["labels"] == 1] == 0).all()
-    again = world.step.weights(**{k: v for k, v in arguments.items() if k != "val_labels"})
+    again = run.step.weights(**{k: v for k, v in arguments.items() if k != "val_labels"})
     assert (again[arguments["labels"] == 1] == 0).all() and (
         again[arguments["labels"] != 1] > 0
     ).all()
@@ -198,26 +196,26 @@ def test_class_weight_multiplies_the_weights(device):
 
 def test_vanished_weights_leave_only_momentum_and_decay(device):
     """All class weights are zero: so are p and the gradients of classifier and selector."""
-    world = World(device, engine=EXACT_ENGINE)
-    world.step(**world.arguments(0))
-    world.step.class_weight = torch.zeros(CLASSES, device=device)
-    plain, optimizer = world.copy_of_plain_parts()
-    for group in world.selector_optimizer.param_groups:
+    run = StepRun(device, engine=EXACT_ENGINE)
+    run.step(**run.arguments(0))
+    run.step.class_weight = torch.zeros(CLASSES, device=device)
+    plain, optimizer = run.copy_of_plain_parts()
+    for group in run.selector_optimizer.param_groups:
         group["weight_decay"] = 0.0
-    result = world.step(**world.arguments(1))
+    result = run.step(**run.arguments(1))
     assert result.normalized_weights.tolist() == [0.0] * 12 == result.weights.tolist()
     assert result.loss == 0 and result.self_check == 0
     for p in plain.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert_bitwise(world.model.state_dict(), plain.state_dict())
-    assert all(p.grad.abs().max() == 0 for p in world.selector.parameters())
-    assert all(torch.isfinite(p).all() for p in world.selector.parameters())
+    assert_bitwise(run.model.state_dict(), plain.state_dict())
+    assert all(p.grad.abs().max() == 0 for p in run.selector.parameters())
+    assert all(torch.isfinite(p).all() for p in run.selector.parameters())
 
 
 def test_max_grad_norm_clips_the_real_step_only(device):
-    free = World(device, engine=EXACT_ENGINE)
-    clipped = World(device, engine=EXACT_ENGINE, max_grad_norm=0.01)
+    free = StepRun(device, engine=EXACT_ENGINE)
+    clipped = StepRun(device, engine=EXACT_ENGINE, max_grad_norm=0.01)
     plain, optimizer = clipped.copy_of_plain_parts()
     arguments = clipped.arguments(0)
     expected, result = free.step(**arguments), clipped.step(**arguments)
@@ -233,7 +231,7 @@ def test_max_grad_norm_clips_the_real_step_only(device):
 
 def test_selector_batch_has_the_masks_of_the_training_forward(device):
     """The training batch passed as selector_batch gives the same step, dropout masks included."""
-    one, two = (World(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
+    one, two = (StepRun(device, model="dense", engine=EXACT_ENGINE) for _ in range(2))
     arguments = one.arguments(0)
     names = ("inputs", "labels", "features", "is_synthetic")
     same = mts_fast.SelectorBatch(*(arguments[name] for name in names))
@@ -247,7 +245,7 @@ def test_selector_batch_has_the_masks_of_the_training_forward(device):
 
 @pytest.mark.parametrize("warmup", [0, 4])  # the cosine alone; after a linear rise
 def test_selector_scheduler_steps_in_every_call(warmup, device):
-    world = World(
+    run = StepRun(
         device,
         engine=EXACT_ENGINE,
         schedule=lambda o: warmup_cosine(o, warmup, 10),
@@ -256,15 +254,15 @@ def test_selector_scheduler_steps_in_every_call(warmup, device):
     for t in range(10):
         share = (t - warmup) / (10 - warmup)
         factor = (t + 1) / (warmup + 1) if t < warmup else (1 + math.cos(math.pi * share)) / 2
-        lr = world.selector_optimizer.param_groups[0]["lr"]
+        lr = run.selector_optimizer.param_groups[0]["lr"]
         assert lr == pytest.approx(0.05 * factor, rel=1e-12)
-        world.step(**world.arguments(t))
-    assert world.selector_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+        run.step(**run.arguments(t))
+    assert run.selector_optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_statistics_are_those_of_the_weights(device):
-    world = World(device, engine=EXACT_ENGINE)
-    result = world.step(**world.arguments(0))
+    run = StepRun(device, engine=EXACT_ENGINE)
+    result = run.step(**run.arguments(0))
     read = result.statistics.read()
     p, w = result.normalized_weights.double(), result.weights.double()
     assert read["mean_weight"] == pytest.approx(w.mean().item(), rel=1e-6)
@@ -280,25 +278,25 @@ def test_backend_set_around_the_call_is_kept(device):
         seen.append(mts_fast.ops.current_backend())
         return F.cross_entropy(output, labels, reduction="none")
 
-    world = World(device, engine=EXACT_ENGINE, loss=loss)
+    run = StepRun(device, engine=EXACT_ENGINE, loss=loss)
     with mts_fast.use_backend("reference"):
-        world.step(**world.arguments(0))
+        run.step(**run.arguments(0))
     assert set(seen) == {"reference"}
     seen.clear()
-    explicit = World(device, engine=EXACT_ENGINE, loss=loss, backend="reference")
+    explicit = StepRun(device, engine=EXACT_ENGINE, loss=loss, backend="reference")
     explicit.step(**explicit.arguments(0))
     assert set(seen) == {"reference"} and mts_fast.ops.current_backend() == "auto"
 
 
 def test_weights_stay_float32_under_autocast(device):
     """bf16 logits would round p to three digits, and their sum away from 1."""
-    world = World(device, engine=EXACT_ENGINE)
+    run = StepRun(device, engine=EXACT_ENGINE)
     with torch.autocast(device.type, torch.bfloat16):
-        result = world.step(**world.arguments(0))
+        result = run.step(**run.arguments(0))
     assert result.normalized_weights.dtype == torch.float32
     assert abs(result.normalized_weights.sum().item() - 1) < 1e-6
-    gradients = [p.grad for p in world.model.parameters()]
-    other = World(device, engine=EXACT_ENGINE)
+    gradients = [p.grad for p in run.model.parameters()]
+    other = StepRun(device, engine=EXACT_ENGINE)
     other.step(**other.arguments(0))
     for g, full in zip(gradients, (p.grad for p in other.model.parameters()), strict=True):
         assert relative(g, full) < 0.05  # bf16 activations; observed 0.004
@@ -333,7 +331,7 @@ def test_weights_stay_float32_under_autocast(device):
 )
 def test_refused_options(options, error, message):
     with pytest.raises(error, match=f"MTSStep: {message}"):
-        World(torch.device("cpu"), **options)
+        StepRun(torch.device("cpu"), **options)
 
 
 @pytest.mark.parametrize(

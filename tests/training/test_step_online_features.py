@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparison import relative
-from step_worlds import World
+from step_run import StepRun
 
 from mts_fast import reference
 
@@ -13,16 +13,16 @@ EXACT_ENGINE = "forward_mode"
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.9])  # this batch's; the last batch's; running
 def test_online_features_that_the_selector_sees(momentum, device):
-    world = World(
+    run = StepRun(
         device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=momentum, online_k=2
     )
     seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    run.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     running = {}
     for seed in range(3):
-        arguments = world.arguments(seed)
+        arguments = run.arguments(seed)
         with torch.no_grad():
-            penultimate, val = (world.model[:-1](arguments[k]) for k in ("inputs", "val_inputs"))
+            penultimate, val = (run.model[:-1](arguments[k]) for k in ("inputs", "val_inputs"))
         columns = []
         for name, column in zip(
             ("nearest", "centroid"), reference.online_features(penultimate, val, k=2), strict=True
@@ -35,7 +35,7 @@ def test_online_features_that_the_selector_sees(momentum, device):
             mean, variance = running[name]
             columns.append((column - mean) / (variance + 1e-8).sqrt())
         seen.clear()
-        world.step(**arguments)
+        run.step(**arguments)
         expected = torch.cat([*columns, arguments["features"]], dim=1)
         # once for row 1 and once for row 9; observed 0
         assert len(seen) == 2
@@ -44,26 +44,26 @@ def test_online_features_that_the_selector_sees(momentum, device):
 
 def test_running_statistics_move_with_the_selectors_batch(device):
     """They are updated once per step, with the selector batch only."""
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
+    run = StepRun(device, dtype=torch.float64, engine=EXACT_ENGINE, online_momentum=0.5)
     running = None
     for seed in range(3):
-        arguments = world.arguments(seed, two_batches=True)
+        arguments = run.arguments(seed, two_batches=True)
         inputs = arguments["selector_batch"].inputs, arguments["val_inputs"]
         with torch.no_grad():
-            nearest, _ = reference.online_features(*(world.model[:-1](x) for x in inputs))
+            nearest, _ = reference.online_features(*(run.model[:-1](x) for x in inputs))
         batch = torch.stack([nearest.mean(), nearest.var(correction=0)])
         running = batch if running is None else 0.5 * running + 0.5 * batch
-        world.step(**arguments)
-        moments = world.step.state_dict()["online"]["running"]["nearest"]
+        run.step(**arguments)
+        moments = run.step.state_dict()["online"]["running"]["nearest"]
         assert relative(moments, running) < 1e-12  # observed 0
 
 
 def test_feature_layer_names_where_features_are_taken(device):
-    world = World(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
+    run = StepRun(device, dtype=torch.float64, engine=EXACT_ENGINE, feature_layer="0")
     seen = []
-    world.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    arguments = world.arguments(0)
-    world.step(**arguments)
+    run.selector.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    arguments = run.arguments(0)
+    run.step(**arguments)
     nearest, centroid = reference.online_features(arguments["inputs"], arguments["val_inputs"])
     columns = [
         reference.standardize(nearest),

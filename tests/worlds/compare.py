@@ -118,7 +118,7 @@ class Comparison:
             )
             yield Fault("dots", distance(result.dots, truth.dots), self.dots_allowed)
         elif result.dots is not None:
-            yield Fault("dots of a call without a lesson", 1.0, 0.0)
+            yield Fault("dots of a call without a selector step", 1.0, 0.0)
         z, w, p = truth.final_weights(double(call.objects.selector))
         z_plain, w_plain, p_plain = plain.final_weights(call.objects.selector)
         rounding = 0.0 if truth.reuses else self._z_noise(call.objects.selector, z)
@@ -143,9 +143,9 @@ class Comparison:
         yield Fault("a skipped step", 0.0 if float16 else 1.0, 0.0)
         losses = [other.losses for other in self.others]
         yield self._vector("losses", call.result.losses, self.truth.losses, losses, self.share)
-        live = dict(call.objects.model.named_parameters())
+        current = dict(call.objects.model.named_parameters())
         for name, parameter in self.plain.model.named_parameters():
-            yield Fault(f"skipped parameter {name}", distance(live[name], parameter), 0.0)
+            yield Fault(f"skipped parameter {name}", distance(current[name], parameter), 0.0)
 
     def _vector(
         self,
@@ -270,7 +270,7 @@ class Comparison:
         old = list(before.selector.parameters())
         if not truth.learns:
             worst = max(distance(a, b) for a, b in zip(selector, old, strict=True))
-            yield Fault("selector in a call without a lesson", worst, 0.0)
+            yield Fault("selector in a call without a step of it", worst, 0.0)
             return
         slack = truth.p_pupil * torch.sigmoid(-truth.z_pupil) * 2 * self.dots_allowed
         slack = (slack + truth.cotangent.abs() * self.share * 10) * (self.luck / 4)
@@ -315,20 +315,20 @@ class Comparison:
             factor = (clip / (norm + 1e-6)).clamp(max=1.0)
             gradient = [None if g is None else g * factor for g in gradient]
         kind = truth.world.optimizer["kind"]
-        live = dict(call.objects.model.named_parameters())
+        current = dict(call.objects.model.named_parameters())
         names = {id(q): n for n, q in truth.model.named_parameters()}
         trained = set()
         for k, (parameter, group, state) in enumerate(truth.rows):
             if gradient[k] is None:
                 continue
-            new = live[names[id(parameter)]]
+            new = current[names[id(parameter)]]
             trained.add(names[id(parameter)])
             step = _Step(truth.theta[k], gradient[k], bounds[k], group, state, kind)
             state = call.objects.optimizer.state.get(new, {})
             yield from step.faults("classifier", new, state, self.step_eps)
         for name, parameter in self.plain.model.named_parameters():
             if name not in trained:
-                error = distance(live[name], parameter)
+                error = distance(current[name], parameter)
                 yield Fault(f"untrained parameter {name}", error, 4 * self.step_eps)
 
     def _state(self, call: Call) -> Iterator[Fault]:

@@ -64,7 +64,7 @@ def second_call(world):
 
 
 def in_float64(world):
-    """The world in float64, every call of it a lesson on its own batch."""
+    """The world in float64, every call of it with a selector step on its own batch."""
     step = {**world.step, "hypergradient_lr": None, "selector_every": 1, "online_features": False}
     optimizer = dict(world.optimizer)
     if optimizer["kind"] != "SGD":

@@ -27,8 +27,8 @@ MODELS = {
 OFFLINE = 2
 
 
-class World:
-    """Everything that one MTSStep works on; two worlds of the same arguments are equal."""
+class StepRun:
+    """Everything that one MTSStep works on; two runs of the same arguments are equal."""
 
     def __init__(
         self,
