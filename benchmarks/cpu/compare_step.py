@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "step_compared.json"
-MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp")
+MODELS = ("vit", "resnet18_groupnorm", "resnet18_batchnorm", "mlp", "gpt")
 OPTIMIZERS = ("momentum", "adamw")
 ROUNDS, WARM_UP = 11, 2
 MIB = 2**20
