@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from mts_fast._check import (
     check_finite,
     check_floating,
+    check_int,
     check_integer,
     check_length,
     check_number,
@@ -66,12 +67,10 @@ class MixedBatchSampler(Sampler[list[int]]):
     ) -> None:
         weights = check_floating(OP, "weights", weights, ndim=1)
         check_finite(OP, "weights", weights)
-        if len(weights) == 0 or bool((weights < 0).any()) or not bool((weights > 0).any()):
-            got = "an empty tensor" if len(weights) == 0 else "only 0, or negative ones"
-            hint = "pass the selector's weights of the pool, for example those of step.weights()"
-            fail(ValueError, OP, "weights", "not negative and not all 0", got, hint)
+        _check_weights(weights)
         check_positive_int(OP, "clean", clean)
         check_positive_int(OP, "batch_size", batch_size)
+        check_int(OP, "seed", seed)
         check_number(OP, "clean_share", clean_share, at_least=0.0, at_most=1.0)
         share = weights.detach().double().cpu()
         if labels is not None:
@@ -92,6 +91,7 @@ class MixedBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the batches of this epoch from the next `iter` on, as torch's DistributedSampler."""
+        check_int(OP, "epoch", epoch)
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -116,6 +116,18 @@ class MixedBatchSampler(Sampler[list[int]]):
         places = (torch.arange(count, dtype=torch.float64) + start) / max(1, count)
         drawn = torch.searchsorted(self._cumulative, places, right=True).clamp(max=self._last)
         return drawn[torch.randperm(count, generator=generator)]
+
+
+def _check_weights(weights: Tensor) -> None:
+    hint = "pass the selector's weights of the pool, for example those of step.weights()"
+    expected = "not negative and not all 0"
+    if len(weights) == 0:
+        fail(ValueError, OP, "weights", expected, "an empty tensor", hint)
+    at = int(weights.argmin())
+    if weights[at] < 0:
+        fail(ValueError, OP, "weights", expected, f"{float(weights[at])} at {at}", hint)
+    if not bool((weights > 0).any()):
+        fail(ValueError, OP, "weights", expected, "only 0", hint)
 
 
 def _balanced(share: Tensor, labels: Tensor) -> Tensor:

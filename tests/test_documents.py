@@ -104,3 +104,9 @@ def test_the_check_of_the_site_finds_what_is_broken(tmp_path):
         "b.html: logo.svg",
     ]
     assert check_site.drawn(pages, ["a", "b"]) == {"a": 1, "b": 0}
+
+
+def test_readme_tables_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables" / "documents.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

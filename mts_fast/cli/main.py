@@ -153,8 +153,13 @@ def demo(
     ] = None,
     study: Annotated[
         Literal[
-            *("features", "batch-size", "validation-size", "bad-share", "selector-every"),
-            *("embeddings", "gsnr"),
+            "features",
+            "batch-size",
+            "validation-size",
+            "bad-share",
+            "selector-every",
+            "embeddings",
+            "gsnr",
         ]
         | None,
         typer.Option(help="What moves the result, instead of the comparison of arms."),

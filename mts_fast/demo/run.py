@@ -34,7 +34,7 @@ def run_demo(
     data: str, seeds: Sequence[int], out: Path, root: str | None, steps: int | None
 ) -> list[JobResult]:
     """Train all arms for all seeds, fill `out` and print the table; finished seeds are reused."""
-    changed = {} if steps is None else {"steps": steps}
+    changed: dict[str, Any] = {} if steps is None else {"steps": steps}
     arms = available_arms(data)
     jobs = [Job(data, seed, arms, root=root, settings=changed) for seed in seeds]
     with output_folder("demo", "--out", out):
@@ -90,10 +90,9 @@ def run_jobs(jobs: Sequence[Job], out: Path) -> list[JobResult]:
             started[job.name] += 1
 
         def ended(job: Job, well: bool) -> None:
-            end = {"completed": len(job.arms)} if well else {}
-            bars.update(
-                tasks[job.name], description=f"{job.name}: {'done' if well else 'failed'}", **end
-            )
+            if well:
+                bars.update(tasks[job.name], completed=len(job.arms))
+            bars.update(tasks[job.name], description=f"{job.name}: {'done' if well else 'failed'}")
 
         trained = run_tasks(partial(_work, str(out)), left, report, ended)
     results |= {job.name: result for job, result in zip(left, trained, strict=True)}

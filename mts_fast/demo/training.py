@@ -150,4 +150,5 @@ def worst_group(
     right = (logits_of(model, images).argmax(1) == images.labels).double()
     sizes = groups.bincount()
     sums = torch.zeros(len(sizes), dtype=right.dtype).index_add_(0, groups, right)
-    return float((sums / sizes)[sizes >= least].min())
+    accuracies = (sums / sizes)[sizes >= least]
+    return float(accuracies.min()) if len(accuracies) else None

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -14,10 +13,9 @@ import mts_fast
 from mts_fast._process import TolerantStream, interrupts, postponed
 from mts_fast.cli.main import main
 from mts_fast.demo import run as demo_run
-from mts_fast.demo.arms import ARMS, run_seed
-from mts_fast.demo.classifiers import SETTINGS
+from mts_fast.demo.jobs import Job, available_arms, train_job
 from mts_fast.demo.tables import print_table
-from mts_fast.demo.workers import run_seeds
+from mts_fast.demo.workers import run_tasks
 
 # seconds to wait for a process; each ends within one
 PATIENCE = 60
@@ -28,7 +26,7 @@ import os, signal, sys, time
 from pathlib import Path
 from mts_fast.cli import main
 from mts_fast.demo import run
-from mts_fast.demo.workers import run_seeds, tell
+from mts_fast.demo.workers import run_tasks
 
 def work(seed):
     Path(f"{seed}.part").write_text(str(os.getpid()))
@@ -41,7 +39,7 @@ def work(seed):
 
 def demo(*_):
     ended = lambda seed, well: print(seed, well, flush=True)
-    return run_seeds(work, range(2), lambda *_: None, ended)
+    return run_tasks(work, range(2), lambda *_: None, ended)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
@@ -126,7 +124,7 @@ def test_a_killed_worker(demo):
     os.kill(workers[1], signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
-    said = "mts-fast demo: every process must be alive until its seed is done, got one that was"
+    said = "mts-fast demo: every process must be alive until its work is done, got one that was"
     assert err.startswith(said) and err.count("\n") == 1
     wait_for(lambda: all(is_gone(pid) for pid in workers))
 
@@ -141,7 +139,7 @@ def test_a_failed_seed_ends_the_others_and_is_not_done(demo):
 
 def test_results_of_seeds_are_in_order():
     ended = []
-    results = run_seeds(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
+    results = run_tasks(str, [7, 3], lambda *_: None, lambda *what: ended.append(what))
     assert results == ["7", "3"]
     assert sorted(ended) == [(3, True), (7, True)]
 
@@ -260,15 +258,20 @@ def test_characters_that_an_encoding_lacks_are_escaped(tmp_path):
 
 @pytest.fixture(scope="module")
 def result():
-    return run_seed("digits", 0, None, replace(SETTINGS["digits"], steps=5), lambda *_: None)
+    data = "coloured-digits"
+    job = Job(data, 400, available_arms(data), settings={"steps": 5})
+    return train_job(job, lambda _: None)
 
 
-PICTURES = ["extremes.png", "training_curves.png", "weights_by_kind.png"]
+PICTURES = [
+    *("accuracies.png", "extremes.png", "training_curves.png", "weights_by_kind.png"),
+    "weights_over_time.png",
+]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_demo_keeps_results_that_nobody_reads(encoding, result, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_run, "_train", lambda *_: [result])
+    monkeypatch.setattr(demo_run, "run_jobs", lambda *_: [result])
     with closed_pipe(encoding) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["demo", "--seeds", "1", "--out", str(tmp_path / "new" / "demo")]) == 0
@@ -280,22 +283,22 @@ def test_the_demo_keeps_results_that_nobody_reads(encoding, result, tmp_path, mo
 
 
 def test_the_demos_table_in_ascii_and_in_twenty_columns(result, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_run, "_train", lambda *_: [result])
+    monkeypatch.setattr(demo_run, "run_jobs", lambda *_: [result])
     monkeypatch.setenv("COLUMNS", "20")
     with open(tmp_path / "printed", "w", encoding="ascii") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["demo", "--seeds", "1", "--out", str(tmp_path)]) == 0
     printed = (tmp_path / "printed").read_text()
     assert max(len(line) for line in printed.splitlines()) <= 20
-    for arm in ARMS:
-        assert f"    {100 * result.accuracy[arm]:.1f} +- 0.0\n" in printed
+    for arm, accuracy in result.accuracy.items():
+        assert f"    {100 * accuracy:.1f}\n" in printed
         if arm in result.auc:
-            assert f"    {result.auc[arm]:.2f} +- 0.00\n" in printed
+            assert f"    {result.auc[arm]:.2f}\n" in printed
 
 
 def test_the_demo_on_a_disk_that_fills_up(result, tmp_path, monkeypatch, capsys):
     """The old results file stays, and the new results are still printed."""
-    monkeypatch.setattr(demo_run, "_train", lambda *_: [result])
+    monkeypatch.setattr(demo_run, "run_jobs", lambda *_: [result])
     (tmp_path / "results.json").write_text("old")
 
     def full(*_):
@@ -305,7 +308,7 @@ def test_the_demo_on_a_disk_that_fills_up(result, tmp_path, monkeypatch, capsys)
         patch.setattr("mts_fast._files.os.replace", full)
         assert main(["demo", "--seeds", "1", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert f"{100 * result.accuracy['MTS']:.1f} ± 0.0" in out
+    assert f"{100 * result.accuracy['MTS itself']:.1f}" in out
     assert f"path must be writable, got {str(tmp_path / 'results.json')!r} ([Errno 28]" in err
     assert "the old file is unchanged" in err and err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
@@ -313,7 +316,7 @@ def test_the_demo_on_a_disk_that_fills_up(result, tmp_path, monkeypatch, capsys)
 
 
 def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_run, "run_seeds", raising(AssertionError("trained")))
+    monkeypatch.setattr(demo_run, "run_tasks", raising(AssertionError("trained")))
     file = tmp_path / "file"
     file.touch()
     for arguments, said in (
@@ -322,9 +325,13 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         (["--out", "/proc/new"], "--out must be writable, got '/proc/new'"),
         (["--out", "/proc"], "--out must be in a writable folder, got '/proc'"),
         (["--out", ""], "--out must be a folder, got an empty name"),
-        (["--root", "."], "--root must be given with --data fashion only, got digits; leave it"),
-        (["--study", "batch-size", "--steps", "5"], "--steps must be left out with --study batch"),
-        (["--study", "batch-size", "--seeds", "2"], "--seeds must be left out with --study batch"),
+        (["--root", "."], "--root must be given with data of Fashion-MNIST only, got coloured-"),
+        (["--study", "gsnr", "--steps", "5"], "--steps must be left out with --study gsnr"),
+        (["--study", "gsnr", "--seeds", "2"], "--seeds must be left out with --study gsnr"),
+        (
+            ["--study", "features", "--data", "fashion"],
+            "--data must be coloured with --study features, got fashion; pass --data coloured-",
+        ),
     ):
         assert main(["demo", *arguments]) == 2
         assert f"mts-fast demo: {said}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import zlib
 from dataclasses import dataclass
@@ -16,8 +17,15 @@ from torch import Tensor
 
 from mts_fast._check import fail
 
-# where Debian's package dataset-fashion-mnist puts the files
-FASHION_ROOT = "/usr/share/datasets/fashion-mnist"
+# where Fashion-MNIST's files usually are: Debian's package dataset-fashion-mnist, and folders that
+# torchvision's users name
+FASHION_ROOTS = (
+    "/usr/share/datasets/fashion-mnist",
+    "data/FashionMNIST/raw",
+    "~/data/FashionMNIST/raw",
+    "~/.cache/FashionMNIST/raw",
+)
+FASHION_FIRST = "train-images-idx3-ubyte"
 FASHION_SIDE, FASHION_CLASSES = 28, 10
 # ten real and ten validation images of each class; the rest are base images and tests
 LEAST_PER_CLASS = 21
@@ -57,11 +65,17 @@ def load_digits() -> LabelledImages:
 def load_fashion(root: str | None = None) -> tuple[LabelledImages, LabelledImages]:
     """(train, test) of Fashion-MNIST, averaged down to 14 x 14.
 
+    Args:
+        root: folder of the IDX files; default: the usual folders, then the cache of Hugging Face's
+            `datasets` where that is installed, which also downloads where there is a network.
+
     Raises:
-        FileNotFoundError: no IDX files under `root`; says how to get them.
+        FileNotFoundError: no IDX files; says where they were looked for, and how to get them.
         ValueError: a damaged or foreign file.
     """
-    folder = Path(FASHION_ROOT if root is None else root)
+    folder = _fashion_folder(root)
+    if folder is None:
+        return _fashion_of_hugging_face()
     sets = []
     for part, least in (("train", LEAST_PER_CLASS), ("t10k", 1)):
         name = f"{part}-images-idx3-ubyte"
@@ -81,6 +95,49 @@ def load_fashion(root: str | None = None) -> tuple[LabelledImages, LabelledImage
             _refuse(folder / name, expected, f"counts {counts[: FASHION_CLASSES + 1].tolist()}")
         sets.append(LabelledImages(images, torch.from_numpy(labels).long()))
     return sets[0], sets[1]
+
+
+def _fashion_folder(root: str | None) -> Path | None:
+    """Where the IDX files are; None where `datasets` may have the images."""
+    if root is not None:
+        folder = Path(root).expanduser()
+        # torchvision's `root` holds FashionMNIST/raw
+        below = folder / "FashionMNIST" / "raw"
+        return below if below.is_dir() else folder
+    for name in FASHION_ROOTS:
+        folder = Path(name).expanduser()
+        if any((folder / f"{FASHION_FIRST}{end}").exists() for end in (".gz", "")):
+            return folder
+    if importlib.util.find_spec("datasets"):
+        return None
+    got = f"none in {', '.join(FASHION_ROOTS)}, and no Hugging Face `datasets`"
+    _missing("there, or its folder given", got)
+
+
+def _fashion_of_hugging_face() -> tuple[LabelledImages, LabelledImages]:
+    """The same images by `datasets`, from its cache or a download."""
+    from datasets import load_dataset
+
+    sets = []
+    for split in ("train", "test"):
+        try:
+            rows = load_dataset("zalando-datasets/fashion_mnist", split=split)
+        except Exception as error:  # whatever its many readers and the network raise
+            got = f"none in {', '.join(FASHION_ROOTS)}, and {type(error).__name__} by `datasets`"
+            _missing("there, or its folder given", got)
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in rows["image"]]))
+        images = F.avg_pool2d(pixels.float()[:, None] / 255, 2)
+        sets.append(LabelledImages(images, torch.tensor(rows["label"])))
+    return sets[0], sets[1]
+
+
+def _missing(expected: str, got: str) -> NoReturn:
+    hint = (
+        "on Debian `apt-get install dataset-fashion-mnist`; anywhere `pip install torchvision` and"
+        " `torchvision.datasets.FashionMNIST('data', download=True)`, or take --data"
+        " coloured-digits, which needs no files"
+    )
+    fail(FileNotFoundError, "demo", "Fashion-MNIST", expected, got, hint)
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:

@@ -90,8 +90,9 @@ def _split(
     """The real set, the validation set (both stratified) and all others."""
     rank = ranks_in_class(images.labels, generator)
     last = REAL_PER_CLASS + VALIDATION_PER_CLASS
-    real, rest = rank < REAL_PER_CLASS, rank >= last
-    real, val, rest = (images[m.nonzero().flatten()] for m in (real, ~real & ~rest, rest))
+    is_real, is_rest = rank < REAL_PER_CLASS, rank >= last
+    parts = (is_real, ~is_real & ~is_rest, is_rest)
+    real, val, rest = (images[mask.nonzero().flatten()] for mask in parts)
     return real, val, rest
 
 

@@ -1,0 +1,115 @@
+"""Every arm of the comparison, on few steps; what the arms that weigh samples weigh by."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mts_fast.demo.arms import ARMS
+from mts_fast.demo.arms.learned import pool_features
+from mts_fast.demo.arms.plain import retrain_last_layer
+from mts_fast.demo.arms.seed_run import SeedRun
+from mts_fast.demo.data import make_scenario
+from mts_fast.demo.jobs import Job, available_arms, selection_auc, train_job
+from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.training import SETTINGS, accuracy, worst_group
+
+DATA = "coloured-digits"
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def run():
+    settings = replace(SETTINGS[DATA], steps=STEPS)
+    return SeedRun(make_scenario(DATA, 3), settings, 3, lambda _: None)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains_a_classifier(name, run):
+    if ARMS[name].needs_package and not importlib.util.find_spec(ARMS[name].needs_package):
+        pytest.skip(f"needs {ARMS[name].needs_package}")
+    outcome = ARMS[name].train(run, {})
+    assert not outcome.model.training
+    assert 0 < accuracy(outcome.model, run.scenario.test) <= 1
+    again = ARMS[name].train(run, {})
+    for p, q in zip(outcome.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    if outcome.weights is not None:
+        size = len(run.scenario.pool)
+        assert outcome.weights.shape == (size,) and (outcome.weights >= 0).all()
+
+
+@pytest.mark.parametrize("data", ["coloured-digits", "digits"])
+def test_a_job_reports_every_arm(data):
+    arms = available_arms(data)
+    assert ("group DRO, true groups" in arms) == data.startswith("coloured")
+    seen = []
+    result = train_job(Job(data, 3, arms, settings={"steps": 2}), seen.append)
+    assert tuple(seen) == tuple(result.accuracy) == tuple(result.seconds) == arms
+    assert (set(result.worst_group) == {*arms}) == data.startswith("coloured")
+    assert len(result.weights) == (4200 if data.startswith("coloured") else 4100)
+    assert {"gsnr", "mean_weight", "weighed at", "weight: real"} <= result.curves.keys()
+
+
+def test_the_oracle_is_ahead_of_everything_alike(run):
+    settings = replace(run.settings, steps=200)
+    longer = SeedRun(run.scenario, settings, 3, lambda _: None)
+    oracle, alike = (
+        accuracy(ARMS[name].train(longer, {}).model, run.scenario.test)
+        for name in ("oracle", "everything alike")
+    )
+    assert oracle > alike + 0.2
+
+
+def test_the_last_layer_alone_is_retrained(run):
+    model = run.everything
+    retrained = retrain_last_layer(run, model, {})
+    before, after = list(model.parameters()), list(retrained.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before[:-2], after[:-2], strict=True))
+    assert not torch.equal(before[-2], after[-2])
+    assert all(p.requires_grad for p in before)
+
+
+def test_options_move_their_arm(run):
+    for name, options in {
+        "filter by validation": {"hard": True},
+        "small loss": {"keep": 0.3},
+        "just train twice": {"factor": 100.0},
+        "likely if clean, not easy": {"easy_power": 2},
+        "reducible holdout loss": {"holdout": "validation"},
+    }.items():
+        plain, other = (ARMS[name].train(run, o).weights for o in ({}, options))
+        assert not torch.equal(plain, other), name
+    keep = ARMS["small loss"].train(run, {"keep": 0.3}).weights
+    assert keep.mean().item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_features_of_the_selector(run):
+    widths = {"paper": 13, "all": 15, "distribution": 9, "dynamics": 4, "online": 0}
+    for name, width in widths.items():
+        assert pool_features(run, {"features": name}).shape == (len(run.scenario.pool), width)
+
+
+def test_auc_of_the_truth_is_one(run):
+    helpful, synthetic = run.scenario.is_helpful, run.scenario.is_synthetic
+    assert selection_auc(helpful, synthetic, helpful.float()) == 1.0
+    assert selection_auc(helpful, synthetic, 1 - helpful.float()) == 0.0
+
+
+def test_worst_group_is_the_least_of_the_groups_that_are_large():
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.zeros(len(x)).long(), 10).float()
+
+    scenario = make_scenario(DATA, 3)
+    images = scenario.test
+    groups = (images.labels != 0).long()
+    assert worst_group(Constant(), images, groups) == 0.0
+    assert worst_group(Constant(), images, groups, least=len(images) + 1) is None
+    assert worst_group(Constant(), images, None) is None
+
+
+def test_options_are_of_arms_and_of_tuned_names():
+    for options in OPTIONS.values():
+        assert options.keys() <= ARMS.keys()
