@@ -118,6 +118,39 @@ class MixedBatchSampler(Sampler[list[int]]):
         return drawn[torch.randperm(count, generator=generator)]
 
 
+def discount_learned(weights: Tensor, label_probability: Tensor, power: float = 1.0) -> Tensor:
+    """Weights of samples times what a classifier of everything has not learned of them.
+
+    A sample whose label a classifier trained on the whole pool alike takes for certain teaches a
+    new one little beyond what the pool teaches anyway: under a spurious correlation, the
+    correlation. So w_i (1 - p(y_i | x_i))^power. The weights have to sort out wrong labels, which
+    are not learned either; without a selector, noise would be drawn.
+
+    Args:
+        weights: [N], floating, not negative.
+        label_probability: [N], floating, in [0, 1]: of each sample's label, under a classifier that
+            was trained on the pool without weights.
+        power: 0 leaves the weights as they are.
+
+    Returns:
+        [N].
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    op = "discount_learned"
+    check_floating(op, "weights", weights, ndim=1)
+    check_floating(op, "label_probability", label_probability, ndim=1)
+    check_length(op, "label_probability", label_probability, len(weights))
+    check_number(op, "power", power, at_least=0.0)
+    low, high = label_probability.aminmax() if len(weights) else (weights.new_zeros(()),) * 2
+    if not (low >= 0 and high <= 1):
+        got = f"values from {float(low)} to {float(high)}"
+        hint = "take the softmax of the logits at the label"
+        fail(ValueError, op, "label_probability", "in [0, 1]", got, hint)
+    return weights * (1 - label_probability) ** power
+
+
 def _check_weights(weights: Tensor) -> None:
     hint = "pass the selector's weights of the pool, for example those of step.weights()"
     expected = "not negative and not all 0"

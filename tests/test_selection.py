@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from mts_fast.selection import MixedBatchSampler
+from mts_fast.selection import MixedBatchSampler, discount_learned
 
 WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 5.0])
 
@@ -119,3 +119,16 @@ def test_bad_arguments_are_named(arguments, error, message):
         MixedBatchSampler(**{**good, **arguments})
     with pytest.raises(ValueError, match="epoch must be an int of 0 or more, got -1"):
         MixedBatchSampler(**good).set_epoch(-1)
+
+
+def test_what_is_learned_is_discounted():
+    probability = torch.tensor([0.0, 0.5, 0.75, 1.0])
+    weights = discount_learned(WEIGHTS + 1, probability, 2.0)
+    assert torch.equal(weights, torch.tensor([1.0, 0.5, 3 / 16, 0.0]))
+    assert torch.equal(discount_learned(WEIGHTS, probability, 0), WEIGHTS)
+    with pytest.raises(ValueError, match=r"label_probability must be in \[0, 1\], got values from"):
+        discount_learned(WEIGHTS, probability.log())
+    with pytest.raises(ValueError, match="label_probability must be of length 4"):
+        discount_learned(WEIGHTS, probability[:3])
+    with pytest.raises(ValueError, match="power must be a finite number at least 0"):
+        discount_learned(WEIGHTS, probability, -1)

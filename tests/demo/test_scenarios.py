@@ -55,17 +55,17 @@ def colour_of(images):
 
 def test_the_colour_mostly_tells_the_class(coloured):
     pool, kinds = coloured.pool, coloured.kinds
-    own = colour_of(pool.images) == pool.labels
+    agrees = colour_of(pool.images) == pool.labels
     real = coloured.kind == REAL
-    assert abs(own[real].float().mean() - BIAS) < 0.04 and int(real.sum()) == 200
-    shares = [own[coloured.kind == i].float().mean() for i in range(len(kinds))]
+    assert abs(agrees[real].float().mean() - BIAS) < 0.04 and int(real.sum()) == 200
+    shares = [agrees[coloured.kind == i].float().mean() for i in range(len(kinds))]
     assert kinds == ("colour of its class", "another colour", "wrong label")
     assert shares[0] > 0.97 and shares[1] < 0.2 and shares[2] > 0.97
     for images in (coloured.test, coloured.val):
         assert (colour_of(images.images) == images.labels).float().mean() < 0.3
     assert coloured.val.labels.bincount().tolist() == [3] * CLASSES
     # groups: the class, and whether the colour is its own
-    agree = (coloured.groups >= CLASSES) == own
+    agree = (coloured.groups >= CLASSES) == agrees
     assert agree.float().mean() > 0.98 and torch.equal(coloured.groups % CLASSES, pool.labels)
     assert torch.equal(coloured.is_helpful, coloured.kind == 1) and coloured.candidates.all()
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mts_fast.demo.arms.seed_run import Options, Outcome, SeedRun
 from mts_fast.demo.training import logits_of
+from mts_fast.selection import discount_learned
 
 
 def _retrained(run: SeedRun, weights: Tensor, options: Options) -> Outcome:
@@ -55,8 +56,9 @@ def reducible_holdout_loss(run: SeedRun, options: Options) -> Outcome:
 def clean_but_not_easy(run: SeedRun, options: Options) -> Outcome:
     """Likely under the clean classifier, unlikely under the one of everything."""
     easy = run.probability(run.everything)
-    weights = run.probability(run.by_validation) * (1 - easy) ** options.get("easy_power", 1)
-    return _retrained(run, weights, options)
+    weights = run.probability(run.by_validation) ** options.get("power", 1)
+    weights = discount_learned(weights, easy, options.get("easy_power", 1))
+    return _retrained(run, weights, {**options, "power": 1})
 
 
 def just_train_twice(run: SeedRun, options: Options) -> Outcome:

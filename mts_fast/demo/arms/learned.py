@@ -15,6 +15,7 @@ from mts_fast.demo.arms.seed_run import Options, Outcome, SeedRun
 from mts_fast.demo.data import CLASSES, REAL
 from mts_fast.demo.training import build_classifier, build_optimizer, epochs
 from mts_fast.features import PAPER_COLUMNS, FeatureTable
+from mts_fast.selection import discount_learned
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
@@ -47,10 +48,14 @@ def mts(run: SeedRun, options: Options) -> Outcome:
 
 
 def mts_weights(run: SeedRun, options: Options) -> Outcome:
-    """The recipe: a new classifier on a clean share, and samples drawn by the weights of MTS."""
-    learned = mts(run, options)
-    assert learned.weights is not None
-    return Outcome(run.mixed(learned.weights, options), learned.weights)
+    """The recipe: a new classifier on a clean share, and samples drawn by the weights of MTS, those
+    that the classifier of everything has learned discounted."""
+    weights = mts(run, options).weights
+    assert weights is not None
+    if options.get("easy_power", 0):
+        easy = run.probability(run.everything)
+        weights = discount_learned(weights, easy, options["easy_power"])
+    return Outcome(run.mixed(weights, options), weights)
 
 
 def mts_last_layer(run: SeedRun, options: Options) -> Outcome:
