@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import mts_fast.features as features
     import mts_fast.hypergradient as hypergradient
     import mts_fast.reference as reference
+    import mts_fast.selection as selection
     import mts_fast.training as training
     from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
     from mts_fast.ops import (  # type: ignore[no-redef]  # modules of ops have these names, too
@@ -46,6 +47,7 @@ __all__ = [
     "normalize_weights",
     "reference",
     "register_update_rule",
+    "selection",
     "selector_gradient",
     "training",
     "use_backend",

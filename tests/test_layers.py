@@ -16,6 +16,7 @@ ROWS = (
     ("cli",),
     ("demo",),
     ("training",),
+    ("selection",),
     ("features",),
     ("hypergradient", "diagnostics"),
     ("ops",),
