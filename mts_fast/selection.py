@@ -1,8 +1,7 @@
 """Using the weights: batches that mix clean data with samples drawn by weight.
 
-Weights that a selector has learned say which samples help beside clean data, not instead of it. A
-new classifier trained on half clean data, half samples drawn by weight was ahead of the classifier
-that was trained while they were learned, and of weighting one loss by them (docs/using_weights.md).
+Weights that a selector has learned say which samples help beside clean data, not instead of it
+(docs/using_weights.md).
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ class MixedBatchSampler(Sampler[list[int]]):
     For a `DataLoader(ConcatDataset([pool, clean]), batch_sampler=...)`: indices below
     `len(weights)` are of the pool, those from there on of the clean set.
 
-    The pool is drawn systematically: in any run of draws, a sample occurs as often as its share of
-    the weights says, up to one; so the composition of the draws has far less variance than that
-    of independent ones. The clean set is visited in random orders, each image as often as every
+    The pool is drawn systematically: in an epoch, a sample occurs as often as its share of the
+    weights says, up to one; so the composition of an epoch has far less variance than that of
+    independent draws. The clean set is visited in random orders, each sample as often as every
     other up to one.
 
     Args:
         weights: [N], floating, not negative, not all 0; their scale does not matter.
         clean: number of clean samples, M.
         batch_size: samples of a batch.
-        num_batches: batches of an epoch; default: as many as give N draws of the pool.
+        num_batches: batches of an epoch; default: as many as give N draws of the pool, or N where
+            all samples are clean.
         clean_share: share of clean samples in every batch, in [0, 1]; the number is rounded.
         labels: classes of the pool [N], for draws that are balanced over the classes that have
             weight: each is drawn equally often, its samples by weight.
         seed: of the draws; epoch e of a seed is always the same (`set_epoch`).
 
     Raises:
-        TypeError, ValueError: an argument is not as described; both parts of a batch are named
-            where one would be empty.
+        TypeError, ValueError: an argument is not as described.
     """
 
     def __init__(
@@ -143,8 +142,8 @@ def discount_learned(weights: Tensor, label_probability: Tensor, power: float = 
     check_floating(op, "label_probability", label_probability, ndim=1)
     check_length(op, "label_probability", label_probability, len(weights))
     check_number(op, "power", power, at_least=0.0)
-    low, high = label_probability.aminmax() if len(weights) else (weights.new_zeros(()),) * 2
-    if not (low >= 0 and high <= 1):
+    if not bool(((label_probability >= 0) & (label_probability <= 1)).all()):
+        low, high = label_probability.aminmax()
         got = f"values from {float(low)} to {float(high)}"
         hint = "take the softmax of the logits at the label"
         fail(ValueError, op, "label_probability", "in [0, 1]", got, hint)
@@ -166,8 +165,9 @@ def _check_weights(weights: Tensor) -> None:
 def _balanced(share: Tensor, labels: Tensor) -> Tensor:
     """The same mass for every class that has any."""
     check_range(OP, "labels", labels, 0, 2**31)
-    mass = torch.zeros(int(labels.max()) + 1, dtype=share.dtype).index_add_(0, labels, share)
-    return share / mass[labels].clamp(min=torch.finfo(share.dtype).tiny)
+    index = labels.unique(return_inverse=True)[1]
+    mass = index.bincount(weights=share)
+    return share / mass[index].clamp(min=torch.finfo(share.dtype).tiny)
 
 
 def _orders(size: int, count: int, generator: torch.Generator) -> Tensor:

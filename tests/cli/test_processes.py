@@ -42,7 +42,6 @@ def demo(*_):
     return run_tasks(work, range(2), lambda *_: None, ended)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     os.cpu_count = lambda: 2
     run.run_demo = demo
     sys.exit(main.main(["demo"]))
@@ -151,7 +150,6 @@ class Sender:
     def find_spec(self, name, *_):
         if name == module:
             os.kill(os.getpid(), int(number))
-signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Sender())
 from mts_fast_command import main
 sys.argv[1:] = ["doctor"]
