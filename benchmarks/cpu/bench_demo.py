@@ -8,44 +8,39 @@ import torch
 import torch.nn.functional as F
 from measure import interleaved, ratios
 
-from mts_fast.demo.classifiers import SETTINGS, batches, build_classifier, build_optimizer
-from mts_fast.demo.scenario import make_scenario
-from mts_fast.demo.selection import MTSRun
-from mts_fast.features import PAPER_COLUMNS, FeatureTable
+from mts_fast.demo.arms.learned import MTSRun
+from mts_fast.demo.arms.seed_run import SeedRun
+from mts_fast.demo.data import make_scenario
+from mts_fast.demo.training import SETTINGS, build_classifier, build_optimizer, epochs
 
 ROUNDS = 15
 STEPS = 20
+# of the paper's offline features; a step's time does not depend on their values
+COLUMNS = 13
 
 
-def random_table(size):
-    """Random columns of the paper's widths: a step's time does not depend on their values."""
-    names = dict.fromkeys(PAPER_COLUMNS)
-    widths = {"real_nearest3_cosine": 3, "synthetic_nearest3_cosine": 3}
-    return FeatureTable({name: torch.randn(size, widths.get(name, 1)) for name in names})
-
-
-@pytest.mark.parametrize("data", ["digits", "fashion"])
+@pytest.mark.parametrize("data", ["coloured-digits", "coloured-fashion"])
 def bench_demo(benchmark, data):
     try:
         scenario = make_scenario(data, 0)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     settings = SETTINGS[data]
+    pool = scenario.pool
     generator = torch.Generator().manual_seed(0)
-    indices = list(islice(batches(len(scenario.pool), settings, generator), STEPS))
-    table = random_table(len(scenario.pool))
-    runs = {
-        engine: MTSRun.with_features(scenario, table, replace(settings, engine=engine), 0)
-        for engine in ("auto", "finite_difference")
-    }
+    indices = list(islice(epochs(len(pool), settings, generator), STEPS))
+    table = torch.randn(len(pool), COLUMNS)
+    runs = {}
+    for engine in ("auto", "finite_difference"):
+        seed_run = SeedRun(scenario, replace(settings, engine=engine), 0, lambda _: None)
+        runs[engine] = MTSRun.with_features(seed_run, table, {})
     model = build_classifier(data)
-    optimizer, _ = build_optimizer(model, settings)
+    optimizer, _ = build_optimizer(model.parameters(), settings)
 
     def plain():
         for i in indices:
-            batch = scenario.pool[i]
             optimizer.zero_grad()
-            F.cross_entropy(model(batch.images), batch.labels).backward()
+            F.cross_entropy(model(pool.images[i]), pool.labels[i]).backward()
             optimizer.step()
 
     def steps(run):

@@ -2,8 +2,9 @@
 
     python benchmarks/evidence/tune.py --data coloured-digits
 
-Three rounds: all trials on two seeds, the best quarter on four more, the best two on six more. All
+Three rounds: all trials on two seeds, the best three on four more, the best two on six more. All
 scores are in benchmarks/results/evidence/DATA/tuning.json, from which an interrupted run goes on.
+The best become the options of the demo.
 """
 
 from __future__ import annotations
@@ -20,83 +21,60 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 
+from mts_fast import demo
 from mts_fast.demo.arms import ARMS
 from mts_fast.demo.arms.seed_run import SeedRun
 from mts_fast.demo.data import DATA, make_scenario
 from mts_fast.demo.training import SETTINGS, accuracy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
+OPTIONS = Path(demo.__file__).with_name("options.json")
 # seeds of each round, and how many trials go on to the next
-ROUNDS = ((range(0, 2), 6), (range(2, 6), 2), (range(6, 12), 1))
+ROUNDS = ((range(0, 2), 3), (range(2, 6), 2), (range(6, 12), 1))
 
 SHARES = {"clean_share": (0.25, 0.5, 0.75)}
-RATES = {"lr": (0.01, 0.02, 0.05, 0.1), "weight_decay": (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)}
-FILTER = {**SHARES, "power": (0.5, 1, 2, 4), "balanced": (False, True)}
-# 24 trials each
+DECAYS = {"weight_decay": (5e-4, 2e-3, 5e-3, 1e-2)}
+RATES = {"lr": (0.02, 0.05, 0.1), **DECAYS}
+FILTER = {**SHARES, "balanced": (True,), "power": (0.5, 1, 2, 4)}
+# 12 trials each
 GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "everything alike": RATES,
-    "real + validation": {**SHARES, "lr": (0.02, 0.05), "weight_decay": (1e-4, 5e-4, 2e-3, 5e-3)},
+    "real + validation": {**SHARES, **DECAYS},
     "validation alone": RATES,
-    "everything + validation": {
-        **SHARES,
-        "lr": (0.02, 0.05),
-        "weight_decay": (1e-4, 5e-4, 2e-3, 5e-3),
-    },
+    "everything + validation": {**SHARES, **DECAYS},
     "last layer on validation": RATES,
-    "small loss": {**SHARES, "keep": (0.3, 0.5, 0.7, 0.9), "balanced": (False, True)},
-    "filter by validation": {
-        **SHARES,
-        "power": (0.5, 1, 2),
-        "balanced": (False, True),
-        "hard": (False,),
-    },
+    "small loss": {**SHARES, "balanced": (True,), "keep": (0.3, 0.5, 0.7, 0.9)},
+    # power 0: the class that the classifier takes
+    "filter by validation": {**SHARES, "balanced": (True,), "power": (0, 0.5, 1, 2)},
     "filter by real + validation": FILTER,
     "filter twice": FILTER,
     "reducible holdout loss": {
-        **SHARES,
-        "scale": (0.5, 1, 2, 4),
-        "holdout": ("real", "validation"),
+        **{"clean_share": (0.25, 0.5), "balanced": (True,)},
+        **{"scale": (0.5, 1, 2), "holdout": ("real", "validation")},
     },
     "likely if clean, not easy": {
-        "clean_share": (0.25, 0.5),
-        "power": (0.5, 1, 2),
-        "easy_power": (1, 2),
-        "balanced": (False, True),
+        **{"clean_share": (0.25, 0.5), "balanced": (True,)},
+        **{"power": (0.5, 1, 2), "easy_power": (1, 2)},
     },
-    "just train twice": {**SHARES, "factor": (5, 20, 100, 1000), "identification": (0.1, 1.0)},
+    "just train twice": {**SHARES, "balanced": (True,), "factor": (5, 20, 100, 1000)},
     "confident learning": {
-        **SHARES,
-        "hard": (False, True),
-        "holdout": ("real", "validation"),
-        "balanced": (False, True),
+        **{**SHARES, "balanced": (True,)},
+        **{"hard": (False, True), "holdout": ("real", "validation")},
     },
     "loss-only selector": {
-        **SHARES,
-        "selector_lr": (1e-3, 4e-3),
-        "power": (1, 2),
-        "balanced": (False, True),
+        **{**SHARES, "balanced": (True,)},
+        **{"selector_lr": (1e-3, 4e-3), "power": (1, 2)},
     },
-    "group DRO, true groups": {
-        "group_lr": (0.001, 0.01, 0.1),
-        "lr": (0.02, 0.05),
-        "weight_decay": (1e-4, 5e-4, 2e-3, 5e-3),
-    },
-    "oracle": {**SHARES, "lr": (0.02, 0.05), "weight_decay": (1e-4, 5e-4, 2e-3, 5e-3)},
+    "group DRO, true groups": {"group_lr": (0.001, 0.01, 0.1), **DECAYS},
+    "oracle": {**SHARES, **DECAYS},
     "MTS weights": {
-        **SHARES,
-        "easy_power": (0, 1),
-        "embeddings": ("pixels", "validation"),
-        "balanced": (False, True),
+        **{"clean_share": (0.25, 0.5), "balanced": (True,)},
+        **{"easy_power": (0, 1, 2), "refinements": (0, 2)},
     },
-}
-# hard filters have no power
-EXTRA: dict[str, list[dict[str, Any]]] = {
-    name: [
-        {"clean_share": s, "hard": True, "balanced": b}
-        for s in SHARES["clean_share"]
-        for b in (False, True)
-    ]
-    for name in ("filter by validation",)
+    "the recipe without MTS": {
+        **{"clean_share": (0.25, 0.5), "balanced": (True,), "power": (0.5,)},
+        **{"easy_power": (0, 1, 2), "refinements": (0, 2)},
+    },
 }
 
 
@@ -111,9 +89,7 @@ class Task(NamedTuple):
 def trials(arm: str) -> list[dict[str, Any]]:
     """All options of an arm."""
     grid = GRIDS[arm]
-    return [
-        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-    ] + EXTRA.get(arm, [])
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def score(data: str, task: Task) -> list[float]:
@@ -157,6 +133,9 @@ def main() -> None:
                 left[arm] = sorted(options, key=lambda o, m=means: -m[json.dumps(o)])[:keep]
     record["chosen"] = record.get("chosen", {}) | {arm: o[0] for arm, o in left.items()}
     path.write_text(json.dumps(record, indent=1) + "\n")
+    options = json.loads(OPTIONS.read_text())
+    options[arguments.data] = record["chosen"]
+    OPTIONS.write_text(json.dumps(options, indent=1) + "\n")
     for arm, options in record["chosen"].items():
         print(f"{arm:28s} {mean(scores[arm][json.dumps(options)].values()):.1f}  {options}")
 

@@ -11,30 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evidence import ahead_table, demo_table, gsnr_table, study_table, summary_table
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def demo_table(name: str) -> str:
-    """The arms of one demo run."""
-    record = json.loads((RESULTS / name / "results.json").read_text())
-    lines = [
-        "| trained on | test accuracy % | AUC of the weights | seconds |",
-        "|---|---:|---:|---:|",
-    ]
-    for arm, row in record["summary"].items():
-        auc = "" if row["auc"] is None else f"{row['auc']:.2f} ± {row['auc_spread']:.2f}"
-        mean = f"{row['accuracy']:.1f} ± {row['accuracy_spread']:.1f}"
-        lines.append(f"| {arm} | {mean} | {auc} | {row['seconds']:.0f} |")
-    return "\n".join(lines)
-
-
-def study_table(name: str) -> str:
-    """GSNR by selector batch."""
-    rows = json.loads((RESULTS / name / "results.json").read_text())["rows"]
-    sizes = " | ".join(str(r["batch_size"]) for r in rows)
-    over = " | ".join(f"{r['gsnr_over_draws']:.2f}" for r in rows)
-    return f"| selector batch | {sizes} |\n|---|{'---:|' * len(rows)}\n| GSNR | {over} |"
 
 
 # rows of bench_step in README.md
@@ -176,7 +156,7 @@ def resource_table(_: str) -> str:
 
 
 TABLES = {
-    "README.md": {"step-summary": step_table("time", SUMMARY), "demo-digits": demo_table},
+    "README.md": {"step-summary": step_table("time", SUMMARY), "evidence-summary": summary_table},
     "docs/benchmarks.md": {
         "step-time": step_table("time"),
         "step-memory": step_table("peak_mib"),
@@ -186,9 +166,19 @@ TABLES = {
         "neighbor-statistics": neighbor_table("ratios"),
         "neighbor-memory": neighbor_table("peak_mib"),
         "kernels": kernel_table,
-        "demo-digits": demo_table,
-        "demo-fashion": demo_table,
-        "study-batch-size-digits": study_table,
+    },
+    "docs/evidence.md": {
+        "evidence-ahead": ahead_table,
+        "coloured-digits": demo_table,
+        "coloured-fashion": demo_table,
+        "fashion": demo_table,
+        "features-coloured-fashion": study_table,
+        "batch-size-coloured-fashion": study_table,
+        "validation-size-coloured-digits": study_table,
+        "bad-share-coloured-digits": study_table,
+        "selector-every-coloured-digits": study_table,
+        "embeddings-coloured-digits": study_table,
+        "gsnr-coloured-fashion": gsnr_table,
     },
     "docs/gpu.md": {"triton-resources": resource_table},
 }

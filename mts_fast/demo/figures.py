@@ -16,7 +16,12 @@ from mts_fast.demo.jobs import JobResult
 
 # helpful kinds, then all others; real images in black
 COLORS = ("#1b9e77", "#7570b3", "#d95f02", "#e7298a", "#a6761d")
-ROLES = {"baseline": "#8c8c8c", "ours": "#1b9e77", "reference": "#c9b458"}
+ROLES = {
+    "baseline": ("#8c8c8c", "baseline"),
+    "ours": ("#1b9e77", "MTS"),
+    "ablation": ("#7570b3", "MTS left out"),
+    "reference": ("#c9b458", "knows the truth"),
+}
 SHOWN = 6
 PANELS = (
     ("mean_weight", "mean w"),
@@ -60,7 +65,7 @@ def draw_accuracies(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> 
     order = sorted(rows, key=lambda arm: rows[arm]["accuracy"])
     figure, ax = plt.subplots(figsize=(7.5, 0.3 * len(order) + 1))
     for y, arm in enumerate(order):
-        row, color = rows[arm], ROLES[ARMS[arm].role]
+        row, color = rows[arm], ROLES[ARMS[arm].role][0]
         error = 2 * (row["accuracy_se"] or 0)
         ax.errorbar(row["accuracy"], y, xerr=error, fmt="o", color=color, capsize=3)
     ax.set_yticks(range(len(order)), order)
@@ -68,9 +73,9 @@ def draw_accuracies(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> 
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    names = {"baseline": "baseline", "ours": "MTS", "reference": "knows the truth"}
-    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="") for c in ROLES.values()]
-    ax.legend(handles, [names[role] for role in ROLES], loc="lower right", frameon=False)
+    roles = [(c, name) for role, (c, name) in ROLES.items() if role in {ARMS[a].role for a in rows}]
+    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="") for c, _ in roles]
+    ax.legend(handles, [name for _, name in roles], loc="lower right", frameon=False)
     return _save(figure, path)
 
 

@@ -21,7 +21,7 @@ from mts_fast.demo.arms.learned import MTSRun, pool_features
 from mts_fast.demo.arms.seed_run import SeedRun
 from mts_fast.demo.data import make_scenario
 from mts_fast.demo.figures import draw_gsnr
-from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.options import options_of
 from mts_fast.demo.run import machine
 from mts_fast.demo.store import save_json
 from mts_fast.demo.tables import print_table
@@ -78,7 +78,7 @@ def _mid_training(data: str, seed: int, root: str | None, console: Console) -> M
     with console.status("training to mid-way"):
         settings = SETTINGS[data]
         run = SeedRun(make_scenario(data, seed, root), settings, seed, lambda _: None)
-        options = OPTIONS[data].get("MTS weights", {})
+        options = options_of(data, "MTS weights")
         learner = MTSRun.with_features(run, pool_features(run, options), options)
         batches = epochs(len(run.scenario.pool), settings, torch.Generator().manual_seed(seed))
         for indices in islice(batches, round(STOP_SHARE * settings.steps)):

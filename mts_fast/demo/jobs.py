@@ -13,7 +13,7 @@ import torch
 from mts_fast.demo.arms import ARMS
 from mts_fast.demo.arms.seed_run import SeedRun
 from mts_fast.demo.data import make_scenario
-from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.options import options_of
 from mts_fast.demo.training import SETTINGS, accuracy, worst_group
 
 Report = Callable[[str], None]  # called with an arm when it starts
@@ -72,7 +72,7 @@ def train_job(job: Job, report: Report) -> JobResult:
     for name in job.arms:
         report(name)
         start = time.perf_counter()
-        outcome = ARMS[name].train(run, {**OPTIONS[job.data].get(name, {}), **job.options})
+        outcome = ARMS[name].train(run, {**options_of(job.data, name), **job.options})
         result.seconds[name] = time.perf_counter() - start
         result.accuracy[name] = accuracy(outcome.model, scenario.test)
         worst = worst_group(outcome.model, scenario.test, scenario.test_groups)

@@ -45,7 +45,7 @@ def run_demo(
             "data": data,
             "seeds": list(seeds),
             "settings": asdict(settings),
-            "options": OPTIONS[data],
+            "options": OPTIONS.get(data, {}),
             "machine": machine(),
             "summary": rows,
             "runs": [_without_pools(result) for result in results],

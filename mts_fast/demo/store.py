@@ -45,7 +45,7 @@ def save_json(path: Path, record: Mapping[str, Any], indent: int | None = None) 
 def fingerprint(job: Job) -> str:
     """Of everything that a result depends on."""
     settings = asdict(replace(SETTINGS[job.data], **job.settings))
-    parts = [asdict(job), settings, OPTIONS[job.data], __version__]
+    parts = [asdict(job), settings, OPTIONS.get(job.data), __version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -128,7 +128,7 @@ def run_study(
             "data": data,
             "seeds": list(seeds),
             "variants": {label: asdict(variant) for label, variant in variants.items()},
-            "options": OPTIONS[data],
+            "options": OPTIONS.get(data, {}),
             "machine": machine(),
             "summary": summary,
             "accuracy": {

@@ -349,7 +349,7 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         assert main(["demo", flag, value]) == 2
         assert f"mts-fast demo: {flag} {said}" in capsys.readouterr().err
     for words, said in (
-        (["demo", "--data", "cats"], "--data must be one of 'digits', 'fashion', got 'cats'; see"),
+        (["demo", "--data", "cats"], "'digits', 'fashion', got 'cats'; see"),
         (["demo", "--sedes", "3"], "options must be ones that the command has, got --sedes; did"),
         (["demo", "more"], "the command line must be as the help says, got: Got unexpected"),
         (["features", "pool.npy"], "--labels must be given, got nothing; see `mts-fast features"),
@@ -362,7 +362,7 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
 
 def test_folders_of_a_demo_that_failed_go_again(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    monkeypatch.setattr(demo_run, "run_seeds", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(demo_run, "run_tasks", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(["demo", "--out", str(tmp_path / "there" / "a" / "b")]) == 130
     assert list((tmp_path / "there").iterdir()) == []
 

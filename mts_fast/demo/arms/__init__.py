@@ -8,12 +8,13 @@ from typing import Literal
 from mts_fast.demo.arms import filters, learned, plain
 from mts_fast.demo.arms.seed_run import Train
 
-Role = Literal["baseline", "ours", "reference"]
+Role = Literal["baseline", "ours", "ablation", "reference"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm; a reference knows what no user does, such as the kind of every sample."""
+    """One arm; an ablation is ours with a part taken out, a reference knows what no user does,
+    such as the kind of every sample."""
 
     train: Train
     role: Role
@@ -40,6 +41,7 @@ ARMS = {
     "MTS itself": Arm(learned.mts, "ours"),
     "MTS weights": Arm(learned.mts_weights, "ours"),
     "MTS weights, last layer on validation": Arm(learned.mts_last_layer, "ours"),
+    "the recipe without MTS": Arm(filters.clean_but_not_easy, "ablation"),
     "group DRO, true groups": Arm(plain.group_dro, "reference", needs_groups=True),
     "oracle": Arm(plain.oracle, "reference"),
 }

@@ -14,28 +14,28 @@ def _retrained(run: SeedRun, weights: Tensor, options: Options) -> Outcome:
     return Outcome(run.mixed(weights, options), weights)
 
 
-def _soft_or_hard(run: SeedRun, model: nn.Module, options: Options) -> Tensor:
-    """Probability of the label, or 1 where it is the class that the model takes."""
-    if options.get("hard", False):
-        guesses = logits_of(model, run.scenario.pool).argmax(1)
-        return (guesses == run.scenario.pool.labels).float()
-    return run.probability(model)
+def _filtered(run: SeedRun, model: nn.Module, options: Options) -> Outcome:
+    """By the probability of the label to a power; power 0: 1 where the model takes that class."""
+    if options.get("power", 1) > 0:
+        return _retrained(run, run.probability(model), options)
+    guesses = logits_of(model, run.scenario.pool).argmax(1)
+    return _retrained(run, (guesses == run.scenario.pool.labels).float(), {**options, "power": 1})
 
 
 def filter_by_validation(run: SeedRun, options: Options) -> Outcome:
     """Probability of the label under a classifier of the validation data."""
-    return _retrained(run, _soft_or_hard(run, run.by_validation, options), options)
+    return _filtered(run, run.by_validation, options)
 
 
 def filter_by_real(run: SeedRun, options: Options) -> Outcome:
     """The same under a classifier of real and validation data."""
-    return _retrained(run, _soft_or_hard(run, run.by_real, options), options)
+    return _filtered(run, run.by_real, options)
 
 
 def filter_twice(run: SeedRun, options: Options) -> Outcome:
     """The classifier that the filter yields filters once more."""
     first = filter_by_validation(run, options).model
-    return _retrained(run, _soft_or_hard(run, first, options), options)
+    return _filtered(run, first, options)
 
 
 def small_loss(run: SeedRun, options: Options) -> Outcome:
@@ -54,18 +54,35 @@ def reducible_holdout_loss(run: SeedRun, options: Options) -> Outcome:
 
 
 def clean_but_not_easy(run: SeedRun, options: Options) -> Outcome:
-    """Likely under the clean classifier, unlikely under the one of everything."""
-    easy = run.probability(run.everything)
+    """Likely under the clean classifier, unlikely under the one of everything; with `refinements`
+    what MTS's weights are refined by, from a classifier of the validation data instead."""
     weights = run.probability(run.by_validation) ** options.get("power", 1)
-    weights = discount_learned(weights, easy, options.get("easy_power", 1))
-    return _retrained(run, weights, {**options, "power": 1})
+    return refined(run, weights, {"easy_power": 1, **options})
+
+
+def refined(run: SeedRun, weights: Tensor, options: Options) -> Outcome:
+    """A classifier by these weights [N], samples discounted that the one of everything has learned.
+
+    Each of `refinements` takes the root of the label's probability under the last classifier as
+    weights and trains a new one. The root keeps what is hard and right, which the product with the
+    weights before would lose.
+    """
+    easy = run.probability(run.everything)
+
+    def discounted(values: Tensor) -> Tensor:
+        return discount_learned(values, easy, options.get("easy_power", 0))
+
+    mixing = {**options, "power": 1}
+    weights = discounted(weights)
+    outcome = _retrained(run, weights, mixing)
+    for _ in range(options.get("refinements", 0)):
+        outcome = _retrained(run, discounted(run.probability(outcome.model).sqrt()), mixing)
+    return outcome
 
 
 def just_train_twice(run: SeedRun, options: Options) -> Outcome:
-    """Samples that a short training gets wrong count more (Liu et al. 2021)."""
-    share = options.get("identification", 1.0)
-    first = run.everything if share == 1 else run.alike({**options, "share": share})
-    guesses = logits_of(first, run.scenario.pool).argmax(1)
+    """Samples that a first training gets wrong count more (Liu et al. 2021)."""
+    guesses = logits_of(run.everything, run.scenario.pool).argmax(1)
     wrong = guesses != run.scenario.pool.labels
     return _retrained(run, 1 + (options.get("factor", 10.0) - 1) * wrong.float(), options)
 

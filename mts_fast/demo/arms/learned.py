@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mts_fast
+from mts_fast.demo.arms.filters import refined
 from mts_fast.demo.arms.plain import retrain_last_layer
 from mts_fast.demo.arms.seed_run import Options, Outcome, SeedRun
 from mts_fast.demo.data import CLASSES, REAL
 from mts_fast.demo.training import build_classifier, build_optimizer, epochs
 from mts_fast.features import PAPER_COLUMNS, FeatureTable
-from mts_fast.selection import discount_learned
 
 ONLINE_WIDTH = 4
 WEIGHING_BATCH = 1024
@@ -48,14 +48,11 @@ def mts(run: SeedRun, options: Options) -> Outcome:
 
 
 def mts_weights(run: SeedRun, options: Options) -> Outcome:
-    """The recipe: a new classifier on a clean share, and samples drawn by the weights of MTS, those
-    that the classifier of everything has learned discounted."""
+    """The recipe: a new classifier on a clean share and samples drawn by the weights of MTS, those
+    discounted that the classifier of everything has learned; then refined."""
     weights = mts(run, options).weights
     assert weights is not None
-    if options.get("easy_power", 0):
-        easy = run.probability(run.everything)
-        weights = discount_learned(weights, easy, options["easy_power"])
-    return Outcome(run.mixed(weights, options), weights)
+    return refined(run, weights, options)
 
 
 def mts_last_layer(run: SeedRun, options: Options) -> Outcome:
@@ -93,7 +90,7 @@ def pool_features(run: SeedRun, options: Options) -> Tensor:
     kind = options.get("features", "paper")
     if kind == "online":
         return images.new_empty(len(labels), 0)
-    embeddings = embeddings_of(run, options.get("embeddings", "pixels"))
+    embeddings = embeddings_of(run, options.get("embeddings", "validation"))
     distribution = FeatureTable(
         mts_fast.features.distribution_features(embeddings, labels, run.scenario.is_synthetic)
     )

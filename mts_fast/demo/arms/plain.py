@@ -24,17 +24,12 @@ def everything_and_validation(run: SeedRun, options: Options) -> Outcome:
 
 def real_and_validation(run: SeedRun, options: Options) -> Outcome:
     """Real data and validation data, a share each."""
-    real = (~run.scenario.is_synthetic).float()
-    scenario_candidates = run.scenario.candidates & (real > 0)
-    if not scenario_candidates.any():  # the clean data hold the real ones
-        return Outcome(run.mixed(real + 1, {**options, "clean_share": 1.0}))
-    return Outcome(run.mixed(real, options))
+    return Outcome(run.real_and_clean(options))
 
 
 def validation_alone(run: SeedRun, options: Options) -> Outcome:
     """The validation data only."""
-    clean = {**options, "clean_share": 1.0}
-    return Outcome(run.mixed(torch.ones(len(run.scenario.pool)), clean))
+    return Outcome(run.clean_alone(options))
 
 
 def retrain_last_layer(run: SeedRun, model: nn.Module, options: Options) -> nn.Module:
@@ -44,9 +39,7 @@ def retrain_last_layer(run: SeedRun, model: nn.Module, options: Options) -> nn.M
     torch.manual_seed(run.seed)
     last.reset_parameters()
     last.requires_grad_(True)
-    clean = {**options, "clean_share": 1.0}
-    ones = torch.ones(len(run.scenario.pool))
-    return run.mixed(ones, clean, model=model)
+    return run.clean_alone(options, model)
 
 
 def last_layer_on_validation(run: SeedRun, options: Options) -> Outcome:
@@ -63,7 +56,7 @@ def oracle(run: SeedRun, options: Options) -> Outcome:
 def group_dro(run: SeedRun, options: Options) -> Outcome:
     """Group distributionally robust optimization (Sagawa et al. 2020) with the true groups.
 
-    Batches are half clean; the weight of a group grows exponentially with its loss.
+    Batches hold as much of each group; the weight of a group grows exponentially with its loss.
     """
     scenario, settings = run.scenario, run.with_options(options)
     assert scenario.groups is not None and scenario.val_groups is not None

@@ -51,9 +51,7 @@ class SeedRun:
     def with_options(self, options: Options) -> Settings:
         """The settings, with those that an arm has of its own."""
         names = {"lr", "weight_decay"} & options.keys()
-        steps = round(options.get("share", 1) * self.settings.steps)
-        changed = {name: options[name] for name in names}
-        return replace(self.settings, steps=max(1, steps), **changed)
+        return replace(self.settings, **{name: options[name] for name in names})
 
     def alike(self, options: Options, watch: Watch | None = None) -> nn.Module:
         """A classifier trained on the whole pool alike."""
@@ -82,6 +80,19 @@ class SeedRun:
         both = scenario.pool + scenario.clean
         return train_classifier(both, batches, settings, self.seed, self.progress, model=model)
 
+    def real_and_clean(self, options: Options) -> nn.Module:
+        """A classifier trained on real and validation data; on the clean data alone where those
+        hold the real ones."""
+        real = ~self.scenario.is_synthetic
+        if not (real & self.scenario.candidates).any():
+            return self.clean_alone(options)
+        return self.mixed(real.float(), options)
+
+    def clean_alone(self, options: Options, model: nn.Module | None = None) -> nn.Module:
+        """A classifier trained on the clean data alone."""
+        ones = torch.ones(len(self.scenario.pool))
+        return self.mixed(ones, {**options, "clean_share": 1.0}, model)
+
     @cached_property
     def everything(self) -> nn.Module:
         """Trained on the pool alike; its forgetting events are in `forgetting`."""
@@ -101,12 +112,12 @@ class SeedRun:
     @cached_property
     def by_validation(self) -> nn.Module:
         """Trained on the validation data alone."""
-        return self.mixed(torch.ones(len(self.scenario.pool)), {"clean_share": 1.0})
+        return self.clean_alone({})
 
     @cached_property
     def by_real(self) -> nn.Module:
         """Trained on real and validation data, half each."""
-        return self.mixed((~self.scenario.is_synthetic).float(), {})
+        return self.real_and_clean({})
 
     def once(self, key: tuple[Any, ...], train: Callable[[], Outcome]) -> Outcome:
         """The outcome of `train`, which several arms look at."""

@@ -1,0 +1,91 @@
+"""Tables of the demo's committed runs and studies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
+DATA = ("coloured-digits", "coloured-fashion", "fashion")
+OURS = "MTS weights"
+WITHOUT = "the recipe without MTS"
+# arms of README.md
+SHOWN = (
+    *("everything alike", "real + validation", "filter twice", "just train twice"),
+    *("likely if clean, not easy", "loss-only selector", "MTS itself", OURS, WITHOUT, "oracle"),
+)
+# arms that know nothing that a user does not, and that are not ours
+NOT_BASELINES = ("MTS", WITHOUT, "oracle", "group DRO")
+
+
+def _record(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name / "results.json").read_text())
+
+
+def _cell(row: dict[str, Any], name: str, digits: int = 1) -> str:
+    if name not in row:
+        return ""
+    error = row[f"{name}_se"]
+    mean = f"{row[name]:.{digits}f}"
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return "\n".join(head + [f"| {' | '.join(line)} |" for line in lines])
+
+
+def demo_table(name: str) -> str:
+    """All arms of one data set."""
+    names = {
+        "accuracy": "test accuracy %",
+        "worst_group": "worst group %",
+        "auc": "AUC of the weights",
+        "ahead": f"{OURS} ahead by",
+    }
+    rows = _record(name)["summary"]
+    used = [key for key in names if any(key in row for row in rows.values())]
+    lines = [
+        [arm, *(_cell(row, key, 2 if key == "auc" else 1) for key in used), f"{row['seconds']:.0f}"]
+        for arm, row in rows.items()
+    ]
+    return _table(["trained on", *(names[key] for key in used), "seconds"], lines)
+
+
+def summary_table(_: str) -> str:
+    """Accuracy of some arms on all data sets."""
+    summaries = [_record(data)["summary"] for data in DATA]
+    lines = [[arm, *(_cell(rows.get(arm, {}), "accuracy") for rows in summaries)] for arm in SHOWN]
+    return _table(["trained on", *(data.replace("-", " ") for data in DATA)], lines)
+
+
+def ahead_table(_: str) -> str:
+    """How far the recipe is ahead of the strongest baseline, and of itself without MTS."""
+    lines = []
+    for data in DATA:
+        rows = _record(data)["summary"]
+        baselines = [arm for arm in rows if not arm.startswith(NOT_BASELINES)]
+        best = max(baselines, key=lambda arm: rows[arm]["accuracy"])
+        cells = [_cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
+        lines.append([data.replace("-", " "), best, *cells])
+    columns = ["", "strongest baseline", "ahead of it", "ahead of the recipe without MTS"]
+    return _table([*columns, "ahead of the oracle"], lines)
+
+
+def study_table(name: str) -> str:
+    """Accuracy of arms by the variant of a study."""
+    summary = _record(name)["summary"]
+    first = next(iter(summary.values()))
+    has_gsnr = all("gsnr" in rows.get("MTS itself", {}) for rows in summary.values())
+    lines = []
+    for label, rows in summary.items():
+        cells = [_cell(rows[arm], "accuracy") for arm in first]
+        cells += [_cell(rows["MTS itself"], "gsnr", 3)] if has_gsnr else []
+        lines.append([label, *cells])
+    return _table(["", *first, *(["GSNR"] if has_gsnr else [])], lines)
+
+
+def gsnr_table(name: str) -> str:
+    """GSNR by selector batch."""
+    rows = _record(name)["rows"]
+    over = [f"{row['gsnr_over_draws']:.2f}" for row in rows]
+    return _table(["selector batch", *(str(row["batch_size"]) for row in rows)], [["GSNR", *over]])
