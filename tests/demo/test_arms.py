@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from mts_fast.demo.arms import ARMS
+from mts_fast.demo.arms.filters import refined
 from mts_fast.demo.arms.learned import pool_features
 from mts_fast.demo.arms.plain import retrain_last_layer
 from mts_fast.demo.arms.seed_run import SeedRun
+from mts_fast.demo.data import DATA as DATA_SETS
 from mts_fast.demo.data import make_scenario
 from mts_fast.demo.jobs import Job, available_arms, selection_auc, train_job
-from mts_fast.demo.options import OPTIONS
+from mts_fast.demo.options import OPTIONS, options_of
 from mts_fast.demo.training import SETTINGS, accuracy, worst_group
 
 DATA = "coloured-digits"
@@ -86,7 +88,7 @@ def test_options_move_their_arm(run):
 
 
 def test_features_of_the_selector(run):
-    widths = {"paper": 13, "all": 15, "distribution": 13, "dynamics": 4, "online": 0}
+    widths = {"paper": 13, "all": 15, "distribution": 13, "dynamics": 5, "online": 0}
     for name, width in widths.items():
         assert pool_features(run, {"features": name}).shape == (len(run.scenario.pool), width)
 
@@ -110,6 +112,27 @@ def test_worst_group_is_the_least_of_the_groups_that_are_large():
     assert worst_group(Constant(), images, None) is None
 
 
-def test_options_are_of_arms_and_of_tuned_names():
-    for options in OPTIONS.values():
-        assert options.keys() <= ARMS.keys()
+def test_options_are_of_arms_that_exist():
+    for data, options in OPTIONS.items():
+        assert data in DATA_SETS and options.keys() <= ARMS.keys()
+        assert options_of(data, "MTS weights, last layer on validation") == options["MTS weights"]
+    assert options_of("digits", "no such arm") == {}
+
+
+def test_a_refinement_asks_the_classifier_before_it(run):
+    weights = torch.rand(len(run.scenario.pool))
+    options = {"easy_power": 2, "clean_share": 0.25}
+    easy = 1 - run.probability(run.everything)
+    first = refined(run, weights, options)
+    assert torch.allclose(first.weights, weights * easy**2)
+    second = refined(run, weights, {**options, "refinements": 1})
+    expected = run.probability(first.model).sqrt() * easy**2
+    assert torch.allclose(second.weights, expected)
+    again = run.mixed(expected, {"clean_share": 0.25})
+    for p, q in zip(second.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_mts_weights_begin_with_those_of_mts(run):
+    outcome = ARMS["MTS weights"].train(run, {})
+    assert torch.equal(outcome.weights, ARMS["MTS itself"].train(run, {}).weights)

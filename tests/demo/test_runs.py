@@ -21,7 +21,10 @@ JOB = Job(DATA, 400, ("everything alike",), settings={"steps": 3})
 
 
 def result_of(seed, **accuracy):
-    names = {"alike": "everything alike", "ours": "MTS weights", "dro": "group DRO, true groups"}
+    names = {
+        **{"alike": "everything alike", "ours": "MTS weights"},
+        **{"without": "the recipe without MTS", "dro": "group DRO, true groups"},
+    }
     named = {names[k]: v for k, v in accuracy.items()}
     return JobResult(seed, accuracy=named, seconds=dict.fromkeys(named, 1.0))
 
@@ -37,8 +40,8 @@ def test_a_summary_has_means_errors_and_paired_differences():
     assert summarize(results[:1])["MTS weights"]["accuracy_se"] is None
 
 
-def test_the_strongest_baseline_knows_no_groups():
-    rows = summarize([result_of(0, alike=0.5, ours=0.7, dro=0.9)])
+def test_the_strongest_baseline_knows_no_groups_and_is_not_ours():
+    rows = summarize([result_of(0, alike=0.5, ours=0.7, without=0.8, dro=0.9)])
     assert strongest_baseline(rows) == "everything alike"
 
 

@@ -5,7 +5,9 @@ import torch
 
 from mts_fast.demo.data import CLASSES, REAL, make_scenario
 from mts_fast.demo.data.coloured import BIAS, PALETTE
+from mts_fast.demo.data.images import LabelledImages
 from mts_fast.demo.data.planted import KINDS
+from mts_fast.demo.data.splits import random_of_classes
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,15 @@ def test_changes_of_a_coloured_scenario():
     scenario = make_scenario("coloured-digits", 3, changes=changed)
     assert scenario.val.labels.bincount().tolist() == [7] * CLASSES
     assert [int((scenario.kind == i).sum()) for i in range(3)] == [400, 3200, 400]
+
+
+@pytest.mark.parametrize("count", [0, 10_000])
+def test_every_class_needs_validation_images(count):
+    with pytest.raises(ValueError, match=r"val_per_class must be from 1, .*, got "):
+        make_scenario("coloured-digits", 3, changes={"val_per_class": count})
+
+
+def test_a_class_without_images_is_named():
+    images = LabelledImages(torch.rand(2, 1, 4, 4), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="images must be of every class, got none of class 1"):
+        random_of_classes(images, torch.tensor([0, 1]), torch.Generator())

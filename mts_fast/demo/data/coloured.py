@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mts_fast._check import fail
 from mts_fast.demo.data.edits import Edit, edit_images
 from mts_fast.demo.data.images import LabelledImages, load_digits, load_fashion
 from mts_fast.demo.data.scenario import CLASSES, REAL, Scenario
@@ -87,6 +88,11 @@ def _make(
     def any_colour(count: int) -> Tensor:
         return torch.randint(CLASSES, (count,), generator=generator)
 
+    least = int(train.labels.bincount(minlength=CLASSES).min())
+    if not 1 <= val_per_class < least:
+        expected = f"from 1, so that every class has validation images, to {least - 1}"
+        hint = "leave it out, or take fewer"
+        fail(ValueError, "demo", "val_per_class", expected, val_per_class, hint)
     rank = ranks_in_class(train.labels, generator)
     val = train[(rank < val_per_class).nonzero().flatten()]
     rest = (rank >= val_per_class).nonzero().flatten()

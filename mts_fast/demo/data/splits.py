@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mts_fast._check import fail
 from mts_fast.demo.data.images import LabelledImages
 
 
@@ -19,11 +20,18 @@ def ranks_in_class(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_of_classes(images: LabelledImages, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One random image [n, C, H, W] for each label [n]."""
+    """One random image [n, C, H, W] for each label [n].
+
+    Raises:
+        ValueError: a class without images.
+    """
     picked = images.images.new_empty(len(labels), *images.images.shape[1:])
     for c in labels.unique().tolist():
         members = (labels == c).nonzero().flatten()
         candidates = (images.labels == c).nonzero().flatten()
+        if len(candidates) == 0:
+            hint = "take more images, so that some are left beside the real and validation ones"
+            fail(ValueError, "demo", "images", "of every class", f"none of class {c}", hint)
         chosen = torch.randint(len(candidates), (len(members),), generator=generator)
         picked[members] = images.images[candidates[chosen]]
     return picked
