@@ -1,0 +1,218 @@
+"""MTS itself: the features of the pool, and the training in which its weights are learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mts_fast
+from mts_fast.features import (
+    FeatureTable,
+    ForgettingCounter,
+    distribution_features,
+    training_dynamics,
+)
+from mts_fast.features.penultimate import PenultimateFeatures
+from mts_fast.pipeline.batches import EpochBatches, seed_of
+from mts_fast.pipeline.checkpoints import load_newest, save_checkpoint
+from mts_fast.pipeline.config import Config
+from mts_fast.pipeline.data.findings import Findings
+from mts_fast.pipeline.fit import Log, build_optimizer
+from mts_fast.pipeline.inputs import EVALUATION_BATCH, Inputs, run_model
+
+# weights are averaged over that last share of the epochs: single selectors are noisy
+AVERAGED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the weights are learned for: members of the inputs, real ones first."""
+
+    inputs: Inputs
+    labels: Tensor  # of all inputs
+    members: Tensor  # [M]
+    is_synthetic: Tensor  # [M]
+    val: Tensor  # members of the validation set
+    classes: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The outcome: weights [M] of the pool, and the classifier and selector that made them."""
+
+    weights: Tensor
+    model: nn.Module
+    selector: nn.Module
+
+
+@torch.no_grad()
+def embeddings_of(model: nn.Module, pool: Pool, device: torch.device) -> Tensor:
+    """Penultimate features [M, D] of the pool, on the CPU."""
+    model.to(device).eval()
+    parts = []
+    with PenultimateFeatures(model).capture() as penultimate:
+        for indices in pool.members.split(EVALUATION_BATCH):
+            run_model(model, pool.inputs.batch(indices, device))
+            parts.append(penultimate.taken(len(indices)).float().cpu())
+    return torch.cat(parts)
+
+
+def features_of(
+    embeddings: Tensor,
+    everything: nn.Module,
+    forgetting: ForgettingCounter,
+    pool: Pool,
+    device: torch.device,
+) -> FeatureTable:
+    """The paper's offline columns of the pool."""
+    labels = pool.labels[pool.members]
+    table = FeatureTable(
+        distribution_features(embeddings, labels, pool.is_synthetic, small_class="pad")
+    )
+    everything.to(device).eval()
+    chunks = [
+        training_dynamics(
+            everything, pool.inputs.batch(indices, device), pool.labels[indices].to(device)
+        )
+        for indices in pool.members.split(EVALUATION_BATCH)
+    ]
+    table.update({name: torch.cat([c[name].cpu() for c in chunks]) for name in chunks[0]})
+    table.update(forgetting.columns())
+    return table
+
+
+def learn_weights(
+    model: nn.Module,
+    columns: Tensor,
+    pool: Pool,
+    config: Config,
+    *,
+    folder: Path,
+    device: torch.device,
+    findings: Findings,
+    log: Log,
+    class_weight: Tensor | None = None,
+) -> Learned:
+    """Train classifier and selector; resumed bit for bit from checkpoints in `folder`.
+
+    Args:
+        columns: offline features [M, F], standardised.
+        class_weight: [C], factor of each class in the weights.
+    """
+    torch.manual_seed(seed_of(config.seed, "selector"))
+    selector = mts_fast.Selector(columns.shape[1] + 4, pool.classes).to(device)
+    batches = EpochBatches(pool.members, config.batch_size, config.seed)
+    model.to(device).train()
+    optimizer, schedule = build_optimizer(model, config, len(batches), config.epochs)
+    groups = mts_fast.training.parameter_groups(selector, config.selector_weight_decay)
+    selector_optimizer = torch.optim.AdamW(groups, lr=config.selector_lr)
+    steps = config.epochs * len(batches)
+    warmup = min(config.selector_warmup_epochs * len(batches), steps - 1)
+    step = mts_fast.MTSStep(
+        model,
+        optimizer,
+        selector,
+        selector_optimizer,
+        engine=config.engine,
+        hypergradient_lr=config.hypergradient_lr,
+        selector_every=config.selector_every,
+        warmup_steps=warmup,
+        class_weight=class_weight,
+        selector_scheduler=mts_fast.training.warmup_cosine(selector_optimizer, warmup, steps + 1),
+    )
+    place = torch.full((int(pool.members.max()) + 1,), -1)
+    place[pool.members] = torch.arange(len(pool.members))
+    columns, is_synthetic = columns.to(device), pool.is_synthetic.to(device)
+    start, total = 0, torch.zeros(len(pool.members), dtype=torch.float64)
+    averaged = 0
+    found = load_newest(folder, findings)
+    if found is not None:
+        start, state = found
+        step.load_state_dict(state["step"])
+        schedule.load_state_dict(state["schedule"])
+        total, averaged = state["total"], state["averaged"]
+    for epoch in range(start, config.epochs):
+        torch.manual_seed(seed_of(config.seed, "mts", epoch))
+        began = time.perf_counter()
+        validation = _validation_batches(pool, config, epoch, device)
+        loss = 0.0
+        for indices in batches.epoch(epoch):
+            i = place[indices].to(device)
+            result = step(
+                pool.inputs.training_batch(indices, device, epoch),
+                pool.labels[indices].to(device),
+                features=columns[i],
+                is_synthetic=is_synthetic[i],
+                **validation(),
+            )
+            schedule.step()
+            loss += float(result.losses.mean()) * len(indices)
+        if epoch + 1 > config.epochs * (1 - AVERAGED_SHARE):
+            total += _weigh(step, columns, pool, device).double()
+            averaged += 1
+        record = {"stage": "mts", "epoch": epoch + 1, "loss": loss / len(pool.members)}
+        statistics = result.statistics.read()
+        log({**record, **statistics, "seconds": time.perf_counter() - began})
+        if (epoch + 1) % config.checkpoint_every == 0 and epoch + 1 < config.epochs:
+            state = {
+                "step": step.state_dict(),
+                "schedule": schedule.state_dict(),
+                "total": total,
+                "averaged": averaged,
+            }
+            save_checkpoint(folder, epoch + 1, state, config.keep_checkpoints)
+    return Learned((total / averaged).float(), model.eval(), selector.eval())
+
+
+def _validation_batches(
+    pool: Pool, config: Config, epoch: int, device: torch.device
+) -> Callable[[], dict[str, Any]]:
+    """Batches of the validation set without end; all of it in each where it is no larger."""
+    count = 0
+
+    def all_of_it() -> dict[str, Any]:
+        return {
+            "val_inputs": pool.inputs.batch(pool.val, device),
+            "val_labels": pool.labels[pool.val].to(device),
+        }
+
+    if len(pool.val) <= config.val_batch_size:
+        batch = all_of_it()
+        return lambda: batch
+
+    def next_batch() -> dict[str, Any]:
+        nonlocal count
+        generator = torch.Generator().manual_seed(seed_of(config.seed, "val", epoch, count))
+        count += 1
+        order = torch.randperm(len(pool.val), generator=generator)
+        chosen = pool.val[order[: config.val_batch_size]]
+        return {
+            "val_inputs": pool.inputs.batch(chosen, device),
+            "val_labels": pool.labels[chosen].to(device),
+        }
+
+    return next_batch
+
+
+def _weigh(step: mts_fast.MTSStep, columns: Tensor, pool: Pool, device: torch.device) -> Tensor:
+    """Weights [M] of the pool under the current selector, on the CPU."""
+    parts = []
+    val = pool.inputs.batch(pool.val[:EVALUATION_BATCH], device)
+    for i in torch.arange(len(pool.members)).split(EVALUATION_BATCH):
+        indices = pool.members[i]
+        parts.append(
+            step.weights(
+                pool.inputs.batch(indices, device),
+                pool.labels[indices].to(device),
+                features=columns[i.to(device)],
+                is_synthetic=pool.is_synthetic[i].to(device),
+                val_inputs=val,
+            ).cpu()
+        )
+    return torch.cat(parts)
