@@ -32,7 +32,7 @@ def bench_demo(benchmark, data):
     table = torch.randn(len(pool), COLUMNS)
     runs = {}
     for engine in ("auto", "finite_difference"):
-        seed_run = SeedRun(scenario, replace(settings, engine=engine), 0, lambda _: None)
+        seed_run = SeedRun(scenario, replace(settings, engine=engine), 0)
         runs[engine] = MTSRun.with_features(seed_run, table, {})
     model = build_classifier(data)
     optimizer, _ = build_optimizer(model.parameters(), settings)

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/tune.py --data coloured-digits
 
-Three rounds: all trials on two seeds, the best three on four more, the best two on six more. All
+Two rounds: all trials on two seeds, the best three on four more. All
 scores are in benchmarks/results/evidence/DATA/tuning.json, from which an interrupted run goes on.
 The best become the options of the demo.
 """
@@ -25,12 +25,13 @@ from mts_fast import demo
 from mts_fast.demo.arms import ARMS
 from mts_fast.demo.arms.seed_run import SeedRun
 from mts_fast.demo.data import DATA, make_scenario
+from mts_fast.demo.jobs import available_arms
 from mts_fast.demo.training import SETTINGS, accuracy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 OPTIONS = Path(demo.__file__).with_name("options.json")
 # seeds of each round, and how many trials go on to the next
-ROUNDS = ((range(0, 2), 3), (range(2, 6), 2), (range(6, 12), 1))
+ROUNDS = ((range(0, 2), 3), (range(2, 6), 1))
 
 SHARES = {"clean_share": (0.25, 0.5, 0.75)}
 DECAYS = {"weight_decay": (5e-4, 2e-3, 5e-3, 1e-2)}
@@ -54,12 +55,12 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     },
     "likely if clean, not easy": {
         **{"clean_share": (0.25, 0.5), "balanced": (True,)},
-        **{"power": (0.5, 1, 2), "easy_power": (1, 2)},
+        **{"power": (0, 0.5, 1), "easy_power": (2, 4)},
     },
     "just train twice": {**SHARES, "balanced": (True,), "factor": (5, 20, 100, 1000)},
     "confident learning": {
         **{**SHARES, "balanced": (True,)},
-        **{"hard": (False, True), "holdout": ("real", "validation")},
+        "filter_by": ("prune_by_noise_rate", "prune_by_class", "both", "confident_learning"),
     },
     "loss-only selector": {
         **{**SHARES, "balanced": (True,)},
@@ -69,11 +70,11 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "oracle": {**SHARES, **DECAYS},
     "MTS weights": {
         **{"clean_share": (0.25, 0.5), "balanced": (True,)},
-        **{"easy_power": (0, 1, 2), "refinements": (0, 2)},
+        **{"easy_power": (0, 2, 4), "refinements": (0, 4)},
     },
     "the recipe without MTS": {
         **{"clean_share": (0.25, 0.5), "balanced": (True,), "power": (0.5,)},
-        **{"easy_power": (0, 1, 2), "refinements": (0, 2)},
+        **{"easy_power": (0, 2, 4), "refinements": (0, 4)},
     },
 }
 
@@ -96,16 +97,21 @@ def score(data: str, task: Task) -> list[float]:
     """Test accuracy in percent of the trials of a task."""
     torch.set_num_threads(1)
     scenario = make_scenario(data, task.seed)
-    run = SeedRun(scenario, SETTINGS[data], task.seed, lambda _: None)
+    run = SeedRun(scenario, SETTINGS[data], task.seed)
     models = [ARMS[task.arm].train(run, options).model for options in task.trials]
     return [round(100 * accuracy(model, scenario.test), 2) for model in models]
+
+
+def average(scores: dict[str, dict[str, float]], options: dict[str, Any], seeds: range) -> float:
+    """Mean accuracy of a trial over the seeds up to the last of a round: alike for all of them."""
+    return mean(scores[json.dumps(options)][str(seed)] for seed in range(seeds.stop))
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, choices=DATA)
-    parser.add_argument("--arms", nargs="*", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--arms", nargs="*", choices=list(GRIDS), help="default: all")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     path = RESULTS / arguments.data / "tuning.json"
@@ -113,7 +119,8 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {}
     # arm -> trial -> seed -> accuracy
     scores = record.setdefault("scores", {})
-    left = {arm: trials(arm) for arm in arguments.arms}
+    available = [arm for arm in available_arms(arguments.data) if arm in GRIDS]
+    left = {arm: trials(arm) for arm in arguments.arms or available}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for seeds, keep in ROUNDS:
             tasks = []
@@ -129,15 +136,15 @@ def main() -> None:
                     scores[task.arm][json.dumps(options)][str(task.seed)] = value
                 path.write_text(json.dumps(record, indent=1) + "\n")
             for arm, options in left.items():
-                means = {json.dumps(o): mean(scores[arm][json.dumps(o)].values()) for o in options}
-                left[arm] = sorted(options, key=lambda o, m=means: -m[json.dumps(o)])[:keep]
+                of_arm = scores[arm]
+                left[arm] = sorted(options, key=lambda o, s=of_arm: -average(s, o, seeds))[:keep]
     record["chosen"] = record.get("chosen", {}) | {arm: o[0] for arm, o in left.items()}
     path.write_text(json.dumps(record, indent=1) + "\n")
     options = json.loads(OPTIONS.read_text())
     options[arguments.data] = record["chosen"]
     OPTIONS.write_text(json.dumps(options, indent=1) + "\n")
     for arm, options in record["chosen"].items():
-        print(f"{arm:28s} {mean(scores[arm][json.dumps(options)].values()):.1f}  {options}")
+        print(f"{arm:28s} {average(scores[arm], options, ROUNDS[-1][0]):.1f}  {options}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mts_fast.demo.summary import OURS, WITHOUT, strongest_baseline
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 DATA = ("coloured-digits", "coloured-fashion", "fashion")
-OURS = "MTS weights"
-WITHOUT = "the recipe without MTS"
 # arms of README.md
 SHOWN = (
     *("everything alike", "real + validation", "filter twice", "just train twice"),
     *("likely if clean, not easy", "loss-only selector", "MTS itself", OURS, WITHOUT, "oracle"),
 )
-# arms that know nothing that a user does not, and that are not ours
-NOT_BASELINES = ("MTS", WITHOUT, "oracle", "group DRO")
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -63,8 +61,7 @@ def ahead_table(_: str) -> str:
     lines = []
     for data in DATA:
         rows = _record(data)["summary"]
-        baselines = [arm for arm in rows if not arm.startswith(NOT_BASELINES)]
-        best = max(baselines, key=lambda arm: rows[arm]["accuracy"])
+        best = strongest_baseline(rows)
         cells = [_cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
         lines.append([data.replace("-", " "), best, *cells])
     columns = ["", "strongest baseline", "ahead of it", "ahead of the recipe without MTS"]

@@ -133,7 +133,10 @@ def _options(
 def demo(
     data: Annotated[
         Literal["coloured-digits", "coloured-fashion", "digits", "fashion"],
-        typer.Option(help="Spurious correlation (coloured-*), or planted failures."),
+        typer.Option(
+            help="coloured-*: a spurious correlation; others: planted failures of generators."
+            " fashion needs Fashion-MNIST's files."
+        ),
     ] = "coloured-digits",
     root: Annotated[str | None, typer.Option(help="Folder of Fashion-MNIST's files.")] = None,
     seeds: Annotated[
@@ -145,11 +148,13 @@ def demo(
     ] = DEFAULT_FIRST_SEED,
     steps: Annotated[
         int | None,
-        typer.Option(parser=whole(1, LARGEST), metavar="N", help="Training steps of every arm."),
+        typer.Option(parser=whole(1, LARGEST), metavar="N", help="Of each training."),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(help="Folder for results (runs/demo-DATA); a run interrupted there goes on."),
+        typer.Option(
+            help="Folder for results (runs/demo-DATA, runs/study-STUDY-DATA); goes on there."
+        ),
     ] = None,
     study: Annotated[
         Literal[

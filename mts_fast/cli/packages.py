@@ -11,6 +11,7 @@ OPTIONAL = {
     "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
     "PIL": ("the demo's glyphs", "'mts_fast[demo]'"),
     "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
+    "cleanlab": ("the demo's confident learning", "'mts_fast[evidence]'"),
     "rich": ("tables and progress bars", "'mts_fast[features]'"),
 }
 

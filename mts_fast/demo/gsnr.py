@@ -77,7 +77,7 @@ def _table(data: str, rows: list[dict[str, float]]) -> tuple[str, list[str], lis
 def _mid_training(data: str, seed: int, root: str | None, console: Console) -> MTSRun:
     with console.status("training to mid-way"):
         settings = SETTINGS[data]
-        run = SeedRun(make_scenario(data, seed, root), settings, seed, lambda _: None)
+        run = SeedRun(make_scenario(data, seed, root), settings, seed)
         options = options_of(data, "MTS weights")
         learner = MTSRun.with_features(run, pool_features(run, options), options)
         batches = epochs(len(run.scenario.pool), settings, torch.Generator().manual_seed(seed))

@@ -58,16 +58,24 @@ def available_arms(data: str) -> tuple[str, ...]:
     return tuple(
         name
         for name, arm in ARMS.items()
-        if (coloured or not arm.needs_groups)
-        and (arm.needs_package is None or importlib.util.find_spec(arm.needs_package))
+        if (coloured or not arm.needs_bias) and name not in missing_packages()
     )
+
+
+def missing_packages() -> dict[str, str]:
+    """Arms that are left out here, and the package that each needs."""
+    return {
+        name: arm.needs_package
+        for name, arm in ARMS.items()
+        if arm.needs_package and not importlib.util.find_spec(arm.needs_package)
+    }
 
 
 def train_job(job: Job, report: Report) -> JobResult:
     """Train all arms of a job; what several arms need is trained once, by the first of them."""
     settings = replace(SETTINGS[job.data], **job.settings)
     scenario = make_scenario(job.data, job.seed, job.root, job.scenario)
-    run = SeedRun(scenario, settings, job.seed, lambda _: None)
+    run = SeedRun(scenario, settings, job.seed)
     result = JobResult(job.seed, job.variant)
     for name in job.arms:
         report(name)

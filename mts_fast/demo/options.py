@@ -1,4 +1,4 @@
-"""Options of each arm, chosen on seeds 0 to 11 with 12 trials for every arm.
+"""Options of each arm, chosen on seeds 0 to 5 with 12 trials for every arm.
 
 Made by benchmarks/evidence/tune.py, which has the grids; all scores are in
 benchmarks/results/evidence.

@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mts_fast._outputs import output_folder
 from mts_fast.demo.figures import draw_figures
-from mts_fast.demo.jobs import Job, JobResult, available_arms, train_job
+from mts_fast.demo.jobs import Job, JobResult, available_arms, missing_packages, train_job
 from mts_fast.demo.options import OPTIONS
-from mts_fast.demo.store import load_result, save_json, save_result
-from mts_fast.demo.summary import OURS, strongest_baseline, summarize
+from mts_fast.demo.store import FOLDER, load_result, save_json, save_result
+from mts_fast.demo.summary import OURS, WITHOUT, strongest_baseline, summarize
 from mts_fast.demo.tables import plus_minus, print_table
 from mts_fast.demo.training import SETTINGS
 from mts_fast.demo.workers import run_tasks, tell
@@ -70,7 +70,11 @@ def run_jobs(jobs: Sequence[Job], out: Path) -> list[JobResult]:
     left = [job for job in jobs if job.name not in results]
     errors = Console(stderr=True)
     if results:
-        errors.print(f"{len(results)} of {len(jobs)} were finished by an earlier run")
+        errors.print(
+            f"{len(results)} of {len(jobs)} were finished by an earlier run"
+            f" (delete {out / FOLDER} to train them again)",
+            soft_wrap=True,
+        )
     columns = (
         TextColumn("{task.description}"),
         *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
@@ -139,7 +143,7 @@ def render(
     columns = ["trained on", "test accuracy %", "worst group %", "AUC of weights"]
     columns += [f"{OURS} ahead by", "seconds"]
     if committed is not None:
-        columns.append("accuracy, 10 committed seeds")
+        columns.append("published, 10 seeds")
     lines = []
     for arm, row in rows.items():
         line = [arm, cell(row, "accuracy"), cell(row, "worst_group"), cell(row, "auc", 2)]
@@ -155,12 +159,14 @@ def render(
 def _explain(console: Console, rows: dict[str, dict[str, Any]]) -> None:
     if OURS not in rows:
         return
-    name = strongest_baseline(rows)
-    alike = rows["everything alike"]["ahead"]
-    console.print(
-        f"{OURS}: {rows[name]['ahead']:+.1f} points against the strongest baseline of this run"
-        f" ({name}), {alike:+.1f} against training on everything alike."
-    )
+    for what, arm in (
+        ("the strongest baseline of this run", strongest_baseline(rows)),
+        ("its own recipe with a classifier of clean data in place of MTS", WITHOUT),
+        ("training", "everything alike"),
+    ):
+        console.print(f"{OURS}: {rows[arm]['ahead']:+.1f} points against {what} ({arm})")
+    for arm, package in missing_packages().items():
+        console.print(f"left out, needs {package}: {arm} (pip install {package})")
 
 
 def machine() -> dict[str, str | int | None]:

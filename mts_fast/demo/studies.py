@@ -47,14 +47,14 @@ def _features(_: Settings) -> dict[str, Variant]:
 
 
 def _batch_size(settings: Settings) -> dict[str, Variant]:
-    """At equal steps, and at equal samples (more steps for smaller batches)."""
+    """Of MTS alone, at equal steps, and at equal samples (more steps for smaller batches)."""
     variants = {}
     for size in (32, 128, 512):
-        variants[f"{size}"] = Variant(settings={"batch_size": size})
+        variants[f"{size}"] = Variant(options={"batch_size": size})
     steps = settings.steps * settings.batch_size
     for size in (128, 2048):
         changed = {"batch_size": size, "steps": steps // size}
-        variants[f"{size}, equal samples"] = Variant(settings=changed)
+        variants[f"{size}, equal samples"] = Variant(options=changed)
     return variants
 
 

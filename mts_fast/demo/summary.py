@@ -12,6 +12,8 @@ from mts_fast.demo.jobs import JobResult
 
 # the arm that all others are compared with
 OURS = "MTS weights"
+# the same recipe from other weights: what of the gain is not MTS's
+WITHOUT = "the recipe without MTS"
 
 
 def summarize(results: Sequence[JobResult]) -> dict[str, dict[str, Any]]:

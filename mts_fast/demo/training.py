@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mts_fast.demo.data import CLASSES, LabelledImages
 
-Progress = Callable[[int], None]  # called with the number of steps taken
 # after every step: indices [B], logits [B, CLASSES]
 Watch = Callable[[Tensor, Tensor], None]
 EVALUATION_BATCH = 4096
@@ -99,7 +98,6 @@ def train_classifier(
     batches: Iterable[Tensor],
     settings: Settings,
     seed: int,
-    progress: Progress,
     *,
     watch: Watch | None = None,
     model: nn.Module | None = None,
@@ -119,7 +117,6 @@ def train_classifier(
         schedule.step()
         if watch is not None:
             watch(indices, logits.detach())
-        progress(1)
     return model.eval()
 
 

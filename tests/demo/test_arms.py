@@ -15,7 +15,7 @@ from mts_fast.demo.data import DATA as DATA_SETS
 from mts_fast.demo.data import make_scenario
 from mts_fast.demo.jobs import Job, available_arms, selection_auc, train_job
 from mts_fast.demo.options import OPTIONS, options_of
-from mts_fast.demo.training import SETTINGS, accuracy, worst_group
+from mts_fast.demo.training import SETTINGS, accuracy, logits_of, worst_group
 
 DATA = "coloured-digits"
 STEPS = 20
@@ -24,7 +24,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def run():
     settings = replace(SETTINGS[DATA], steps=STEPS)
-    return SeedRun(make_scenario(DATA, 3), settings, 3, lambda _: None)
+    return SeedRun(make_scenario(DATA, 3), settings, 3)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -33,8 +33,8 @@ def test_every_arm_trains_a_classifier(name, run):
         pytest.skip(f"needs {ARMS[name].needs_package}")
     outcome = ARMS[name].train(run, {})
     assert not outcome.model.training
-    assert 0 < accuracy(outcome.model, run.scenario.test) <= 1
-    again = ARMS[name].train(run, {})
+    other = SeedRun(run.scenario, run.settings, 3)
+    again = ARMS[name].train(other, {})
     for p, q in zip(outcome.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
     if outcome.weights is not None:
@@ -56,7 +56,7 @@ def test_a_job_reports_every_arm(data):
 
 def test_the_oracle_is_ahead_of_everything_alike(run):
     settings = replace(run.settings, steps=200)
-    longer = SeedRun(run.scenario, settings, 3, lambda _: None)
+    longer = SeedRun(run.scenario, settings, 3)
     oracle, alike = (
         accuracy(ARMS[name].train(longer, {}).model, run.scenario.test)
         for name in ("oracle", "everything alike")
@@ -73,22 +73,54 @@ def test_the_last_layer_alone_is_retrained(run):
     assert all(p.requires_grad for p in before)
 
 
-def test_options_move_their_arm(run):
-    for name, options in {
-        "filter by validation": {"power": 0},
-        "small loss": {"keep": 0.3},
-        "just train twice": {"factor": 100.0},
-        "likely if clean, not easy": {"easy_power": 2},
-        "reducible holdout loss": {"holdout": "validation"},
-    }.items():
-        plain, other = (ARMS[name].train(run, o).weights for o in ({}, options))
-        assert not torch.equal(plain, other), name
-    keep = ARMS["small loss"].train(run, {"keep": 0.3}).weights
-    assert keep.mean().item() == pytest.approx(0.3, abs=0.01)
+def test_weights_are_what_the_arms_say(run):
+    """Every filter by hand, from the probabilities of the classifiers that it asks."""
+    everything, clean = run.probability(run.everything), run.probability(run.by_validation)
+    real = run.probability(run.by_real)
+    pool = run.scenario.pool
+    wrong = logits_of(run.everything, pool).argmax(1) != pool.labels
+    predicted = logits_of(run.by_validation, pool).argmax(1) == pool.labels
+    first = ARMS["filter by validation"].train(run, {}).model
+    for name, options, expected in (
+        ("filter by validation", {"power": 2}, clean),
+        ("filter by validation", {"power": 0}, predicted.float()),
+        ("filter by real + validation", {}, real),
+        ("filter twice", {}, run.probability(first)),
+        ("just train twice", {"factor": 9}, 1 + 8 * wrong.float()),
+        ("reducible holdout loss", {}, torch.sigmoid(real.log() - everything.log())),
+        (
+            "reducible holdout loss",
+            {"holdout": "validation", "scale": 2},
+            torch.sigmoid(2 * (clean.log() - everything.log())),
+        ),
+        ("likely if clean, not easy", {}, clean * (1 - everything)),
+        (
+            "likely if clean, not easy",
+            {"power": 0.5, "easy_power": 2},
+            clean.sqrt() * (1 - everything) ** 2,
+        ),
+        ("oracle", {}, run.scenario.is_helpful.float()),
+    ):
+        assert torch.allclose(ARMS[name].train(run, options).weights, expected, atol=1e-5), name
+
+
+def test_small_loss_keeps_the_samples_of_least_loss(run):
+    weights = ARMS["small loss"].train(run, {"keep": 0.3}).weights
+    probability = run.probability(run.everything)
+    assert weights.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert probability[weights == 1].min() >= probability[weights == 0].max()
+
+
+def test_confident_learning_leaves_unlikely_labels_out(run):
+    pytest.importorskip("cleanlab")
+    clean = run.probability(run.by_validation)
+    for way in ("prune_by_noise_rate", "prune_by_class", "both", "confident_learning"):
+        weights = ARMS["confident learning"].train(run, {"filter_by": way}).weights
+        assert clean[weights == 0].mean() < clean[weights == 1].mean()
 
 
 def test_features_of_the_selector(run):
-    widths = {"paper": 13, "all": 15, "distribution": 13, "dynamics": 5, "online": 0}
+    widths = {"paper": 13, "all": 15, "distribution": 10, "dynamics": 3, "online": 0}
     for name, width in widths.items():
         assert pool_features(run, {"features": name}).shape == (len(run.scenario.pool), width)
 
@@ -106,13 +138,19 @@ def test_worst_group_is_the_least_of_the_groups_that_are_large():
 
     scenario = make_scenario(DATA, 3)
     images = scenario.test
-    groups = (images.labels != 0).long()
-    assert worst_group(Constant(), images, groups) == 0.0
-    assert worst_group(Constant(), images, groups, least=len(images) + 1) is None
+    # all right, all wrong, and a third whose few images are all wrong
+    right, wrong = images.labels == 0, images.labels != 0
+    assert worst_group(Constant(), images, wrong.long()) == 0.0
+    chosen = torch.cat([right.nonzero().flatten(), wrong.nonzero().flatten()[:3]])
+    few, groups = images[chosen], wrong[chosen].long()
+    assert worst_group(Constant(), few, groups) == 1.0
+    assert worst_group(Constant(), few, groups, least=3) == 0.0
+    assert worst_group(Constant(), images, wrong.long(), least=len(images) + 1) is None
     assert worst_group(Constant(), images, None) is None
 
 
 def test_options_are_of_arms_that_exist():
+    assert {"coloured-digits", "coloured-fashion", "fashion"} <= OPTIONS.keys()
     for data, options in OPTIONS.items():
         assert data in DATA_SETS and options.keys() <= ARMS.keys()
         assert options_of(data, "MTS weights, last layer on validation") == options["MTS weights"]

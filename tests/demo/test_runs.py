@@ -7,9 +7,16 @@ from dataclasses import replace
 import pytest
 
 from mts_fast.cli.main import main
+from mts_fast.demo import gsnr
 from mts_fast.demo import run as demo_run
 from mts_fast.demo.data import make_scenario
-from mts_fast.demo.jobs import Job, JobResult, train_job
+from mts_fast.demo.jobs import (
+    Job,
+    JobResult,
+    available_arms,
+    missing_packages,
+    train_job,
+)
 from mts_fast.demo.run import run_jobs
 from mts_fast.demo.store import fingerprint, load_result, save_result
 from mts_fast.demo.studies import STUDIES
@@ -114,3 +121,33 @@ def test_a_study_has_a_row_for_every_variant(tmp_path, capsys, monkeypatch):
         mean, error = rows["MTS itself"]["accuracy"], rows["MTS itself"]["accuracy_se"]
         assert re.search(rf"{label} +│ +{mean:.1f} ± {error:.1f}", printed)
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_gsnr_by_batch_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gsnr, "DRAWS", 6)
+    monkeypatch.setitem(gsnr.SETTINGS, DATA, replace(SETTINGS[DATA], steps=40))
+    rows = gsnr.run_gsnr_study(DATA, 3, tmp_path, None, sizes=(32, 256))
+    assert [row["batch_size"] for row in rows] == [32, 256]
+    assert all(row["gsnr_over_draws"] >= 0 for row in rows)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert (tmp_path / "gsnr_by_batch_size.png").exists() and "256" in capsys.readouterr().out
+
+
+def test_the_published_table_stands_beside(monkeypatch):
+    rows = summarize([result_of(0, alike=0.5, ours=0.7)])
+    published = {"MTS weights": {"accuracy": 81.24, "accuracy_se": 0.5}}
+    _, columns, lines = demo_run.render(DATA, rows, 1, "±", published)
+    assert columns[-1] == "published, 10 seeds"
+    assert lines[0][-1] == "" and lines[1][-1] == "81.2 ± 0.5"
+
+
+def test_a_package_that_is_missing_leaves_its_arm_out(monkeypatch):
+    monkeypatch.setattr("mts_fast.demo.jobs.importlib.util.find_spec", lambda _: None)
+    assert missing_packages() == {"confident learning": "cleanlab"}
+    assert "confident learning" not in available_arms(DATA)
+
+
+def test_a_change_of_the_code_trains_again(monkeypatch):
+    before = fingerprint(JOB)
+    monkeypatch.setattr("mts_fast.demo.store._source", lambda: "other code")
+    assert fingerprint(JOB) != before

@@ -41,7 +41,7 @@ def test_planted_failures(planted):
     assert planted.val.labels.bincount().tolist() == [10] * 10
     assert len(planted.test) == 1797 - 200
     # no test or validation image is among the real training images
-    real = rows(planted.real.images)
+    real = rows(planted.pool[~planted.is_synthetic].images)
     assert not real & rows([*planted.val.images, *planted.test.images])
     # a recipe for weights takes real and validation images as clean ones, and draws synthetic ones
     assert rows(planted.clean.images) == real | rows(planted.val.images)
@@ -61,7 +61,7 @@ def test_the_colour_mostly_tells_the_class(coloured):
     real = coloured.kind == REAL
     assert abs(agrees[real].float().mean() - BIAS) < 0.04 and int(real.sum()) == 200
     shares = [agrees[coloured.kind == i].float().mean() for i in range(len(kinds))]
-    assert kinds == ("colour of its class", "another colour", "wrong label")
+    assert kinds == ("colour of its class", "random colour", "wrong label")
     assert shares[0] > 0.97 and shares[1] < 0.2 and shares[2] > 0.97
     for images in (coloured.test, coloured.val):
         assert (colour_of(images.images) == images.labels).float().mean() < 0.3

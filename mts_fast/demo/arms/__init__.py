@@ -18,7 +18,8 @@ class Arm:
 
     train: Train
     role: Role
-    needs_groups: bool = False
+    # only where the real data have the bias that one wants to be rid of, and groups are known
+    needs_bias: bool = False
     needs_package: str | None = None
 
 
@@ -26,12 +27,12 @@ class Arm:
 ARMS = {
     "everything alike": Arm(plain.everything_alike, "baseline"),
     "real + validation": Arm(plain.real_and_validation, "baseline"),
-    "validation alone": Arm(plain.validation_alone, "baseline"),
+    "validation alone": Arm(plain.validation_alone, "baseline", needs_bias=True),
     "everything + validation": Arm(plain.everything_and_validation, "baseline"),
     "last layer on validation": Arm(plain.last_layer_on_validation, "baseline"),
     "small loss": Arm(filters.small_loss, "baseline"),
     "filter by validation": Arm(filters.filter_by_validation, "baseline"),
-    "filter by real + validation": Arm(filters.filter_by_real, "baseline"),
+    "filter by real + validation": Arm(filters.filter_by_real, "baseline", needs_bias=True),
     "filter twice": Arm(filters.filter_twice, "baseline"),
     "reducible holdout loss": Arm(filters.reducible_holdout_loss, "baseline"),
     "likely if clean, not easy": Arm(filters.clean_but_not_easy, "baseline"),
@@ -42,6 +43,6 @@ ARMS = {
     "MTS weights": Arm(learned.mts_weights, "ours"),
     "MTS weights, last layer on validation": Arm(learned.mts_last_layer, "ours"),
     "the recipe without MTS": Arm(filters.clean_but_not_easy, "ablation"),
-    "group DRO, true groups": Arm(plain.group_dro, "reference", needs_groups=True),
+    "group DRO, true groups": Arm(plain.group_dro, "reference", needs_bias=True),
     "oracle": Arm(plain.oracle, "reference"),
 }

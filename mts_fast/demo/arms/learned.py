@@ -24,10 +24,8 @@ WEIGHING_BATCH = 1024
 WEIGHINGS = 40
 # points stored of each curve
 CURVE_POINTS = 120
-SELECTOR_OPTIONS = (
-    *("selector_lr", "selector_every", "hypergradient_lr", "warmup_share", "batch_size"),
-    *("selector_weight_decay", "online_momentum"),
-)
+SELECTOR_OPTIONS = ("selector_lr", "batch_size", "steps")
+RATE_OPTIONS = ("lr", "weight_decay")
 FEATURE_OPTIONS = ("embeddings", "features")
 
 # features [B, F] of pool samples under the current classifier
@@ -43,7 +41,7 @@ def mts(run: SeedRun, options: Options) -> Outcome:
         columns = pool_features(run, options)
         return MTSRun.with_features(run, columns, options, track_gsnr=True).train()
 
-    names = (*SELECTOR_OPTIONS, *FEATURE_OPTIONS, "lr", "weight_decay")
+    names = (*SELECTOR_OPTIONS, *FEATURE_OPTIONS, *RATE_OPTIONS)
     return run.once(("MTS", *(options.get(name) for name in names)), train)
 
 
@@ -52,7 +50,8 @@ def mts_weights(run: SeedRun, options: Options) -> Outcome:
     discounted that the classifier of everything has learned; then refined."""
     weights = mts(run, options).weights
     assert weights is not None
-    return refined(run, weights, options)
+    key = ("MTS weights", *sorted(options.items()))
+    return run.once(key, lambda: refined(run, weights, options))
 
 
 def mts_last_layer(run: SeedRun, options: Options) -> Outcome:
@@ -63,7 +62,7 @@ def mts_last_layer(run: SeedRun, options: Options) -> Outcome:
 
 def loss_only(run: SeedRun, options: Options) -> Outcome:
     """Meta-Weight-Net (Shu et al. 2019): a selector that sees the loss; its weights, retrained."""
-    key = ("loss only", *(options.get(name) for name in SELECTOR_OPTIONS))
+    key = ("loss only", *(options.get(name) for name in (*SELECTOR_OPTIONS, *RATE_OPTIONS)))
     learned = run.once(key, lambda: MTSRun.loss_only(run, options).train())
     assert learned.weights is not None
     return Outcome(run.mixed(learned.weights, options), learned.weights)
@@ -83,8 +82,8 @@ def pool_features(run: SeedRun, options: Options) -> Tensor:
     """Standardised columns [N, F] of the pool, by `options["features"]`.
 
     "paper": its 13 offline columns, default; "all": with the loss under the classifier of the
-    validation data, and what that of everything reduces it by; "distribution", "dynamics": a part
-    of the paper's; "online": none.
+    validation data, and what that of everything reduces it by; "distribution", "dynamics": those of
+    the paper's 13 that are of this kind; "online": none.
     """
     images, labels = run.scenario.pool.images, run.scenario.pool.labels
     kind = options.get("features", "paper")
@@ -96,10 +95,9 @@ def pool_features(run: SeedRun, options: Options) -> Tensor:
     )
     dynamics = FeatureTable(mts_fast.features.training_dynamics(run.everything, images, labels))
     dynamics.update(run.forgetting.columns())
-    if kind == "distribution":
-        return distribution.standardized()
-    if kind == "dynamics":
-        return dynamics.standardized()
+    for part, table in (("distribution", distribution), ("dynamics", dynamics)):
+        if kind == part:
+            return table.standardized([name for name in PAPER_COLUMNS if name in table])
     columns = [FeatureTable({**distribution, **dynamics}).standardized(PAPER_COLUMNS)]
     if kind == "all":
         clean = run.probability(run.by_validation).clamp(min=1e-8).log()
@@ -127,7 +125,6 @@ class MTSRun:
         self.scenario = run.scenario
         self.features = features
         self.track_gsnr = track_gsnr
-        self.progress = run.progress
         self.generator = torch.Generator().manual_seed(run.seed)
         torch.manual_seed(run.seed)
         model = build_classifier(settings.data)
@@ -208,7 +205,6 @@ class MTSRun:
                 history.append(result)
             if (count + 1) % apart == 0 or count + 1 == self.settings.steps:
                 weights[count + 1] = self.pool_weights()
-            self.progress(1)
         half = self.settings.steps // 2
         average = torch.stack([w for at, w in weights.items() if at > half]).mean(0)
         curves = _curves(history, every) | self._weights_by_kind(weights)

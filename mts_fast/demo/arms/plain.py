@@ -83,5 +83,4 @@ def group_dro(run: SeedRun, options: Options) -> Outcome:
         (q * means).sum().backward()
         optimizer.step()
         schedule.step()
-        run.progress(1)
     return Outcome(model.eval())

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mts_fast.demo.data import Scenario
 from mts_fast.demo.training import (
-    Progress,
     Settings,
     Watch,
     epochs,
@@ -38,13 +37,10 @@ class Outcome:
 class SeedRun:
     """One seed of one scenario; every training takes `settings.steps` steps."""
 
-    def __init__(
-        self, scenario: Scenario, settings: Settings, seed: int, progress: Progress
-    ) -> None:
+    def __init__(self, scenario: Scenario, settings: Settings, seed: int) -> None:
         self.scenario = scenario
         self.settings = settings
         self.seed = seed
-        self.progress = progress
         # outcomes of learned selectors, by everything that they depend on
         self._outcomes: dict[tuple[Any, ...], Outcome] = {}
 
@@ -58,9 +54,7 @@ class SeedRun:
         settings = self.with_options(options)
         generator = torch.Generator().manual_seed(self.seed)
         batches = epochs(len(self.scenario.pool), settings, generator)
-        return train_classifier(
-            self.scenario.pool, batches, settings, self.seed, self.progress, watch=watch
-        )
+        return train_classifier(self.scenario.pool, batches, settings, self.seed, watch=watch)
 
     def mixed(self, weights: Tensor, options: Options, model: nn.Module | None = None) -> nn.Module:
         """The recipe for weights: a share of every batch is clean, the rest is drawn by weight."""
@@ -78,7 +72,7 @@ class SeedRun:
         )
         batches = map(torch.tensor, sampler)
         both = scenario.pool + scenario.clean
-        return train_classifier(both, batches, settings, self.seed, self.progress, model=model)
+        return train_classifier(both, batches, settings, self.seed, model=model)
 
     def real_and_clean(self, options: Options) -> nn.Module:
         """A classifier trained on real and validation data; on the clean data alone where those

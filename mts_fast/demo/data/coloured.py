@@ -1,7 +1,7 @@
 """A spurious correlation with a known truth: the background's colour mostly tells the class.
 
 The kind of shift of Waterbirds and CelebA. A generator that learned the correlation makes most of
-the pool; what helps are its few samples with another colour. A wrong label has its own colour, so
+the pool; what helps are its few samples with a random colour. A wrong label has its own colour, so
 neither the loss nor the colour alone tells good samples from bad.
 """
 
@@ -20,9 +20,9 @@ from mts_fast.demo.data.scenario import CLASSES, REAL, Scenario
 from mts_fast.demo.data.splits import random_of_classes, ranks_in_class
 
 # kinds of synthetic samples
-KINDS = ("colour of its class", "another colour", "wrong label")
+KINDS = ("colour of its class", "random colour", "wrong label")
 SHARES = (0.5, 0.2, 0.3)
-HELPFUL = ("another colour",)
+HELPFUL = ("random colour",)
 # share of real images with the colour of their class; all others have a random one
 BIAS = 0.97
 INK, BACKGROUND = 0.9, 0.5
@@ -105,7 +105,7 @@ def _make(
     wrong = kind == KINDS.index("wrong label")
     other = (labels + 1 + torch.randint(CLASSES - 1, labels.shape, generator=generator)) % CLASSES
     shown = torch.where(wrong, other, labels)
-    colour = torch.where(kind == KINDS.index("another colour"), any_colour(len(kind)), labels)
+    colour = torch.where(kind == KINDS.index("random colour"), any_colour(len(kind)), labels)
     synthetic = edit(random_of_classes(base, shown, generator))
 
     pool = LabelledImages(

@@ -37,7 +37,7 @@ DIGITS_MAXIMUM = 16.0
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """images [N, 1, H, W] in [0, 1], labels [N]."""
+    """images [N, channels, H, W] in [0, 1], labels [N]."""
 
     images: Tensor
     labels: Tensor

@@ -21,8 +21,8 @@ DATA = ("coloured-digits", "coloured-fashion", "digits", "fashion")
 class Scenario:
     """Images [N, C, H, W] in [0, 1] with labels [N]: the pool to select from, and clean sets.
 
-    A recipe that uses weights takes half of every batch from `clean`, and draws the rest from the
-    pool's `candidates`.
+    A recipe that uses weights takes a share of every batch from `clean`, and draws the rest from
+    the pool's `candidates`.
     """
 
     pool: LabelledImages  # real images first, then synthetic ones
@@ -46,11 +46,6 @@ class Scenario:
     def is_helpful(self) -> Tensor:
         """[N] bool: synthetic samples of a kind that helps."""
         return torch.isin(self.kind, torch.tensor([self.kinds.index(k) for k in self.helpful]))
-
-    @property
-    def real(self) -> LabelledImages:
-        """The real images of the pool."""
-        return self.pool[self.kind == REAL]
 
 
 def make_scenario(
