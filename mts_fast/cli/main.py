@@ -25,6 +25,7 @@ DEFAULT_FIRST_SEED = 400
 LARGEST = 2**63 - 1
 # imported before the demo's work, so that the main process reports what is missing
 DEMO_NEEDS = ("matplotlib.pyplot", "PIL.ImageFont", "rich", "sklearn.datasets", "sklearn.metrics")
+TRAIN_NEEDS = ("pydantic", "PIL.Image", "rich", "safetensors")
 # every seed takes minutes, and has a line in the progress display
 MOST_SEEDS = 1000
 # what a command line can meet; anything else is a fault of this package and shows its traceback
@@ -201,6 +202,57 @@ def demo(
     else:
         run_demo(data, chosen, folder, root, steps)
     return 0
+
+
+@_verb
+def train(
+    real: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Real samples: class folders, or a CSV or Parquet."),
+    ] = None,
+    synthetic: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Synthetic ones; can be repeated.")
+    ] = None,
+    val: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Clean ones to measure by (split off).")
+    ] = None,
+    test: Annotated[str | None, typer.Option(metavar="PATH", help="To report by.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of timm, torchvision, transformers; a folder; package.module:function."),
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights to start from.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column of texts in lists.")
+    ] = None,
+    on_corrupt: Annotated[
+        Literal["error", "skip"] | None, typer.Option(help="What to do with damaged files (error).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(parser=whole(0, LARGEST), metavar="N")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A TOML file of options.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any option; can be repeated."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder of the run; an interrupted one goes on.")] = (
+        "runs/train"
+    ),
+) -> int:
+    """Learn which samples to train on, train with them, and compare with what else one could do."""
+    for module in TRAIN_NEEDS:
+        importlib.import_module(module)
+    from mts_fast.cli.train import run_train
+
+    options = {
+        **{"real": real, "synthetic": synthetic, "val": val, "test": test, "model": model},
+        **{"pretrained": pretrained, "text_column": text_column, "on_corrupt": on_corrupt},
+        "seed": seed,
+    }
+    return run_train(options, config, set_ or [], out)
 
 
 FILE = "FILE[:KEY]"

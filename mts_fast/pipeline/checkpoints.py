@@ -23,22 +23,32 @@ TENSOR, TUPLE, PAIRS = "tensor!", "tuple!", "pairs!"
 
 
 def save_checkpoint(folder: Path, step: int, state: Any, keep: int) -> Path:
-    """Write a state of nested dicts, lists, tensors and numbers; all but the newest `keep` go.
+    """Write a state; all checkpoints but the newest `keep` go.
 
     Raises:
         OSError: it cannot be written; older ones are as they were.
+    """
+    path = folder / NAME.format(step)
+    save_state(path, state)
+    for old in _checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a state of nested dicts, lists, tensors and numbers into a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; an old file is as it was.
+        TypeError: something else in it.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_plain(state, tensors, "t"))
     metadata = {STATE: text, CHECKSUM: _checksum(text, tensors)}
-    path = folder / NAME.format(step)
     with replaced_file("train", path) as part, writing("train", path):
         save_file(tensors, part, metadata)
-    for old in _checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    return path
 
 
 def load_newest(folder: Path, findings: Findings) -> tuple[int, Any] | None:
@@ -46,14 +56,14 @@ def load_newest(folder: Path, findings: Findings) -> tuple[int, Any] | None:
     tried. None: there is none."""
     for path in _checkpoints(folder):
         try:
-            return _step(path), load_checkpoint(path)
+            return _step(path), load_state(path)
         except Exception as error:  # whatever a damaged file makes a reader raise
             first = (str(error) or type(error).__name__).splitlines()[0]
             findings.remark(f"checkpoint {path} is broken ({first}) and was not used")
     return None
 
 
-def load_checkpoint(path: Path) -> Any:
+def load_state(path: Path) -> Any:
     """The state in a file, on the CPU.
 
     Raises:

@@ -38,15 +38,15 @@ class Config(pydantic.BaseModel):
     # the classifier
     model: str
     pretrained: str | None = None
-    image_size: Positive = 224
+    image_size: Annotated[Positive | None, Field(description="none: of the data, up to 224")] = None
     max_tokens: Positive = 128
     # all trainings
     seed: Count = 0
     device: str = "auto"
     workers: Count = 0
     epochs: Positive = 30
-    batch_size: Positive = 128
-    lr: Rate = 1e-3
+    batch_size: Positive = 32
+    lr: Rate = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: NotNegative = 1e-4
@@ -59,7 +59,7 @@ class Config(pydantic.BaseModel):
     jitter: Annotated[float, Field(ge=0, le=1, description="of brightness, contrast, colour")] = 0.0
     flip: bool = False
     # the selector
-    selector_lr: Rate = 1e-3
+    selector_lr: Rate = 4e-3
     selector_weight_decay: NotNegative = 1e-4
     selector_every: Positive = 1
     selector_warmup_epochs: Count = 0
@@ -69,9 +69,15 @@ class Config(pydantic.BaseModel):
     dynamics_epochs: Positive = 10
     dynamics_batch_size: Positive = 128
     # retraining with the weights
+    clean: Annotated[
+        Literal["real+val", "val"],
+        Field(description="what to trust: val alone where the real samples have a bias"),
+    ] = "real+val"
     clean_share: Share = 0.5
-    easy_power: NotNegative = 0.0
-    refinements: Count = 0
+    easy_power: Annotated[
+        NotNegative, Field(description="above 0 where the data may hold a spurious correlation")
+    ] = 0.0
+    refinements: Count = 2
     # files
     keep_checkpoints: Positive = 2
     checkpoint_every: Annotated[Positive, Field(description="epochs")] = 1

@@ -101,7 +101,7 @@ def _of_transformers(name: str, kind: Kind, num_classes: int) -> nn.Module:
     }
     automatic = getattr(transformers, classes[kind])
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
                 config = transformers.AutoConfig.from_pretrained(name, num_labels=num_classes)
                 return _module(name, automatic.from_config(config))
@@ -117,7 +117,7 @@ def _of_transformers(name: str, kind: Kind, num_classes: int) -> nn.Module:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Any:
+def quiet(transformers: Any) -> Any:
     """Without the remarks on heads that are new, which they have to be."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mts_fast.pipeline.checkpoints import load_checkpoint, load_newest, save_checkpoint
+from mts_fast.pipeline.checkpoints import load_newest, load_state, save_checkpoint
 from mts_fast.pipeline.data import Findings
 
 
@@ -42,7 +42,7 @@ def same(one, other):
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     state = state_of(7)
     path = save_checkpoint(tmp_path, 7, state, keep=2)
-    assert same(load_checkpoint(path), state)
+    assert same(load_state(path), state)
     step, again = load_newest(tmp_path, Findings())
     assert step == 7 and same(again, state)
 

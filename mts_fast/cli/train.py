@@ -1,0 +1,26 @@
+"""`mts-fast train`: the options of the command line, the run, and a table of what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mts_fast.demo.tables import print_table
+from mts_fast.pipeline.config import load_config
+from mts_fast.pipeline.run import WEIGHTS, Run
+
+
+def run_train(
+    options: Mapping[str, Any], config: str | None, assignments: Sequence[str], out: str
+) -> int:
+    """Load the options, run all stages, print the accuracies."""
+    run = Run(load_config(config, options, assignments), Path(out), Console(stderr=True))
+    accuracy = run.execute()
+    console = Console()
+    rows = [[name, f"{100 * value:.1f}"] for name, value in accuracy.items()]
+    print_table(console, "test accuracy %", ["trained on", "accuracy"], rows)
+    console.print(f"Weights of all samples: {Path(out) / WEIGHTS}", markup=False)
+    return 0

@@ -1,0 +1,61 @@
+"""Where the samples of each role come from: folders of classes, or lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from mts_fast.pipeline.config import Config
+from mts_fast.pipeline.data import Findings, Role, Samples
+from mts_fast.pipeline.data.folders import read_folder
+from mts_fast.pipeline.data.lists import LIST_EXTENSIONS, read_list
+
+
+def read_sources(config: Config, findings: Findings) -> dict[Role, Samples]:
+    """The samples of every role that has any; what is wrong with them is told in `findings`."""
+    paths: dict[Role, Sequence[str]] = {
+        "real": (config.real,),
+        "synthetic": config.synthetic,
+        "val": () if config.val is None else (config.val,),
+        "test": () if config.test is None else (config.test,),
+    }
+    samples: dict[Role, Samples] = {}
+    for role, of_role in paths.items():
+        parts = [_read(role, path, config, findings) for path in of_role]
+        known = [part for part in parts if part is not None]
+        if known:
+            samples[role] = known[0] if len(known) == 1 else _joined(role, known)
+        if known and not samples[role]:
+            what = f"--{role} {', '.join(map(repr, of_role))} has no samples"
+            findings.stop(what, "check the path")
+    return samples
+
+
+def _read(role: Role, path: str, config: Config, findings: Findings) -> Samples | None:
+    place = Path(path).expanduser()
+    if place.suffix.lower() in LIST_EXTENSIONS:
+        skip = config.on_corrupt == "skip"
+        return read_list(role, place, config.text_column, findings, skip_empty=skip)
+    if config.text_column is not None:
+        findings.stop(
+            f"--{role} {path!r} is no list, and texts stand in lists", "pass a CSV or Parquet file"
+        )
+        return None
+    return read_folder(role, place, findings)
+
+
+def _joined(role: Role, parts: Sequence[Samples]) -> Samples:
+    """Several sources as one; names begin with that of their source."""
+    known = {*chain.from_iterable(part.labels for part in parts)}
+    empty = {*chain.from_iterable(part.empty_classes for part in parts)} - known
+    grouped = all(part.groups is not None for part in parts)
+    return Samples(
+        role,
+        ", ".join(part.source for part in parts),
+        names=tuple(f"{Path(p.source).name}/{name}" for p in parts for name in p.names),
+        labels=tuple(chain.from_iterable(part.labels for part in parts)),
+        contents=tuple(chain.from_iterable(part.contents for part in parts)),  # type: ignore[arg-type]
+        groups=tuple(chain.from_iterable(p.groups or () for p in parts)) if grouped else None,
+        empty_classes=tuple(sorted(empty)),
+    )

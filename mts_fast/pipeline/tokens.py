@@ -1,0 +1,42 @@
+"""Texts as token ids, by the tokenizer beside the model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+
+from mts_fast._check import fail
+from mts_fast.pipeline.data.findings import Findings
+from mts_fast.pipeline.inputs import Texts
+
+
+def tokenize(model: str, texts: Sequence[str], longest: int, findings: Findings) -> Texts:
+    """Ids and mask of all texts; those of more than `longest` tokens are cut, with one remark.
+
+    Raises:
+        ValueError: the model has no tokenizer.
+    """
+    transformers = importlib.import_module("transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        got = f"{model!r} ({str(error).splitlines()[0]})"
+        hint = "pass a folder or name of transformers that has a tokenizer"
+        fail(ValueError, "train", "--model", "a model with a tokenizer", got, hint)
+    limit = min(longest, tokenizer.model_max_length)
+    with quiet(transformers):  # its remark on long texts, which are counted here
+        lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
+        rows = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    cut = sum(length > limit for length in lengths)
+    if cut:
+        findings.remark(f"{cut} of {len(rows)} texts are longer than {limit} tokens and were cut")
+    width = max(len(row) for row in rows)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return Texts(ids, mask)
