@@ -10,6 +10,7 @@ import torch
 from mts_fast._check import fail
 from mts_fast.pipeline.data.findings import Findings
 from mts_fast.pipeline.inputs import Texts
+from mts_fast.pipeline.models import quiet
 
 
 def tokenize(model: str, texts: Sequence[str], longest: int, findings: Findings) -> Texts:
