@@ -14,7 +14,7 @@ LONGEST = 400
 # a module may import from its own row and from those below it.
 ROWS = (
     ("cli",),
-    ("demo",),
+    ("demo", "pipeline"),
     ("training",),
     ("selection",),
     ("features",),
@@ -37,7 +37,7 @@ SOURCES = sorted(
 )
 # names that do not say what a variable holds
 VAGUE = {"found", "own", "given", "taken", "wide", "kept"}
-EXTRAS = ("matplotlib", "sklearn", "safetensors", "rich", "triton", "pybind11")
+EXTRAS = ("matplotlib", "pydantic", "sklearn", "safetensors", "rich", "triton", "pybind11")
 
 
 def part_of(path):

@@ -82,8 +82,8 @@ def load_state(path: Path) -> Any:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if PATTERN.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+    paths = [path for path in folder.glob("checkpoint-*") if PATTERN.fullmatch(path.name)]
+    return sorted(paths, key=_step, reverse=True)
 
 
 def _step(path: Path) -> int:

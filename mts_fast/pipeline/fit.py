@@ -98,9 +98,9 @@ def fit(
     model.to(device).train()
     optimizer, schedule = build_optimizer(model, config, len(batches), epochs)
     start = 0
-    found = None if watch is not None else load_newest(folder, findings)
-    if found is not None:
-        start, state = found
+    newest = None if watch is not None else load_newest(folder, findings)
+    if newest is not None:
+        start, state = newest
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mts_fast
 from mts_fast.features import (
     FeatureTable,
     ForgettingCounter,
@@ -25,9 +24,12 @@ from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data.findings import Findings
 from mts_fast.pipeline.fit import Log, build_optimizer
 from mts_fast.pipeline.inputs import EVALUATION_BATCH, Inputs, run_model
+from mts_fast.training import MTSStep, Selector, parameter_groups, warmup_cosine
 
 # weights are averaged over that last share of the epochs: single selectors are noisy
 AVERAGED_SHARE = 0.5
+# of the online features; fewer where there are fewer validation samples
+ONLINE_K = 3
 
 
 @dataclass(frozen=True)
@@ -106,34 +108,36 @@ def learn_weights(
         class_weight: [C], factor of each class in the weights.
     """
     torch.manual_seed(seed_of(config.seed, "selector"))
-    selector = mts_fast.Selector(columns.shape[1] + 4, pool.classes).to(device)
+    online_k = min(ONLINE_K, len(pool.val), config.val_batch_size)
+    selector = Selector(columns.shape[1] + online_k + 1, pool.classes).to(device)
     batches = EpochBatches(pool.members, config.batch_size, config.seed)
     model.to(device).train()
     optimizer, schedule = build_optimizer(model, config, len(batches), config.epochs)
-    groups = mts_fast.training.parameter_groups(selector, config.selector_weight_decay)
+    groups = parameter_groups(selector, config.selector_weight_decay)
     selector_optimizer = torch.optim.AdamW(groups, lr=config.selector_lr)
     steps = config.epochs * len(batches)
     warmup = min(config.selector_warmup_epochs * len(batches), steps - 1)
-    step = mts_fast.MTSStep(
+    step = MTSStep(
         model,
         optimizer,
         selector,
         selector_optimizer,
         engine=config.engine,
+        online_k=online_k,
         hypergradient_lr=config.hypergradient_lr,
         selector_every=config.selector_every,
         warmup_steps=warmup,
         class_weight=class_weight,
-        selector_scheduler=mts_fast.training.warmup_cosine(selector_optimizer, warmup, steps + 1),
+        selector_scheduler=warmup_cosine(selector_optimizer, warmup, steps + 1),
     )
     place = torch.full((int(pool.members.max()) + 1,), -1)
     place[pool.members] = torch.arange(len(pool.members))
     columns, is_synthetic = columns.to(device), pool.is_synthetic.to(device)
     start, total = 0, torch.zeros(len(pool.members), dtype=torch.float64)
     averaged = 0
-    found = load_newest(folder, findings)
-    if found is not None:
-        start, state = found
+    newest = load_newest(folder, findings)
+    if newest is not None:
+        start, state = newest
         step.load_state_dict(state["step"])
         schedule.load_state_dict(state["schedule"])
         total, averaged = state["total"], state["averaged"]
@@ -200,7 +204,7 @@ def _validation_batches(
     return next_batch
 
 
-def _weigh(step: mts_fast.MTSStep, columns: Tensor, pool: Pool, device: torch.device) -> Tensor:
+def _weigh(step: MTSStep, columns: Tensor, pool: Pool, device: torch.device) -> Tensor:
     """Weights [M] of the pool under the current selector, on the CPU."""
     parts = []
     val = pool.inputs.batch(pool.val[:EVALUATION_BATCH], device)

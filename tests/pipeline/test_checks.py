@@ -31,8 +31,8 @@ def roles(**labels):
 def test_classes_are_those_of_the_real_samples():
     findings = Findings()
     both = ["red", "blue"]
-    given = roles(real=[*both, "red"], synthetic=["red"], val=["blue"], test=both)
-    assert list_of_classes(given, findings) == ("blue", "red")
+    samples = roles(real=[*both, "red"], synthetic=["red"], val=["blue"], test=both)
+    assert list_of_classes(samples, findings) == ("blue", "red")
     assert not findings.errors
     assert findings.remarks == [
         "--synthetic 'data/synthetic' has no samples of 'blue'",
@@ -83,22 +83,22 @@ def test_damaged_files_are_all_told(tmp_path):
     with pytest.raises(ValueError, match="got 2 problems:\n- --real"):
         findings.raise_errors()
     findings = Findings()
-    kept, hashes = read_all({"real": real, "val": val}, findings, lambda _: None, skip=True)
-    assert kept["real"].names == ("0",) and kept["val"].names == ("1",) and len(hashes) == 2
+    readable, hashes = read_all({"real": real, "val": val}, findings, lambda _: None, skip=True)
+    assert readable["real"].names == ("0",) and readable["val"].names == ("1",) and len(hashes) == 2
     assert not findings.errors and len(findings.remarks) == 2
     findings.raise_errors()
 
 
 def test_copies_are_told_in_pairs(tmp_path):
     a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
-    given = {
+    samples = {
         "real": samples_of("real", ("r/a", "red", a), ("r/b", "blue", b)),
         "synthetic": samples_of("synthetic", ("s/t", "red", "text")),
         "val": samples_of("val", ("v/t", "red", "text")),
         "test": samples_of("test", ("t/b", "blue", b)),
     }
     findings = Findings()
-    pairs = tell_copies(given, {a: "1", b: "1"}, findings)
+    pairs = tell_copies(samples, {a: "1", b: "1"}, findings)
     assert {frozenset(pair) for pair in pairs} == {
         frozenset({"real/r/a", "real/r/b"}),
         frozenset({"real/r/a", "test/t/b"}),
@@ -108,7 +108,7 @@ def test_copies_are_told_in_pairs(tmp_path):
     told = "\n".join(findings.remarks)
     assert "1 identical pairs under two classes: real/r/a = real/r/b" in told
     assert "2 identical pairs between training and test" in told
-    assert not tell_copies({"real": given["real"]}, {a: "1", b: "2"}, Findings())
+    assert not tell_copies({"real": samples["real"]}, {a: "1", b: "2"}, Findings())
 
 
 def test_a_validation_set_is_split_off_by_class():

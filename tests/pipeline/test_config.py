@@ -17,22 +17,22 @@ def test_files_then_assignments_then_options(tmp_path):
 
 
 def test_values_as_in_toml_or_bare_words():
-    given = [
+    assignments = [
         "flip=true",
         "optimizer=adamw",
         'device="cpu"',
         "hypergradient_lr=1e-3",
         "jitter = 0.4",
     ]
-    config = load_config(None, DATA, given)
+    config = load_config(None, DATA, assignments)
     assert config.flip is True and config.optimizer == "adamw" and config.device == "cpu"
     assert config.hypergradient_lr == 1e-3 and config.jitter == 0.4
 
 
 def test_all_mistakes_in_one_go():
-    given = ["epohcs=3", "lr=-1", "batch_size=many", "schedule=sine", "seed"]
+    assignments = ["epohcs=3", "lr=-1", "batch_size=many", "schedule=sine", "seed"]
     with pytest.raises(ValueError) as error:
-        load_config(None, {"real": "a", "synthetic": ["b"]}, given)
+        load_config(None, {"real": "a", "synthetic": ["b"]}, assignments)
     told = str(error.value)
     for said in (
         "6 mistakes",

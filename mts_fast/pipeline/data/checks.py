@@ -52,7 +52,7 @@ def read_all(
     Damaged files, all of them, stop the run, or with `skip` are left out with a remark.
     """
     hashes: dict[Path, str] = {}
-    kept: dict[Role, Samples] = {}
+    readable: dict[Role, Samples] = {}
     for role, of_role in samples.items():
         bad: dict[int, str] = {}
         for i, content in enumerate(of_role.contents):
@@ -74,8 +74,8 @@ def read_all(
                 findings.remark(f"{what}; left out")
             else:
                 findings.stop(what, "mend or remove them, or pass --on-corrupt skip")
-        kept[role] = of_role.without([*bad])
-    return kept, hashes
+        readable[role] = of_role.without([*bad])
+    return readable, hashes
 
 
 def tell_copies(

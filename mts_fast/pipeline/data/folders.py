@@ -49,14 +49,14 @@ def read_folder(role: Role, folder: Path, findings: Findings) -> Samples | None:
         return None
     samples: list[tuple[str, str, Path]] = []
     others: list[Path] = [f for f in loose if f.suffix]
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for folder_of_class in classes:
         label = composed(folder_of_class.name)
-        found[label] += 0
+        counts[label] += 0
         for path in sorted(_files(folder_of_class, ()), key=_order):
             if path.suffix.lower() in EXTENSIONS:
                 samples.append((path.relative_to(folder).as_posix(), label, path))
-                found[label] += 1
+                counts[label] += 1
             else:
                 others.append(path)
     if others:
@@ -67,7 +67,7 @@ def read_folder(role: Role, folder: Path, findings: Findings) -> Samples | None:
         names=tuple(name for name, _, _ in samples),
         labels=tuple(label for _, label, _ in samples),
         contents=tuple(path for _, _, path in samples),
-        empty_classes=tuple(label for label, count in found.items() if count == 0),
+        empty_classes=tuple(label for label, count in counts.items() if count == 0),
     )
 
 

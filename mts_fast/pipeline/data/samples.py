@@ -46,14 +46,14 @@ class Samples:
     def without(self, indices: Sequence[int]) -> Samples:
         """All samples but those at `indices`."""
         gone = set(indices)
-        kept = [i for i in range(len(self)) if i not in gone]
+        remaining = [i for i in range(len(self)) if i not in gone]
         return Samples(
             self.role,
             self.source,
-            tuple(self.names[i] for i in kept),
-            tuple(self.labels[i] for i in kept),
-            tuple(self.contents[i] for i in kept),  # type: ignore[arg-type]
-            None if self.groups is None else tuple(self.groups[i] for i in kept),
+            tuple(self.names[i] for i in remaining),
+            tuple(self.labels[i] for i in remaining),
+            tuple(self.contents[i] for i in remaining),  # type: ignore[arg-type]
+            None if self.groups is None else tuple(self.groups[i] for i in remaining),
             self.empty_classes,
         )
 

@@ -1,0 +1,170 @@
+"""`mts-fast train` as a whole, on small trees: what it leaves, goes on with, and refuses."""
+
+import csv
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mts_fast.cli.main import main
+
+COLOURS = {"red": (200, 60, 50), "blue": (60, 80, 210)}
+COUNTS = {"real": 6, "synthetic": 8, "val": 3, "test": 4}
+
+
+def small_model(num_classes):
+    """Learns colours in a few steps."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder for each role, and the model on the path."""
+    module = types.ModuleType("small_models")
+    module.small_model = small_model
+    monkeypatch.setitem(sys.modules, "small_models", module)
+    rng = np.random.default_rng(0)
+    for role, count in COUNTS.items():
+        for label, colour in COLOURS.items():
+            folder = tmp_path / "data" / role / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) + rng.normal(0, 20, (8, 8, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(folder / f"{i}.png")
+    return tmp_path
+
+
+def train(tree, *more, epochs=6, without=()):
+    words = ["train", "--out", str(tree / "run"), "--model", "small_models:small_model"]
+    for role in COUNTS:
+        if role not in without:
+            words += [f"--{role}", str(tree / "data" / role)]
+    options = (f"epochs={epochs}", "dynamics_epochs=2", "batch_size=8", "lr=0.1", "refinements=1")
+    words += [word for option in options for word in ("--set", option)]
+    return main([*words, *more])
+
+
+def table_of(tree):
+    with open(tree / "run" / "weights.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def records_of(tree):
+    return [json.loads(line) for line in (tree / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves(tree, capsys):
+    assert train(tree) == 0
+    out, err = capsys.readouterr()
+    assert "MTS weights" in out and "weights.csv" in out and "note:" not in err
+    rows = table_of(tree)
+    assert len(rows) == 2 * (6 + 8)
+    assert {row["role"] for row in rows} == {"real", "synthetic"}
+    assert {row["class"] for row in rows} == {*COLOURS}
+    assert all(0 < float(row["weight"]) < 1 for row in rows)
+    (last,) = [r for r in records_of(tree) if r.get("arm") == "MTS weights"]
+    assert last["test_accuracy"] >= 0.75 and last["samples"] == 8
+    config = json.loads((tree / "run" / "config.json").read_text())
+    assert config["epochs"] == 6 and config["optimizer"] == "sgd"
+    from safetensors.torch import load_model
+
+    model = small_model(2)
+    load_model(model, tree / "run" / "model.safetensors")
+    assert not list((tree / "run").rglob("checkpoint-*"))
+
+
+def test_a_second_run_trains_nothing(tree, monkeypatch):
+    assert train(tree) == 0
+    before = table_of(tree)
+
+    def trained(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("mts_fast.pipeline.run.fit", trained)
+    monkeypatch.setattr("mts_fast.pipeline.run.learn_weights", trained)
+    assert train(tree) == 0 and table_of(tree) == before
+
+
+def test_a_broken_stage_runs_again(tree, capsys):
+    assert train(tree, epochs=2) == 0
+    before = table_of(tree)
+    (done,) = (tree / "run" / "stages").glob("mts-*/done.safetensors")
+    done.write_bytes(done.read_bytes()[:-40])
+    capsys.readouterr()
+    assert train(tree, epochs=2) == 0
+    assert f"{done} is broken" in capsys.readouterr().err and table_of(tree) == before
+
+
+def test_an_option_of_mts_leaves_other_trainings(tree):
+    assert train(tree, epochs=2) == 0
+    stages = {p.name for p in (tree / "run" / "stages").iterdir()}
+    assert train(tree, "--set", "selector_lr=0.1", epochs=2) == 0
+    new = {p.name for p in (tree / "run" / "stages").iterdir()} - stages
+    assert {name.rpartition("-")[0] for name in new} <= {
+        "mts",
+        "weights-first",
+        "weights-refined-1",
+    }
+
+
+def test_without_validation_and_test(tree, capsys):
+    assert train(tree, epochs=2, without=("val", "test")) == 0
+    err = capsys.readouterr().err
+    assert "no --val: 2 of 12 real samples were split off" in err and "no --test" in err
+
+
+def test_class_weights_and_several_sources(tree):
+    more = ["--synthetic", str(tree / "data" / "val"), "--set", "class_weights=inverse_frequency"]
+    assert train(tree, *more, "--set", "clean=val", epochs=2) == 0
+    names = {row["file"] for row in table_of(tree)}
+    assert "synthetic/red/0.png" in names and "val/red/0.png" in names and "red/0.png" in names
+
+
+def test_nothing_is_written_where_the_data_are_wrong(tree, capsys):
+    (tree / "data" / "real" / "red" / "0.png").write_bytes(b"")
+    (tree / "data" / "test" / "blue").rename(tree / "data" / "test" / "bleu")
+    assert train(tree) == 2
+    err = capsys.readouterr().err
+    assert "class 'bleu'" in err or "'red/0.png' (0 bytes)" in err
+    assert "nothing was trained" in err and not (tree / "run").exists()
+
+
+def test_what_is_not_given_is_asked_for(capsys):
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    for name in ("real", "synthetic", "model"):
+        assert f"'{name}' is not given; pass --{name}" in err
+
+
+def test_learned_weights_are_the_same_after_an_interruption(tree, monkeypatch):
+    from mts_fast.pipeline import learn
+
+    assert train(tree) == 0
+    whole = table_of(tree)
+    real_save = learn.save_checkpoint
+
+    class Stop(RuntimeError):
+        pass
+
+    def save_and_stop(folder, epoch, state, keep):
+        path = real_save(folder, epoch, state, keep)
+        if epoch == 4:
+            raise Stop("stopped; go on")
+        return path
+
+    for stage in (tree / "run" / "stages").glob("mts-*"):
+        (stage / "done.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(learn, "save_checkpoint", save_and_stop)
+        assert train(tree) == 2
+    torch.rand(3)
+    assert train(tree) == 0 and table_of(tree) == whole
