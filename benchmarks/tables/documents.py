@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evidence import ahead_table, demo_table, gsnr_table, study_table, summary_table
+from evidence import ahead_table, demo_table, summary_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,19 +167,7 @@ TABLES = {
         "neighbor-memory": neighbor_table("peak_mib"),
         "kernels": kernel_table,
     },
-    "docs/evidence.md": {
-        "evidence-ahead": ahead_table,
-        "coloured-digits": demo_table,
-        "coloured-fashion": demo_table,
-        "fashion": demo_table,
-        "features-coloured-fashion": study_table,
-        "batch-size-coloured-fashion": study_table,
-        "validation-size-coloured-digits": study_table,
-        "bad-share-coloured-digits": study_table,
-        "selector-every-coloured-digits": study_table,
-        "embeddings-coloured-digits": study_table,
-        "gsnr-coloured-fashion": gsnr_table,
-    },
+    "docs/evidence.md": {"evidence-ahead": ahead_table, "coloured-digits": demo_table},
     "docs/gpu.md": {"triton-resources": resource_table},
 }
 
