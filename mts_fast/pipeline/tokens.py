@@ -20,12 +20,15 @@ def tokenize(model: str, texts: Sequence[str], longest: int, findings: Findings)
         ValueError: the model has no tokenizer.
     """
     transformers = importlib.import_module("transformers")
+    expected = "a model with a tokenizer"
+    hint = "pass a folder or name of transformers that has one"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         got = f"{model!r} ({str(error).splitlines()[0]})"
-        hint = "pass a folder or name of transformers that has a tokenizer"
-        fail(ValueError, "train", "--model", "a model with a tokenizer", got, hint)
+        fail(ValueError, "train", "--model", expected, got, hint)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        fail(ValueError, "train", "--model", expected, f"{model!r} without a vocabulary", hint)
     limit = min(longest, tokenizer.model_max_length)
     with quiet(transformers):  # its remark on long texts, which are counted here
         lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]

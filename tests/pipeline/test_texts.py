@@ -1,0 +1,77 @@
+"""Texts: tokens, cutting, and a whole run on a small transformer from a config."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from mts_fast.cli.main import main
+from mts_fast.pipeline.data import Findings
+from mts_fast.pipeline.tokens import tokenize
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a BERT of one layer, its vocabulary of letters, and no weights."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = {
+        **{"model_type": "bert", "vocab_size": len(words), "hidden_size": 16},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        "max_position_embeddings": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = {"tokenizer_class": "BertTokenizer", "model_max_length": 32}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_long_texts_are_cut_with_one_remark(model):
+    findings = Findings()
+    texts = tokenize(str(model), ["ab", "ab " * 500, "word " * 300, "a\0b", "\u05e9"], 99, findings)
+    assert texts.ids.shape == texts.mask.shape == (5, 32)
+    assert texts.mask.sum(1).tolist()[:3] == [4, 32, 32]
+    (remark,) = findings.remarks
+    assert remark == "2 of 5 texts are longer than 32 tokens and were cut"
+
+
+def test_a_batch_is_as_long_as_its_longest(model):
+    texts = tokenize(str(model), ["ab", "abcd", "abcdefgh"], 99, Findings())
+    batch = texts.batch(torch.tensor([1, 0]), torch.device("cpu"))
+    assert batch["input_ids"].shape == (2, 6) and batch["attention_mask"].sum(1).tolist() == [6, 4]
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="--model must be a model with a tokenizer"):
+        tokenize(str(tmp_path), ["a"], 9, Findings())
+
+
+def test_a_run_on_texts(model, tmp_path, capsys):
+    words = {"good": "fine lovely warm", "bad": "dull cold broken"}
+    paths = {}
+    for role, count in (("real", 6), ("synthetic", 6), ("val", 4), ("test", 4)):
+        paths[role] = tmp_path / f"{role}.csv"
+        with paths[role].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for label, text in words.items():
+                for i in range(count):
+                    writer.writerow([f'{text}, "{i}"\n{role}', label])
+    command = ["train", "--out", str(tmp_path / "run"), "--model", str(model)]
+    for role, path in paths.items():
+        command += [f"--{role}", str(path)]
+    for option in ("epochs=2", "dynamics_epochs=1", "batch_size=8", "refinements=0"):
+        command += ["--set", option]
+    assert main([*command, "--text-column", "text"]) == 0
+    capsys.readouterr()
+    with (tmp_path / "run" / "weights.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24 and rows[0]["file"] == "real.csv:1" and rows[0]["class"] == "good"
+    assert main(command) == 2
+    assert "has no column file or path" in capsys.readouterr().err
