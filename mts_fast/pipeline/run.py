@@ -105,6 +105,7 @@ class Run:
             OURS: model,
         }
         accuracy = self._evaluate(arms)
+        self._tidy_log()
         self._write_weights(learned)
         self._deliver("model", model)
         return accuracy
@@ -310,6 +311,14 @@ class Run:
         with writing("train", path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def _tidy_log(self) -> None:
+        """One record of each epoch and arm, the last: interrupted runs repeat some."""
+        path = self.out / METRICS
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        last = {(r["stage"], r.get("epoch"), r.get("arm")): r for r in records}
+        with replaced_file("train", path) as part, writing("train", path):
+            part.write_text("".join(json.dumps(r) + "\n" for r in last.values()), encoding="utf-8")
+
     def _write_config(self) -> None:
         path = self.out / "config.json"
         with replaced_file("train", path) as part, writing("train", path):
@@ -342,3 +351,11 @@ class Run:
         path = self.out / f"{name}.safetensors"
         with replaced_file("train", path) as part, writing("train", path):
             save_model(model, str(part))
+
+
+def _worst_group(right: Tensor, groups: Sequence[str]) -> float:
+    """The lowest accuracy of a group."""
+    members: dict[str, list[float]] = {}
+    for value, group in zip(right.tolist(), groups, strict=True):
+        members.setdefault(group, []).append(value)
+    return min(sum(values) / len(values) for values in members.values())

@@ -82,9 +82,21 @@ def test_what_a_run_leaves(tree, capsys):
     assert not list((tree / "run").rglob("checkpoint-*"))
 
 
+def test_the_worst_group_is_reported(tree):
+    lines = ["file,label,group"]
+    for label in COLOURS:
+        for i in range(COUNTS["test"]):
+            lines.append(f"data/test/{label}/{i}.png,{label},{'land' if i else 'water'}")
+    (tree / "test.csv").write_text("\n".join(lines))
+    assert train(tree, "--test", str(tree / "test.csv"), epochs=2, without=("test",)) == 0
+    records = [r for r in records_of(tree) if "arm" in r]
+    assert len(records) == 4
+    assert all(0 <= r["test_worst_group"] <= r["test_accuracy"] for r in records)
+
+
 def test_a_second_run_trains_nothing(tree, monkeypatch):
     assert train(tree) == 0
-    before = table_of(tree)
+    before, records = table_of(tree), records_of(tree)
 
     def trained(*_, **__):
         raise AssertionError("trained")
@@ -92,6 +104,7 @@ def test_a_second_run_trains_nothing(tree, monkeypatch):
     monkeypatch.setattr("mts_fast.pipeline.run.fit", trained)
     monkeypatch.setattr("mts_fast.pipeline.run.learn_weights", trained)
     assert train(tree) == 0 and table_of(tree) == before
+    assert records_of(tree) == records
 
 
 def test_a_broken_stage_runs_again(tree, capsys):
