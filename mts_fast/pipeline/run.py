@@ -292,10 +292,11 @@ class Run:
             logits = all_logits(model, self.data.inputs, members, self.device)
             right = (logits.argmax(1) == self.data.labels[members]).double()
             accuracy[name] = float(right.mean())
-            key = f"{role}_accuracy"
-            self._log(
-                {"stage": "evaluation", "arm": name, key: accuracy[name], "samples": len(right)}
-            )
+            record = {"stage": "evaluation", "arm": name, f"{role}_accuracy": accuracy[name]}
+            groups = self.data.samples[role].groups  # type: ignore[index]
+            if groups is not None:
+                record[f"{role}_worst_group"] = _worst_group(right, groups)
+            self._log({**record, "samples": len(right)})
         return accuracy
 
     # files
