@@ -10,8 +10,9 @@ from mts_fast._check import fail
 
 PACKAGE = Path(mts_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# exceptions of unreachable code, of iteration, and of the command line's exit
-INTERNAL = {"AssertionError", "StopIteration", "SystemExit"}
+# exceptions of unreachable code, of iteration, of the command line's exit, and reasons that a
+# caller puts into a message of its own
+INTERNAL = {"AssertionError", "StopIteration", "SystemExit", "UnreadableImage"}
 
 
 def calls(tree, name):
