@@ -42,6 +42,9 @@ def demo(*_):
     return run_tasks(work, range(2), lambda *_: None, ended)
 
 if __name__ == "__main__":
+    # as from a terminal, also where the tests run under nohup or in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.cpu_count = lambda: 2
     run.run_demo = demo
     sys.exit(main.main(["demo"]))
