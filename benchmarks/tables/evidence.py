@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mts_fast.demo.summary import OURS, WITHOUT, strongest_baseline
+from mts_fast.demo.summary import OURS, WITHOUT, cell, strongest_baseline
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 # data sets whose ten seeds are there
@@ -18,14 +18,6 @@ SHOWN = (
 
 def _record(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name / "results.json").read_text())
-
-
-def _cell(row: dict[str, Any], name: str, digits: int = 1) -> str:
-    if name not in row:
-        return ""
-    error = row[f"{name}_se"]
-    mean = f"{row[name]:.{digits}f}"
-    return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 def _table(columns: list[str], lines: list[list[str]]) -> str:
@@ -44,7 +36,11 @@ def demo_table(name: str) -> str:
     rows = _record(name)["summary"]
     used = [key for key in names if any(key in row for row in rows.values())]
     lines = [
-        [arm, *(_cell(row, key, 2 if key == "auc" else 1) for key in used), f"{row['seconds']:.0f}"]
+        [
+            arm,
+            *(cell(row, key, digits=2 if key == "auc" else 1) for key in used),
+            f"{row['seconds']:.0f}",
+        ]
         for arm, row in rows.items()
     ]
     return _table(["trained on", *(names[key] for key in used), "seconds"], lines)
@@ -53,7 +49,7 @@ def demo_table(name: str) -> str:
 def summary_table(_: str) -> str:
     """Accuracy of some arms on all data sets."""
     summaries = [_record(data)["summary"] for data in DATA]
-    lines = [[arm, *(_cell(rows.get(arm, {}), "accuracy") for rows in summaries)] for arm in SHOWN]
+    lines = [[arm, *(cell(rows.get(arm, {}), "accuracy") for rows in summaries)] for arm in SHOWN]
     return _table(["trained on", *(data.replace("-", " ") for data in DATA)], lines)
 
 
@@ -63,7 +59,7 @@ def ahead_table(_: str) -> str:
     for data in DATA:
         rows = _record(data)["summary"]
         best = strongest_baseline(rows)
-        cells = [_cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
+        cells = [cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
         lines.append([data.replace("-", " "), best, *cells])
     columns = ["", "strongest baseline", "ahead of it", "ahead of the recipe without MTS"]
     return _table([*columns, "ahead of the oracle"], lines)

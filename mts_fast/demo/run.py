@@ -21,7 +21,7 @@ from mts_fast.demo.figures import draw_figures
 from mts_fast.demo.jobs import Job, JobResult, available_arms, missing_packages, train_job
 from mts_fast.demo.options import OPTIONS
 from mts_fast.demo.store import FOLDER, load_result, save_json, save_result
-from mts_fast.demo.summary import OURS, WITHOUT, strongest_baseline, summarize
+from mts_fast.demo.summary import OURS, WITHOUT, cell, strongest_baseline, summarize
 from mts_fast.demo.tables import plus_minus, print_table
 from mts_fast.demo.training import SETTINGS
 from mts_fast.demo.workers import run_tasks, tell
@@ -132,24 +132,17 @@ def render(
     committed: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of the table; `sign` stands between a mean and its error."""
-
-    def cell(row: dict[str, Any], name: str, digits: int = 1) -> str:
-        if name not in row:
-            return ""
-        error = row[f"{name}_se"]
-        text = f"{row[name]:.{digits}f}"
-        return text if error is None else f"{text} {sign} {error:.{digits}f}"
-
     columns = ["trained on", "test accuracy %", "worst group %", "AUC of weights"]
     columns += [f"{OURS} ahead by", "seconds"]
     if committed is not None:
         columns.append("published, 10 seeds")
     lines = []
     for arm, row in rows.items():
-        line = [arm, cell(row, "accuracy"), cell(row, "worst_group"), cell(row, "auc", 2)]
-        line += [cell(row, "ahead"), f"{row['seconds']:.1f}"]
+        line = [arm, cell(row, "accuracy", sign), cell(row, "worst_group", sign)]
+        line.append(cell(row, "auc", sign, digits=2))
+        line += [cell(row, "ahead", sign), f"{row['seconds']:.1f}"]
         if committed is not None:
-            line.append(cell(committed[arm], "accuracy") if arm in committed else "")
+            line.append(cell(committed[arm], "accuracy", sign) if arm in committed else "")
         lines.append(line)
     used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
     title = f"{data}: mean and standard error of {seeds} seeds"

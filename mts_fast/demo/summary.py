@@ -40,6 +40,15 @@ def summarize(results: Sequence[JobResult]) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def cell(row: dict[str, Any], name: str, sign: str = "±", digits: int = 1) -> str:
+    """Mean and standard error of a column as text; empty where the row lacks it."""
+    if name not in row:
+        return ""
+    error = row[f"{name}_se"]
+    mean = f"{row[name]:.{digits}f}"
+    return mean if error is None else f"{mean} {sign} {error:.{digits}f}"
+
+
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean; None of one value."""
     if len(values) < 2:

@@ -22,7 +22,6 @@ Kind = Literal["image", "text"]
 PACKAGES = ("timm", "torchvision", "transformers")
 # under these a file may keep its state_dict
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-# keys of optimizers and loops beside it
 HINT = (
     "name one of timm, torchvision or transformers (a prefix 'timm:' picks the package), a folder"
     " of transformers, or package.module:function, which is called with num_classes"

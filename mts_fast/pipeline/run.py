@@ -21,7 +21,7 @@ from mts_fast.pipeline.batches import EpochBatches, WeightedBatches, seed_of
 from mts_fast.pipeline.checkpoints import load_state, save_state
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings
-from mts_fast.pipeline.fit import Batches, Watch, fit
+from mts_fast.pipeline.fit import Batches, Log, Watch, fit
 from mts_fast.pipeline.inputs import all_logits
 from mts_fast.pipeline.learn import Learned, Pool, embeddings_of, features_of, learn_weights
 from mts_fast.pipeline.models import build_model, load_pretrained
@@ -156,12 +156,6 @@ class Run:
     def _fit(
         self, name: str, batches: Batches, folder: Path, epochs: int, watch: Watch | None
     ) -> nn.Module:
-        task = self.progress.add_task(name, total=epochs)
-
-        def log(record: dict[str, Any]) -> None:
-            self._log(record)
-            self.progress.update(task, completed=record["epoch"])
-
         return fit(
             self._new_model(),
             *(self.data.inputs, self.data.labels, batches, self.config),
@@ -170,7 +164,7 @@ class Run:
             folder=folder,
             device=self.device,
             findings=self.findings,
-            log=log,
+            log=self._logging(name, epochs),
             class_weight=self._class_weight(),
             watch=watch,
         )
@@ -235,11 +229,6 @@ class Run:
 
     def _learn(self, table: FeatureTable, pool: Pool) -> Tensor:
         """Weights [M] of the pool."""
-        task = self.progress.add_task("MTS", total=self.config.epochs)
-
-        def log(record: dict[str, Any]) -> None:
-            self._log(record)
-            self.progress.update(task, completed=record["epoch"])
 
         def make(folder: Path) -> Any:
             learned: Learned = learn_weights(
@@ -248,7 +237,7 @@ class Run:
                 folder=folder,
                 device=self.device,
                 findings=self.findings,
-                log=log,
+                log=self._logging("MTS", self.config.epochs),
                 class_weight=self._class_weight(),
             )
             return {
@@ -306,6 +295,16 @@ class Run:
         for remark in self.findings.remarks[self.told :]:
             self.console.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
         self.told = len(self.findings.remarks)
+
+    def _logging(self, name: str, epochs: int) -> Log:
+        """Records of a training, and a bar of its epochs."""
+        task = self.progress.add_task(name, total=epochs)
+
+        def log(record: dict[str, Any]) -> None:
+            self._log(record)
+            self.progress.update(task, completed=record["epoch"])
+
+        return log
 
     def _log(self, record: dict[str, Any]) -> None:
         path = self.out / METRICS

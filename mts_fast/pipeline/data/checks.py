@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mts_fast.pipeline.data.findings import SHOWN, Findings, listed
@@ -157,8 +157,3 @@ def _draw(seed: int, label: str, name: str) -> bytes:
 def _as_role(role: Role, samples: Samples) -> Samples:
     parts = (samples.names, samples.labels, samples.contents, samples.groups)
     return Samples(role, samples.source, *parts)
-
-
-def sizes(samples: Sequence[Samples]) -> str:
-    """In a line: how many samples each role has."""
-    return ", ".join(f"{len(s)} {s.role}" for s in samples)
