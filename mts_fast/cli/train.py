@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mts_fast.demo.tables import print_table
 from mts_fast.pipeline.config import load_config
-from mts_fast.pipeline.run import WEIGHTS, Run
+from mts_fast.pipeline.outcome import WEIGHTS
+from mts_fast.pipeline.run import Run
 
 
 def run_train(
@@ -18,9 +19,13 @@ def run_train(
 ) -> int:
     """Load the options, run all stages, print the accuracies."""
     run = Run(load_config(config, options, assignments), Path(out), Console(stderr=True))
-    accuracy = run.execute()
+    outcome = run.execute()
     console = Console()
-    rows = [[name, f"{100 * value:.1f}"] for name, value in accuracy.items()]
-    print_table(console, "test accuracy %", ["trained on", "accuracy"], rows)
+    rows = [
+        [name, *(f"{100 * value:.1f}" for value in figures.values())]
+        for name, figures in outcome.arms.items()
+    ]
+    names = ["accuracy", "worst group"][: len(rows[0]) - 1]
+    print_table(console, f"{outcome.held_out} accuracy %", ["trained on", *names], rows)
     console.print(f"Weights of all samples: {Path(out) / WEIGHTS}", markup=False)
     return 0

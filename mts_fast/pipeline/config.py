@@ -46,6 +46,9 @@ class Config(pydantic.BaseModel):
     workers: Count = 0
     epochs: Positive = 30
     batch_size: Positive = 32
+    micro_batch: Annotated[
+        Positive | None, Field(description="samples at a time, for less memory; none: all")
+    ] = None
     lr: Rate = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -78,7 +81,8 @@ class Config(pydantic.BaseModel):
         NotNegative, Field(description="above 0 where the data may hold a spurious correlation")
     ] = 0.0
     refinements: Count = 2
-    # files
+    # files and loggers
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     keep_checkpoints: Positive = 2
     checkpoint_every: Annotated[Positive, Field(description="epochs")] = 1
 

@@ -108,18 +108,24 @@ def fit(
         torch.manual_seed(seed_of(config.seed, stage, epoch))
         began, total, count = time.perf_counter(), 0.0, 0
         for indices in batches.epoch(epoch):
-            targets = labels[indices].to(device)
-            logits = run_model(model, inputs.training_batch(indices, device, epoch))
-            loss = F.cross_entropy(logits, targets, weight=class_weight)
             optimizer.zero_grad()
-            loss.backward()
+            share = _shares(labels[indices].to(device), class_weight)
+            for part in range(0, len(indices), config.micro_batch or len(indices)):
+                chosen = slice(part, part + (config.micro_batch or len(indices)))
+                members = indices[chosen]
+                logits = run_model(model, inputs.training_batch(members, device, epoch))
+                losses = F.cross_entropy(logits, labels[members].to(device), reduction="none")
+                loss = (losses * share[chosen]).sum()
+                loss.backward()
+                total += float(loss.detach()) * len(indices)
+                if watch is not None:
+                    watch(members, logits.detach())
             optimizer.step()
             schedule.step()
-            total, count = total + float(loss.detach()) * len(indices), count + len(indices)
-            if watch is not None:
-                watch(indices, logits.detach())
+            count += len(indices)
         seconds = time.perf_counter() - began
-        log({"stage": stage, "epoch": epoch + 1, "loss": total / count, "seconds": seconds})
+        record = {"stage": stage, "epoch": epoch + 1, "loss": total / count, "seconds": seconds}
+        log({**record, "samples_per_second": count / seconds})
         if watch is None and (epoch + 1) % config.checkpoint_every == 0 and epoch + 1 < epochs:
             state = {
                 "model": dict(model.state_dict()),
@@ -128,3 +134,11 @@ def fit(
             }
             save_checkpoint(folder, epoch + 1, state, config.keep_checkpoints)
     return model.eval()
+
+
+def _shares(targets: Tensor, class_weight: Tensor | None) -> Tensor:
+    """[B]: of each sample in the loss of its batch, as torch's cross_entropy(weight=) has it."""
+    if class_weight is None:
+        return torch.full((len(targets),), 1 / len(targets), device=targets.device)
+    weights = class_weight[targets]
+    return weights / weights.sum()

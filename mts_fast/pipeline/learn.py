@@ -1,4 +1,4 @@
-"""MTS itself: the features of the pool, and the training in which its weights are learned."""
+"""MTS itself: the training in which the weights of the pool are learned."""
 
 from __future__ import annotations
 
@@ -11,37 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mts_fast.features import (
-    FeatureTable,
-    ForgettingCounter,
-    distribution_features,
-    training_dynamics,
-)
-from mts_fast.features.penultimate import PenultimateFeatures
 from mts_fast.pipeline.batches import EpochBatches, seed_of
 from mts_fast.pipeline.checkpoints import load_newest, save_checkpoint
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data.findings import Findings
 from mts_fast.pipeline.fit import Log, build_optimizer
-from mts_fast.pipeline.inputs import EVALUATION_BATCH, Inputs, run_model
+from mts_fast.pipeline.inputs import EVALUATION_BATCH
+from mts_fast.pipeline.pool import ONLINE_K, Pool, embeddings_of, online_of
 from mts_fast.training import MTSStep, Selector, parameter_groups, warmup_cosine
 
 # weights are averaged over that last share of the epochs: single selectors are noisy
 AVERAGED_SHARE = 0.5
-# of the online features; fewer where there are fewer validation samples
-ONLINE_K = 3
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What the weights are learned for: members of the inputs, real ones first."""
-
-    inputs: Inputs
-    labels: Tensor  # of all inputs
-    members: Tensor  # [M]
-    is_synthetic: Tensor  # [M]
-    val: Tensor  # members of the validation set
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -51,42 +31,8 @@ class Learned:
     weights: Tensor
     model: nn.Module
     selector: nn.Module
-
-
-@torch.no_grad()
-def embeddings_of(model: nn.Module, pool: Pool, device: torch.device) -> Tensor:
-    """Penultimate features [M, D] of the pool, on the CPU."""
-    model.to(device).eval()
-    parts = []
-    with PenultimateFeatures(model).capture() as penultimate:
-        for indices in pool.members.split(EVALUATION_BATCH):
-            run_model(model, pool.inputs.batch(indices, device))
-            parts.append(penultimate.taken(len(indices)).float().cpu())
-    return torch.cat(parts)
-
-
-def features_of(
-    embeddings: Tensor,
-    everything: nn.Module,
-    forgetting: ForgettingCounter,
-    pool: Pool,
-    device: torch.device,
-) -> FeatureTable:
-    """The paper's offline columns of the pool."""
-    labels = pool.labels[pool.members]
-    table = FeatureTable(
-        distribution_features(embeddings, labels, pool.is_synthetic, small_class="pad")
-    )
-    everything.to(device).eval()
-    chunks = [
-        training_dynamics(
-            everything, pool.inputs.batch(indices, device), pool.labels[indices].to(device)
-        )
-        for indices in pool.members.split(EVALUATION_BATCH)
-    ]
-    table.update({name: torch.cat([c[name].cpu() for c in chunks]) for name in chunks[0]})
-    table.update(forgetting.columns())
-    return table
+    val_features: Tensor  # [V, D], of the validation set under the final model
+    online: Tensor  # [M, k + 1], of the pool against them
 
 
 def learn_weights(
@@ -95,6 +41,7 @@ def learn_weights(
     pool: Pool,
     config: Config,
     *,
+    stage: str,
     folder: Path,
     device: torch.device,
     findings: Findings,
@@ -127,11 +74,11 @@ def learn_weights(
         hypergradient_lr=config.hypergradient_lr,
         selector_every=config.selector_every,
         warmup_steps=warmup,
+        micro_batch=config.micro_batch,
         class_weight=class_weight,
         selector_scheduler=warmup_cosine(selector_optimizer, warmup, steps + 1),
     )
-    place = torch.full((int(pool.members.max()) + 1,), -1)
-    place[pool.members] = torch.arange(len(pool.members))
+    places = pool.places()
     columns, is_synthetic = columns.to(device), pool.is_synthetic.to(device)
     start, total = 0, torch.zeros(len(pool.members), dtype=torch.float64)
     averaged = 0
@@ -147,7 +94,7 @@ def learn_weights(
         validation = _validation_batches(pool, config, epoch, device)
         loss = 0.0
         for indices in batches.epoch(epoch):
-            i = place[indices].to(device)
+            i = places[indices].to(device)
             result = step(
                 pool.inputs.training_batch(indices, device, epoch),
                 pool.labels[indices].to(device),
@@ -160,9 +107,11 @@ def learn_weights(
         if epoch + 1 > config.epochs * (1 - AVERAGED_SHARE):
             total += _weigh(step, columns, pool, device).double()
             averaged += 1
-        record = {"stage": "mts", "epoch": epoch + 1, "loss": loss / len(pool.members)}
+        record = {"stage": stage, "epoch": epoch + 1, "loss": loss / len(pool.members)}
         statistics = result.statistics.read()
-        log({**record, **statistics, "seconds": time.perf_counter() - began})
+        seconds = time.perf_counter() - began
+        speed = len(pool.members) / seconds
+        log({**record, **statistics, "seconds": seconds, "samples_per_second": speed})
         if (epoch + 1) % config.checkpoint_every == 0 and epoch + 1 < config.epochs:
             state = {
                 "step": step.state_dict(),
@@ -171,7 +120,11 @@ def learn_weights(
                 "averaged": averaged,
             }
             save_checkpoint(folder, epoch + 1, state, config.keep_checkpoints)
-    return Learned((total / averaged).float(), model.eval(), selector.eval())
+    val = pool.val[:EVALUATION_BATCH]
+    val_features = embeddings_of(model, pool.inputs, val, device)
+    online = online_of(embeddings_of(model, pool.inputs, pool.members, device), val_features)
+    weights = (total / averaged).float()
+    return Learned(weights, model.eval(), selector.eval(), val_features, online)
 
 
 def _validation_batches(
@@ -180,26 +133,22 @@ def _validation_batches(
     """Batches of the validation set without end; all of it in each where it is no larger."""
     count = 0
 
-    def all_of_it() -> dict[str, Any]:
+    def batch(members: Tensor) -> dict[str, Any]:
         return {
-            "val_inputs": pool.inputs.batch(pool.val, device),
-            "val_labels": pool.labels[pool.val].to(device),
+            "val_inputs": pool.inputs.batch(members, device),
+            "val_labels": pool.labels[members].to(device),
         }
 
     if len(pool.val) <= config.val_batch_size:
-        batch = all_of_it()
-        return lambda: batch
+        whole = batch(pool.val)
+        return lambda: whole
 
     def next_batch() -> dict[str, Any]:
         nonlocal count
         generator = torch.Generator().manual_seed(seed_of(config.seed, "val", epoch, count))
         count += 1
         order = torch.randperm(len(pool.val), generator=generator)
-        chosen = pool.val[order[: config.val_batch_size]]
-        return {
-            "val_inputs": pool.inputs.batch(chosen, device),
-            "val_labels": pool.labels[chosen].to(device),
-        }
+        return batch(pool.val[order[: config.val_batch_size]])
 
     return next_batch
 

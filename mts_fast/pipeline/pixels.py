@@ -1,89 +1,18 @@
-"""The pictures of a run at one size, in a file that trainings read from; and their augmentation."""
+"""Batches of pictures from bytes, standardised, and their augmentation."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-
-from mts_fast._files import replaced_file, writing
-from mts_fast.pipeline.data.images import read_image_file
 
 # of ImageNet, which pretrained weights expect
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # aspect ratios of random crops
 RATIOS = (3 / 4, 4 / 3)
-# pictures that one task of a worker decodes
-CHUNK = 64
-VERSION = 1
-
-Progress = Callable[[int], None]
-
-
-def pixels_key(hashes: Sequence[str], size: int) -> str:
-    """Names the file of these pictures, by their content."""
-    text = "\n".join([f"{VERSION} {size}", *hashes])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_pixels(
-    paths: Sequence[Path], size: int, out: Path, workers: int, progress: Progress
-) -> None:
-    """Decode pictures into a .npy file [N, size, size, 3] of bytes, in order.
-
-    The shorter side becomes `size`, the middle of the longer one is kept.
-
-    Raises:
-        OSError: the file cannot be written.
-        UnreadableImage: a file that changed since it was checked.
-    """
-    shape = (len(paths), size, size, 3)
-    parts = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    with ExitStack() as stack:
-        part = stack.enter_context(replaced_file("train", out))
-        stack.enter_context(writing("train", out))
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        work = partial(_decode, size=size)
-        if workers:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
-            decoded = pool.map(work, parts)
-        else:
-            decoded = map(work, parts)
-        start = 0
-        for images in decoded:
-            pixels[start : start + len(images)] = images
-            start += len(images)
-            progress(len(images))
-        pixels.flush()
-        del pixels
-
-
-def open_pixels(path: Path) -> np.ndarray:
-    """The file, mapped into memory: [N, size, size, 3] bytes."""
-    return np.load(path, mmap_mode="r")
-
-
-def _decode(paths: Sequence[Path], size: int) -> np.ndarray:
-    return np.stack([_square(read_image_file(path), size) for path in paths])
-
-
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def batch_of(pixels: np.ndarray, indices: Tensor, device: torch.device) -> Tensor:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
+from mts_fast._files import replaced_file, writing
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import ROLES, Findings, Role, Samples
 from mts_fast.pipeline.data.checks import (
     list_of_classes,
-    read_all,
     split_validation,
     tell_copies,
+    tell_unreadable,
+)
+from mts_fast.pipeline.decode import (
+    UnreadableFiles,
+    known_unreadable,
+    open_pixels,
+    pixels_key,
+    remember_unreadable,
+    scan,
+    write_pixels,
 )
 from mts_fast.pipeline.inputs import Images, Inputs
-from mts_fast.pipeline.pixels import open_pixels, pixels_key, write_pixels
 from mts_fast.pipeline.sources import read_sources
 from mts_fast.pipeline.tokens import tokenize
 
@@ -40,6 +50,19 @@ class Prepared:
     labels: Tensor
     members: dict[Role, Tensor]
     key: str  # of the content: of every sample, its label and its role, in order
+    store: Path  # in the run's folder: the pixels (.npy), or the texts (.json)
+    copies: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Samples that can be read, role by role, with a hash of each, and their inputs."""
+
+    samples: dict[Role, Samples]
+    hashes: dict[Role, list[str]]
+    inputs: Inputs
+    key: str
+    store: Path
 
 
 def prepare(config: Config, out: Path, findings: Findings, progress: Progress) -> Prepared:
@@ -51,70 +74,126 @@ def prepare(config: Config, out: Path, findings: Findings, progress: Progress) -
     samples = read_sources(config, findings)
     findings.raise_errors()
     classes = list_of_classes(samples, findings)
-    task = progress.add_task("checking", total=sum(map(len, samples.values())))
-    skip = config.on_corrupt == "skip"
-    samples, hashes = read_all(samples, findings, lambda n: progress.advance(task, n), skip=skip)
-    findings.raise_errors()
-    if "val" not in samples:
-        real, val = split_validation(samples["real"], config.val_share, config.seed, findings)
-        if not val:
-            what = "no --val, and no class of the real samples has two to split one off"
-            findings.stop(what, "pass a validation set")
-        samples = {**samples, "real": real, "val": val}
-    tell_copies(samples, hashes, findings)
-    findings.raise_errors()
+    stages = out / "stages"
     samples = {role: samples[role] for role in ROLES if role in samples}
+    if config.text_column is None:
+        content = _read_images(config, samples, stages, findings, progress)
+    else:
+        content = _read_texts(config, samples, stages, findings)
+    members, start = {}, 0
+    for role, of_role in content.samples.items():
+        members[role] = torch.arange(start, start + len(of_role))
+        start += len(of_role)
+    labels = torch.tensor(
+        [classes.index(label) for part in content.samples.values() for label in part.labels]
+    )
+    samples, hashes = dict(content.samples), dict(content.hashes)
+    if "val" not in samples:
+        real = samples["real"]
+        chosen = split_validation(real, config.val_share, config.seed, findings)
+        findings.raise_errors()
+        others = sorted({*range(len(real))} - {*chosen})
+        samples |= {"real": real.only(others), "val": replace(real.only(chosen), role="val")}
+        for role, indices in (("val", chosen), ("real", others)):
+            members[role] = members["real"][indices]
+            hashes[role] = [content.hashes["real"][i] for i in indices]
+    copies = tell_copies(samples, hashes, findings)
     training = len(samples["real"]) + len(samples["synthetic"])
     if config.batch_size > training:
         findings.remark(
             f"batch_size {config.batch_size} is more than the {training} training samples: every"
             " batch is all of them"
         )
-    labels = torch.tensor(
-        [classes.index(label) for of_role in samples.values() for label in of_role.labels]
-    )
-    members, start = {}, 0
-    for role, of_role in samples.items():
-        members[role] = torch.arange(start, start + len(of_role))
-        start += len(of_role)
-    inputs, content = _inputs(config, samples, hashes, out, findings, progress)
-    roles = [role for role, of_role in samples.items() for _ in of_role.names]
-    text = "\n".join(map(str, [content, *classes, *labels.tolist(), *roles]))
-    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Prepared(samples, classes, inputs, labels, members, key)
+    key = _digest([content.key, *classes, *labels.tolist(), *_roles(members, len(labels))])
+    return Prepared(samples, classes, content.inputs, labels, members, key, content.store, copies)
 
 
-def _inputs(
+def _read_images(
     config: Config,
     samples: dict[Role, Samples],
-    hashes: dict[Path, str],
-    out: Path,
+    stages: Path,
     findings: Findings,
     progress: Progress,
-) -> tuple[Inputs, str]:
-    """Inputs of all roles, one after the other, and a name of their content."""
-    contents = list(chain.from_iterable(of_role.contents for of_role in samples.values()))
-    texts = [content for content in contents if isinstance(content, str)]
-    if texts:
-        inputs = tokenize(config.model, texts, config.max_tokens, findings)
-        digest = hashlib.sha256(inputs.ids.numpy().tobytes() + inputs.mask.numpy().tobytes())
-        return inputs, digest.hexdigest()
-    paths = [content for content in contents if isinstance(content, Path)]
-    size = config.image_size or _usual_size(paths)
-    key = pixels_key([hashes[path] for path in paths], size)
-    file = out / "stages" / f"pixels-{key}.npy"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        task = progress.add_task("decoding", total=len(paths))
-        advance: Callable[[int], None] = lambda n: progress.advance(task, n)  # noqa: E731
-        write_pixels(paths, size, file, config.workers, advance)
-    return Images(open_pixels(file), config), key
+) -> _Content:
+    """Decode all pictures at one size; a file that is none leaves no trace in the result."""
+    places = [(role, i) for role, of_role in samples.items() for i in range(len(of_role))]
+    files: list[Any] = list(chain.from_iterable(part.contents for part in samples.values()))
+    scanned = scan(files, _advance(progress, "reading", len(files)))
+    unreadable = known_unreadable(stages)
+    reasons = {
+        n: one.error or unreadable[one.sha256]
+        for n, one in enumerate(scanned)
+        if one.error or one.sha256 in unreadable
+    }
+    skip = config.on_corrupt == "skip"
+    while True:
+        readable = [n for n in range(len(files)) if n not in reasons]
+        hashes = [scanned[n].sha256 for n in readable]
+        size = config.image_size or _usual_size([scanned[n].side or 1 for n in readable])
+        key = pixels_key(hashes, size)
+        file = stages / f"pixels-{key}.npy"
+        if file.exists() or not readable:
+            break
+        advance = _advance(progress, "decoding", len(readable))
+        try:
+            write_pixels([files[n] for n in readable], size, file, config.workers, advance)
+        except UnreadableFiles as error:
+            new = {readable[i]: reason for i, reason in error.reasons.items()}
+            reasons |= new
+            if not skip:
+                break
+            remember_unreadable(stages, {scanned[n].sha256: why for n, why in new.items()})
+    by_role: dict[Role, dict[int, str]] = {role: {} for role in samples}
+    for n, reason in reasons.items():
+        role, i = places[n]
+        by_role[role][i] = reason
+    tell_unreadable(samples, by_role, findings, skip=skip)
+    findings.raise_errors()
+    of_role: dict[Role, list[str]] = {role: [] for role in samples}
+    for n, digest in zip(readable, hashes, strict=True):
+        of_role[places[n][0]].append(digest)
+    samples = {role: part.without([*by_role[role]]) for role, part in samples.items()}
+    for role, part in samples.items():
+        if not part:
+            findings.stop(f"--{role} {part.source!r} has no readable samples", "mend them")
+    findings.raise_errors()
+    return _Content(samples, of_role, Images(open_pixels(file), config), key, file)
 
 
-def _usual_size(paths: list[Path]) -> int:
+def _read_texts(
+    config: Config, samples: dict[Role, Samples], stages: Path, findings: Findings
+) -> _Content:
+    findings.raise_errors()
+    texts = [str(text) for part in samples.values() for text in part.contents]
+    inputs = tokenize(config.model, texts, config.max_tokens, findings)
+    content = inputs.ids.numpy().tobytes() + inputs.mask.numpy().tobytes()
+    store = stages / f"texts-{_digest(texts)[:16]}.json"
+    if not store.exists():
+        with replaced_file("train", store) as part, writing("train", store):
+            part.write_text(json.dumps(texts))
+    hashes = {role: [_digest([text]) for text in of.contents] for role, of in samples.items()}
+    return _Content(samples, hashes, inputs, hashlib.sha256(content).hexdigest(), store)
+
+
+def _advance(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(name, total=total, note="")
+    return lambda n: progress.advance(task, n)
+
+
+def _digest(parts: list[Any]) -> str:
+    text = "\n".join(map(str, parts))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _roles(members: dict[Role, Tensor], count: int) -> list[str]:
+    """The role of every sample."""
+    roles = [""] * count
+    for role, of_role in members.items():
+        for i in of_role.tolist():
+            roles[i] = role
+    return roles
+
+
+def _usual_size(sides: list[int]) -> int:
     """The median of the shorter sides, up to LARGEST_SIZE."""
-    sides = []
-    for path in paths:
-        with Image.open(path) as image:
-            sides.append(min(image.size))
-    return min(LARGEST_SIZE, int(statistics.median(sides)))
+    return min(LARGEST_SIZE, int(statistics.median(sides))) if sides else LARGEST_SIZE

@@ -56,6 +56,7 @@ def _joined(role: Role, parts: Sequence[Samples]) -> Samples:
         names=tuple(f"{Path(p.source).name}/{name}" for p in parts for name in p.names),
         labels=tuple(chain.from_iterable(part.labels for part in parts)),
         contents=tuple(chain.from_iterable(part.contents for part in parts)),  # type: ignore[arg-type]
+        origins=tuple(part.source for part in parts for _ in part.names),
         groups=tuple(chain.from_iterable(p.groups or () for p in parts)) if grouped else None,
         empty_classes=tuple(sorted(empty)),
     )

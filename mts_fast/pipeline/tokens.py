@@ -31,11 +31,18 @@ def tokenize(model: str, texts: Sequence[str], longest: int, findings: Findings)
         fail(ValueError, "train", "--model", expected, f"{model!r} without a vocabulary", hint)
     limit = min(longest, tokenizer.model_max_length)
     with quiet(transformers):  # its remark on long texts, which are counted here
-        lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
-        rows = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    cut = sum(length > limit for length in lengths)
-    if cut:
-        findings.remark(f"{cut} of {len(rows)} texts are longer than {limit} tokens and were cut")
+        rows = tokenizer(list(texts))["input_ids"]
+        long = [i for i, row in enumerate(rows) if len(row) > limit]
+        cut = [texts[i] for i in long]
+        for i, row in zip(
+            long,
+            tokenizer(cut, truncation=True, max_length=limit)["input_ids"] if cut else (),
+            strict=True,
+        ):
+            rows[i] = row
+    if long:
+        remark = f"{len(long)} of {len(rows)} texts are longer than {limit} tokens and were cut"
+        findings.remark(remark)
     width = max(len(row) for row in rows)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(rows), width), padding)

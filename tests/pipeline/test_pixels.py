@@ -1,57 +1,12 @@
-"""Pictures at one size, the same however they are read; augmentation by sample and epoch."""
+"""Batches of pictures, and augmentation by sample and epoch."""
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
-from mts_fast.pipeline.data.images import UnreadableImage
-from mts_fast.pipeline.pixels import (
-    augmented_batch,
-    batch_of,
-    open_pixels,
-    pixels_key,
-    standardized,
-    write_pixels,
-)
+from mts_fast.pipeline.pixels import augmented_batch, batch_of, standardized
 
 RNG = np.random.default_rng(0)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def paths(tmp_path):
-    made = []
-    for i, shape in enumerate([(8, 8), (16, 8), (8, 24), (4, 4), (9, 7)] * 20):
-        path = tmp_path / f"{i}.png"
-        Image.fromarray(RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
-        made.append(path)
-    return made
-
-
-def test_workers_do_not_matter(paths, tmp_path):
-    counted = []
-    for workers in (0, 2):
-        write_pixels(paths, 8, tmp_path / f"{workers}.npy", workers, counted.append)
-    one, other = (open_pixels(tmp_path / f"{workers}.npy") for workers in (0, 2))
-    assert one.shape == (100, 8, 8, 3) and np.array_equal(one, other) and sum(counted) == 200
-    assert np.array_equal(one[0], np.asarray(Image.open(paths[0])))  # of its size already
-    tall = np.asarray(Image.open(paths[1]))
-    assert np.array_equal(one[1], tall[4:12])  # the middle
-
-
-def test_a_file_that_changed_is_named_and_nothing_is_left(paths, tmp_path):
-    paths[70].write_bytes(b"")
-    out = tmp_path / "out" / "pixels.npy"
-    out.parent.mkdir()
-    with pytest.raises(UnreadableImage, match="0 bytes"):
-        write_pixels(paths, 8, out, 0, lambda _: None)
-    assert not list(out.parent.iterdir())
-
-
-def test_the_key_is_of_content_and_size():
-    keys = {pixels_key(h, s) for h in (["a", "b"], ["b", "a"], ["a"]) for s in (8, 16)}
-    assert len(keys) == 6 and pixels_key(["a"], 8) == pixels_key(["a"], 8)
 
 
 PIXELS = RNG.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)

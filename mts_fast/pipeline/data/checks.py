@@ -5,15 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from mts_fast.pipeline.data.findings import SHOWN, Findings, listed
-from mts_fast.pipeline.data.images import UnreadableImage, read_image
 from mts_fast.pipeline.data.samples import ROLES, TRAINING, Role, Samples
-
-# called with the number of files that were looked at
-Progress = Callable[[int], None]
 
 
 def list_of_classes(samples: Mapping[Role, Samples], findings: Findings) -> tuple[str, ...]:
@@ -44,52 +39,44 @@ def list_of_classes(samples: Mapping[Role, Samples], findings: Findings) -> tupl
     return tuple(classes)
 
 
-def read_all(
-    samples: Mapping[Role, Samples], findings: Findings, progress: Progress, *, skip: bool
-) -> tuple[dict[Role, Samples], dict[Path, str]]:
-    """Decode every image once; returns the samples that can be read, and each file's SHA-256.
+def tell_unreadable(
+    samples: Mapping[Role, Samples],
+    reasons: Mapping[Role, Mapping[int, str]],
+    findings: Findings,
+    *,
+    skip: bool,
+) -> None:
+    """Files that are no whole pictures, all of them: with `skip` left out, else fatal.
 
-    Damaged files, all of them, stop the run, or with `skip` are left out with a remark.
+    Args:
+        reasons: by role and index.
     """
-    hashes: dict[Path, str] = {}
-    readable: dict[Role, Samples] = {}
-    for role, of_role in samples.items():
-        bad: dict[int, str] = {}
-        for i, content in enumerate(of_role.contents):
-            if not isinstance(content, Path):
-                break
-            try:
-                data = content.read_bytes()
-                read_image(data)
-                hashes[content] = hashlib.sha256(data).hexdigest()
-            except UnreadableImage as error:
-                bad[i] = str(error)
-            except OSError as error:
-                bad[i] = f"cannot be opened: {error.strerror}"
-            progress(1)
-        if bad:
-            named = ", ".join(f"{of_role.names[i]!r} ({reason})" for i, reason in bad.items())
-            what = f"--{role} {of_role.source!r}: {len(bad)} files cannot be read: {named}"
-            if skip:
-                findings.remark(f"{what}; left out")
-            else:
-                findings.stop(what, "mend or remove them, or pass --on-corrupt skip")
-        readable[role] = of_role.without([*bad])
-    return readable, hashes
+    for role, of_role in reasons.items():
+        if not of_role:
+            continue
+        names = samples[role].names
+        named = ", ".join(f"{names[i]!r} ({reason})" for i, reason in sorted(of_role.items()))
+        what = f"--{role} {samples[role].source!r}: {len(of_role)} files cannot be read: {named}"
+        if skip:
+            findings.remark(f"{what}; left out")
+        else:
+            findings.stop(what, "mend or remove them, or pass --on-corrupt skip")
 
 
 def tell_copies(
-    samples: Mapping[Role, Samples], hashes: Mapping[Path, str], findings: Findings
+    samples: Mapping[Role, Samples], hashes: Mapping[Role, Sequence[str]], findings: Findings
 ) -> list[tuple[str, str]]:
     """Pairs of identical samples between test or validation and training, and of two classes.
 
     Remarks name the first of each kind; all pairs are returned.
+
+    Args:
+        hashes: of the content of every sample.
     """
     places: dict[str, list[tuple[Role, int]]] = defaultdict(list)
-    for role, of_role in samples.items():
-        contents: tuple[Path | str, ...] = of_role.contents
-        for i, content in enumerate(contents):
-            places[_key(content, hashes)].append((role, i))
+    for role, of_role in hashes.items():
+        for i, digest in enumerate(of_role):
+            places[digest].append((role, i))
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for members in places.values():
         for n, (role, i) in enumerate(members):
@@ -105,12 +92,6 @@ def tell_copies(
     return [pair for pairs in kinds.values() for pair in pairs]
 
 
-def _key(content: Path | str, hashes: Mapping[Path, str]) -> str:
-    if isinstance(content, Path):
-        return hashes[content]
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _kind(samples: Mapping[Role, Samples], role: Role, i: int, other: Role, j: int) -> str | None:
     if (role in TRAINING) != (other in TRAINING):
         held_out = other if role in TRAINING else role
@@ -122,11 +103,9 @@ def _kind(samples: Mapping[Role, Samples], role: Role, i: int, other: Role, j: i
     return None
 
 
-def split_validation(
-    real: Samples, share: float, seed: int, findings: Findings
-) -> tuple[Samples, Samples]:
-    """(real, val): a share of every class of the real samples, at least one of each class that has
-    two; a class of one sample stays in training, told in a remark."""
+def split_validation(real: Samples, share: float, seed: int, findings: Findings) -> list[int]:
+    """Indices of the validation set: a share of every class of the real samples, at least one of
+    each class that has two; a class of one sample stays in training, told in a remark."""
     by_class: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(real.labels):
         by_class[label].append(i)
@@ -144,16 +123,12 @@ def split_validation(
     if single:
         what = f"classes of a single real sample, which stays in training: {listed(single)}"
         findings.remark(f"the validation split has no samples of {what}")
-    others = [i for i in range(len(real)) if i not in {*chosen}]
-    val = _as_role("val", real.without(others))
-    return real.without(chosen), val
+    if not chosen:
+        what = "no --val, and no class of the real samples has two to split one off"
+        findings.stop(what, "pass a validation set")
+    return sorted(chosen)
 
 
 def _draw(seed: int, label: str, name: str) -> bytes:
     """A random number of a sample that does not depend on what else there is."""
     return hashlib.sha256(f"{seed}\0{label}\0{name}".encode("utf-8", "surrogatepass")).digest()
-
-
-def _as_role(role: Role, samples: Samples) -> Samples:
-    parts = (samples.names, samples.labels, samples.contents, samples.groups)
-    return Samples(role, samples.source, *parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +20,9 @@ LARGEST_PIXELS = 178_956_970
 BACKGROUND = (255, 255, 255)
 SIXTEEN_BIT = 65535
 EIGHT_BIT_STEP = 257
+
+# what Pillow's decoders raise on damaged files
+DAMAGES = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError)
 
 # all of Pillow's readers; without it only the commonest are known
 Image.init()
@@ -50,22 +52,19 @@ def read_image(content: bytes) -> Image.Image:
         raise UnreadableImage(f"of no known image format, begins with {content[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(str(error)) from None
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError) as error:
-        # what Pillow's decoders raise on damaged files
+    except DAMAGES as error:
         raise UnreadableImage(f"damaged: {error}") from None
 
 
-def read_image_file(path: Path) -> Image.Image:
-    """The same, of a file.
-
-    Raises:
-        UnreadableImage: no whole picture, or a file that cannot be opened.
-    """
+def shorter_side(content: bytes) -> int | None:
+    """In pixels, of the header alone; None where it cannot be read."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"cannot be opened: {error.strerror}") from None
-    return read_image(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return min(image.size)
+    except (*DAMAGES, Image.DecompressionBombError):
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

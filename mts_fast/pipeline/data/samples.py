@@ -5,13 +5,25 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 Role = Literal["real", "synthetic", "val", "test"]
 ROLES: tuple[Role, ...] = ("real", "synthetic", "val", "test")
 TRAINING: tuple[Role, ...] = ("real", "synthetic")
+
+
+class Picture(Protocol):
+    """Where the bytes of an image file are: a path, or a row of a data set."""
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,8 @@ class Samples:
         source: the folder or list, as the user wrote it.
         names: of the table of weights: paths below a folder, or as in a list; unique.
         labels: class names, in Unicode's composed form (NFC).
-        contents: a file each, or a text each.
+        contents: an image file each, or a text each.
+        origins: the source of each sample; all are of `source` where it is empty.
         groups: a name each, where the list has a column of groups.
         empty_classes: folders of classes without a sample.
     """
@@ -32,9 +45,10 @@ class Samples:
     source: str
     names: tuple[str, ...]
     labels: tuple[str, ...]
-    contents: tuple[Path, ...] | tuple[str, ...]
+    contents: tuple[Picture, ...] | tuple[str, ...]
     groups: tuple[str, ...] | None = None
     empty_classes: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,19 +57,33 @@ class Samples:
         """Samples of each class."""
         return Counter(self.labels)
 
+    def origin(self, index: int) -> str:
+        """The source of a sample."""
+        return self.origins[index] if self.origins else self.source
+
+    def path(self, index: int) -> str:
+        """The file that a sample is in: its image, or the list or data set that has it."""
+        content = self.contents[index]
+        if isinstance(content, Path):
+            return str(content.absolute())
+        origin = Path(self.origin(index)).expanduser()
+        return str(origin.absolute()) if origin.exists() else self.origin(index)
+
+    def only(self, indices: Sequence[int]) -> Samples:
+        """The samples at `indices`."""
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            contents=tuple(self.contents[i] for i in indices),  # type: ignore[arg-type]
+            groups=None if self.groups is None else tuple(self.groups[i] for i in indices),
+            origins=tuple(self.origins[i] for i in indices) if self.origins else (),
+        )
+
     def without(self, indices: Sequence[int]) -> Samples:
         """All samples but those at `indices`."""
         gone = set(indices)
-        remaining = [i for i in range(len(self)) if i not in gone]
-        return Samples(
-            self.role,
-            self.source,
-            tuple(self.names[i] for i in remaining),
-            tuple(self.labels[i] for i in remaining),
-            tuple(self.contents[i] for i in remaining),  # type: ignore[arg-type]
-            None if self.groups is None else tuple(self.groups[i] for i in remaining),
-            self.empty_classes,
-        )
+        return self.only([i for i in range(len(self)) if i not in gone])
 
 
 def composed(name: str) -> str:

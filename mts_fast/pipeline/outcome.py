@@ -1,0 +1,163 @@
+"""What a finished run leaves beside its stages: read by `select`, `score` and `report`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mts_fast._check import fail
+from mts_fast._files import replaced_file, save_tensors, writing
+from mts_fast.pipeline.checkpoints import load_state
+from mts_fast.pipeline.data.samples import Role, Samples
+from mts_fast.pipeline.stages import DONE
+
+WEIGHTS, OUTCOME, TENSORS = "weights.csv", "outcome.json", "outcome.safetensors"
+COLUMNS = ("file", "class", "role", "source", "path", "weight")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training sample in the table of weights, real ones first."""
+
+    file: str
+    label: str
+    role: Role
+    source: str
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        arms: test accuracy and the like, by what was trained on.
+        held_out: the role that they are of.
+        stages: folders of the stages, below the run's, by name.
+        store: the pixels (.npy) or texts (.json) of all samples, below the run's folder.
+        tensors: members [M] and held_out [T], which index the store; labels [M]; classes predicted
+            by the clean classifier (predicted [M], confidence [M]); the label's probability under
+            it (clean [M]) and under the one trained on everything (everything [M]); right/ARM [T].
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    arms: dict[str, dict[str, float]]
+    held_out: Role
+    stages: dict[str, str]
+    store: str
+    remarks: tuple[str, ...]
+    copies: tuple[tuple[str, str], ...]
+    groups: tuple[str, ...] | None
+    environment: dict[str, str]
+    rows: tuple[Row, ...]
+    tensors: dict[str, Tensor]
+
+    def stage(self, name: str) -> Any:
+        """What a stage made.
+
+        Raises:
+            ValueError: it is gone or broken.
+        """
+        path = self.folder / self.stages[name] / DONE
+        try:
+            return load_state(path)
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            got = f"{str(path)!r} ({str(error) or type(error).__name__})"
+            hint = "run `mts-fast train` again: it makes what is missing"
+            fail(ValueError, "run", "its stages", "as they were written", got, hint)
+
+
+def rows_of(samples: dict[Role, Samples], weights: Sequence[float]) -> tuple[Row, ...]:
+    """The table of weights."""
+    places: list[tuple[Role, int]] = [
+        (role, i) for role in ("real", "synthetic") for i in range(len(samples[role]))
+    ]
+    return tuple(
+        Row(
+            *(samples[role].names[i], samples[role].labels[i], role),
+            *(samples[role].origin(i), samples[role].path(i), weight),
+        )
+        for (role, i), weight in zip(places, weights, strict=True)
+    )
+
+
+def write_rows(op: str, path: Path, rows: Sequence[Row]) -> None:
+    """The table as CSV; names that are no UTF-8 keep their bytes."""
+    with (
+        replaced_file(op, path) as part,
+        writing(op, path),
+        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow(asdict(row).values())
+
+
+def save_outcome(outcome: Outcome) -> None:
+    """Write the table, the tensors and, last, the record that makes the run a finished one."""
+    write_rows("train", outcome.folder / WEIGHTS, outcome.rows)
+    path = outcome.folder / TENSORS
+    save_tensors("train", path, outcome.tensors, {"format": "mts_fast.outcome"})
+    record = {
+        name: getattr(outcome, name)
+        for name in ("config", "classes", "arms", "held_out", "stages", "store", "remarks")
+    }
+    record |= {name: getattr(outcome, name) for name in ("copies", "groups", "environment")}
+    path = outcome.folder / OUTCOME
+    with replaced_file("train", path) as part, writing("train", path):
+        part.write_text(json.dumps({"version": VERSION, **record}, indent=1) + "\n")
+
+
+def load_outcome(op: str, folder: Path) -> Outcome:
+    """The outcome of a finished run.
+
+    Raises:
+        ValueError: no run's folder, or of one that has not finished, or damaged.
+    """
+    path = folder / OUTCOME
+    expected = "the folder of a finished run of `mts-fast train`"
+    if not path.exists():
+        begun = (folder / "stages").is_dir()
+        got = f"{str(folder)!r} " + ("of a run that has not finished" if begun else "without one")
+        hint = "give the command of the run again: it goes on" if begun else "check the path"
+        fail(ValueError, op, "RUN", expected, got, hint)
+    try:
+        record = json.loads(path.read_text())
+        if record.pop("version") != VERSION:
+            raise ValueError("of another version of mts_fast")
+        tensors = load_file(folder / TENSORS)
+        rows = _read_rows(folder / WEIGHTS)
+        if len(rows) != len(tensors["members"]):
+            raise ValueError(f"{len(rows)} rows in {WEIGHTS} for {len(tensors['members'])} samples")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        hint = "give the command of the run again: stages that are there are not repeated"
+        fail(ValueError, op, "RUN", expected, f"{str(folder)!r} ({error})", hint)
+    for name in ("classes", "remarks"):
+        record[name] = tuple(record[name])
+    record["copies"] = tuple(map(tuple, record["copies"]))
+    record["groups"] = None if record["groups"] is None else tuple(record["groups"])
+    return Outcome(folder=folder, rows=rows, tensors=tensors, **record)
+
+
+def _read_rows(path: Path) -> tuple[Row, ...]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        if tuple(next(reader, ())) != COLUMNS:
+            raise ValueError(f"{path.name} without its columns {', '.join(COLUMNS)}")
+        return tuple(
+            Row(file, label, role, source, path, float(weight))  # type: ignore[arg-type]
+            for file, label, role, source, path, weight in reader
+        )

@@ -1,0 +1,80 @@
+"""What each stage of a run made, kept in the run's folder under a hash of what it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mts_fast.pipeline.checkpoints import load_state, save_state
+from mts_fast.pipeline.config import Config
+from mts_fast.pipeline.data import Findings
+
+DONE = "done.safetensors"
+# options that change no result: where to look, and how fast
+INDIFFERENT = {
+    *("real", "synthetic", "val", "test", "workers", "loggers"),
+    *("keep_checkpoints", "checkpoint_every"),
+}
+# options of some stages, which others do not depend on
+OF_DYNAMICS = {"dynamics_epochs", "dynamics_batch_size"}
+OF_MTS = {
+    *("selector_lr", "selector_weight_decay", "selector_every", "selector_warmup_epochs"),
+    *("val_batch_size", "hypergradient_lr", "engine"),
+}
+OF_MIXING = {"clean_share", "easy_power", "refinements"}
+OF_RETRAINING = {*OF_MIXING, "clean"}
+
+
+class Stages:
+    """The stages of one run."""
+
+    def __init__(
+        self, config: Config, out: Path, data_key: str, findings: Findings, tell: Callable[[], None]
+    ) -> None:
+        self.out = out
+        self.findings = findings
+        self.tell = tell
+        self.used: dict[str, str] = {}  # name -> folder below `out`, of the stages of this run
+        options = config.model_dump()
+        self._options = {key: options[key] for key in options.keys() - INDIFFERENT}
+        pretrained = b"" if config.pretrained is None else Path(config.pretrained).read_bytes()
+        self._content = [data_key, hashlib.sha256(pretrained).hexdigest()]
+
+    def run(
+        self,
+        name: str,
+        make: Callable[[Path], Any],
+        *,
+        omitted: Iterable[str],
+        content: str = "",
+    ) -> Any:
+        """What a stage made, of an earlier run where it depended on the same.
+
+        Args:
+            make: called with the stage's folder, for checkpoints; returns its state.
+            omitted: options that it does not depend on.
+            content: a hash of what else it depends on.
+        """
+        options = {key: self._options[key] for key in self._options.keys() - {*omitted}}
+        text = json.dumps([name, *self._content, options, content], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder = Path("stages", f"{name.replace(' ', '-').replace(',', '')}-{key}")
+        self.used[name] = str(folder)
+        done = self.out / folder / DONE
+        if done.exists():
+            try:
+                return load_state(done)
+            except Exception as error:  # whatever a damaged file makes a reader raise
+                first = (str(error) or type(error).__name__).splitlines()[0]
+                self.findings.remark(f"{done} is broken ({first}); the stage runs again")
+                self.tell()
+        done.parent.mkdir(parents=True, exist_ok=True)
+        state = make(done.parent)
+        save_state(done, state)
+        for checkpoint in done.parent.glob("checkpoint-*.safetensors"):
+            checkpoint.unlink()
+        self.tell()
+        return state
