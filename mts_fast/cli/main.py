@@ -95,6 +95,12 @@ class _Interrupted(Exception):
     """Ctrl-C in a verb; Typer would take a KeyboardInterrupt for an exit without a message."""
 
 
+def import_all(modules: Sequence[str]) -> None:
+    """Import what a verb needs, so that a missing package is told before the work."""
+    for module in modules:
+        importlib.import_module(module)
+
+
 def _verb(run: Callable[..., int]) -> Callable[..., int]:
     """Registers a verb."""
 
@@ -173,8 +179,7 @@ def demo(
 ) -> int:
     """Learn which synthetic images help, where labels alone do not tell; against what else one
     could do."""
-    for module in DEMO_NEEDS:
-        importlib.import_module(module)
+    import_all(DEMO_NEEDS)
     from mts_fast._check import fail
     from mts_fast.demo.gsnr import run_gsnr_study
     from mts_fast.demo.run import run_demo
@@ -243,8 +248,7 @@ def train(
     ),
 ) -> int:
     """Learn which samples to train on, train with them, and compare with what else one could do."""
-    for module in TRAIN_NEEDS:
-        importlib.import_module(module)
+    import_all(TRAIN_NEEDS)
     from mts_fast.cli.train import run_train
 
     options = {
@@ -253,6 +257,52 @@ def train(
         "seed": seed,
     }
     return run_train(options, config, set_ or [], out)
+
+
+RUN = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished `mts-fast train`.")]
+
+
+@_verb
+def select(
+    run: RUN,
+    keep: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="The best share of the synthetic samples.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="WEIGHT", help="Those of at least this weight.")
+    ] = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="The share of each class, instead of all.")
+    ] = False,
+    with_real: Annotated[
+        bool, typer.Option("--real/--no-real", help="With the real samples, too.")
+    ] = True,
+    out: Annotated[str | None, typer.Option(help="Folder (RUN/selected).")] = None,
+) -> int:
+    """The samples that a run recommends, as CSV, Parquet and weights of a sampler."""
+    import_all(TRAIN_NEEDS)
+    from mts_fast.cli.select import run_select
+
+    return run_select(run, keep, threshold, out, per_class=per_class, with_real=with_real)
+
+
+@_verb
+def score(
+    run: RUN,
+    synthetic: Annotated[
+        list[str], typer.Option(metavar="PATH", help="New samples; can be repeated.")
+    ],
+    on_corrupt: Annotated[
+        Literal["error", "skip"] | None,
+        typer.Option(help="What to do with damaged files (as in the run)."),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The table (RUN/scores.csv).")] = None,
+) -> int:
+    """Weights of new samples by the selector of a run, without training again."""
+    import_all(TRAIN_NEEDS)
+    from mts_fast.cli.select import run_score
+
+    return run_score(run, synthetic, out, on_corrupt)
 
 
 FILE = "FILE[:KEY]"

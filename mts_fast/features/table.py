@@ -114,12 +114,32 @@ class FeatureTable(Mapping[str, Tensor]):
         """Columns side by side [N, F], in the order of `names` (default: all, in order)."""
         return torch.cat([self[name] for name in self._order(names)], dim=1)
 
-    def standardized(self, names: Sequence[str] | None = None) -> Tensor:
+    def standardized(
+        self, names: Sequence[str] | None = None, *, pool: FeatureTable | None = None
+    ) -> Tensor:
         """Columns side by side [N, F], each entry with mean 0 and deviation 1 over the pool.
 
         Computed in float64, returned in the columns' dtype.
+
+        Args:
+            names: default: all, in order.
+            pool: the table whose means and deviations are used, for samples that a selector was
+                not trained on; default: this one.
+
+        Raises:
+            KeyError: a column that is not in the table, or not in the pool's.
+            ValueError: a column of another width in the pool.
         """
-        return torch.cat([_standardized(self[name]) for name in self._order(names)], dim=1)
+        source = self if pool is None else pool
+        columns = []
+        for name in self._order(names):
+            column, of_pool = self[name], source[name]
+            if column.shape[1] != of_pool.shape[1]:
+                expected = f"of width {column.shape[1]} in column {name!r}"
+                hint = "compute both tables with the same options"
+                fail(ValueError, OP, "pool", expected, of_pool.shape[1], hint)
+            columns.append(_standardized(column, of_pool.to(column.device)))
+        return torch.cat(columns, dim=1)
 
     def _order(self, names: Sequence[str] | None) -> list[str]:
         order = list(self._columns) if names is None else _names(names)
@@ -198,15 +218,16 @@ def _names(names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-def _standardized(column: Tensor) -> Tensor:
-    """(column - mean) / deviation, 0 where an entry is constant. column [N, width]."""
-    values = column.double()
-    largest = values.abs().amax(0)
+def _standardized(column: Tensor, pool: Tensor) -> Tensor:
+    """(column - mean) / deviation of the pool [P, width], 0 where an entry of that is constant."""
+    values, reference = column.double(), pool.double()
+    largest = reference.abs().amax(0)
     usual = (largest >= SQUARABLE[0]) & (largest <= SQUARABLE[1])
-    values = values / largest.where(~usual & (largest > 0), torch.ones_like(largest))
-    deviation, mean = torch.std_mean(values, dim=0, correction=0)
+    scale = largest.where(~usual & (largest > 0), torch.ones_like(largest))
+    values, reference = values / scale, reference / scale
+    deviation, mean = torch.std_mean(reference, dim=0, correction=0)
     # a constant entry carries no information, and its rounding noise must not be blown up.
-    constant = deviation <= torch.finfo(column.dtype).eps * mean.abs()
+    constant = deviation <= torch.finfo(pool.dtype).eps * mean.abs()
     scaled = (values - mean) / deviation.masked_fill(constant, 1.0)
     return scaled.masked_fill(constant, 0.0).to(column.dtype)
 

@@ -15,6 +15,7 @@ from mts_fast.features import (
     online_features,
     training_dynamics,
 )
+from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.inputs import EVALUATION_BATCH, Inputs, run_model
 
 # of the online features; fewer where there are fewer validation samples
@@ -110,3 +111,11 @@ def selector_inputs(online: Tensor, pool_online: Tensor, offline: Tensor) -> Ten
         standardizer(name, pool_online[:, of])
         columns.append(standardizer(name, online[:, of], update=False))
     return torch.cat([*columns, offline], dim=1)
+
+
+def class_weights_of(config: Config, labels: Tensor, classes: int) -> Tensor | None:
+    """[C]: factor of each class, by the labels [M] of the pool; None where all are 1."""
+    if config.class_weights == "none":
+        return None
+    counts = labels.bincount(minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts)

@@ -55,7 +55,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """Samples that can be read, role by role, with a hash of each, and their inputs."""
 
     samples: dict[Role, Samples]
@@ -76,10 +76,7 @@ def prepare(config: Config, out: Path, findings: Findings, progress: Progress) -
     classes = list_of_classes(samples, findings)
     stages = out / "stages"
     samples = {role: samples[role] for role in ROLES if role in samples}
-    if config.text_column is None:
-        content = _read_images(config, samples, stages, findings, progress)
-    else:
-        content = _read_texts(config, samples, stages, findings)
+    content = read_content(config, samples, stages, findings, progress)
     members, start = {}, 0
     for role, of_role in content.samples.items():
         members[role] = torch.arange(start, start + len(of_role))
@@ -108,13 +105,30 @@ def prepare(config: Config, out: Path, findings: Findings, progress: Progress) -
     return Prepared(samples, classes, content.inputs, labels, members, key, content.store, copies)
 
 
+def read_content(
+    config: Config,
+    samples: dict[Role, Samples],
+    folder: Path,
+    findings: Findings,
+    progress: Progress,
+) -> Content:
+    """Decode or tokenize everything; what is kept of it lies in `folder`.
+
+    Raises:
+        ValueError: what is wrong with the data so far, all of it.
+    """
+    if config.text_column is None:
+        return _read_images(config, samples, folder, findings, progress)
+    return _read_texts(config, samples, folder, findings)
+
+
 def _read_images(
     config: Config,
     samples: dict[Role, Samples],
     stages: Path,
     findings: Findings,
     progress: Progress,
-) -> _Content:
+) -> Content:
     """Decode all pictures at one size; a file that is none leaves no trace in the result."""
     places = [(role, i) for role, of_role in samples.items() for i in range(len(of_role))]
     files: list[Any] = list(chain.from_iterable(part.contents for part in samples.values()))
@@ -157,12 +171,12 @@ def _read_images(
         if not part:
             findings.stop(f"--{role} {part.source!r} has no readable samples", "mend them")
     findings.raise_errors()
-    return _Content(samples, of_role, Images(open_pixels(file), config), key, file)
+    return Content(samples, of_role, Images(open_pixels(file), config), key, file)
 
 
 def _read_texts(
     config: Config, samples: dict[Role, Samples], stages: Path, findings: Findings
-) -> _Content:
+) -> Content:
     findings.raise_errors()
     texts = [str(text) for part in samples.values() for text in part.contents]
     inputs = tokenize(config.model, texts, config.max_tokens, findings)
@@ -172,7 +186,7 @@ def _read_texts(
         with replaced_file("train", store) as part, writing("train", store):
             part.write_text(json.dumps(texts))
     hashes = {role: [_digest([text]) for text in of.contents] for role, of in samples.items()}
-    return _Content(samples, hashes, inputs, hashlib.sha256(content).hexdigest(), store)
+    return Content(samples, hashes, inputs, hashlib.sha256(content).hexdigest(), store)
 
 
 def _advance(progress: Progress, name: str, total: int) -> Callable[[int], None]:

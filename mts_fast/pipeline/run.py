@@ -28,15 +28,26 @@ from mts_fast.pipeline.inputs import all_logits
 from mts_fast.pipeline.learn import learn_weights
 from mts_fast.pipeline.models import build_model, load_pretrained
 from mts_fast.pipeline.outcome import Outcome, rows_of, save_outcome
-from mts_fast.pipeline.pool import Pool, embeddings_of, features_of
+from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
 from mts_fast.pipeline.prepare import prepare
 from mts_fast.pipeline.records import Records
-from mts_fast.pipeline.stages import OF_DYNAMICS, OF_MIXING, OF_MTS, OF_RETRAINING, Stages
+from mts_fast.pipeline.stages import (
+    CLEAN,
+    DYNAMICS,
+    EMBEDDINGS,
+    EVERYTHING,
+    FEATURES,
+    FILTER,
+    MTS,
+    OF_DYNAMICS,
+    OF_MIXING,
+    OF_MTS,
+    OF_RETRAINING,
+    OURS,
+    Stages,
+)
 from mts_fast.selection import discount_learned
 
-EVERYTHING, CLEAN = "everything alike", "real + validation"
-FILTER, OURS = "filter by clean classifier", "MTS weights"
-DYNAMICS, MTS, FEATURES, EMBEDDINGS = "dynamics", "mts", "features", "embeddings"
 FIRST = "weights, first"
 # of an epoch beside one of plain training (docs/benchmarks.md); for the estimate of the time left
 COST_OF_MTS = 2.5
@@ -259,11 +270,9 @@ class Run:
         return self._pool_logits(model).softmax(1).gather(1, labels[:, None]).flatten()
 
     def _class_weight(self) -> Tensor | None:
-        if self.config.class_weights == "none":
-            return None
         labels = self.data.labels[self.pool.members]
-        counts = labels.bincount(minlength=len(self.data.classes)).clamp(min=1)
-        return (len(labels) / (len(counts) * counts)).to(self.device)
+        weights = class_weights_of(self.config, labels, len(self.data.classes))
+        return None if weights is None else weights.to(self.device)
 
     # what comes of it
 

@@ -22,14 +22,25 @@ def read_sources(config: Config, findings: Findings) -> dict[Role, Samples]:
     }
     samples: dict[Role, Samples] = {}
     for role, of_role in paths.items():
-        parts = [_read(role, path, config, findings) for path in of_role]
-        known = [part for part in parts if part is not None]
-        if known:
-            samples[role] = known[0] if len(known) == 1 else _joined(role, known)
-        if known and not samples[role]:
-            what = f"--{role} {', '.join(map(repr, of_role))} has no samples"
-            findings.stop(what, "check the path")
+        joined = read_role(role, of_role, config, findings)
+        if joined is not None:
+            samples[role] = joined
     return samples
+
+
+def read_role(
+    role: Role, paths: Sequence[str], config: Config, findings: Findings
+) -> Samples | None:
+    """The samples of one role, of all its sources; None where there are none."""
+    parts = [_read(role, path, config, findings) for path in paths]
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    joined = known[0] if len(known) == 1 else _joined(role, known)
+    if not joined:
+        what = f"--{role} {', '.join(map(repr, paths))} has no samples"
+        findings.stop(what, "check the path")
+    return joined
 
 
 def _read(role: Role, path: str, config: Config, findings: Findings) -> Samples | None:

@@ -13,6 +13,10 @@ from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings
 
 DONE = "done.safetensors"
+# names of stages; the first four are arms
+EVERYTHING, CLEAN = "everything alike", "real + validation"
+FILTER, OURS = "filter by clean classifier", "MTS weights"
+DYNAMICS, EMBEDDINGS, FEATURES, MTS = "dynamics", "embeddings", "features", "mts"
 # options that change no result: where to look, and how fast
 INDIFFERENT = {
     *("real", "synthetic", "val", "test", "workers", "loggers"),

@@ -49,6 +49,19 @@ def test_replaced_columns_have_new_moments():
     assert table.standardized().flatten().tolist() == [-1.0, -1.0, 1.0, 1.0]
 
 
+def test_other_samples_are_standardised_by_the_pool():
+    pool = FeatureTable({"x": torch.tensor([1.0, 3.0, 5.0]), "c": torch.ones(3)})
+    new = FeatureTable({"x": torch.tensor([3.0, 9.0]), "c": torch.tensor([1.0, 7.0])})
+    deviation = (8 / 3) ** 0.5
+    # an entry that is constant in the pool says nothing
+    expected = torch.tensor([[0.0, 0.0], [6 / deviation, 0.0]])
+    assert torch.allclose(new.standardized(pool=pool), expected)
+    assert torch.equal(pool.standardized(pool=pool), pool.standardized())
+    other = FeatureTable({"x": torch.ones(3, 2)})
+    with pytest.raises(ValueError, match="pool must be of width 1 in column 'x', got 2"):
+        new.standardized(["x"], pool=other)
+
+
 NAN = torch.tensor([1.0, torch.nan, 2.0, torch.inf, 0.0, 0.0, 0.0])
 
 

@@ -1,0 +1,77 @@
+"""`mts-fast select` and `mts-fast score`: what a finished run says of samples, old and new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mts_fast.demo.tables import print_table
+from mts_fast.pipeline.outcome import load_outcome, write_rows
+from mts_fast.pipeline.score import score_samples
+from mts_fast.pipeline.select import choose, write_selection
+
+
+def run_select(
+    run: str,
+    keep: float | None,
+    threshold: float | None,
+    out: str | None,
+    *,
+    per_class: bool,
+    with_real: bool,
+) -> int:
+    """Choose, write, and print how many of each class."""
+    outcome = load_outcome("select", Path(run))
+    selection = choose(
+        outcome, keep=keep, threshold=threshold, per_class=per_class, with_real=with_real
+    )
+    paths = write_selection(outcome, selection, Path(out or Path(run) / "selected"))
+    console = Console()
+    rows = [
+        [label, str(selection.candidates[label]), str(selection.selected[label])]
+        for label in outcome.classes
+    ]
+    total = [str(selection.candidates.total()), str(selection.selected.total())]
+    rows.append(["all", *total])
+    print_table(console, "synthetic samples", ["class", "candidates", "selected"], rows)
+    empty = [label for label in outcome.classes if not selection.selected[label]]
+    if empty:
+        names = ", ".join(map(repr, empty))
+        print_note(f"no synthetic sample of {names} is selected; --keep with --per-class has some")
+    for path in paths:
+        console.print(f"Written: {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def run_score(run: str, synthetic: Sequence[str], out: str | None, on_corrupt: str | None) -> int:
+    """Weigh new samples, write them as a table like the run's, and print means by class."""
+    outcome = load_outcome("score", Path(run))
+    path = Path(out or Path(run) / "scores.csv")
+    scores = score_samples(outcome, synthetic, on_corrupt, print_note)
+    write_rows("score", path, scores.rows)
+    console = Console()
+    old = torch.tensor([row.weight for row in outcome.rows if row.role == "synthetic"])
+    rows = []
+    for label in outcome.classes:
+        weights = [row.weight for row in scores.rows if row.label == label]
+        if weights:
+            rows.append([label, str(len(weights)), f"{sum(weights) / len(weights):.3f}"])
+    every = [row.weight for row in scores.rows]
+    rows.append(["all", str(len(every)), f"{sum(every) / len(every):.3f}"])
+    rows.append(["of the run", str(len(old)), f"{float(old.mean()):.3f}"])
+    print_table(console, "new samples", ["class", "samples", "mean weight"], rows)
+    agreement = f"{scores.agreement:.2f}"
+    console.print(
+        f"Rank correlation of such scores with the weights of the run's samples: {agreement}",
+        markup=False,
+    )
+    console.print(f"Written: {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def print_note(text: str) -> None:
+    """On stderr, as `train` has its notes."""
+    Console(stderr=True).print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)

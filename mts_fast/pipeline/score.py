@@ -1,0 +1,164 @@
+"""`mts-fast score`: the trained selector of a run on new samples, without training again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from mts_fast.features import PAPER_COLUMNS, FeatureTable, distribution_features
+from mts_fast.pipeline.config import Config
+from mts_fast.pipeline.data import Findings, Samples
+from mts_fast.pipeline.models import build_model
+from mts_fast.pipeline.outcome import Outcome, Row
+from mts_fast.pipeline.pool import (
+    class_weights_of,
+    dynamics_of,
+    embeddings_of,
+    online_of,
+    selector_inputs,
+)
+from mts_fast.pipeline.prepare import read_content
+from mts_fast.pipeline.sources import read_role
+from mts_fast.pipeline.stages import CLEAN, DYNAMICS, EMBEDDINGS, FEATURES, MTS
+from mts_fast.training import Selector
+
+
+@dataclass(frozen=True)
+class Scores:
+    """New samples with their weights, and the rank correlation between such scores of the run's own
+    samples and the weights that training averaged for them."""
+
+    rows: tuple[Row, ...]
+    agreement: float
+
+
+class TrainedSelector:
+    """The selector at the end of a run, with what its features need."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.config = Config(**outcome.config)
+        self.classes = len(outcome.classes)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name if self.config.device == "auto" else self.config.device)
+        self.labels = outcome.tensors["labels"]
+        self.is_synthetic = torch.tensor([row.role == "synthetic" for row in outcome.rows])
+        self.table = FeatureTable(outcome.stage(FEATURES))
+        state = outcome.stage(MTS)
+        self.online: Tensor = state["online"]
+        self.val_features: Tensor = state["val_features"]
+        self.model_state: dict[str, Tensor] = state["model"]
+        pool_inputs = self.pool_inputs()
+        self.selector = Selector(pool_inputs.shape[1], self.classes)
+        self.selector.load_state_dict(state["selector"])
+        self.selector.eval()
+
+    def pool_inputs(self) -> Tensor:
+        """What the selector takes for the run's samples [M, k + 1 + F]."""
+        return selector_inputs(self.online, self.online, self.table.standardized(PAPER_COLUMNS))
+
+    @torch.no_grad()
+    def weights(self, inputs: Tensor, labels: Tensor, is_synthetic: Tensor) -> Tensor:
+        """w [N] of samples with these features [N, k + 1 + F]."""
+        weights = self.selector(inputs, labels, is_synthetic).sigmoid()
+        factors = class_weights_of(self.config, self.labels, self.classes)
+        return weights if factors is None else weights * factors[labels]
+
+    def classifier(self, state: dict[str, Tensor]) -> nn.Module:
+        """A classifier of the run."""
+        kind = "image" if self.config.text_column is None else "text"
+        model = build_model(self.config.model, kind, self.classes)  # type: ignore[arg-type]
+        model.load_state_dict(state)
+        return model.to(self.device).eval()
+
+
+def score_samples(
+    outcome: Outcome, sources: Sequence[str], on_corrupt: str | None, note: Callable[[str], None]
+) -> Scores:
+    """Weigh new synthetic samples; nothing of the run is changed.
+
+    Their features are those of the run: the embedding by its classifier of the clean data, where
+    they lie among the run's samples and each other, the classifier of the short training, and the
+    similarity to the validation set under the classifier of MTS. How often training forgot them is
+    not known: the mean of the run's synthetic samples stands for it.
+
+    Args:
+        sources: folders, lists or data sets, as for `mts-fast train`.
+        on_corrupt: "error" or "skip"; default: as in the run.
+        note: called with remarks.
+
+    Raises:
+        ValueError: what is wrong with the new samples, or with the run's folder.
+    """
+    trained = TrainedSelector(outcome)
+    findings = Findings()
+    size = None
+    if outcome.store.endswith(".npy"):
+        size = np.load(outcome.folder / outcome.store, mmap_mode="r").shape[1]
+    changed = {"image_size": size, "on_corrupt": on_corrupt or trained.config.on_corrupt}
+    config = trained.config.model_copy(update=changed)
+    samples = read_role("synthetic", sources, config, findings)
+    findings.raise_errors()
+    assert samples is not None
+    _check_classes(samples, outcome.classes, findings)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bars:
+        content = read_content(config, {"synthetic": samples}, Path(folder), findings, bars)
+        samples = content.samples["synthetic"]
+        labels = torch.tensor([outcome.classes.index(label) for label in samples.labels])
+        inputs = _inputs_of(outcome, trained, content.inputs, labels)
+    for remark in findings.remarks:
+        note(remark)
+    weights = trained.weights(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
+    old = trained.weights(trained.pool_inputs(), trained.labels, trained.is_synthetic)
+    learned = torch.tensor([row.weight for row in outcome.rows])
+    rows = tuple(
+        Row(
+            *(samples.names[i], samples.labels[i], "synthetic"),
+            *(samples.origin(i), samples.path(i), weight),
+        )
+        for i, weight in enumerate(weights.tolist())
+    )
+    return Scores(rows, rank_correlation(old, learned))
+
+
+def _check_classes(samples: Samples, classes: Sequence[str], findings: Findings) -> None:
+    """Stop at classes that the run does not know."""
+    for label in sorted({*samples.labels, *samples.empty_classes} - {*classes}):
+        what = f"--synthetic {samples.source!r} has class {label!r}, which the run does not know"
+        findings.stop(what, f"name one of {', '.join(map(repr, classes))}")
+
+
+def _inputs_of(outcome: Outcome, trained: TrainedSelector, inputs: Any, labels: Tensor) -> Tensor:
+    """What the selector takes for new samples [N, k + 1 + F]."""
+    members, device = torch.arange(len(labels)), trained.device
+    clean = trained.classifier(outcome.stage(CLEAN)["model"])
+    embeddings = embeddings_of(clean, inputs, members, device)
+    columns = distribution_features(
+        torch.cat([outcome.stage(EMBEDDINGS), embeddings]),
+        torch.cat([trained.labels, labels]),
+        torch.cat([trained.is_synthetic, torch.ones(len(labels), dtype=torch.bool)]),
+        small_class="pad",
+    )
+    table = FeatureTable({name: column[-len(labels) :] for name, column in columns.items()})
+    dynamics = trained.classifier(outcome.stage(DYNAMICS)["model"])
+    table.update(dynamics_of(dynamics, inputs, labels, members, device))
+    forgetting = trained.table["forgetting_counts"][trained.is_synthetic].double().mean()
+    table.update({"forgetting_counts": torch.full((len(labels), 1), float(forgetting))})
+    offline = table.standardized(PAPER_COLUMNS, pool=trained.table)
+    features = embeddings_of(trained.classifier(trained.model_state), inputs, members, device)
+    online = online_of(features, trained.val_features)
+    return selector_inputs(online, trained.online, offline)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's; ties in the order of the samples."""
+    ranks = [x.argsort(stable=True).argsort(stable=True).double() for x in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
