@@ -12,7 +12,10 @@ PACKAGE = Path(mts_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # exceptions of unreachable code, of iteration, of the command line's exit, and reasons that a
 # caller puts into a message of its own
-INTERNAL = {"AssertionError", "StopIteration", "SystemExit", "UnreadableImage"}
+INTERNAL = {
+    *("AssertionError", "StopIteration", "SystemExit"),
+    *("UnreadableImage", "UnreadableFiles", "_Damaged"),
+}
 
 
 def calls(tree, name):

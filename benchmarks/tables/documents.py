@@ -11,7 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evidence import ahead_table, demo_table, summary_table
+from evidence import (
+    DATA,
+    STUDIES,
+    ahead_table,
+    demo_table,
+    gsnr_table,
+    study_table,
+    summary_table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,7 +175,12 @@ TABLES = {
         "neighbor-memory": neighbor_table("peak_mib"),
         "kernels": kernel_table,
     },
-    "docs/evidence.md": {"evidence-ahead": ahead_table, "coloured-digits": demo_table},
+    "docs/evidence.md": {
+        "evidence-ahead": ahead_table,
+        **dict.fromkeys(DATA, demo_table),
+        **dict.fromkeys(STUDIES, study_table),
+        "gsnr-coloured-fashion": gsnr_table,
+    },
     "docs/gpu.md": {"triton-resources": resource_table},
 }
 

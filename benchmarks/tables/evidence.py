@@ -8,7 +8,16 @@ from mts_fast.demo.summary import OURS, WITHOUT, cell, strongest_baseline
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 # data sets whose ten seeds are there
-DATA = ("coloured-digits",)
+DATA = {
+    "coloured-digits": "coloured digits",
+    "coloured-fashion": "coloured fashion",
+    "fashion": "planted failures",
+}
+STUDIES = (
+    *("features-coloured-fashion", "batch-size-coloured-fashion"),
+    *("validation-size-coloured-digits", "bad-share-coloured-digits"),
+    *("selector-every-coloured-digits", "embeddings-coloured-digits"),
+)
 # arms of README.md
 SHOWN = (
     *("everything alike", "real + validation", "filter twice", "likely if clean, not easy"),
@@ -50,16 +59,38 @@ def summary_table(_: str) -> str:
     """Accuracy of some arms on all data sets."""
     summaries = [_record(data)["summary"] for data in DATA]
     lines = [[arm, *(cell(rows.get(arm, {}), "accuracy") for rows in summaries)] for arm in SHOWN]
-    return _table(["trained on", *(data.replace("-", " ") for data in DATA)], lines)
+    return _table(["trained on", *DATA.values()], lines)
 
 
 def ahead_table(_: str) -> str:
     """How far the recipe is ahead of the strongest baseline, and of itself without MTS."""
     lines = []
-    for data in DATA:
+    for data, title in DATA.items():
         rows = _record(data)["summary"]
         best = strongest_baseline(rows)
         cells = [cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
-        lines.append([data.replace("-", " "), best, *cells])
+        lines.append([title, best, *cells])
     columns = ["", "strongest baseline", "ahead of it", "ahead of the recipe without MTS"]
     return _table([*columns, "ahead of the oracle"], lines)
+
+
+def study_table(name: str) -> str:
+    """Accuracy of arms by the variant of a study."""
+    summary = _record(name)["summary"]
+    first = next(iter(summary.values()))
+    has_gsnr = all("gsnr" in rows.get("MTS itself", {}) for rows in summary.values())
+    lines = []
+    for label, rows in summary.items():
+        cells = [cell(rows[arm], "accuracy") for arm in first]
+        cells += [f"{rows['MTS itself']['gsnr']:.2f}"] if has_gsnr else []
+        lines.append([label, *cells])
+    return _table(["", *first, *(["GSNR within a batch"] if has_gsnr else [])], lines)
+
+
+def gsnr_table(name: str) -> str:
+    """GSNR by selector batch, in two ways."""
+    rows = _record(name)["rows"]
+    sizes = [str(row["batch_size"]) for row in rows]
+    keys = {"over draws of the batch": "gsnr_over_draws", "within a batch": "gsnr_within_batch"}
+    lines = [[label, *(f"{row[key]:.2f}" for row in rows)] for label, key in keys.items()]
+    return _table(["selector batch", *sizes], lines)

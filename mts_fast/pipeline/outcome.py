@@ -24,6 +24,10 @@ COLUMNS = ("file", "class", "role", "source", "path", "weight")
 VERSION = 1
 
 
+class _Damaged(Exception):
+    """A file of a run's folder is not as it was written; the message says how."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A training sample in the table of weights, real ones first."""
@@ -137,12 +141,12 @@ def load_outcome(op: str, folder: Path) -> Outcome:
     try:
         record = json.loads(path.read_text())
         if record.pop("version") != VERSION:
-            raise ValueError("of another version of mts_fast")
+            raise _Damaged("of another version of mts_fast")
         tensors = load_file(folder / TENSORS)
         rows = _read_rows(folder / WEIGHTS)
         if len(rows) != len(tensors["members"]):
-            raise ValueError(f"{len(rows)} rows in {WEIGHTS} for {len(tensors['members'])} samples")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _Damaged(f"{len(rows)} rows in {WEIGHTS} for {len(tensors['members'])} samples")
+    except (_Damaged, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         hint = "give the command of the run again: stages that are there are not repeated"
         fail(ValueError, op, "RUN", expected, f"{str(folder)!r} ({error})", hint)
     for name in ("classes", "remarks"):
@@ -156,7 +160,7 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         if tuple(next(reader, ())) != COLUMNS:
-            raise ValueError(f"{path.name} without its columns {', '.join(COLUMNS)}")
+            raise _Damaged(f"{path.name} without its columns {', '.join(COLUMNS)}")
         return tuple(
             Row(file, label, role, source, path, float(weight))  # type: ignore[arg-type]
             for file, label, role, source, path, weight in reader

@@ -150,7 +150,7 @@ def test_worst_group_is_the_least_of_the_groups_that_are_large():
 
 
 def test_options_are_of_arms_that_exist():
-    assert "coloured-digits" in OPTIONS
+    assert OPTIONS.keys() == {"coloured-digits", "coloured-fashion", "fashion"}
     for data, options in OPTIONS.items():
         assert data in DATA_SETS and options.keys() <= ARMS.keys()
         assert options_of(data, "MTS weights, last layer on validation") == options["MTS weights"]
