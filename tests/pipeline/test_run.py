@@ -2,44 +2,22 @@
 
 import csv
 import json
-import sys
-import types
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
+from small_trees import COLOURS, install_small_model, small_model, write_images
 
 from mts_fast.cli.main import main
 
-COLOURS = {"red": (200, 60, 50), "blue": (60, 80, 210)}
 COUNTS = {"real": 6, "synthetic": 8, "val": 3, "test": 4}
-
-
-def small_model(num_classes):
-    """Learns colours in a few steps."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
-    )
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A folder for each role, and the model on the path."""
-    module = types.ModuleType("small_models")
-    module.small_model = small_model
-    monkeypatch.setitem(sys.modules, "small_models", module)
-    rng = np.random.default_rng(0)
-    for role, count in COUNTS.items():
-        for label, colour in COLOURS.items():
-            folder = tmp_path / "data" / role / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.array(colour) + rng.normal(0, 20, (8, 8, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(folder / f"{i}.png")
+    install_small_model(monkeypatch)
+    for seed, (role, count) in enumerate(COUNTS.items()):
+        write_images(tmp_path / "data" / role, COLOURS, count, seed=seed)
     return tmp_path
 
 
