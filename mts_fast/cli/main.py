@@ -238,6 +238,12 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any option; can be repeated."),
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Options of a benchmark: `mts-fast recipe`.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Its samples, as the recipe lays them out.")
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted one goes on.")] = (
         "runs/train"
     ),
@@ -252,7 +258,28 @@ def train(
         **{"pretrained": pretrained, "text_column": text_column, "on_corrupt": on_corrupt},
         "seed": seed,
     }
-    return run_train(options, config, set_ or [], out)
+    return run_train(options, config, set_ or [], out, recipe, data)
+
+
+@_verb
+def recipe(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe; without it, all are listed.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Say what is there, and what is missing.")
+    ] = None,
+    prepare: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="Write lists of an original data set into FOLDER."),
+    ] = None,
+) -> int:
+    """Recipes of benchmarks for `mts-fast train`, and whether their data are complete."""
+    for module in TRAIN_NEEDS:
+        importlib.import_module(module)
+    from mts_fast.cli.recipe import run_recipe
+
+    return run_recipe(name, data, prepare)
 
 
 FILE = "FILE[:KEY]"
