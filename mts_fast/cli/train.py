@@ -8,17 +8,24 @@ from typing import Any
 
 from rich.console import Console
 
+from mts_fast._check import fail
 from mts_fast.demo.tables import print_table
-from mts_fast.pipeline.config import load_config
+from mts_fast.pipeline.config import Config, load_config
 from mts_fast.pipeline.outcome import WEIGHTS
+from mts_fast.pipeline.recipes.configure import configure
 from mts_fast.pipeline.run import Run
 
 
 def run_train(
-    options: Mapping[str, Any], config: str | None, assignments: Sequence[str], out: str
+    options: Mapping[str, Any],
+    config: str | None,
+    assignments: Sequence[str],
+    out: str,
+    recipe: str | None = None,
+    data: str | None = None,
 ) -> int:
     """Load the options, run all stages, print the accuracies."""
-    run = Run(load_config(config, options, assignments), Path(out), Console(stderr=True))
+    run = Run(_load(options, config, assignments, recipe, data), Path(out), Console(stderr=True))
     outcome = run.execute()
     console = Console()
     rows = [
@@ -29,3 +36,18 @@ def run_train(
     print_table(console, f"{outcome.held_out} accuracy %", ["trained on", *names], rows)
     console.print(f"Weights of all samples: {Path(out) / WEIGHTS}", markup=False)
     return 0
+
+
+def _load(
+    options: Mapping[str, Any],
+    config: str | None,
+    assignments: Sequence[str],
+    recipe: str | None,
+    data: str | None,
+) -> Config:
+    if recipe is not None:
+        return configure(recipe, data, options, config, assignments)
+    if data is not None:
+        hint = "name one of `mts-fast recipe`, or pass --real, --synthetic, --val and --test"
+        fail(ValueError, "train", "--data", "given with --recipe", f"{data!r} alone", hint)
+    return load_config(config, options, assignments)

@@ -1,4 +1,4 @@
-"""Every option of a run: defaults, a TOML file, KEY=VALUE, then the command line's own options."""
+"""Every option of a run: a recipe, a TOML file, KEY=VALUE, then the command line's own options."""
 
 from __future__ import annotations
 
@@ -87,19 +87,25 @@ class Config(pydantic.BaseModel):
     checkpoint_every: Annotated[Positive, Field(description="epochs")] = 1
 
 
-def load_config(file: str | None, options: Mapping[str, Any], assignments: Sequence[str]) -> Config:
+def load_config(
+    file: str | None,
+    options: Mapping[str, Any],
+    assignments: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
     """The configuration of a run; every mistake in it is told at once.
 
     Args:
         file: a TOML file, or none.
         options: of the command line; None: not given.
         assignments: KEY=VALUE each, VALUE as in TOML; a bare word is a string.
+        defaults: options that all others win over, such as a recipe's.
 
     Raises:
         ValueError: unknown keys (with the nearest one), wrong types or values, no TOML.
         FileNotFoundError: no such file.
     """
-    values: dict[str, Any] = {} if file is None else _read_toml(file)
+    values: dict[str, Any] = {**(defaults or {}), **({} if file is None else _read_toml(file))}
     mistakes: list[str] = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")

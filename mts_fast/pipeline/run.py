@@ -140,7 +140,7 @@ class Run:
         """A classifier trained plainly."""
 
         def make(folder: Path) -> Any:
-            model = self._fit(name, batches, folder, self.config.epochs, None)
+            model = self._fit(name, batches, folder, self.config.epochs)
             return {"model": dict(model.state_dict())}
 
         omitted = {*OF_MTS, *OF_DYNAMICS, *omitted}
@@ -179,7 +179,9 @@ class Run:
 
         size, seed = self.config.dynamics_batch_size, self.config.seed
         batches = EpochBatches(self.pool.members, size, seed)
-        model = self._fit(DYNAMICS, batches, folder, self.config.dynamics_epochs, watch)
+        # a warm-up or a decay meant for the whole training would fill or never reach a short one
+        config = self.config.model_copy(update={"warmup_epochs": 0, "decay_epochs": ()})
+        model = self._fit(DYNAMICS, batches, folder, config.dynamics_epochs, watch, config)
         return {
             "model": dict(model.state_dict()),
             "forgetting": counter.columns()["forgetting_counts"],
@@ -218,11 +220,17 @@ class Run:
         return state
 
     def _fit(
-        self, name: str, batches: Batches, folder: Path, epochs: int, watch: Watch | None
+        self,
+        name: str,
+        batches: Batches,
+        folder: Path,
+        epochs: int,
+        watch: Watch | None = None,
+        config: Config | None = None,
     ) -> nn.Module:
         return fit(
             self._new_model(),
-            *(self.data.inputs, self.data.labels, batches, self.config),
+            *(self.data.inputs, self.data.labels, batches, config or self.config),
             stage=name,
             epochs=epochs,
             folder=folder,

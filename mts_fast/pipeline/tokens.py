@@ -23,7 +23,7 @@ def tokenize(model: str, texts: Sequence[str], longest: int, findings: Findings)
     expected = "a model with a tokenizer"
     hint = "pass a folder or name of transformers that has one"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model.removeprefix("transformers:"))
     except (OSError, ValueError, KeyError) as error:
         got = f"{model!r} ({str(error).splitlines()[0]})"
         fail(ValueError, "train", "--model", expected, got, hint)

@@ -356,7 +356,10 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         (["demo", "--sedes", "3"], "options must be ones that the command has, got --sedes; did"),
         (["demo", "more"], "the command line must be as the help says, got: Got unexpected"),
         (["features", "pool.npy"], "--labels must be given, got nothing; see `mts-fast features"),
-        (["fit"], "the command must be one of demo, doctor, features, train, got 'fit'; see"),
+        (
+            ["fit"],
+            "the command must be one of demo, doctor, features, recipe, report, score, select, train, got 'fit'; see",
+        ),
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err

@@ -4,21 +4,23 @@ import contextlib
 import io
 
 import pytest
-from small_tree import make_tree, register_model, train
+from small_runs import make_tree, train
+from small_trees import install_small_model
 
 
 @pytest.fixture
-def tree(tmp_path):
+def tree(tmp_path, monkeypatch):
     """A folder for each role, and the model on the path."""
-    register_model()
+    install_small_model(monkeypatch)
     return make_tree(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A tree with a finished run; tests leave it as it is."""
-    register_model()
     folder = make_tree(tmp_path_factory.mktemp("finished"))
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        assert train(folder) == 0
-    return folder
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install_small_model(monkeypatch)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            assert train(folder) == 0
+        yield folder

@@ -14,6 +14,8 @@ def test_files_then_assignments_then_options(tmp_path):
     assert (config.epochs, config.lr, config.seed, config.val) == (3, 0.2, 5, None)
     assert config.decay_epochs == (1, 2) and config.synthetic == ("b",)
     assert load_config(None, {**DATA, "epochs": 4}, ["epochs=9"]).epochs == 4
+    config = load_config(str(file), {}, [], {"epochs": 8, "momentum": 0.5})
+    assert (config.epochs, config.momentum) == (3, 0.5)
 
 
 def test_values_as_in_toml_or_bare_words():

@@ -3,7 +3,8 @@
 import json
 
 import torch
-from small_tree import COLOURS, COUNTS, records_of, small_model, table_of, train
+from small_runs import COUNTS, records_of, table_of, train
+from small_trees import COLOURS, small_model
 
 from mts_fast.cli.main import main
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_tree import table_of, train
+from small_runs import table_of, train
 
 from mts_fast.cli.main import main
 from mts_fast.pipeline.outcome import load_outcome

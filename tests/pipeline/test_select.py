@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_tree import table_of, train
+from small_runs import table_of, train
 
 from mts_fast.cli.main import main
 from mts_fast.pipeline.config import load_config

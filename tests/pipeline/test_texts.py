@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_bert import write_bert
 
 from mts_fast.cli.main import main
 from mts_fast.pipeline.data import Findings
@@ -16,19 +17,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a BERT of one layer, its vocabulary of letters, and no weights."""
-    folder = tmp_path_factory.mktemp("bert")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    config = {
-        **{"model_type": "bert", "vocab_size": len(words), "hidden_size": 16},
-        **{"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-        "max_position_embeddings": 32,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = {"tokenizer_class": "BertTokenizer", "model_max_length": 32}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    return folder
+    return write_bert(tmp_path_factory.mktemp("bert"))
 
 
 def test_long_texts_are_cut_with_one_remark(model):
