@@ -37,7 +37,17 @@ SOURCES = sorted(
 )
 # names that do not say what a variable holds
 VAGUE = {"found", "own", "given", "taken", "wide", "kept"}
-EXTRAS = ("matplotlib", "pydantic", "sklearn", "safetensors", "rich", "triton", "pybind11")
+EXTRAS = (
+    "captum",
+    "jinja2",
+    "matplotlib",
+    "pydantic",
+    "sklearn",
+    "safetensors",
+    "rich",
+    "triton",
+    "pybind11",
+)
 
 
 def part_of(path):

@@ -10,6 +10,7 @@ from mts_fast.cli.app import LARGEST, import_all, verb
 from mts_fast.cli.usage import whole
 
 TRAIN_NEEDS = ("pydantic", "PIL.Image", "rich", "safetensors")
+REPORT_NEEDS = (*TRAIN_NEEDS, "captum.attr", "jinja2", "matplotlib.figure")
 
 
 @verb
@@ -132,3 +133,15 @@ def score(
     from mts_fast.cli.select import run_score
 
     return run_score(run, synthetic, out, on_corrupt)
+
+
+@verb
+def report(
+    run: RUN,
+    out: Annotated[str | None, typer.Option(help="The page (RUN/report.html).")] = None,
+) -> int:
+    """One page that says whether selection paid, with samples and reasons for their weights."""
+    import_all(REPORT_NEEDS)
+    from mts_fast.cli.report import run_report
+
+    return run_report(run, out)

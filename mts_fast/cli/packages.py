@@ -10,6 +10,8 @@ OPTIONAL = {
     "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
     "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
     "PIL": ("pictures", "'mts_fast[train]'"),
+    "captum": ("mts-fast report", "'mts_fast[report]'"),
+    "jinja2": ("mts-fast report", "'mts_fast[report]'"),
     "pydantic": ("mts-fast train", "'mts_fast[train]'"),
     "transformers": ("mts-fast train on texts", "transformers"),
     "pyarrow": ("mts-fast train on Parquet lists", "pyarrow"),
