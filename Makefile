@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # pinned: an open range pulls gigabytes of CUDA packages where a CPU build would do
-TORCH ?= torch==2.13.0 triton==3.9.0
+TORCH ?= -r constraints.txt
 OUT ?= benchmarks/results/gpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup call-setup docs demo evidence studies test test-all test-asan worlds wheel lint resources bench gpu doctor tables clean
+.PHONY: setup call-setup docs demo evidence studies test test-all test-asan worlds dist lint resources bench gpu doctor tables clean
 
 setup: $(VENV)/.ready
 
@@ -88,9 +88,14 @@ WORLDS_ARGS ?=
 worlds: setup
 	$(BIN)/python scripts/search_worlds.py --count $(WORLDS) --jobs 2 $(WORLDS_ARGS)
 
-# dist/*.whl: for every Python 3 and every torch from 2.11 on, with the C++ kernels.
-wheel: setup
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+# dist/: the sources, and from them one wheel for every Python 3 and every torch from 2.11 on, with the
+# C++ kernels (MTS_FAST_CPP=0: without, for every platform), both checked. auditwheel says for which glibc.
+dist: setup
+	rm -rf dist && mkdir -p build
+	MTS_FAST_CPP=$${MTS_FAST_CPP:-1} $(BIN)/python -m build --no-isolation > build/dist.log 2>&1 || { tail -n 30 build/dist.log; exit 1; }
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/check_wheel.py dist/*.whl
+	for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || $(BIN)/python -m auditwheel show $$wheel; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -70,9 +70,11 @@ def failure(command: str, output: str) -> str:
     causes = {NO_NVCC: INSTALL_NVCC, NO_COMPILER: INSTALL_COMPILER, ERROR_LINE: SEE_OUTPUT}
     for pattern, hint in causes.items():
         matches = []
-        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        for index, line in enumerate(lines):
             if pattern.search(line):
-                matches.append(f"{line} {following}" if line.endswith(":") else line)
+                # CMake breaks "The C++ compiler NAME is not able to compile" over three lines
+                more = 2 if line.endswith("compiler") else int(line.endswith(":"))
+                matches.append(" ".join(lines[index : index + 1 + more]).rstrip("."))
         if matches:
             return f"`{command}` failed: {' | '.join(matches[:LINES_SHOWN])}; {hint}"
     return f"`{command}` failed: {' | '.join(lines[-LINES_SHOWN:])}; {SEE_OUTPUT}"
@@ -80,6 +82,8 @@ def failure(command: str, output: str) -> str:
 
 class CMakeBuild(build_ext):
     """Run CMake once for the whole extension and record what happened."""
+
+    built = False
 
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
@@ -100,6 +104,7 @@ class CMakeBuild(build_ext):
             for stale in [*package.glob("_C*.so"), *package.glob("libmts_fast_ops.so")]:
                 stale.unlink()
             print(f"mts_fast: built without C++ kernels: {record['reason']}", file=sys.stderr)
+        self.built = record["built"]
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def build_with_or_without_cuda(self, package: Path) -> dict:
@@ -168,9 +173,12 @@ class CMakeBuild(build_ext):
 
 class Wheel(bdist_wheel):
     """One wheel for every Python 3: the ops library does not depend on the version, and where
-    `_C` is of another one the library is loaded without `_C`."""
+    `_C` is of another one the library is loaded without `_C`. Without kernels it is pure, for
+    every platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        # known after the build; bdist_wheel asks for the tag before it writes the wheel's record
+        self.root_is_pure = not self.get_finalized_command("build_ext").built
         return "py3", "none", super().get_tag()[2]
 
 

@@ -19,11 +19,8 @@ from mts_fast._check import describe, fail
 from mts_fast.backends import registry
 from mts_fast.backends.cpp.extension import build_record, extension
 from mts_fast.backends.triton.eligibility import interpreted
-from mts_fast.cli.packages import OPTIONAL
+from mts_fast.cli.packages import OPTIONAL, hint_for
 from mts_fast.hypergradient import ENGINES
-
-# module -> its distribution, where the names differ
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def report() -> str:
@@ -137,13 +134,13 @@ def _ops() -> list[str]:
 
 def _packages() -> list[str]:
     lines = ["optional packages"]
-    for name, (purpose, where) in OPTIONAL.items():
-        state = _installed(name) or f"missing: pip install {where}"
-        lines.append(f"  {name:<12} {state:<10} ({purpose})")
+    for name, package in OPTIONAL.items():
+        state = _installed(name, package.distribution) or f"missing: {hint_for(name)}"
+        lines.append(f"  {name:<12} {state:<10} ({package.purpose})")
     return lines
 
 
-def _installed(name: str) -> str:
+def _installed(name: str, distribution: str) -> str:
     """Version of a package, "" where there is none."""
     try:
         if importlib.util.find_spec(name) is None:
@@ -151,6 +148,6 @@ def _installed(name: str) -> str:
     except (ImportError, ValueError):  # something without a spec took its place in sys.modules
         return ""
     try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+        return importlib.metadata.version(distribution or name)
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"

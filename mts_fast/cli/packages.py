@@ -1,26 +1,39 @@
-"""Optional packages: what they are for, and how to install them."""
+"""Optional packages: what they are for, and the extra that installs them."""
 
 from __future__ import annotations
 
-# module -> (purpose, what pip installs)
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    """An optional package of Python: its purpose, and an extra of pyproject.toml that has it."""
+
+    purpose: str
+    extra: str
+    # the name that pip knows, where it is not the module's
+    distribution: str = ""
+
+
+# by module; a test compares this with pyproject.toml and with what is imported
 OPTIONAL = {
-    "triton": ("Triton kernels", "triton"),
-    "safetensors": ("FeatureTable and embeddings on disk", "'mts_fast[features]'"),
-    "timm": ("features.embed('timm:NAME')", "timm"),
-    "torchvision": ("features.embed('torchvision:NAME')", "torchvision"),
-    "sklearn": ("the demo's digits", "'mts_fast[demo]'"),
-    "PIL": ("pictures", "'mts_fast[train]'"),
-    "captum": ("mts-fast report", "'mts_fast[report]'"),
-    "jinja2": ("mts-fast report", "'mts_fast[report]'"),
-    "pydantic": ("mts-fast train", "'mts_fast[train]'"),
-    "transformers": ("mts-fast train on texts", "transformers"),
-    "pyarrow": ("mts-fast train on Parquet lists", "pyarrow"),
-    "matplotlib": ("the demo's pictures", "'mts_fast[demo]'"),
-    "cleanlab": ("the demo's confident learning", "'mts_fast[evidence]'"),
-    "rich": ("tables and progress bars", "'mts_fast[features]'"),
+    "triton": Package("Triton kernels", "triton"),
+    "safetensors": Package("FeatureTable and embeddings on disk", "features"),
+    "timm": Package("models and embeddings of 'timm:NAME'", "models"),
+    "torchvision": Package("models and embeddings of 'torchvision:NAME'", "models"),
+    "sklearn": Package("the demo's digits", "demo", "scikit-learn"),
+    "PIL": Package("pictures", "train", "pillow"),
+    "pydantic": Package("mts-fast train", "train"),
+    "captum": Package("mts-fast report", "report"),
+    "jinja2": Package("mts-fast report", "report"),
+    "transformers": Package("mts-fast train on texts", "texts"),
+    "pyarrow": Package("mts-fast train on Parquet lists", "data"),
+    "datasets": Package("Fashion-MNIST where its files are not there", "data"),
+    "matplotlib": Package("the demo's pictures", "demo"),
+    "cleanlab": Package("the demo's confident learning", "evidence"),
+    "rich": Package("tables and progress bars", "features"),
 }
 
 
 def hint_for(module: str) -> str:
     """What to do where the module is missing; "" for a module that is not in OPTIONAL."""
-    return f"pip install {OPTIONAL[module][1]}" if module in OPTIONAL else ""
+    return f"pip install 'mts_fast[{OPTIONAL[module].extra}]'" if module in OPTIONAL else ""

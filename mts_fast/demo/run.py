@@ -159,7 +159,10 @@ def _explain(console: Console, rows: dict[str, dict[str, Any]]) -> None:
     ):
         console.print(f"{OURS}: {rows[arm]['ahead']:+.1f} points against {what} ({arm})")
     for arm, package in missing_packages().items():
-        console.print(f"left out, needs {package}: {arm} (pip install {package})")
+        # markup=False: rich would read the extra's brackets as markup and print nothing
+        console.print(
+            f"left out, needs {package}: {arm} (pip install 'mts_fast[evidence]')", markup=False
+        )
 
 
 def machine() -> dict[str, str | int | None]:

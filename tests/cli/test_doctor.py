@@ -74,4 +74,4 @@ def test_doctor_tells_what_would_stop_every_op(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "backend in force: none: mts_fast: environment variable MTS_FAST_BACKEND must be" in said
     assert "safetensors  of unknown version (FeatureTable" in said
-    assert "timm         missing: pip install timm (" in said
+    assert "timm         missing: pip install 'mts_fast[models]' (" in said

@@ -140,7 +140,7 @@ def test_groups(tmp_path):
 def test_parquet(tmp_path, monkeypatch):
     path = write(tmp_path, "", "real.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "needs pyarrow; pip install pyarrow" in read(path)[1].errors[0]
+    assert "needs pyarrow; pip install 'mts_fast[data]'" in read(path)[1].errors[0]
     monkeypatch.undo()
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -48,7 +48,7 @@ def kernel_devices() -> tuple[str, ...]:
 def triton_reasons() -> tuple[str, ...]:
     """Why no Triton kernel can run in this process; empty where they can."""
     if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed; pip install triton",)
+        return ("triton is not installed; pip install 'mts_fast[triton]'",)
     version = _triton_version()
     number = re.match(r"(\d+)\.(\d+)", version)
     if number is None or tuple(map(int, number.groups())) < OLDEST_TRITON:

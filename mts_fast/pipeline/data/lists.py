@@ -149,7 +149,7 @@ def _rows(option: str, path: Path, text_column: str | None, findings: Findings) 
     except csv.Error as error:
         findings.stop(f"{option} is no CSV file ({error})", "write it anew, with quoted cells")
     except ImportError:
-        findings.stop(f"{option} needs pyarrow", "pip install pyarrow, or save it as CSV")
+        findings.stop(f"{option} needs pyarrow", "pip install 'mts_fast[data]', or save it as CSV")
     except (OSError, ValueError) as error:
         findings.stop(f"{option} cannot be read ({error})", "check the file")
     return None

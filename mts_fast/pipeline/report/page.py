@@ -98,7 +98,7 @@ def write_report(outcome: Outcome, path: Path) -> Path:
     weights = torch.tensor([row.weight for row in outcome.rows], dtype=torch.float64)
     rows, records = arm_rows(outcome), read_records(outcome.folder / METRICS)
     scores = trained.weights(trained.pool_inputs(), trained.labels, trained.is_synthetic)
-    shown = _largest_classes(outcome)
+    shown, table = _largest_classes(outcome), weights_by_source(outcome, weights)
     context: dict[str, Any] = {
         "name": outcome.folder.resolve().name,
         "verdict": verdict(rows),
@@ -107,8 +107,8 @@ def write_report(outcome: Outcome, path: Path) -> Path:
         "count": len(outcome.tensors["held_out"]),
         "losses": loss_curves(records),
         "figure": weight_curves(records),
-        "weights": weights_by_source(outcome, weights),
-        "highest_weight": float(weights.max()),
+        "weights": table,
+        "largest_mean": max(row.mean for row in table) or 1.0,
         "galleries": [(label, *_ends(samples, weights, label)) for label in shown],
         "classes": outcome.classes,
         "suspects": _suspects(outcome, samples),

@@ -47,7 +47,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> str:
         label = "MTS" if stage == MTS else stage
         axes.plot([r["epoch"] for r in of_stage], [r["loss"] for r in of_stage], label=label)
     axes.set(xlabel="epoch", ylabel="training loss")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return _drawn(figure, [axes])
 
 
