@@ -7,11 +7,12 @@ The structure of timm's training script: factories of model, optimizer and sched
 step of mts_fast takes the place of forward, loss, ``loss_scaler`` and ``optimizer.step()``.
 
 timm needs torchvision, which this project does not install. Without timm the small stand-ins below
-are used: the loop is the same, and timm's functions are not exercised. With timm, the optimizers
-that it takes from torch have update rules (``opt="sgd"``, ``"momentum"``, ``"adam"``, ``"adamw"``);
-for timm's own classes register one. Leave out Mixup and CutMix, whose samples have no label and
-weight of their own, ``--grad-accum-steps`` (take ``micro_batch``), ``--clip-grad`` (take
-``max_grad_norm``) and distributed training.
+are used: the loop is the same, and timm's functions are not exercised. It was run with timm 1.0.31
+once, with a stub in torchvision's place. With timm, the optimizers that it takes from torch have
+update rules (``opt="sgd"``, ``"momentum"``, ``"adam"``, ``"adamw"``); for timm's own classes
+register one. Leave out Mixup and CutMix, whose samples have no label and weight of their own,
+``--grad-accum-steps`` (take ``micro_batch``), ``--clip-grad`` (take ``max_grad_norm``) and
+distributed training.
 """
 
 import os
