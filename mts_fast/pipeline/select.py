@@ -15,6 +15,7 @@ from torch import Tensor
 from mts_fast._check import fail
 from mts_fast._files import replaced_file, save_tensors, writing
 from mts_fast._outputs import output_folder
+from mts_fast.pipeline.data.hub import PREFIX
 from mts_fast.pipeline.outcome import Outcome, Row
 
 OP = "select"
@@ -128,8 +129,9 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
 
 
 def _place(row: Row, is_text: bool) -> str:
-    """An image's path; a text's name in its list, since its text stands beside it."""
-    return row.file if is_text else row.path
+    """An image's path; of a text, or a row of a data set, its name in that."""
+    in_dataset = row.path.startswith(PREFIX) or Path(row.path).is_dir()
+    return row.file if is_text or in_dataset else row.path
 
 
 def _texts(outcome: Outcome, indices: list[int]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Where the samples of each role come from: folders of classes, or lists."""
+"""Where the samples of each role come from: folders of classes, lists, data sets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings, Role, Samples
 from mts_fast.pipeline.data.folders import read_folder
+from mts_fast.pipeline.data.hub import is_dataset, read_dataset
 from mts_fast.pipeline.data.lists import LIST_EXTENSIONS, read_list
 
 
@@ -45,12 +46,15 @@ def read_role(
 
 def _read(role: Role, path: str, config: Config, findings: Findings) -> Samples | None:
     place = Path(path).expanduser()
+    skip = config.on_corrupt == "skip"
+    if is_dataset(path):
+        return read_dataset(role, path, config.text_column, findings, skip_empty=skip)
     if place.suffix.lower() in LIST_EXTENSIONS:
-        skip = config.on_corrupt == "skip"
         return read_list(role, place, config.text_column, findings, skip_empty=skip)
     if config.text_column is not None:
         findings.stop(
-            f"--{role} {path!r} is no list, and texts stand in lists", "pass a CSV or Parquet file"
+            f"--{role} {path!r} is no list, and texts stand in lists",
+            "pass a CSV or Parquet file, or a data set",
         )
         return None
     return read_folder(role, place, findings)
