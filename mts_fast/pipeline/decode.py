@@ -37,7 +37,7 @@ class Scanned:
 
     sha256: str
     side: int | None
-    error: str | None = None  # why it cannot be opened
+    error: str | None = None  # why there is no file
 
 
 class UnreadableFiles(Exception):
@@ -63,6 +63,8 @@ def _scan(file: Picture) -> Scanned:
         content = file.read_bytes()
     except OSError as error:
         return Scanned("", None, f"cannot be opened: {error.strerror or error}")
+    except UnreadableImage as error:
+        return Scanned("", None, str(error))
     return Scanned(hashlib.sha256(content).hexdigest(), shorter_side(content))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mts_fast.pipeline.data.findings import Findings, listed
 from mts_fast.pipeline.data.folders import SPLITS
+from mts_fast.pipeline.data.images import UnreadableImage
 from mts_fast.pipeline.data.samples import Role, Samples, composed
 
 PREFIX = "hf:"
@@ -32,11 +33,12 @@ class StoredImage:
         """The whole file.
 
         Raises:
-            OSError: the row has none, or it cannot be opened.
+            UnreadableImage: the row has none.
+            OSError: it cannot be opened.
         """
         cell = self.dataset[self.index][self.column]
         if cell is None:
-            raise FileNotFoundError(2, "the row has no image")
+            raise UnreadableImage("the row has no image")
         content: bytes | None = cell["bytes"]
         return Path(cell["path"]).read_bytes() if content is None else content
 
