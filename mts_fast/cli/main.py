@@ -22,6 +22,11 @@ from mts_fast.cli.usage import usage_message
 ERRORS = (OSError, ImportError, TypeError, ValueError, RuntimeError, MemoryError)
 # how a failed allocation shows in torch, which has no class for it on the CPU
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# what needs less memory, by verb
+SMALLER = {
+    "features": "pass a smaller --chunk, or ",
+    "train": "pass --set micro_batch=N with fewer samples than a batch, or ",
+}
 
 logger = logging.getLogger("mts_fast")
 
@@ -67,8 +72,9 @@ def _one_line(error: Exception, verb: str) -> str:
     message = " ".join(str(error).split()).removeprefix(f"{verb}: ")
     message = message.replace("use backend 'auto'", "set MTS_FAST_BACKEND to 'auto'")
     if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
-        hint = "pass a smaller --chunk, or close other programs"
-        hint = hint if verb == "features" else "close other programs"
+        if "; " in message:  # an error of this package, which says what to do
+            return message
+        hint = f"{SMALLER.get(verb, '')}close other programs"
         return f"memory must be enough, got {message or 'none left'}; {hint}"
     if isinstance(error, ImportError):
         hint = hint_for((error.name or "").partition(".")[0])

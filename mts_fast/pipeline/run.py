@@ -26,6 +26,7 @@ from mts_fast.pipeline.display import Display
 from mts_fast.pipeline.fit import Batches, Log, Watch, fit
 from mts_fast.pipeline.inputs import all_logits
 from mts_fast.pipeline.learn import learn_weights
+from mts_fast.pipeline.memory import PROBE, check_memory
 from mts_fast.pipeline.models import build_model, load_pretrained
 from mts_fast.pipeline.outcome import Outcome, rows_of, save_outcome
 from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
@@ -109,6 +110,9 @@ class Run:
         self.steps = len(EpochBatches(pool_members, config.batch_size, config.seed))
         self.stages = Stages(config, self.out, data.key, self.findings, self._tell)
         self.template = self._build_model()
+        if self.device.type == "cpu":
+            probe = data.inputs.batch(pool_members[:PROBE], self.device)
+            check_memory(self.template, probe, config)
         refined = [f"weights, refined {i + 1}" for i in range(config.refinements)]
         of_retraining = dict.fromkeys([FILTER, FIRST, *refined], config.epochs)
         epochs = {EVERYTHING: config.epochs, CLEAN: config.epochs}
