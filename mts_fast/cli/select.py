@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from mts_fast.demo.tables import print_table
-from mts_fast.pipeline.outcome import load_outcome, write_rows
+from mts_fast.pipeline.outcome import load_outcome, output_path, write_rows
 from mts_fast.pipeline.score import score_samples
 from mts_fast.pipeline.select import choose, write_selection
 
@@ -49,7 +49,7 @@ def run_select(
 def run_score(run: str, synthetic: Sequence[str], out: str | None, on_corrupt: str | None) -> int:
     """Weigh new samples, write them as a table like the run's, and print means by class."""
     outcome = load_outcome("score", Path(run))
-    path = Path(out or Path(run) / "scores.csv")
+    path = output_path("score", outcome, out, "scores.csv")
     scores = score_samples(outcome, synthetic, on_corrupt, print_note)
     write_rows("score", path, scores.rows)
     console = Console()

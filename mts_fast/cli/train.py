@@ -25,6 +25,8 @@ def run_train(
     data: str | None = None,
 ) -> int:
     """Load the options, run all stages, print the accuracies."""
+    if not out:
+        fail(ValueError, "train", "--out", "a folder", "''", "name one, or leave it out")
     run = Run(_load(options, config, assignments, recipe, data), Path(out), Console(stderr=True))
     outcome = run.execute()
     console = Console()

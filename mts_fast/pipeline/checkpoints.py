@@ -46,7 +46,7 @@ def save_state(path: Path, state: Any) -> None:
 
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_plain(state, tensors, "t"))
-    metadata = {STATE: text, CHECKSUM: _checksum(text, tensors)}
+    metadata = {STATE: text, CHECKSUM: checksum(text, tensors)}
     with replaced_file("train", path) as part, writing("train", path):
         save_file(tensors, part, metadata)
 
@@ -75,7 +75,7 @@ def load_state(path: Path) -> Any:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
         metadata = file.metadata() or {}
     text = metadata.get(STATE, "")
-    if metadata.get(CHECKSUM) != _checksum(text, tensors):
+    if metadata.get(CHECKSUM) != checksum(text, tensors):
         raise ValueError("checkpoint must be as it was written, got another checksum; remove it")
     return _nested(json.loads(text), tensors)
 
@@ -92,7 +92,7 @@ def _step(path: Path) -> int:
     return int(match[1])
 
 
-def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
     """Of the content, in the order of the names."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mts_fast._check import fail
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.pixels import augmented_batch, batch_of
 
@@ -75,6 +76,21 @@ class Texts:
     ) -> dict[str, Tensor]:
         """Texts are not augmented."""
         return self.batch(indices, device)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ValueError: no device, or one that is not there.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if config.device == "auto":
+        return torch.device(there[-1] if len(there) == 1 else "cuda")
+    if config.device not in (*there, *(["cuda"] if len(there) > 1 else [])):
+        expected = f"auto or one of {', '.join(there)}"
+        fail(ValueError, "train", "device", expected, repr(config.device), "pass device=auto")
+    return torch.device(config.device)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Tensor:

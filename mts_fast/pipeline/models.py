@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
+from mts_fast.pipeline.checkpoints import checksum
 from mts_fast.pipeline.data.findings import Findings, listed
 
 Kind = Literal["image", "text"]
@@ -50,6 +51,16 @@ def build_model(name: str, kind: Kind, num_classes: int) -> nn.Module:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {nearest[0]!r}? {HINT}" if nearest else HINT
     fail(ValueError, "train", "--model", "a known name", repr(name), hint)
+
+
+def model_key(name: str, model: nn.Module) -> str:
+    """A hash of a new model: its tensors, its modules, the source of its function."""
+    package, colon, function = name.partition(":")
+    text = repr(model)
+    if colon and package not in PACKAGES:
+        source = inspect.getsourcefile(getattr(sys.modules[package], function))
+        text += Path(source).read_text() if source and Path(source).is_file() else ""
+    return checksum(text, dict(model.state_dict()))
 
 
 def load_pretrained(model: nn.Module, path: str, findings: Findings) -> None:

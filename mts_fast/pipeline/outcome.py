@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,11 @@ from mts_fast.pipeline.data.samples import Role, Samples
 from mts_fast.pipeline.stages import DONE
 
 WEIGHTS, OUTCOME, TENSORS = "weights.csv", "outcome.json", "outcome.safetensors"
+# of a run; verbs that read it do not write over them
+OF_RUN = {
+    *(WEIGHTS, OUTCOME, TENSORS),
+    *("config.json", "metrics.jsonl", "model.safetensors"),
+}
 COLUMNS = ("file", "class", "role", "source", "path", "weight")
 VERSION = 1
 
@@ -120,9 +126,23 @@ def save_outcome(outcome: Outcome) -> None:
         for name in ("config", "classes", "arms", "held_out", "stages", "store", "remarks")
     }
     record |= {name: getattr(outcome, name) for name in ("copies", "groups", "environment")}
+    record["weights_sha256"] = _sha256(outcome.folder / WEIGHTS)
     path = outcome.folder / OUTCOME
     with replaced_file("train", path) as part, writing("train", path):
         part.write_text(json.dumps({"version": VERSION, **record}, indent=1) + "\n")
+
+
+def output_path(op: str, outcome: Outcome, out: str | None, default: str) -> Path:
+    """Where a verb writes: `out`, or a file of that name in the run's folder.
+
+    Raises:
+        ValueError: a file of the run itself.
+    """
+    path = Path(default if out is None else out)
+    path = outcome.folder / path if out is None else path
+    if path.parent.resolve() == outcome.folder.resolve() and path.name in OF_RUN:
+        fail(ValueError, op, "--out", "apart from the run's files", repr(out), "name another file")
+    return path
 
 
 def load_outcome(op: str, folder: Path) -> Outcome:
@@ -142,10 +162,10 @@ def load_outcome(op: str, folder: Path) -> Outcome:
         record = json.loads(path.read_text())
         if record.pop("version") != VERSION:
             raise _Damaged("of another version of mts_fast")
+        if record.pop("weights_sha256") != _sha256(folder / WEIGHTS):
+            raise _Damaged(f"{WEIGHTS} is not as it was written")
         tensors = load_file(folder / TENSORS)
         rows = _read_rows(folder / WEIGHTS)
-        if len(rows) != len(tensors["members"]):
-            raise _Damaged(f"{len(rows)} rows in {WEIGHTS} for {len(tensors['members'])} samples")
     except (_Damaged, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         hint = "give the command of the run again: stages that are there are not repeated"
         fail(ValueError, op, "RUN", expected, f"{str(folder)!r} ({error})", hint)
@@ -154,6 +174,10 @@ def load_outcome(op: str, folder: Path) -> Outcome:
     record["copies"] = tuple(map(tuple, record["copies"]))
     record["groups"] = None if record["groups"] is None else tuple(record["groups"])
     return Outcome(folder=folder, rows=rows, tensors=tensors, **record)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_rows(path: Path) -> tuple[Row, ...]:

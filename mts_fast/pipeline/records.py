@@ -57,8 +57,10 @@ class Records:
             self._wandb.finish()
 
     def tidy(self) -> None:
-        """Leave one record of each epoch and arm, the last: interrupted runs repeat some."""
-        last = {(r["stage"], r.get("epoch"), r.get("arm")): r for r in read_records(self.path)}
+        """Leave one record of each epoch of a stage's folder and of each arm, the last: interrupted
+        runs repeat some."""
+        keys = ("folder", "stage", "epoch", "arm")
+        last = {tuple(r.get(key) for key in keys): r for r in read_records(self.path)}
         with replaced_file("train", self.path) as part, writing("train", self.path):
             part.write_text("".join(json.dumps(r) + "\n" for r in last.values()), encoding="utf-8")
 

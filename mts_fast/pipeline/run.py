@@ -24,10 +24,10 @@ from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings, Role
 from mts_fast.pipeline.display import Display
 from mts_fast.pipeline.fit import Batches, Log, Watch, fit
-from mts_fast.pipeline.inputs import all_logits
+from mts_fast.pipeline.inputs import all_logits, device_of
 from mts_fast.pipeline.learn import learn_weights
 from mts_fast.pipeline.memory import PROBE, check_memory
-from mts_fast.pipeline.models import build_model, load_pretrained
+from mts_fast.pipeline.models import build_model, load_pretrained, model_key
 from mts_fast.pipeline.outcome import Outcome, rows_of, save_outcome
 from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
 from mts_fast.pipeline.prepare import prepare
@@ -63,8 +63,7 @@ class Run:
         self.console = console
         self.findings = Findings()
         self.told = 0
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name if config.device == "auto" else config.device)
+        self.device = device_of(config)
 
     def execute(self) -> Outcome:
         """Run every stage that is not there yet.
@@ -74,6 +73,7 @@ class Run:
             RuntimeError: another process is at work in the folder.
             OSError: it cannot be written.
         """
+        self._check_out()
         with (
             output_folder("train", "--out", self.out / "stages"),
             locked(self.out, wait=False) as alone,
@@ -86,12 +86,22 @@ class Run:
             with self.display.progress as progress:
                 self.data = prepare(self.config, self.out, self.findings, progress)
                 self._tell()
-                self._write_config()
                 self.records = Records(self.out, self.config.loggers, self.config.model_dump())
                 try:
                     return self._all_stages()
                 finally:
                     self.records.close()
+
+    def _check_out(self) -> None:
+        """Refuse a folder among the samples, where the run's files would be taken for some."""
+        config = self.config
+        for source in filter(None, (config.real, *config.synthetic, config.val, config.test)):
+            folder = Path(source).expanduser().resolve()
+            if folder.is_dir() and folder in (self.out.resolve(), *self.out.resolve().parents):
+                got = f"{str(self.out)!r} in {source!r}"
+                fail(
+                    ValueError, "train", "--out", "apart from the data", got, "name another folder"
+                )
 
     def _all_stages(self) -> Outcome:
         config, data = self.config, self.data
@@ -108,8 +118,9 @@ class Run:
         )
         self.pool = pool
         self.steps = len(EpochBatches(pool_members, config.batch_size, config.seed))
-        self.stages = Stages(config, self.out, data.key, self.findings, self._tell)
         self.template = self._build_model()
+        content = f"{data.key} {model_key(config.model, self.template)}"
+        self.stages = Stages(config, self.out, content, self.findings, self._tell)
         if self.device.type == "cpu":
             probe = data.inputs.batch(pool_members[:PROBE], self.device)
             check_memory(self.template, probe, config)
@@ -133,6 +144,7 @@ class Run:
         arms = {EVERYTHING: everything, CLEAN: clean, FILTER: filtered, OURS: model}
         outcome = self._outcome(weights, arms)
         self.records.tidy()
+        self._write_config()
         save_outcome(outcome)
         return outcome
 
@@ -343,7 +355,7 @@ class Run:
         """Records of a training, and a bar of its epochs."""
 
         def log(record: dict[str, Any]) -> None:
-            self.records.log(record)
+            self.records.log({**record, "folder": self.stages.used[name]})
             self.display.advance(name, record["epoch"], record["samples_per_second"])
 
         return log

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mts_fast.features import PAPER_COLUMNS, FeatureTable, distribution_features
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings, Samples
+from mts_fast.pipeline.inputs import device_of
 from mts_fast.pipeline.models import build_model
 from mts_fast.pipeline.outcome import Outcome, Row
 from mts_fast.pipeline.pool import (
@@ -45,10 +46,10 @@ class TrainedSelector:
     """The selector at the end of a run, with what its features need."""
 
     def __init__(self, outcome: Outcome) -> None:
-        self.config = Config(**outcome.config)
+        # a run of a GPU can be read where there is none
+        self.config = Config(**{**outcome.config, "device": "auto"})
         self.classes = len(outcome.classes)
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name if self.config.device == "auto" else self.config.device)
+        self.device = device_of(self.config)
         self.labels = outcome.tensors["labels"]
         self.is_synthetic = torch.tensor([row.role == "synthetic" for row in outcome.rows])
         self.table = FeatureTable(outcome.stage(FEATURES))

@@ -111,6 +111,7 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
         "label": [row.label for row in rows],
         "weight": [row.weight for row in rows],
         "role": [row.role for row in rows],
+        "source": [row.source for row in rows],
     }
     if texts is not None:
         columns["text"] = texts
@@ -155,7 +156,9 @@ def _write_csv(path: Path, columns: dict[str, list[Any]]) -> Path:
 
 
 def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path | None:
-    """None without pyarrow, or where a file name is no UTF-8, which Parquet cannot hold."""
+    """None without pyarrow, or where a file name is no UTF-8, which Parquet cannot hold; an older
+    file, which would be of another selection, goes."""
+    path.unlink(missing_ok=True)
     try:
         import pyarrow
         from pyarrow import parquet

@@ -33,6 +33,8 @@ def read_role(
     role: Role, paths: Sequence[str], config: Config, findings: Findings
 ) -> Samples | None:
     """The samples of one role, of all its sources; None where there are none."""
+    for path in {path for path in paths if paths.count(path) > 1}:
+        findings.stop(f"--{role} {path!r} is named twice", "name it once")
     parts = [_read(role, path, config, findings) for path in paths]
     known = [part for part in parts if part is not None]
     if not known:
@@ -62,16 +64,29 @@ def _read(role: Role, path: str, config: Config, findings: Findings) -> Samples 
 
 def _joined(role: Role, parts: Sequence[Samples]) -> Samples:
     """Several sources as one; names begin with that of their source."""
+    prefixes = _prefixes([part.source for part in parts])
     known = {*chain.from_iterable(part.labels for part in parts)}
     empty = {*chain.from_iterable(part.empty_classes for part in parts)} - known
     grouped = all(part.groups is not None for part in parts)
     return Samples(
         role,
         ", ".join(part.source for part in parts),
-        names=tuple(f"{Path(p.source).name}/{name}" for p in parts for name in p.names),
+        names=tuple(
+            f"{prefix}/{n}" for prefix, p in zip(prefixes, parts, strict=True) for n in p.names
+        ),
         labels=tuple(chain.from_iterable(part.labels for part in parts)),
         contents=tuple(chain.from_iterable(part.contents for part in parts)),  # type: ignore[arg-type]
         origins=tuple(part.source for part in parts for _ in part.names),
         groups=tuple(chain.from_iterable(p.groups or () for p in parts)) if grouped else None,
         empty_classes=tuple(sorted(empty)),
     )
+
+
+def _prefixes(sources: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [Path(source).parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-depth:]) for part in parts]
+        if len({*ends}) == len(ends):
+            return ends
+    return list(sources)

@@ -36,7 +36,7 @@ class Stages:
     """The stages of one run."""
 
     def __init__(
-        self, config: Config, out: Path, data_key: str, findings: Findings, tell: Callable[[], None]
+        self, config: Config, out: Path, content: str, findings: Findings, tell: Callable[[], None]
     ) -> None:
         self.out = out
         self.findings = findings
@@ -44,8 +44,7 @@ class Stages:
         self.used: dict[str, str] = {}  # name -> folder below `out`, of the stages of this run
         options = config.model_dump()
         self._options = {key: options[key] for key in options.keys() - INDIFFERENT}
-        pretrained = b"" if config.pretrained is None else Path(config.pretrained).read_bytes()
-        self._content = [data_key, hashlib.sha256(pretrained).hexdigest()]
+        self._content = content  # a hash of the data and of the untrained model
 
     def run(
         self,
@@ -63,7 +62,7 @@ class Stages:
             content: a hash of what else it depends on.
         """
         options = {key: self._options[key] for key in self._options.keys() - {*omitted}}
-        text = json.dumps([name, *self._content, options, content], sort_keys=True)
+        text = json.dumps([name, self._content, options, content], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         folder = Path("stages", f"{name.replace(' ', '-').replace(',', '')}-{key}")
         self.used[name] = str(folder)

@@ -86,7 +86,7 @@ def test_folders_that_are_no_finished_run(tree, capsys):
     table = tree / "run" / "weights.csv"
     table.write_text("\n".join(table.read_text().splitlines()[:-3]))
     assert main(["select", str(tree / "run"), "--keep", "0.5"]) == 2
-    assert "25 rows in weights.csv for 28 samples" in capsys.readouterr().err
+    assert "weights.csv is not as it was written" in capsys.readouterr().err
     outcome.write_text(json.dumps({**json.loads(content), "version": 99}))
     assert main(["select", str(tree / "run"), "--keep", "0.5"]) == 2
     assert "of another version" in capsys.readouterr().err
@@ -98,7 +98,8 @@ def test_a_selection_is_a_list_to_train_on(finished, tmp_path):
     options["synthetic"] = [str(tmp_path / "selected.csv")]
     findings = Findings()
     samples = read_sources(load_config(None, options, ()), findings)
-    assert not findings.errors and len(samples["synthetic"]) == 20
+    assert not findings.errors and len(samples["synthetic"]) == 8
+    assert "12 rows of role real are left out" in findings.remarks[0]
 
 
 def test_other_tools_read_it(finished, tmp_path):

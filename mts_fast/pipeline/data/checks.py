@@ -98,6 +98,8 @@ def _kind(samples: Mapping[Role, Samples], role: Role, i: int, other: Role, j: i
         return f"between training and {held_out}"
     if role != other and role not in TRAINING:
         return "between val and test"
+    if role != other and role in TRAINING:
+        return "between real and synthetic"
     if samples[role].labels[i] != samples[other].labels[j]:
         return "under two classes"
     return None

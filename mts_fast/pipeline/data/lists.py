@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mts_fast.pipeline.data.findings import Findings, listed
-from mts_fast.pipeline.data.samples import Role, Samples, composed
+from mts_fast.pipeline.data.samples import TRAINING, Role, Samples, composed
 
 FILE_COLUMNS = ("file", "path", "file_name", "filename", "image")
 LABEL_COLUMNS = ("label", "class")
 GROUP_COLUMN = "group"
+ROLE_COLUMN = "role"
 DELIMITERS = ",;\t|"
 LIST_EXTENSIONS = (".csv", ".tsv", ".parquet")
 
@@ -44,9 +45,21 @@ def read_list(
             findings.stop(f"{option} has no column {wanted}", do)
     if content not in columns or label not in columns:
         return None
+    rows = _of_role(role, option, rows, findings)
     if text_column is None:
         return _of_files(role, path, rows, content, label, findings)
     return _of_texts(role, path, rows, content, label, findings, skip_empty=skip_empty)
+
+
+def _of_role(role: Role, option: str, rows: list[Row], findings: Findings) -> list[Row]:
+    """Rows of this role, where a column tells real ones from synthetic, as `select` writes it."""
+    if role not in TRAINING:
+        return rows
+    (other,) = (r for r in TRAINING if r != role)
+    of_role = [row for row in rows if (row[0].get(ROLE_COLUMN) or "").strip() != other]
+    if len(of_role) < len(rows):
+        findings.remark(f"{option}: {len(rows) - len(of_role)} rows of role {other} are left out")
+    return of_role
 
 
 def _of_files(

@@ -96,7 +96,9 @@ def write_report(outcome: Outcome, path: Path) -> Path:
     reasons = explain(trained)
     samples = Samples(outcome, reasons)
     weights = torch.tensor([row.weight for row in outcome.rows], dtype=torch.float64)
-    rows, records = arm_rows(outcome), read_records(outcome.folder / METRICS)
+    rows, of_run = arm_rows(outcome), {*outcome.stages.values()}
+    # the log has records of earlier options, too
+    records = [r for r in read_records(outcome.folder / METRICS) if r.get("folder") in of_run]
     scores = trained.weights(trained.pool_inputs(), trained.labels, trained.is_synthetic)
     shown, table = _largest_classes(outcome), weights_by_source(outcome, weights)
     context: dict[str, Any] = {
