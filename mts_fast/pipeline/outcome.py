@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ class Outcome:
     rows: tuple[Row, ...]
     tensors: dict[str, Tensor]
 
+    def texts(self) -> list[str] | None:
+        """The texts of the run's store; None where it holds pixels."""
+        path = self.folder / self.store
+        return json.loads(path.read_text()) if path.suffix == ".json" else None
+
     def stage(self, name: str) -> Any:
         """What a stage made.
 
@@ -89,31 +94,30 @@ class Outcome:
             fail(ValueError, "run", "its stages", "as they were written", got, hint)
 
 
-def rows_of(samples: dict[Role, Samples], weights: Sequence[float]) -> tuple[Row, ...]:
-    """The table of weights."""
-    places: list[tuple[Role, int]] = [
-        (role, i) for role in ("real", "synthetic") for i in range(len(samples[role]))
-    ]
+def rows_of(parts: Sequence[Samples], weights: Sequence[float]) -> tuple[Row, ...]:
+    """The table of weights, of the samples of some roles one after the other."""
+    places = [(part, i) for part in parts for i in range(len(part))]
     return tuple(
-        Row(
-            *(samples[role].names[i], samples[role].labels[i], role),
-            *(samples[role].origin(i), samples[role].path(i), weight),
-        )
-        for (role, i), weight in zip(places, weights, strict=True)
+        Row(part.names[i], part.labels[i], part.role, part.origin(i), part.path(i), weight)
+        for (part, i), weight in zip(places, weights, strict=True)
     )
 
 
 def write_rows(op: str, path: Path, rows: Sequence[Row]) -> None:
-    """The table as CSV; names that are no UTF-8 keep their bytes."""
+    """The table of weights as CSV."""
+    write_csv(op, path, COLUMNS, [tuple(asdict(row).values()) for row in rows])
+
+
+def write_csv(op: str, path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, whole or not at all; names that are no UTF-8 keep their bytes."""
     with (
         replaced_file(op, path) as part,
         writing(op, path),
         part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in rows:
-            writer.writerow(asdict(row).values())
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def save_outcome(outcome: Outcome) -> None:

@@ -22,6 +22,7 @@ from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 from mts_fast.pipeline.batches import EpochBatches, WeightedBatches, seed_of
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings, Role
+from mts_fast.pipeline.data.samples import TRAINING
 from mts_fast.pipeline.display import Display
 from mts_fast.pipeline.fit import Batches, Log, Watch, fit
 from mts_fast.pipeline.inputs import all_logits, device_of
@@ -341,7 +342,7 @@ class Run:
             copies=tuple(data.copies),
             groups=groups,
             environment=environment(self.device),
-            rows=rows_of(data.samples, weights.tolist()),
+            rows=rows_of([data.samples[role] for role in TRAINING], weights.tolist()),
             tensors=tensors,
         )
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from mts_fast.features import PAPER_COLUMNS, FeatureTable, distribution_features
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings, Samples
+from mts_fast.pipeline.decode import open_pixels
 from mts_fast.pipeline.inputs import device_of
 from mts_fast.pipeline.models import build_model
-from mts_fast.pipeline.outcome import Outcome, Row
+from mts_fast.pipeline.outcome import Outcome, Row, rows_of
 from mts_fast.pipeline.pool import (
     class_weights_of,
     dynamics_of,
@@ -102,8 +102,8 @@ def score_samples(
     trained = TrainedSelector(outcome)
     findings = Findings()
     size = None
-    if outcome.store.endswith(".npy"):
-        size = np.load(outcome.folder / outcome.store, mmap_mode="r").shape[1]
+    if trained.config.text_column is None:
+        size = open_pixels(outcome.folder / outcome.store).shape[1]
     changed = {"image_size": size, "on_corrupt": on_corrupt or trained.config.on_corrupt}
     config = trained.config.model_copy(update=changed)
     samples = read_role("synthetic", sources, config, findings)
@@ -120,14 +120,7 @@ def score_samples(
     weights = trained.weights(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
     old = trained.weights(trained.pool_inputs(), trained.labels, trained.is_synthetic)
     learned = torch.tensor([row.weight for row in outcome.rows])
-    rows = tuple(
-        Row(
-            *(samples.names[i], samples.labels[i], "synthetic"),
-            *(samples.origin(i), samples.path(i), weight),
-        )
-        for i, weight in enumerate(weights.tolist())
-    )
-    return Scores(rows, rank_correlation(old, learned))
+    return Scores(rows_of([samples], weights.tolist()), rank_correlation(old, learned))
 
 
 def _check_classes(samples: Samples, classes: Sequence[str], findings: Findings) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from mts_fast._check import fail
 from mts_fast._files import replaced_file, save_tensors, writing
 from mts_fast._outputs import output_folder
 from mts_fast.pipeline.data.hub import PREFIX
-from mts_fast.pipeline.outcome import Outcome, Row
+from mts_fast.pipeline.outcome import Outcome, Row, write_csv
 
 OP = "select"
 CSV, PARQUET, SAMPLER = "selected.csv", "selected.parquet", "sampler.safetensors"
@@ -105,7 +103,7 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
     """
     indices = selection.chosen.nonzero().flatten().tolist()
     rows = [outcome.rows[i] for i in indices]
-    texts = _texts(outcome, indices)
+    texts, members = outcome.texts(), outcome.tensors["members"].tolist()
     columns: dict[str, list[Any]] = {
         "file": [_place(row, texts is not None) for row in rows],
         "label": [row.label for row in rows],
@@ -114,9 +112,10 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
         "source": [row.source for row in rows],
     }
     if texts is not None:
-        columns["text"] = texts
+        columns["text"] = [texts[members[i]] for i in indices]
     with output_folder(OP, "--out", out):
-        paths = [_write_csv(out / CSV, columns)]
+        write_csv(OP, out / CSV, list(columns), zip(*columns.values(), strict=True))
+        paths = [out / CSV]
         parquet = _write_parquet(out / PARQUET, columns)
         if parquet is not None:
             paths.append(parquet)
@@ -133,26 +132,6 @@ def _place(row: Row, is_text: bool) -> str:
     """An image's path; of a text, or a row of a data set, its name in that."""
     in_dataset = row.path.startswith(PREFIX) or Path(row.path).is_dir()
     return row.file if is_text or in_dataset else row.path
-
-
-def _texts(outcome: Outcome, indices: list[int]) -> list[str] | None:
-    if not outcome.store.endswith(".json"):
-        return None
-    texts = json.loads((outcome.folder / outcome.store).read_text())
-    members = outcome.tensors["members"].tolist()
-    return [texts[members[i]] for i in indices]
-
-
-def _write_csv(path: Path, columns: dict[str, list[Any]]) -> Path:
-    with (
-        replaced_file(OP, path) as part,
-        writing(OP, path),
-        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    return path
 
 
 def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path | None:

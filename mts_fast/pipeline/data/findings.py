@@ -43,3 +43,16 @@ def listed(names: Sequence[str]) -> str:
     """Names in one line, the first ones of many, and how many there are."""
     shown = ", ".join(repr(name) for name in names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def tell_empty(
+    option: str, column: str, rows: Sequence[str], findings: Findings, *, skip: bool
+) -> None:
+    """Rows without a text, by where they stand: they stop the run, or with `skip` are left out."""
+    if not rows:
+        return
+    what = f"{option}: {len(rows)} rows have no {column}: {', '.join(rows)}"
+    if skip:
+        findings.remark(f"{what}; left out")
+    else:
+        findings.stop(what, "fill them, or pass --on-corrupt skip")

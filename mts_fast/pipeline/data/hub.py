@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mts_fast.pipeline.data.findings import Findings, listed
+from mts_fast.pipeline.data.findings import Findings, listed, tell_empty
 from mts_fast.pipeline.data.folders import SPLITS
 from mts_fast.pipeline.data.images import UnreadableImage
 from mts_fast.pipeline.data.samples import Role, Samples, composed
@@ -156,13 +156,8 @@ def _samples(
     contents: list[Any]
     if of_texts:
         texts = [text or "" for text in dataset[content]]
-        empty = [i for i in chosen if not texts[i].strip()]
-        if empty:
-            what = f"{option}: {len(empty)} rows have no {content}: {listed([*map(str, empty)])}"
-            if skip_empty:
-                findings.remark(f"{what}; left out")
-            else:
-                findings.stop(what, "fill them, or pass --on-corrupt skip")
+        empty = [repr(str(i)) for i in chosen if not texts[i].strip()]
+        tell_empty(option, content, empty, findings, skip=skip_empty)
         chosen = [i for i in chosen if texts[i].strip()]
         contents = [texts[i] for i in chosen]
     else:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mts_fast.pipeline.data.findings import Findings, listed
+from mts_fast.pipeline.data.findings import Findings, listed, tell_empty
 from mts_fast.pipeline.data.samples import TRAINING, Role, Samples, composed
 
 FILE_COLUMNS = ("file", "path", "file_name", "filename", "image")
@@ -126,12 +126,7 @@ def _of_texts(
         if cell and text.strip():
             group = (cells.get(GROUP_COLUMN) or "").strip()
             chosen.append((f"{path.name}:{number}", text, composed(cell), group))
-    if empty:
-        what = f"{option}: {len(empty)} rows have no {column}: {', '.join(empty)}"
-        if skip_empty:
-            findings.remark(f"{what}; left out")
-        else:
-            findings.stop(what, "fill them, or pass --on-corrupt skip")
+    tell_empty(option, column, empty, findings, skip=skip_empty)
     groups = [group for *_, group in chosen]
     return Samples(
         role,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from torch import Tensor
 
 from mts_fast._files import replaced_file, writing
+from mts_fast.pipeline.decode import open_pixels
 from mts_fast.pipeline.outcome import Outcome
 from mts_fast.pipeline.records import METRICS, read_records
 from mts_fast.pipeline.report.pictures import loss_curves, thumbnail, weight_curves
@@ -65,12 +64,9 @@ class Samples:
     def __init__(self, outcome: Outcome, reasons: Reasons) -> None:
         self.outcome = outcome
         self.reasons = reasons
-        store = outcome.folder / outcome.store
-        self._texts: list[str] | None = None
-        if store.suffix == ".json":
-            self._texts = json.loads(store.read_text())
-        else:
-            self._pixels = np.load(store, mmap_mode="r")
+        self._texts = outcome.texts()
+        if self._texts is None:
+            self._pixels = open_pixels(outcome.folder / outcome.store)
 
     def show(self, index: int) -> Sample:
         """The sample of a row of the table of weights."""
