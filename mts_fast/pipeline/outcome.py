@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mts_fast._check import fail
 from mts_fast._files import replaced_file, save_tensors, writing
+from mts_fast._version import __version__
 from mts_fast.pipeline.checkpoints import load_state
 from mts_fast.pipeline.data.samples import Role, Samples
 from mts_fast.pipeline.stages import DONE
@@ -193,3 +196,15 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
             Row(file, label, role, source, path, float(weight))  # type: ignore[arg-type]
             for file, label, role, source, path, weight in reader
         )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and machine."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {
+        "mts_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from mts_fast._check import fail
 from mts_fast._files import locked, replaced_file, writing
 from mts_fast._outputs import output_folder
-from mts_fast._version import __version__
 from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 from mts_fast.pipeline.batches import EpochBatches, WeightedBatches, seed_of
 from mts_fast.pipeline.config import Config
@@ -29,7 +27,7 @@ from mts_fast.pipeline.inputs import all_logits, device_of
 from mts_fast.pipeline.learn import learn_weights
 from mts_fast.pipeline.memory import PROBE, check_memory
 from mts_fast.pipeline.models import build_model, load_pretrained, model_key
-from mts_fast.pipeline.outcome import Outcome, rows_of, save_outcome
+from mts_fast.pipeline.outcome import Outcome, environment, rows_of, save_outcome
 from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
 from mts_fast.pipeline.prepare import prepare
 from mts_fast.pipeline.records import Records
@@ -134,8 +132,8 @@ class Run:
         everything = self._train(EVERYTHING, OF_RETRAINING, self._everything())
         clean = self._train(CLEAN, OF_MIXING, self._mixed(torch.ones(len(pool_members)), 1.0))
         weights = self._learned_weights(self._features(clean))
-        easy, likely = self._probability(everything), self._probability(clean)
-        filtered = self._retrain(FILTER, likely, candidates)
+        easy, probabilities = self._probability(everything), self._probabilities(clean)
+        filtered = self._retrain(FILTER, self._of_labels(probabilities), candidates)
         mass = discount_learned(weights, easy, config.easy_power)
         model = self._retrain(FIRST, mass, candidates)
         for name in refined:
@@ -143,7 +141,7 @@ class Run:
             model = self._retrain(name, mass, candidates)
         self._deliver(model)
         arms = {EVERYTHING: everything, CLEAN: clean, FILTER: filtered, OURS: model}
-        outcome = self._outcome(weights, arms)
+        outcome = self._outcome(weights, arms, easy, probabilities)
         self.records.tidy()
         self._write_config()
         save_outcome(outcome)
@@ -286,13 +284,18 @@ class Run:
         model.load_state_dict(state["model"])
         return model.to(self.device).eval()
 
-    def _pool_logits(self, model: nn.Module) -> Tensor:
-        return all_logits(model, self.data.inputs, self.pool.members, self.device)
+    def _probabilities(self, model: nn.Module) -> Tensor:
+        """[M, C]: of each pool sample."""
+        return all_logits(model, self.data.inputs, self.pool.members, self.device).softmax(1)
+
+    def _of_labels(self, probabilities: Tensor) -> Tensor:
+        """[M]: of each pool sample's label."""
+        labels = self.data.labels[self.pool.members]
+        return probabilities.gather(1, labels[:, None]).flatten()
 
     def _probability(self, model: nn.Module) -> Tensor:
         """[M]: of each pool sample's label."""
-        labels = self.data.labels[self.pool.members]
-        return self._pool_logits(model).softmax(1).gather(1, labels[:, None]).flatten()
+        return self._of_labels(self._probabilities(model))
 
     def _class_weight(self) -> Tensor | None:
         labels = self.data.labels[self.pool.members]
@@ -301,7 +304,11 @@ class Run:
 
     # what comes of it
 
-    def _outcome(self, weights: Tensor, arms: dict[str, nn.Module]) -> Outcome:
+    def _outcome(
+        self, weights: Tensor, arms: dict[str, nn.Module], easy: Tensor, clean: Tensor
+    ) -> Outcome:
+        """What is written: `easy` [M] and `clean` [M, C] are probabilities under the classifiers of
+        everything and of the clean data."""
         data = self.data
         role: Role = "test" if "test" in data.members else "val"
         if role == "val":
@@ -309,16 +316,14 @@ class Run:
             self.findings.remark(what)
             self._tell()
         members, groups = data.members[role], data.samples[role].groups
-        clean = self._pool_logits(arms[CLEAN]).softmax(1)
-        labels = data.labels[self.pool.members]
         tensors = {
             "members": self.pool.members,
             "held_out": members,
-            "labels": labels,
+            "labels": data.labels[self.pool.members],
             "predicted": clean.argmax(1),
             "confidence": clean.amax(1),
-            "clean": clean.gather(1, labels[:, None]).flatten(),
-            "everything": self._probability(arms[EVERYTHING]),
+            "clean": self._of_labels(clean),
+            "everything": easy,
         }
         figures = {}
         for name, model in arms.items():
@@ -380,15 +385,3 @@ def worst_group(right: Tensor, groups: tuple[str, ...]) -> float:
     for value, group in zip(right.tolist(), groups, strict=True):
         members.setdefault(group, []).append(value)
     return min(sum(values) / len(values) for values in members.values())
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and machine."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return {
-        "mts_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
-    }
