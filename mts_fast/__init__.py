@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import mts_fast.features as features
     import mts_fast.hypergradient as hypergradient
     import mts_fast.reference as reference
+    import mts_fast.sampling as sampling
     import mts_fast.selection as selection
     import mts_fast.training as training
     from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
@@ -47,6 +48,7 @@ __all__ = [
     "normalize_weights",
     "reference",
     "register_update_rule",
+    "sampling",
     "selection",
     "selector_gradient",
     "training",

@@ -38,13 +38,38 @@ class WeightStatistics:
     effective_batch_size: Tensor  # 1 / sum p^2, between 1 and B
     # where the step updated the selector: entries of kappa that were rounding noise, set to 0
     masked_entries: Tensor | None = None
+    # samples of the batch that a sampled step computed; see `SamplingStatistics`
+    computed: Tensor | None = None
 
     def read(self) -> dict[str, float]:
         """Plain floats by name, without fields that are None; waits for the device once."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        present = {name: value for name, value in named.items() if value is not None}
-        values = torch.stack([value.double() for value in present.values()]).tolist()
-        return dict(zip(present, values, strict=True))
+        return _read(self)
+
+
+@dataclass(frozen=True)
+class SamplingStatistics:
+    """Scalars [] about one draw of k of M candidates; `read()` brings them to the host."""
+
+    computed: Tensor  # k
+    effective_samples: Tensor  # (sum c p)^2 / sum (c p)^2 over the computed, between 1 and k
+    largest_weight: Tensor  # max c p of row 9; at most max(p, 1 / (0.3 k)) while p' = p
+    outliers: Tensor  # computed samples of more than twice that bound, in all calls so far
+    # of the regression of the dots on their last layer's part; None where none were computed
+    slope: Tensor | None = None
+    correlation: Tensor | None = None
+    # variance of the selector's gradient by drawing over that of a batch of M, about
+    variance: Tensor | None = None
+
+    def read(self) -> dict[str, float]:
+        """Plain floats by name, without fields that are None; waits for the device once."""
+        return _read(self)
+
+
+def _read(statistics: WeightStatistics | SamplingStatistics) -> dict[str, float]:
+    named = {f.name: getattr(statistics, f.name) for f in fields(statistics)}
+    present = {name: value for name, value in named.items() if value is not None}
+    values = torch.stack([value.double() for value in present.values()]).tolist()
+    return dict(zip(present, values, strict=True))
 
 
 def weight_statistics(weights: Tensor, p: Tensor) -> WeightStatistics:

@@ -18,7 +18,7 @@ ROWS = (
     ("training",),
     ("selection",),
     ("features",),
-    ("hypergradient", "diagnostics"),
+    ("hypergradient", "diagnostics", "sampling"),
     ("ops",),
     ("backends",),
     ("reference",),

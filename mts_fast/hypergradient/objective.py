@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,10 @@ class LabelledBatch:
     def tensors(self) -> list[Tensor]:
         """All tensors among the inputs."""
         return leaves(self.inputs)
+
+    def around_forward(self) -> AbstractContextManager[object]:
+        """Entered around every forward that computes losses of this batch."""
+        return contextlib.nullcontext()
 
     def split(self, size: int | None) -> list[LabelledBatch]:
         """Views of at most `size` samples each, in order; the whole batch for None."""
@@ -109,14 +114,18 @@ class Objective:
 
     def losses(self, batch: LabelledBatch) -> Tensor:
         """Per-sample losses [B]."""
-        return self.losses_of(self.forward(batch.inputs), batch.labels, name=batch.name)
+        with batch.around_forward():
+            return self.losses_of(self.forward(batch.inputs), batch.labels, name=batch.name)
 
-    def losses_of(self, output: Any, labels: Tensor, *, name: str = "labels") -> Tensor:
-        """Per-sample losses [B] of an output that is already there."""
+    def losses_of(
+        self, output: Any, labels: Tensor, *, name: str = "labels", whole_graph: bool = True
+    ) -> Tensor:
+        """Per-sample losses [B] of an output that is already there; `whole_graph`: its graph, where
+        it has one, reaches back to the parameters."""
         if self.loss is None:
             logits = self.logits_of(output)
             self._check_labels(logits, labels, name)
-            return self._with_graph(ops.cross_entropy(logits, labels))
+            return self._with_graph(ops.cross_entropy(logits, labels), whole_graph)
         loss = self.loss
         losses = self._on_copies("labels", lambda targets: loss(output, targets), labels)
         size = labels.shape[0]
@@ -130,7 +139,7 @@ class Objective:
         if not losses.is_floating_point():
             hint = "return floating-point losses that depend on the output"
             self._fail(TypeError, "floating-point", describe(losses), hint)
-        return self._with_graph(losses)
+        return self._with_graph(losses, whole_graph)
 
     def logits_of(self, output: Any) -> Tensor:
         """The logits in a model's output."""
@@ -219,7 +228,7 @@ class Objective:
             self._writes[kind] = _differ(leaves(copies), leaves(nest))
         return result
 
-    def _with_graph(self, losses: Tensor) -> Tensor:
+    def _with_graph(self, losses: Tensor, whole: bool) -> Tensor:
         """Losses whose graph can be differentiated."""
         if not torch.is_grad_enabled():
             return losses
@@ -228,7 +237,7 @@ class Objective:
             got = "losses without a graph"
             self._fail(ValueError, "dependent on trainable parameters", got, hint)
         kind = self.world.modes()
-        if kind not in self._inspected:
+        if whole and kind not in self._inspected:
             if _has_node(losses, REENTRANT):
                 raise Refused(
                     "every engine",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,19 +12,28 @@ from torch import Tensor
 from mts_fast import ops
 from mts_fast._check import check_finite, fail
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
-from mts_fast.diagnostics import selector_gsnr
-from mts_fast.hypergradient import Engine, EngineChoice, Linearization, Objective, Refused
+from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
+from mts_fast.hypergradient import EngineChoice, Objective, Refused
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.guard import bound, invariant_gap, is_rounding, random_signs
 from mts_fast.training.batch import CheckedBatch, CheckedValidation
+from mts_fast.training.batch_run import (
+    BatchRunner,
+    Plan,
+    Run,
+    check_independent,
+    check_losses,
+    check_weights,
+)
+from mts_fast.training.batch_statistics import batch_norms
+from mts_fast.training.compute import ComputeChoice
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
-from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
-from mts_fast.training.selector_trainer import Scorer, SelectorTrainer, SelectorUpdate
+from mts_fast.training.sampler import Part, Sampled
+from mts_fast.training.selector_trainer import SelectorUpdate
 from mts_fast.training.validation import validation_gradient
 
 OP = "MTSStep"
-ONLINE_HINT = "inputs, val_inputs, or the model in eval mode, are broken; or pass other features"
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Call:
     updates_selector: bool
     weighted: bool  # False during warm-up
     schedule: str
+    computed: int | None  # how many samples of a batch are run; None: all, in one stage
     check_values: bool  # read values to check them, which waits for a GPU
 
     @property
@@ -54,13 +64,10 @@ class Call:
 class Prepared:
     """Results of rows 1 to 6: what the selector's update needs, before anything is written."""
 
-    linearization: Linearization
-    features: Tensor  # h [B, F]
-    z: Tensor  # [B]
-    p: Tensor  # [B]
-    before_scoring: RngState  # generators before the selector drew its masks
+    run: Run
     gradient: list[Tensor | None] | None = None  # row 3, unscaled
     update: SelectorUpdate | None = None
+    learned: Part | None = None  # of the batch that the selector learns from
     val_loss: Tensor | None = None
     gap: Tensor | None = None  # [], of the sum rule; see `invariant_gap`
     guarded: bool = False  # the guard has checked the dots
@@ -85,15 +92,14 @@ class Algorithm:
     validation: Objective  # the model with the loss of the validation samples
     optimizer: torch.optim.Optimizer
     engines: EngineChoice
-    features: OnlineFeatures | OfflineFeatures
-    scorer: Scorer
-    trainer: SelectorTrainer
+    runner: BatchRunner
     _: KW_ONLY
     validation_mode: str
     val_objective: str
     hypergradient_lr: float | None
     micro_batch: int | None
     track_gsnr: bool
+    compute: ComputeChoice
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -113,32 +119,38 @@ class Algorithm:
         signed = probing and engine.name == FiniteDifference.name
         on_training_batch = call.updates_on_training_batch
         start = RngState.capture(world)
-        self.features.observe_validation(
-            call.validation.inputs, call.selector_batch if call.updates_selector else None
+        # before a forward moves running statistics; otherwise stage 1 gives features, too
+        observes = call.computed is None or bool(batch_norms(world))
+        self.runner.features.observe_validation(
+            call.validation.inputs,
+            call.selector_batch if call.updates_selector and observes else None,
         )
         # the only forward whose changes to the model's buffers and generators remain
-        with self.features.beside_forward(call.batch) as forward:
-            linearization = engine.linearize(
-                call.batch,
-                gradients=1
-                + (call.updates_selector and not call.reuses_gradient)
-                + (signed and on_training_batch),
-                dots=on_training_batch,
-            )
-            forward.ran(linearization)
-        h = forward.features(update=on_training_batch)
-        if call.check_values and not torch.isfinite(h.sum()):
-            _check_losses(linearization)
-            check_finite(OP, "the selector's input", h, ONLINE_HINT)
-        prepared = self._score(call, h, linearization)
-        prepared.engine = engine.name
+        plan = Plan(
+            engine,
+            gradients=1
+            + (call.updates_selector and not call.reuses_gradient)
+            + (signed and on_training_batch),
+            dots=on_training_batch,
+            computed=call.computed,
+            updates=on_training_batch,
+            scores_apart=call.updates_selector and not on_training_batch,
+            weighted=call.weighted,
+            check_values=call.check_values,
+        )
+        run = self.runner.run(call.batch, plan)
+        prepared = Prepared(run, engine=engine.name)
+        if probing:
+            check_independent(self.objective, run)
         if not call.updates_selector:
             return prepared
         # row 3
-        scaled = linearization.gradient(scaling.scaled(prepared.p))
-        prepared.gradient = scaling.unscaled(scaled)
+        linearization = run.linearization
+        scaled = linearization.gradient(scaling.scaled(run.part.weights(run.p)))
+        computed = scaling.unscaled(scaled)
+        prepared.gradient = run.part.completed(computed, run.p)
         if call.check_values and not scaling.active:
-            _check_losses(linearization)
+            check_losses(linearization)
         prepared.overflow = scaling.overflowed(prepared.gradient)
         if prepared.overflow:
             return prepared
@@ -167,85 +179,102 @@ class Algorithm:
             # row 6
             direction = virtual.scale(v, self.hypergradient_lr)
             prepared.masked = direction.masked_entries
-            if call.selector_batch is None:
-                dots = linearization.dots(direction).to(prepared.z.dtype)
-                prepared.update = SelectorUpdate(call.batch, h, prepared.z, prepared.p, dots)
-                compared = prepared.gradient
-                prepared.gap = invariant_gap(prepared.p, dots, compared, direction)
-                checked = linearization
-            else:
-                checked, selector_h = self._run_selector_batch(
-                    call, engine, start, probing + signed
+            learned, batch = run, call.batch
+            if call.selector_batch is not None:
+                batch = call.selector_batch
+                # under the masks of the training forward; the selector's are drawn after those
+                plan = replace(
+                    plan,
+                    # differences about BatchNorm's statistics start from a forward in the middle
+                    gradients=max(probing + signed, call.computed is not None),
+                    dots=True,
+                    computed=call.computed and min(call.computed, len(batch)),
+                    updates=True,
+                    scores_apart=False,
+                    weighted=True,
+                    forward_from=start,
+                    scoring_from=after_forward,
                 )
-                # the selector's dropout masks are drawn after those of the training forward
-                after_forward.restore()
-                z, p = self.trainer.forward(call.selector_batch, selector_h, updates=True)
-                after_scoring = RngState.capture(world)
-                with preserved_buffers(world):
-                    compared = checked.gradient(p) if probing else []
-                    dots = checked.dots(direction).to(z.dtype)
-                prepared.update = SelectorUpdate(call.selector_batch, selector_h, z, p, dots)
-                if probing:
-                    prepared.gap = invariant_gap(p, dots, compared, direction)
+                learned = self.runner.run(batch, plan)
+                after_scoring = learned.after_scoring
+            prepared.learned = learned.part
+            weights = learned.part.weights(learned.p)
+            # J^T p of the samples that were run, to compare the dots with
+            compared = computed if learned is run else []
+            with preserved_buffers(world) if learned is not run else nullcontext():
+                if learned is not run and probing:
+                    compared = learned.linearization.gradient(weights)
+                dots = learned.linearization.dots(direction).to(learned.z.dtype)
+            if compared:
+                prepared.gap = invariant_gap(weights, dots, compared, direction)
             if signed:
-                p = prepared.update.p * random_signs(prepared.update.p, self.engines.calls(layout))
+                signs = random_signs(weights, self.engines.calls(layout))
                 with preserved_buffers(world):
-                    by_signs = checked.gradient(p)
+                    by_signs = learned.linearization.gradient(weights * signs)
         after_scoring.restore()
         if call.check_values:
             hint = "lower the learning rate, or look for overflow in the model"
-            check_finite(OP, "the hypergradient dot of every sample", prepared.update.dots, hint)
+            check_finite(OP, "the hypergradient dot of every sample", dots, hint)
         if probing:
-            self._guard(prepared, prepared.update.p, compared, direction)
+            self._guard(engine.name, weights, dots, compared, direction)
             prepared.guarded = True
         if signed:
-            self._guard(prepared, p, by_signs, direction)
+            self._guard(engine.name, weights * signs, dots, by_signs, direction)
+        spread = learned.part.spread(dots, direction, learned.p, learned.z)
+        prepared.update = SelectorUpdate(batch, learned.features, learned.z, learned.p, spread)
         self.engines.served(layout)
         return prepared
 
     def finish(self, call: Call, prepared: Prepared, scaling: GradientScaling) -> Outcome:
         """Rows 7 to 9, without the step of the classifier's optimizer."""
         gsnr = None
-        z, p = prepared.z, prepared.p
+        run = prepared.run
+        z, p = run.z, run.p
         gradient = prepared.gradient
         if prepared.update is not None:
             # rows 7, 8
             if self.track_gsnr:
-                arguments = self.scorer.arguments(prepared.update.batch, prepared.update.features)
-                gsnr = selector_gsnr(self.scorer.selector, arguments, prepared.update.cotangent())
-            self.trainer.step(prepared.update)
+                arguments = self.runner.scorer.arguments(
+                    prepared.update.batch, prepared.update.features
+                )
+                gsnr = selector_gsnr(
+                    self.runner.scorer.selector, arguments, prepared.update.cotangent()
+                )
+            self.runner.trainer.step(prepared.update)
             if not call.reuses_gradient:
                 # row 9: weights again with the new phi, under the dropout masks of row 1
                 with (
-                    preserved_rng(self.scorer.world, prepared.before_scoring),
-                    preserved_buffers(self.scorer.world),
+                    preserved_rng(self.runner.scorer.world, run.before_scoring),
+                    preserved_buffers(self.runner.scorer.world),
                 ):
-                    z, p = self.trainer.forward(call.batch, prepared.features, updates=False)
+                    z, p = self.runner.trainer.forward(call.batch, run.features, updates=False)
                 if call.check_values:
                     hint = "its own step made it diverge: lower the learning rate of the selector"
                     check_finite(OP, "selector's output after its step", z, hint)
         if not call.weighted:
-            p = self.scorer.unweighted(call.batch, z)
+            p = self.runner.scorer.unweighted(call.batch, z)
         if call.check_values:
-            _check_weights(p, self.scorer.class_weight)
+            check_weights(p, self.runner.scorer.class_weight)
         if prepared.overflow:
             pass  # the overflow in the gradient of row 3 makes the scaler skip this step
         elif not call.reuses_gradient:
-            gradient = prepared.linearization.gradient(scaling.scaled(p))
+            scaled = scaling.scaled(p)
+            gradient = run.linearization.gradient(run.part.weights(scaled))
+            gradient = run.part.completed(gradient, scaled)
             if not scaling.active and call.check_values:
-                _check_losses(prepared.linearization)
-                self._check_gradient(gradient, prepared.linearization.losses.dtype)
+                check_losses(run.linearization)
+                self._check_gradient(gradient, run.losses.dtype)
         else:
             assert gradient is not None
             gradient = scaling.scaled_again(gradient)
         assert gradient is not None
         z = z.detach()
-        losses = prepared.linearization.losses
+        losses = run.losses
         result = StepResult(
             losses=losses,
             loss=(p * losses).sum(),
             logits=z,
-            weights=self.scorer.weights(call.batch, z),
+            weights=self.runner.scorer.weights(call.batch, z),
             normalized_weights=p,
             val_loss=prepared.val_loss,
             dots=None if prepared.update is None else prepared.update.dots,
@@ -253,58 +282,35 @@ class Algorithm:
             gsnr=gsnr,
             engine=prepared.engine,
             masked_entries=prepared.masked,
+            sampling=self._note_draw(prepared, p),
         )
         return Outcome(gradient, result)
 
-    def _score(self, call: Call, h: Tensor, linearization: Linearization) -> Prepared:
-        """Rows 1 and 2. Of the selector's forwards in a call, only the one on the batch that it
-        learns from changes its buffers and the generators."""
-        before = RngState.capture(self.scorer.world)
-        on_training_batch = call.updates_on_training_batch
-        if on_training_batch or not call.updates_selector:
-            z, p = self.trainer.forward(call.batch, h, updates=on_training_batch)
-        else:
-            with preserved_rng(self.scorer.world), preserved_buffers(self.scorer.world):
-                z, p = self.trainer.forward(call.batch, h, updates=False)
-        if call.check_values:
-            hint = "the selector has diverged or its features are extreme: lower its learning rate"
-            check_finite(OP, "selector's output", z.detach(), hint)
-            _check_weights(p, self.scorer.class_weight)
-        return Prepared(linearization, h, z, p, before)
-
-    def _run_selector_batch(
-        self, call: Call, engine: Engine, start: RngState, gradients: int
-    ) -> tuple[Linearization, Tensor]:
-        """The forward of the selector's batch, under the masks of the training forward, and its
-        features h [B2, F]; `gradients` says how many the guard takes of it."""
-        batch, world = call.selector_batch, self.objective.world
-        assert batch is not None
-        with preserved_rng(world, start):
-            with self.features.beside_forward(batch) as forward:
-                linearization = engine.linearize(batch, gradients=gradients)
-                linearization.begin()
-                forward.ran(linearization)
-            h = forward.features(update=True)
-        if call.check_values:
-            check_finite(OP, "the selector's input", h, ONLINE_HINT)
-        return linearization, h
+    def _note_draw(self, prepared: Prepared, p: Tensor) -> SamplingStatistics | None:
+        """What was drawn, for row 9's weights p; None where everything was computed."""
+        part, learned = prepared.run.part, prepared.learned
+        if not isinstance(part, Sampled):
+            return None
+        learned = learned if isinstance(learned, Sampled) else None
+        self.compute.observe(part, learned, p)
+        assert self.compute.outliers is not None
+        return part.statistics(p, self.compute.outliers, learned)
 
     def _guard(
         self,
-        prepared: Prepared,
+        engine: str,
         p: Tensor,
+        dots: Tensor,
         gradient: list[Tensor | None],
         direction: Sequence[Tensor],
     ) -> None:
         """Refuse dots that miss the invariant for these weights. Waits for the device."""
-        assert prepared.update is not None
-        dots = prepared.update.dots
-        allowed = bound(prepared.engine, self.parameters)
         gap = float(invariant_gap(p, dots, gradient, direction))
+        allowed = bound(engine, self.parameters)
         if gap <= allowed or is_rounding(p, dots, gradient, direction):
             return
         raise Refused(
-            prepared.engine,
+            engine,
             [
                 f"sum p d differs from <kappa v, grad L> by {gap:.1e} of sum p |d|"
                 f" (allowed {allowed:.0e})"
@@ -316,7 +322,7 @@ class Algorithm:
         assert prepared.val_loss is not None and prepared.gradient is not None
         if torch.isfinite(prepared.val_loss):
             return
-        self._check_gradient(prepared.gradient, prepared.linearization.losses.dtype)
+        self._check_gradient(prepared.gradient, prepared.run.linearization.losses.dtype)
         for i, tensor in enumerate(theta):
             hint = "look at the optimizer's learning rate, eps and state"
             name = f"the virtual parameter {self._name(i)}"
@@ -345,16 +351,3 @@ class Algorithm:
                 if candidate is parameter:
                     return repr(name)
         return f"number {i} of the optimizer"
-
-
-def _check_losses(linearization: Linearization) -> None:
-    hint = "the training inputs or the model are broken"
-    check_finite(OP, "the loss of every training sample", linearization.losses, hint)
-
-
-def _check_weights(p: Tensor, class_weight: Tensor | None) -> None:
-    if class_weight is None:
-        hint = "the selector's output is extreme: lower its learning rate"
-    else:
-        hint = "look at class_weight and at the selector's output"
-    check_finite(OP, "the normalised weight of every sample", p, hint)

@@ -54,6 +54,7 @@ def state_of(step: StepParts) -> dict[str, Any]:
         "online": step._features.state_dict(),
         "class_weight": step.class_weight,
         "engines": step._engines.state_dict(),
+        "compute": step._compute.state_dict(),
         "losses": [module.state_dict() for module in _loss_modules(step)],
         "scaler": None if scaler is None else scaler.state_dict(),
         "steps": step.steps,
@@ -96,6 +97,7 @@ def _write(step: StepParts, entries: dict[str, Any]) -> None:
     if "class_weight" in entries:
         step.class_weight = entries["class_weight"]
     step._engines.load_state_dict(entries.get("engines", {}))
+    step._compute.load_state_dict(entries.get("compute", {}))
     if not entries.get("scaler"):  # saved without a scaler, or with a disabled one
         if step._owns_scaler:
             step.scaler, step._owns_scaler = None, False

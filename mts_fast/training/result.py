@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mts_fast.diagnostics import WeightStatistics, weight_statistics
+from mts_fast.diagnostics import SamplingStatistics, WeightStatistics, weight_statistics
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,6 +30,9 @@ class StepResult:
     engine: str  # the engine that served this batch; see `explain_engine`
     # [], entries of kappa set to 0, their second moment being rounding noise (Adam and the like)
     masked_entries: Tensor | None
+    # of a step that computed a part of its batch (`compute`): losses are of stage 1, and dots the
+    # estimates of the regression, up to a constant
+    sampling: SamplingStatistics | None = None
     skipped: bool = False  # a gradient overflowed under loss scaling: no parameter has moved
 
     def __repr__(self) -> str:
@@ -42,7 +45,8 @@ class StepResult:
     def statistics(self) -> WeightStatistics:
         """Concentration of the classifier's weights (the paper's Figure 2)."""
         statistics = weight_statistics(self.weights, self.normalized_weights)
-        return replace(statistics, masked_entries=self.masked_entries)
+        computed = None if self.sampling is None else self.sampling.computed
+        return replace(statistics, masked_entries=self.masked_entries, computed=computed)
 
     def as_skipped(self) -> StepResult:
         """The same of a step that loss scaling has skipped."""

@@ -19,6 +19,7 @@ from mts_fast.hypergradient.guard import bound
 from mts_fast.ops.update_rules import check_optimizer
 from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
+from mts_fast.training.batch_run import BatchRunner
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.gradients import set_gradients
 from mts_fast.training.pending_gap import PendingGap
@@ -155,6 +156,7 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
         allowed = bound(prepared.engine, engines.parameters)
         step._gap = PendingGap(prepared.gap, allowed, prepared.engine)
     step.steps += 1
+    step._compute.count()
     step.skipped_steps += not stepped
     engines.commit()
     result = outcome.result if stepped else outcome.result.as_skipped()
@@ -238,19 +240,27 @@ def _own_scale(step: StepParts) -> float:
 
 
 def _algorithm(step: StepParts) -> Algorithm:
+    runner = BatchRunner(
+        step._objective,
+        step._features,
+        step._scorer,
+        step._trainer,
+        step._engines.parameters,
+        step._feature_layer,
+        step._micro_batch,
+    )
     return Algorithm(
         step._objective,
         step._validation,
         step.optimizer,
         step._engines,
-        step._features,
-        step._scorer,
-        step._trainer,
+        runner,
         validation_mode=step.validation_mode,
         val_objective=step.val_objective,
         hypergradient_lr=step.hypergradient_lr,
         micro_batch=step._micro_batch,
         track_gsnr=step.track_gsnr,
+        compute=step._compute,
     )
 
 
@@ -266,6 +276,7 @@ def _counters(step: StepParts) -> dict[str, Any]:
         "skipped_steps": step.skipped_steps,
         "gap": step._gap,
         "engines": step._engines.state_dict(),
+        "compute": step._compute.state_dict(),
     }
 
 
@@ -279,3 +290,4 @@ def _restore_counters(step: StepParts, saved: dict[str, Any]) -> None:
     step.skipped_steps = saved["skipped_steps"]
     step._gap = saved["gap"]
     step._engines.load_state_dict(saved["engines"])
+    step._compute.load_state_dict(saved["compute"])

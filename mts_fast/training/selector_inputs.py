@@ -37,6 +37,12 @@ class OfflineForward:
 class OfflineFeatures:
     """The caller's features alone."""
 
+    watched: PenultimateFeatures | None = None  # the layer that features are read of
+
+    def penultimate(self, batch: LabelledBatch) -> Tensor:
+        """No layer is read."""
+        raise AssertionError("nothing is watched")
+
     def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
         """Nothing is read of the validation batch."""
 
@@ -45,7 +51,9 @@ class OfflineFeatures:
         """Inside, the training forward of the batch is run."""
         yield OfflineForward(batch)
 
-    def features(self, batch: CheckedBatch) -> Tensor:
+    def features(
+        self, batch: CheckedBatch, penultimate: Tensor | None = None, *, update: bool = False
+    ) -> Tensor:
         """[B, F]."""
         return _offline(batch)
 
@@ -104,7 +112,7 @@ class OnlineFeatures:
         micro_batch: int | None,
     ) -> None:
         self._objective = objective
-        self._penultimate = PenultimateFeatures(objective.model, layer)
+        self.watched = PenultimateFeatures(objective.model, layer)
         self._k = k
         self._micro_batch = micro_batch
         self._standardizer = OnlineStandardizer(momentum)
@@ -141,16 +149,25 @@ class OnlineFeatures:
             yield forward
             return
         before = _StateBefore(self._objective.world)
-        with self._penultimate.capture() as forward.watched:
+        with self.watched.capture() as forward.watched:
             yield forward
         self._shared[modes] = forward.compare(before.unchanged())
 
-    def features(self, batch: CheckedBatch) -> Tensor:
-        """[B, k + 1 + F]; running statistics stay as they are."""
-        return self.join(batch, self.penultimate(batch), update=False)
+    def features(
+        self, batch: CheckedBatch, penultimate: Tensor | None = None, *, update: bool = False
+    ) -> Tensor:
+        """[B, k + 1 + F], of penultimate features [B, D] in eval mode where they are known.
+
+        `update` moves running statistics.
+        """
+        if penultimate is None:
+            penultimate = self.penultimate(batch)
+        return self.join(batch, penultimate, update=update)
 
     def penultimate(self, batch: LabelledBatch) -> Tensor:
-        """Penultimate features [B, D] in eval mode."""
+        """Penultimate features [B, D] in eval mode; of a batch that was observed, as of then."""
+        if self._precomputed is not None and self._precomputed[0] is batch:
+            return self._precomputed[1]
         return self._in_eval_mode([part.inputs for part in batch.split(self._micro_batch)])
 
     def _in_eval_mode(self, parts: list[Any]) -> Tensor:
@@ -160,7 +177,7 @@ class OnlineFeatures:
             training_mode(world, False),
             preserved_buffers(world),
             preserved_rng(world),
-            self._penultimate.capture() as capture,
+            self.watched.capture() as capture,
         ):
             for inputs in parts:
                 self._objective.forward(inputs)

@@ -14,8 +14,16 @@ from mts_fast._isolation import World, preserved_buffers, preserved_rng
 from mts_fast.hypergradient import EngineChoice, Loss, Objective
 from mts_fast.training.algorithm import Call
 from mts_fast.training.arguments import check_options, check_parts
-from mts_fast.training.batch import SelectorBatch, check_batch, check_validation
+from mts_fast.training.batch import (
+    CheckedBatch,
+    CheckedValidation,
+    SelectorBatch,
+    check_batch,
+    check_validation,
+)
+from mts_fast.training.batch_statistics import batch_norms
 from mts_fast.training.checkpoint import load_state, state_of
+from mts_fast.training.compute import ComputeChoice, Costs
 from mts_fast.training.result import StepResult
 from mts_fast.training.running import check_can_run, refresh_worlds, run_call
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
@@ -48,6 +56,10 @@ class MTSStep(StepParts):
             9), "reuse" as it was before (row 2), which saves a backward.
         memory: of the ghost engine: "fast", or "low", which recomputes output gradients
             instead of storing them.
+        compute: how many samples of each batch are computed, the rest being scored by one forward
+            without a graph: a number, a share of the batch such as 0.25, "auto" (what pays best, by
+            measured variance), or None, all. The step is that of the whole batch up to the noise of
+            the draw (docs/sampling.md). Draws come from torch's default generator.
         micro_batch: run that many samples at a time; peak memory follows it. The result is that of
             the whole batch where samples are independent; BatchNorm in train mode sees each
             micro-batch, as under data parallelism.
@@ -130,6 +142,7 @@ class MTSStep(StepParts):
         engine: str = "auto",
         schedule: str = "exact",
         memory: str = "fast",
+        compute: int | float | str | None = None,
         micro_batch: int | None = None,
         backend: str = "auto",
         loss: Loss | None = None,
@@ -212,6 +225,8 @@ class MTSStep(StepParts):
             *dict.fromkeys((*objective.world.roots, *self._validation.world.roots, selector))
         )
         self._micro_batch = micro_batch
+        self._feature_layer = feature_layer
+        self._compute = ComputeChoice(compute)
         parameters = ops.trainable_parameters(optimizer)
         self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
         self._features = OfflineFeatures()
@@ -285,6 +300,7 @@ class MTSStep(StepParts):
             updates_selector=self.steps % self.selector_every == 0,
             weighted=self.steps >= self.warmup_steps,
             schedule=self.schedule,
+            computed=self._computed(batch, validation),
             check_values=check_values,
         )
         return run_call(self, call)
@@ -326,6 +342,13 @@ class MTSStep(StepParts):
             f"MTSStep({names}, schedule={self.schedule!r}, backend={backend!r},"
             f" steps={self.steps}): {self._engines}"
         )
+
+    def _computed(self, batch: CheckedBatch, validation: CheckedValidation) -> int | None:
+        """How many samples of this batch are run; None: all, in one stage."""
+        passes = (
+            2 if self._features.watched is not None and batch_norms(self._objective.world) else 1
+        )
+        return self._compute.number(len(batch), Costs(passes, len(validation) / len(batch)))
 
     def _num_classes(self) -> int | None:
         """Number of classes of the selector, else of the class weights; None where neither says."""

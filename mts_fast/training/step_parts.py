@@ -9,6 +9,7 @@ from mts_fast._isolation import World
 from mts_fast.hypergradient import EngineChoice, Objective
 from mts_fast.training.algorithm import Call
 from mts_fast.training.arguments import check_class_weight
+from mts_fast.training.compute import ComputeChoice
 from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
@@ -42,6 +43,8 @@ class StepParts:
     _validation: Objective
     _world: World  # of the model, both losses and the selector
     _micro_batch: int | None
+    _feature_layer: str | None
+    _compute: ComputeChoice
     _engines: EngineChoice
     _features: OnlineFeatures | OfflineFeatures
     _gap: PendingGap | None  # of the last call, where it was not waited for

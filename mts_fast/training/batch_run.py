@@ -1,0 +1,214 @@
+"""Rows 1 and 2 and the training forward of a batch: in one stage, or in two where it is sampled.
+
+One stage: the forward of all samples, which gives the online features, too; then the weights. Two:
+a forward of all candidates without a graph, the weights, a draw, and the forward of the drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mts_fast._check import check_finite, fail
+from mts_fast._isolation import RngState, World, preserved_buffers, preserved_rng
+from mts_fast.hypergradient import Engine, LabelledBatch, Linearization, Objective
+from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.batch_statistics import batch_norms
+from mts_fast.training.candidates import find_head, look
+from mts_fast.training.sampler import Part, Sampled, Whole
+from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
+from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
+
+OP = "MTSStep"
+ONLINE_HINT = "inputs, val_inputs, or the model in eval mode, are broken; or pass other features"
+
+
+@dataclass
+class Run:
+    """A batch as it was scored and run."""
+
+    part: Part  # the samples that were run
+    linearization: Linearization  # of these
+    candidate_losses: Tensor | None  # [B] of stage 1, where there was one
+    features: Tensor  # h [B, F]
+    z: Tensor  # [B]
+    p: Tensor  # [B]
+    before_scoring: RngState  # generators before the selector drew its masks
+    after_scoring: RngState
+
+    @property
+    def losses(self) -> Tensor:
+        """[B]."""
+        losses = self.candidate_losses
+        return self.linearization.losses if losses is None else losses
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is to be run."""
+
+    engine: Engine
+    gradients: int  # how many will be asked for
+    dots: bool  # whether dots will be
+    computed: int | None  # how many samples are run; None: all, in one stage
+    updates: bool  # the selector learns from this batch
+    scores_apart: bool  # the selector's forward leaves its buffers and generators as they are
+    weighted: bool  # False in warm-up
+    check_values: bool
+    # generators before the forward and before the selector draws its masks; None: as they are, and
+    # then the forward moves them
+    forward_from: RngState | None = None
+    scoring_from: RngState | None = None
+
+
+@dataclass(frozen=True)
+class BatchRunner:
+    """Runs the batches of one call."""
+
+    objective: Objective
+    features: OnlineFeatures | OfflineFeatures
+    scorer: Scorer
+    trainer: SelectorTrainer
+    parameters: Sequence[Tensor]
+    head_path: str | None  # of the last linear layer, where the caller says it
+    micro_batch: int | None
+
+    def run(self, batch: CheckedBatch, plan: Plan) -> Run:
+        """Score and run a batch."""
+        if plan.computed is None:
+            return self._in_one_stage(batch, plan)
+        return self._in_two_stages(batch, plan, plan.computed)
+
+    def _in_one_stage(self, batch: CheckedBatch, plan: Plan) -> Run:
+        with self._masks(plan):
+            with self.features.beside_forward(batch) as forward:
+                linearization = self._linearize(batch, plan)
+                forward.ran(linearization)
+            h = forward.features(update=plan.updates)
+        if plan.check_values and plan.forward_from is None and not torch.isfinite(h.sum()):
+            check_losses(linearization)
+        before, z, p = self._score(batch, h, plan)
+        return self._run(Whole(batch), linearization, None, h, z, p, before)
+
+    def _in_two_stages(self, batch: CheckedBatch, plan: Plan, k: int) -> Run:
+        # stage 1 gives the features of eval mode, unless it runs in train mode: then before it,
+        # since it moves the running statistics
+        penultimate = None
+        if batch_norms(self._world) and self.features.watched is not None:
+            penultimate = self.features.penultimate(batch)
+        candidates = look(
+            self.objective,
+            batch,
+            find_head(self.objective, self.head_path, self.parameters),
+            self.features.watched,
+            self.micro_batch,
+            check_values=plan.check_values,
+        )
+        if penultimate is None:
+            penultimate = candidates.penultimate
+        h = self.features.features(batch, penultimate, update=plan.updates)
+        before, z, p = self._score(batch, h, plan)
+        drawn_by = p
+        if not plan.weighted:  # row 9 weights by class alone
+            drawn_by = (p + self.scorer.unweighted(batch, z)) / 2
+        part = Sampled(candidates, batch, drawn_by, k)
+        after_scoring = RngState.capture(self._world)
+        # stage 1 has moved the buffers where BatchNorm uses the batch's statistics
+        once = preserved_buffers(self._world) if candidates.statistics.modules else nullcontext()
+        with self._masks(plan), once:
+            linearization = self._linearize(part.batch, plan)
+            linearization.run()
+        run = self._run(part, linearization, candidates.losses, h, z, p, before)
+        if plan.forward_from is not None:
+            run.after_scoring = after_scoring
+        return run
+
+    @property
+    def _world(self) -> World:
+        return self.objective.world
+
+    def _masks(self, plan: Plan) -> AbstractContextManager[object]:
+        """Inside, a forward draws the masks that it shall have."""
+        if plan.forward_from is None:
+            return nullcontext()
+        return preserved_rng(self._world, plan.forward_from)
+
+    def _linearize(self, batch: LabelledBatch, plan: Plan) -> Linearization:
+        linearization = plan.engine.linearize(batch, gradients=plan.gradients, dots=plan.dots)
+        if plan.forward_from is not None:
+            linearization.begin()
+        return linearization
+
+    def _run(
+        self,
+        part: Part,
+        linearization: Linearization,
+        losses: Tensor | None,
+        h: Tensor,
+        z: Tensor,
+        p: Tensor,
+        before: RngState,
+    ) -> Run:
+        return Run(part, linearization, losses, h, z, p, before, RngState.capture(self._world))
+
+    def _score(self, batch: CheckedBatch, h: Tensor, plan: Plan) -> tuple[RngState, Tensor, Tensor]:
+        """Generators before, z [B] and p [B]: rows 1 and 2. Of the selector's forwards in a call,
+        only the one on the batch that it learns from changes its buffers and the generators."""
+        if plan.check_values:
+            check_finite(OP, "the selector's input", h, ONLINE_HINT)
+        if plan.scoring_from is not None:
+            plan.scoring_from.restore()
+        before = RngState.capture(self.scorer.world)
+        if plan.scores_apart:
+            with preserved_rng(self.scorer.world), preserved_buffers(self.scorer.world):
+                z, p = self.trainer.forward(batch, h, updates=plan.updates)
+        else:
+            z, p = self.trainer.forward(batch, h, updates=plan.updates)
+        if plan.check_values:
+            hint = "the selector has diverged or its features are extreme: lower its learning rate"
+            check_finite(OP, "selector's output", z.detach(), hint)
+            check_weights(p, self.scorer.class_weight)
+        return before, z, p
+
+
+def check_independent(objective: Objective, run: Run) -> None:
+    """Refuse a model whose losses depend on which other samples are run: the computed samples stand
+    for the batch only where it does not matter. Runs half of them again; waits for the device."""
+    samples = run.part.batch
+    if isinstance(run.part, Whole) or len(samples) < 2:
+        return
+    world = objective.world
+    before = RngState.capture(world)
+    half = samples.at(slice(0, len(samples) // 2))
+    with torch.no_grad(), preserved_rng(world), preserved_buffers(world):
+        again = objective.losses(half)
+        draws = not before.equals(RngState.capture(world))
+    if draws:  # masks differ, and losses with them
+        return
+    losses = run.linearization.losses[: len(half)]
+    allowed = torch.finfo(losses.dtype).eps ** 0.5 * (1 + losses.norm())
+    gap = float((losses - again).norm())
+    if gap > allowed:
+        hint = "leave compute= out, or put such layers into eval mode"
+        got = f"losses of {len(half)} samples that differ by {gap:.1e} when these are run alone"
+        expected = "one whose samples do not act on each other, but by BatchNorm"
+        fail(RuntimeError, OP, "model", expected, got, hint)
+
+
+def check_losses(linearization: Linearization) -> None:
+    """Raise for losses that are not finite."""
+    hint = "the training inputs or the model are broken"
+    check_finite(OP, "the loss of every training sample", linearization.losses, hint)
+
+
+def check_weights(p: Tensor, class_weight: Tensor | None) -> None:
+    """Raise for normalised weights that are not finite."""
+    if class_weight is None:
+        hint = "the selector's output is extreme: lower its learning rate"
+    else:
+        hint = "look at class_weight and at the selector's output"
+    check_finite(OP, "the normalised weight of every sample", p, hint)

@@ -1,0 +1,163 @@
+"""BatchNorm in a sampled step: statistics of all M candidates, their derivative from the computed.
+
+In train mode a sample's loss depends on the whole batch, through mean and variance. The k computed
+samples take the values of stage 1, over all M, and the derivative of a weighted mean over A:
+
+    m = m1 + m_A - stopgrad(m_A),      m_A = sum_A c x / M
+    v = v1 + v_A - stopgrad(v_A),      v_A = sum_A c (x - m1)^2 / M
+
+each averaged over the axes between, too. The derivative of v has no term from m: over all M that
+term is 0. Constant statistics would lose a third of the gradient even at k = M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mts_fast._isolation import World
+from mts_fast.hypergradient import LabelledBatch
+
+
+class Moments(NamedTuple):
+    """Mean and (population) variance per channel [C], in float32 at least."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def batch_norms(world: World) -> list[_BatchNorm]:
+    """The BatchNorm modules that use the statistics of the batch in the present modes."""
+    return [
+        m
+        for m in world.modules
+        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)
+    ]
+
+
+@dataclass
+class CandidateStatistics:
+    """The moments of each call of each BatchNorm over all M candidates."""
+
+    modules: list[_BatchNorm]
+    size: int  # M
+    # per module, one entry for each of its calls in a forward
+    moments: dict[nn.Module, list[Moments]] = field(default_factory=dict)
+
+    @contextmanager
+    def recording(self, weight: float) -> Iterator[None]:
+        """Inside, one forward of a part of the candidates adds its moments, times `weight`, its
+        share of the M samples."""
+        calls: dict[nn.Module, int] = {}
+
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            k = calls.get(module, 0)
+            calls[module] = k + 1
+            x = _in_full(args[0].detach())
+            axes = [i for i in range(x.ndim) if i != 1]
+            variance, mean = torch.var_mean(x, axes, correction=0)
+            entries = self.moments.setdefault(module, [])
+            if k < len(entries):
+                entries[k] = _joined(entries[k], Moments(mean, variance), weight)
+            else:
+                entries.append(Moments(weight * mean, weight * (variance + mean.square())))
+
+        handles = [m.register_forward_pre_hook(record) for m in self.modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self) -> None:
+        """From sums of means and second moments to moments, after the last part."""
+        for entries in self.moments.values():
+            entries[:] = [Moments(m, (s - m.square()).clamp(min=0)) for m, s in entries]
+
+
+def _joined(sums: Moments, part: Moments, weight: float) -> Moments:
+    second = part.variance + part.mean.square()
+    return Moments(sums.mean + weight * part.mean, sums.variance + weight * second)
+
+
+@dataclass(frozen=True)
+class ComputedBatch(LabelledBatch):
+    """The computed samples, whose forwards take the statistics of all candidates."""
+
+    factors: Tensor  # c [k]
+    statistics: CandidateStatistics
+    # what the sums over A are divided by: M, or of a micro-batch the sum of its c, so that each
+    # has an estimate of the whole batch's derivative
+    total: float | Tensor
+    # m_A and v_A of every call in the first forward of these samples, which they are taken at
+    first: dict[tuple[nn.Module, int], Moments] = field(default_factory=dict)
+
+    def at(self, samples: slice | Tensor) -> ComputedBatch:
+        """Some of the samples."""
+        part, factors = super().at(samples), self.factors[samples]
+        return ComputedBatch(
+            part.inputs, part.labels, factors, self.statistics, factors.sum(), name=self.name
+        )
+
+    @contextmanager
+    def around_forward(self) -> Iterator[None]:
+        """Inside, BatchNorm modules take the candidates' statistics, and move none."""
+        before = {}
+        try:
+            for module in self.statistics.modules:
+                before[module] = vars(module).get("forward")
+                vars(module)["forward"] = self._forward_of(module)
+            yield
+        finally:
+            for module, forward in before.items():
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = forward
+
+    def _forward_of(self, module: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        moments = self.statistics.moments[module]
+        calls = 0
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal calls
+            k = calls % len(moments)  # a checkpointed part of the model runs again in the backward
+            calls += 1
+            return self._normalized(module, k, moments[k], x)
+
+        return forward
+
+    def _normalized(self, module: _BatchNorm, k: int, moments: Moments, x: Tensor) -> Tensor:
+        full = _in_full(x)
+        # a sample in stage 1 may be several rows here (views, patches); all have its factor
+        times = len(x) // len(self.factors)
+        c = self.factors.to(full.dtype).repeat_interleave(times)
+        rows = full.flatten(2) if full.ndim > 2 else full.unsqueeze(2)  # [k, C, S]
+        scale = c / (self.total * times * rows.shape[2])
+        mean_here = scale @ rows.sum(2)  # [C]
+        square_here = scale @ rows.square().sum(2)
+        # sum c (x - m1)^2 but for a constant, which the first forward's value takes away
+        variance_here = square_here - 2 * moments.mean * mean_here
+        here = Moments(mean_here.detach(), variance_here.detach())
+        first = self.first.setdefault((module, k), here)
+        mean = moments.mean + (mean_here - first.mean)
+        variance = moments.variance + (variance_here - first.variance)
+        factor = (variance + module.eps).rsqrt()
+        if module.weight is not None:
+            factor = factor * module.weight
+        shift = -mean * factor
+        if module.bias is not None:
+            shift = shift + module.bias
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return torch.addcmul(shift.view(shape), full, factor.view(shape)).to(x.dtype)
+
+
+def _in_full(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
