@@ -20,6 +20,7 @@ from evidence import (
     study_table,
     summary_table,
 )
+from sampled import accuracy_table, gradient_table, price_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -180,6 +181,11 @@ TABLES = {
         **dict.fromkeys(DATA, demo_table),
         **dict.fromkeys(STUDIES, study_table),
         "gsnr-coloured-fashion": gsnr_table,
+    },
+    "docs/sampling.md": {
+        "sampled-step": price_table,
+        "sampled-gradient": gradient_table,
+        "sampled-accuracy": accuracy_table,
     },
     "docs/gpu.md": {"triton-resources": resource_table},
 }

@@ -54,7 +54,9 @@ def demo(
             "bad-share",
             "selector-every",
             "embeddings",
+            "sampled",
             "gsnr",
+            "sampled-gradient",
         ]
         | None,
         typer.Option(help="What moves the result, instead of the comparison of arms."),
@@ -66,6 +68,7 @@ def demo(
     from mts_fast._check import fail
     from mts_fast.demo.gsnr import run_gsnr_study
     from mts_fast.demo.run import run_demo
+    from mts_fast.demo.sampled_gradient import run_gradient_study
     from mts_fast.demo.studies import run_study
 
     if root is not None and not data.endswith("fashion"):
@@ -73,18 +76,20 @@ def demo(
         fail(ValueError, "demo", "--root", "given with data of Fashion-MNIST only", data, hint)
     if out == "":
         fail(ValueError, "demo", "--out", "a folder", "an empty name", "name one, or leave it out")
-    if study is not None and study != "gsnr" and not data.startswith("coloured"):
+    of_all_data = ("gsnr", "sampled", "sampled-gradient")
+    if study is not None and study not in of_all_data and not data.startswith("coloured"):
         hint = "pass --data coloured-digits or coloured-fashion"
         fail(ValueError, "demo", "--data", f"coloured with --study {study}", data, hint)
     chosen = range(first_seed, first_seed + (seeds or DEFAULT_SEEDS))
     folder = Path(out or f"runs/{'demo' if study is None else f'study-{study}'}-{data}")
-    if study == "gsnr":
+    if study in ("gsnr", "sampled-gradient"):
         for flag, value in (("--seeds", seeds), ("--steps", steps)):
             if value is not None:
                 expected = f"left out with --study {study}"
                 hint = "it has one seed, --first-seed, and steps of its own"
                 fail(ValueError, "demo", flag, expected, value, hint)
-        run_gsnr_study(data, first_seed, folder, root)
+        measure = run_gsnr_study if study == "gsnr" else run_gradient_study
+        measure(data, first_seed, folder, root)
     elif study is not None:
         run_study(study, data, chosen, folder, root, steps)
     else:

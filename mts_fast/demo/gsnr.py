@@ -40,7 +40,7 @@ def run_gsnr_study(
     """Train to mid-way, then measure; writes results.json and gsnr_by_batch_size.png."""
     with output_folder("demo", "--out", out):
         progress = Console(stderr=True)
-        run = _mid_training(data, seed, root, progress)
+        run = mid_training(data, seed, root, progress)
         generator = torch.Generator().manual_seed(seed)
         measured = track(sizes, "measuring", console=progress)
         rows = [_measure(run, size, generator) for size in measured]
@@ -74,7 +74,8 @@ def _table(data: str, rows: list[dict[str, float]]) -> tuple[str, list[str], lis
     return title, columns, values
 
 
-def _mid_training(data: str, seed: int, root: str | None, console: Console) -> MTSRun:
+def mid_training(data: str, seed: int, root: str | None, console: Console) -> MTSRun:
+    """A run of MTS, held after STOP_SHARE of its steps."""
     with console.status("training to mid-way"):
         settings = SETTINGS[data]
         run = SeedRun(make_scenario(data, seed, root), settings, seed)

@@ -81,6 +81,22 @@ def _embeddings(_: Settings) -> dict[str, Variant]:
     return {name: Variant(options={"embeddings": name}) for name in names}
 
 
+# forwards' worth of work of a step: 5 of a computed sample, 1 of a candidate
+EQUAL_COST = {4: (1 + 5 / 4) / 5, 8: (1 + 5 / 8) / 5}
+
+
+def _sampled(settings: Settings) -> dict[str, Variant]:
+    """A part of each batch computed, against all of it, and smaller batches of equal cost."""
+    size = settings.batch_size
+    variants = {f"all {size}": Variant()}
+    for part, share in EQUAL_COST.items():
+        k, equal = size // part, round(share * size)
+        variants[f"{k} of {size}"] = Variant(settings={"compute": k})
+        variants[f"all {equal}"] = Variant(options={"batch_size": equal})
+    variants["auto"] = Variant(settings={"compute": "auto"})
+    return variants
+
+
 FILTERS = ("filter by validation", "filter twice", "just train twice")
 STUDIES = {
     "features": Study("features of the selector", OURS, _features),
@@ -94,6 +110,7 @@ STUDIES = {
         _bad_share,
     ),
     "selector-every": Study("steps per selector step", OURS, _selector_every),
+    "sampled": Study("computed samples of a batch", OURS, _sampled),
     "embeddings": Study("embeddings of the distribution features", OURS, _embeddings),
 }
 

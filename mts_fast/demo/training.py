@@ -34,6 +34,7 @@ class Settings:
     warmup_share: float = 0.2  # of the steps: unweighted classifier while the selector learns
     online_momentum: float = 0.9
     engine: str = "auto"
+    compute: int | float | str | None = None  # samples of a batch that a step computes; None: all
 
 
 SETTINGS = {

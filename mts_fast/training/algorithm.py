@@ -25,11 +25,11 @@ from mts_fast.training.batch_run import (
     check_losses,
     check_weights,
 )
-from mts_fast.training.batch_statistics import batch_norms
-from mts_fast.training.compute import ComputeChoice
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
-from mts_fast.training.sampler import Part, Sampled
+from mts_fast.training.sampled.batch_statistics import batch_norms
+from mts_fast.training.sampled.compute import ComputeChoice
+from mts_fast.training.sampled.part import Part, Sampled
 from mts_fast.training.selector_trainer import SelectorUpdate
 from mts_fast.training.validation import validation_gradient
 

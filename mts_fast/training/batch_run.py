@@ -17,9 +17,9 @@ from mts_fast._check import check_finite, fail
 from mts_fast._isolation import RngState, World, preserved_buffers, preserved_rng
 from mts_fast.hypergradient import Engine, LabelledBatch, Linearization, Objective
 from mts_fast.training.batch import CheckedBatch
-from mts_fast.training.batch_statistics import batch_norms
-from mts_fast.training.candidates import find_head, look
-from mts_fast.training.sampler import Part, Sampled, Whole
+from mts_fast.training.sampled.batch_statistics import batch_norms
+from mts_fast.training.sampled.candidates import find_head, look
+from mts_fast.training.sampled.part import Part, Sampled, Whole
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
 
@@ -95,6 +95,11 @@ class BatchRunner:
         return self._run(Whole(batch), linearization, None, h, z, p, before)
 
     def _in_two_stages(self, batch: CheckedBatch, plan: Plan, k: int) -> Run:
+        if self.objective.is_compiled and batch_norms(self._world):
+            hint = "compile it without them, put them into eval mode, or leave compute= out"
+            got = "BatchNorm in train mode under torch.compile"
+            expected = "run by its modules, whose statistics a sampled step replaces"
+            fail(RuntimeError, OP, "model", expected, got, hint)
         # stage 1 gives the features of eval mode, unless it runs in train mode: then before it,
         # since it moves the running statistics
         penultimate = None

@@ -21,11 +21,11 @@ from mts_fast.training.batch import (
     check_batch,
     check_validation,
 )
-from mts_fast.training.batch_statistics import batch_norms
 from mts_fast.training.checkpoint import load_state, state_of
-from mts_fast.training.compute import ComputeChoice, Costs
 from mts_fast.training.result import StepResult
 from mts_fast.training.running import check_can_run, refresh_worlds, run_call
+from mts_fast.training.sampled.batch_statistics import batch_norms
+from mts_fast.training.sampled.compute import Costs
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
@@ -226,7 +226,7 @@ class MTSStep(StepParts):
         )
         self._micro_batch = micro_batch
         self._feature_layer = feature_layer
-        self._compute = ComputeChoice(compute)
+        self.compute = compute
         parameters = ops.trainable_parameters(optimizer)
         self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
         self._features = OfflineFeatures()

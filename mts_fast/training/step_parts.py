@@ -9,8 +9,8 @@ from mts_fast._isolation import World
 from mts_fast.hypergradient import EngineChoice, Objective
 from mts_fast.training.algorithm import Call
 from mts_fast.training.arguments import check_class_weight
-from mts_fast.training.compute import ComputeChoice
 from mts_fast.training.pending_gap import PendingGap
+from mts_fast.training.sampled.compute import ComputeChoice
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
 
@@ -52,6 +52,15 @@ class StepParts:
     _knows_writes: bool  # whether it is known which parameters a forward writes to
     _running: Call | None
     _torn: str  # a tensor that an optimizer had changed before it raised
+
+    @property
+    def compute(self) -> int | float | str | None:
+        """How many samples of a batch are computed; may be set between steps."""
+        return self._compute.option
+
+    @compute.setter
+    def compute(self, value: int | float | str | None) -> None:
+        self._compute = ComputeChoice(value)
 
     @property
     def class_weight(self) -> Tensor | None:

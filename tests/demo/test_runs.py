@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mts_fast.cli.main import main
-from mts_fast.demo import gsnr
+from mts_fast.demo import gsnr, sampled_gradient
 from mts_fast.demo import run as demo_run
 from mts_fast.demo.data import make_scenario
 from mts_fast.demo.jobs import (
@@ -131,6 +131,18 @@ def test_gsnr_by_batch_size(tmp_path, monkeypatch, capsys):
     assert all(row["gsnr_over_draws"] >= 0 for row in rows)
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
     assert (tmp_path / "gsnr_by_batch_size.png").exists() and "256" in capsys.readouterr().out
+
+
+def test_gradients_of_sampled_steps_by_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampled_gradient, "DRAWS", 24)
+    monkeypatch.setitem(gsnr.SETTINGS, DATA, replace(SETTINGS[DATA], steps=40))
+    steps = ((512, None), (64, None), (512, 64))
+    rows = sampled_gradient.run_gradient_study(DATA, 3, tmp_path, None, steps)
+    assert [row["cost"] for row in rows] == [2560, 320, 832]
+    whole, small, sampled = (row["classifier_error"] for row in rows)
+    assert whole < sampled < small  # a draw of 64 of 512 tells more than 64
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    assert "832" in capsys.readouterr().out
 
 
 def test_the_published_table_stands_beside(monkeypatch):

@@ -10,10 +10,10 @@ from mts_fast import reference, selector_gradient
 from mts_fast.hypergradient import Objective
 from mts_fast.hypergradient.choice import make_engine
 from mts_fast.sampling import difference_estimator, inclusion_probabilities, regression_estimator
-from mts_fast.training import sampler
 from mts_fast.training.batch import SelectorBatch, check_batch
-from mts_fast.training.candidates import find_head, look
-from mts_fast.training.sampler import Sampled
+from mts_fast.training.sampled import part as sampler
+from mts_fast.training.sampled.candidates import find_head, look
+from mts_fast.training.sampled.part import Sampled
 
 M, K = 8, 4
 # logits of the selector: ordinary, one that takes nearly all, some that vanish

@@ -10,7 +10,7 @@ from step_run import StepRun
 from torch import nn
 
 import mts_fast
-from mts_fast.training.compute import SHARES, ComputeChoice, Costs
+from mts_fast.training.sampled.compute import SHARES, ComputeChoice, Costs
 
 
 def state(run):
@@ -178,6 +178,13 @@ def test_a_model_whose_samples_act_on_each_other_is_refused():
     with pytest.raises(RuntimeError, match=r"model must be one whose samples do not act on each"):
         step_of(Coupled(), compute=5)(**batch())
     step_of(Coupled())(**batch())  # all of it is served
+
+
+def test_compiled_batchnorm_in_train_mode_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match=r"model must be run by its modules.*torch\.compile"):
+        step_of(compiled, compute=5)(**batch())
 
 
 class NoLinear(nn.Module):

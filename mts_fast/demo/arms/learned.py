@@ -138,6 +138,7 @@ class MTSRun:
             selector,
             selector_optimizer,
             engine=settings.engine,
+            compute=settings.compute,
             hypergradient_lr=settings.hypergradient_lr,
             online_features=online,
             online_momentum=settings.online_momentum,

@@ -25,8 +25,8 @@ from mts_fast.sampling import (
     variance_ratio,
 )
 from mts_fast.training.batch import CheckedBatch
-from mts_fast.training.batch_statistics import ComputedBatch
-from mts_fast.training.candidates import Candidates
+from mts_fast.training.sampled.batch_statistics import ComputedBatch
+from mts_fast.training.sampled.candidates import Candidates
 
 
 class Part(Protocol):

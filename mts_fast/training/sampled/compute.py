@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mts_fast._check import check_int, check_number, describe, fail
 from mts_fast.sampling import check_number_of_samples, inclusion_probabilities, variance_ratio
-from mts_fast.training.sampler import Sampled
+from mts_fast.training.sampled.part import Sampled
 
 OP = "MTSStep"
 logger = logging.getLogger("mts_fast")

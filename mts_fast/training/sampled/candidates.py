@@ -23,7 +23,7 @@ from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.features import PenultimateFeatures
 from mts_fast.hypergradient import LabelledBatch, Objective
 from mts_fast.hypergradient.objective import leaves
-from mts_fast.training.batch_statistics import CandidateStatistics, batch_norms
+from mts_fast.training.sampled.batch_statistics import CandidateStatistics, batch_norms
 
 OP = "MTSStep"
 

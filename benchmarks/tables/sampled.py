@@ -1,0 +1,65 @@
+"""Tables of docs/sampling.md: price, quality of gradients, and accuracy of sampled steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mts_fast.demo.summary import cell
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+DATA = {
+    "coloured-fashion": "coloured fashion",
+    "fashion": "planted failures",
+    "digits": "digits",
+}
+MEASURED = ("fashion", "digits")
+
+
+def _study(name: str, data: str) -> dict[str, Any]:
+    return json.loads((RESULTS / "evidence" / f"{name}-{data}" / "results.json").read_text())
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return "\n".join(head + [f"| {' | '.join(line)} |" for line in lines])
+
+
+def price_table(_: str) -> str:
+    """Time of a step over the plain one, arms by models; peak memory below."""
+    record = json.loads((RESULTS / "sampled_step.json").read_text())
+    runs = {row["name"].split("[")[1].rstrip("]"): row["rows"] for row in record["rows"]}
+    arms = list(next(iter(runs.values())))
+    lines = [[arm, *(f"{rows[arm]['time']:.2f}" for rows in runs.values())] for arm in arms]
+    lines += [
+        [f"{arm}: peak MiB", *(str(rows[arm]["peak_mib"]) for rows in runs.values())]
+        for arm in arms
+    ]
+    return _table(["", *(name.replace("_", " ") for name in runs)], lines)
+
+
+def gradient_table(_: str) -> str:
+    """GSNR and error by batch and computed samples, for each data set."""
+    by_data = [_study("sampled-gradient", data)["rows"] for data in MEASURED]
+    lines = []
+    for rows in zip(*by_data, strict=True):
+        first = rows[0]
+        size, k = first["candidates"], first["computed"]
+        label = f"all of {size}" if k is None else f"{k} of {size}"
+        cells = [f"{row[key]:.2f}" for row in rows for key in ("gsnr", "classifier_error")]
+        lines.append([label, str(first["cost"]), *cells])
+    columns = [f"{DATA[data]}: {value}" for data in MEASURED for value in ("GSNR", "error")]
+    return _table(["computed", "cost", *columns], lines)
+
+
+def accuracy_table(_: str) -> str:
+    """Accuracy of MTS itself and of the retrained model, by what each step computes."""
+    lines = []
+    for data, title in DATA.items():
+        for label, rows in _study("sampled", data)["summary"].items():
+            cells = [
+                value
+                for arm in ("MTS itself", "MTS weights")
+                for value in (cell(rows[arm], "accuracy"), f"{rows[arm]['seconds']:.0f}")
+            ]
+            lines.append([title, label, *cells[:3]])
+    return _table(["", "computed of a batch", "MTS itself", "seconds", "retrained"], lines)
