@@ -26,6 +26,8 @@ EXPLORING_CALLS, EXPLORED = 4, 1 / 2
 # passes over a sample: of a computed one (a forward and two backwards, of two forwards each), of
 # one of an exact step, and of a validation sample (its features and its gradient)
 COMPUTED, EXACT, VALIDATION = 5.0, 5.0, 4.0
+# it looks at every call before the first revision, and at every so many later ones
+LOOKS_EVERY = 4
 # computed samples of more than this many times the bound that c p has in row 3 are counted
 FAR = 2.0
 
@@ -73,10 +75,7 @@ class ComputeChoice:
             return max(1, round(option * size))
         if _is_revision(self._calls + 1):
             self._decide(costs)
-        share = self._share
-        soon = range(self._calls + 2, self._calls + 2 + EXPLORING_CALLS)
-        if share == 1.0 and any(map(_is_revision, soon)):
-            share = EXPLORED
+        share = EXPLORED if self._exploring() else self._share
         return None if share == 1.0 else max(1, round(share * size))
 
     def observe(self, training: Sampled, learned: Sampled | None, p: Tensor) -> None:
@@ -91,7 +90,9 @@ class ComputeChoice:
         limit = p[training.draw.indices].clamp(min=bound)
         far = (weights > FAR * limit).sum()
         self.outliers = far if self.outliers is None else self.outliers + far
-        if self.option == "auto" and learned is not None and learned.noise is not None:
+        looks = self._calls < FIRST_REVISION or self._calls % LOOKS_EVERY == 0
+        looks = looks or self._exploring()
+        if self.option == "auto" and looks and learned is not None and learned.noise is not None:
             sums = _excess(training, learned)
             self._sums = sums if self._sums is None else self._sums + sums
 
@@ -106,6 +107,11 @@ class ComputeChoice:
                 self._arrived = torch.cuda.Event()
                 self._arrived.record()
             self._sums = None
+
+    def _exploring(self) -> bool:
+        """Whether the call draws a part only to see what it would cost."""
+        soon = range(self._calls + 2, self._calls + 2 + EXPLORING_CALLS)
+        return self._share == 1.0 and any(map(_is_revision, soon))
 
     def _decide(self, costs: Costs) -> None:
         """Take the share of the smallest price times variance."""
