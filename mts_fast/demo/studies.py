@@ -81,20 +81,21 @@ def _embeddings(_: Settings) -> dict[str, Variant]:
     return {name: Variant(options={"embeddings": name}) for name in names}
 
 
-# forwards' worth of work of a step: 5 of a computed sample, 1 of a candidate
-EQUAL_COST = {4: (1 + 5 / 4) / 5, 8: (1 + 5 / 8) / 5}
+# price of a step that computes an eighth of its candidates, relative to one that computes all
+# (forwards: 5 of a computed sample, 1 of a candidate), so the share of a batch of equal price
+EQUAL_PRICE = (1 + 5 / 8) / 5
 
 
 def _sampled(settings: Settings) -> dict[str, Variant]:
-    """A part of each batch computed, against all of it, and smaller batches of equal cost."""
+    """A part of each batch computed, against all of it, and a smaller batch of the least price."""
     size = settings.batch_size
-    variants = {f"all {size}": Variant()}
-    for part, share in EQUAL_COST.items():
-        k, equal = size // part, round(share * size)
-        variants[f"{k} of {size}"] = Variant(settings={"compute": k})
-        variants[f"all {equal}"] = Variant(options={"batch_size": equal})
-    variants["auto"] = Variant(settings={"compute": "auto"})
-    return variants
+    equal = round(EQUAL_PRICE * size)
+    return {
+        f"all {size}": Variant(),
+        f"{size // 4} of {size}": Variant(settings={"compute": size // 4}),
+        f"{size // 8} of {size}": Variant(settings={"compute": size // 8}),
+        f"all {equal}": Variant(options={"batch_size": equal}),
+    }
 
 
 FILTERS = ("filter by validation", "filter twice", "just train twice")
