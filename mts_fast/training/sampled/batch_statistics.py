@@ -12,7 +12,7 @@ term is 0. Constant statistics would lose a third of the gradient even at k = M.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mts_fast._isolation import World
 from mts_fast.hypergradient import LabelledBatch
@@ -56,24 +57,30 @@ class CandidateStatistics:
         share of the M samples."""
         calls: dict[nn.Module, int] = {}
 
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def record(module: _BatchNorm, moments: Moments) -> None:
             k = calls.get(module, 0)
             calls[module] = k + 1
-            x = _in_full(args[0].detach())
-            axes = [i for i in range(x.ndim) if i != 1]
-            variance, mean = torch.var_mean(x, axes, correction=0)
             entries = self.moments.setdefault(module, [])
+            part = Moments(weight * moments.mean, weight * _second(moments))
             if k < len(entries):
-                entries[k] = _joined(entries[k], Moments(mean, variance), weight)
+                part = Moments(entries[k].mean + part.mean, entries[k].variance + part.variance)
+                entries[k] = part
             else:
-                entries.append(Moments(weight * mean, weight * (variance + mean.square())))
+                entries.append(part)
 
-        handles = [m.register_forward_pre_hook(record) for m in self.modules]
-        try:
+        def watched(module: _BatchNorm) -> Callable[[Tensor], Tensor]:
+            plain = module.forward
+
+            def forward(x: Tensor) -> Tensor:
+                with _BatchNormOutputs() as outputs:
+                    y = plain(x)
+                record(module, outputs.moments(x, module.eps))
+                return y
+
+            return forward
+
+        with _forwards({m: watched(m) for m in self.modules}):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def finish(self) -> None:
         """From sums of means and second moments to moments, after the last part."""
@@ -81,9 +88,49 @@ class CandidateStatistics:
             entries[:] = [Moments(m, (s - m.square()).clamp(min=0)) for m, s in entries]
 
 
-def _joined(sums: Moments, part: Moments, weight: float) -> Moments:
-    second = part.variance + part.mean.square()
-    return Moments(sums.mean + weight * part.mean, sums.variance + weight * second)
+def _second(moments: Moments) -> Tensor:
+    """Mean square."""
+    return moments.variance + moments.mean.square()
+
+
+class _BatchNormOutputs(TorchDispatchMode):
+    """Reads mean and 1 / sqrt(variance + eps) of the batch from the operator's own outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if "batch_norm" in func.__name__ and isinstance(outputs, tuple) and len(outputs) > 2:
+            self._outputs = outputs[1], outputs[2]
+        return outputs
+
+    def moments(self, x: Tensor, eps: float) -> Moments:
+        """Of the last call, else computed from its input."""
+        if self._outputs is not None and self._outputs[0].shape == x.shape[1:2]:
+            mean, inverse = map(_in_full, self._outputs)
+            return Moments(mean, inverse.pow(-2) - eps)
+        full = _in_full(x)
+        axes = [i for i in range(x.ndim) if i != 1]
+        variance, mean = torch.var_mean(full, axes, correction=0)
+        return Moments(mean, variance)
+
+
+@contextmanager
+def _forwards(forwards: Mapping[_BatchNorm, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, modules run these in place of their own."""
+    before: dict[_BatchNorm, Any] = {m: vars(m).get("forward") for m in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
 
 
 @dataclass(frozen=True)
@@ -108,18 +155,8 @@ class ComputedBatch(LabelledBatch):
     @contextmanager
     def around_forward(self) -> Iterator[None]:
         """Inside, BatchNorm modules take the candidates' statistics, and move none."""
-        before = {}
-        try:
-            for module in self.statistics.modules:
-                before[module] = vars(module).get("forward")
-                vars(module)["forward"] = self._forward_of(module)
+        with _forwards({m: self._forward_of(m) for m in self.statistics.modules}):
             yield
-        finally:
-            for module, forward in before.items():
-                if forward is None:
-                    vars(module).pop("forward", None)
-                else:
-                    vars(module)["forward"] = forward
 
     def _forward_of(self, module: _BatchNorm) -> Callable[[Tensor], Tensor]:
         moments = self.statistics.moments[module]
