@@ -71,8 +71,9 @@ def load_recipe(op: str, arg: str, name: str) -> Recipe:
     if name in names:
         return _all_recipes()[name]
     variants = [known for known in names if known.startswith(f"{name}-")]
-    nearest = variants or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)
-    hint = f"did you mean {' or '.join(map(repr, nearest))}? `mts-fast recipe` lists them"
+    nearest = variants or difflib.get_close_matches(name.lower(), names, n=1)
+    meant = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+    hint = f"{meant}`mts-fast recipe` lists them"
     fail(ValueError, op, arg, f"one of {', '.join(names)}", repr(name), hint)
 
 
