@@ -23,7 +23,7 @@ from mts_fast._files import kind_of, replaced_file, save_tensors, writing
 from mts_fast._outputs import output_folder
 from mts_fast._version import __version__
 from mts_fast.pipeline.checkpoints import load_state
-from mts_fast.pipeline.data.findings import listed
+from mts_fast.pipeline.data.findings import counted, listed
 from mts_fast.pipeline.data.samples import Role, Samples
 from mts_fast.pipeline.stages import DONE
 
@@ -228,5 +228,5 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{device.type}, {counted(torch.get_num_threads(), 'thread')}",
     }

@@ -47,7 +47,7 @@ HEADINGS = """
 [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(h => [+h.tagName[1], h.textContent])
 """
 # what sticks out of the page, and is in no box that scrolls
-WIDE = """
+STICKING = """
 (() => {
   const width = document.documentElement.clientWidth;
   const out = [...document.body.querySelectorAll("*")].filter(e => {
@@ -93,7 +93,7 @@ def _of_content(browser: Browser) -> list[str]:
         if depth > level + 1 or (depth == 1) != first or not words.strip():
             wrong.append(f"heading {depth} after {level}: {words!r}")
         level, first = depth, False
-    wrong += [f"sticks out: {e}" for e in browser.evaluate(WIDE)]
+    wrong += [f"sticks out: {e}" for e in browser.evaluate(STICKING)]
     return wrong + [f"cut off: {e}" for e in browser.evaluate(CUT)]
 
 
