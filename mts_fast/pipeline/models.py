@@ -23,8 +23,8 @@ Kind = Literal["image", "text"]
 PACKAGES = ("timm", "torchvision", "transformers")
 # what installs them
 EXTRAS = {
-    **dict.fromkeys(PACKAGES[:2], "mts_fast[models]"),
-    "transformers": "mts_fast[texts]",
+    **dict.fromkeys(PACKAGES[:2], "pip install 'mts_fast[models]'"),
+    "transformers": "pip install 'mts_fast[texts]'",
 }
 # under these a file may keep its state_dict
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -82,7 +82,7 @@ def _no_name(name: str) -> NoReturn:
     absent = [package for package in EXTRAS if not importlib.util.find_spec(package)]
     hint = f"did you mean {nearest[0]!r}? {HINT}" if nearest else HINT
     if absent and not nearest:
-        extras = " or ".join(sorted({f"pip install '{EXTRAS[p]}'" for p in absent}))
+        extras = " or ".join(sorted({EXTRAS[p] for p in absent}))
         hint = f"{extras} where it is one of {' or '.join(absent)}, not installed here; or {hint}"
     fail(ValueError, "train", "--model", "a known name", repr(name), hint)
 
