@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from mts_fast.cli.app import LARGEST, import_all, verb
-from mts_fast.cli.usage import whole
+from mts_fast.cli.usage import decimal, whole
 
 TRAIN_NEEDS = ("pydantic", "PIL.Image", "rich", "safetensors")
 REPORT_NEEDS = (*TRAIN_NEEDS, "captum.attr", "jinja2", "matplotlib.figure")
@@ -41,7 +41,8 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(parser=whole(0, LARGEST), metavar="N")] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A TOML file of options.")
+        str | None,
+        typer.Option(metavar="FILE", help="Options: TOML, or a run's config.json."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -96,10 +97,12 @@ RUN = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished `m
 def select(
     run: RUN,
     keep: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The best share of the synthetic samples.")
+        float | None,
+        typer.Option(parser=decimal, metavar="SHARE", help="The best share of synthetic ones."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(metavar="WEIGHT", help="Those of at least this weight.")
+        float | None,
+        typer.Option(parser=decimal, metavar="WEIGHT", help="Those of at least this weight."),
     ] = None,
     per_class: Annotated[
         bool, typer.Option("--per-class", help="The share of each class, instead of all.")

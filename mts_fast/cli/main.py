@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception, verb: str) -> str:
     """What went wrong, and what to do."""
-    message = " ".join(str(error).split()).removeprefix(f"{verb}: ")
+    # each of several problems stands in a line of its own
+    message = "\n- ".join(" ".join(line.split()) for line in str(error).split("\n- "))
+    for known in (verb, "train"):  # whose code `score` and `report` run, too
+        message = message.removeprefix(f"{known}: ")
     message = message.replace("use backend 'auto'", "set MTS_FAST_BACKEND to 'auto'")
     if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):
         if "; " in message:  # an error of this package, which says what to do

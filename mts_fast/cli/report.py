@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mts_fast.pipeline.outcome import load_outcome, output_path
+from mts_fast.pipeline.outcome import load_outcome, output_file
 from mts_fast.pipeline.report import write_report
 from mts_fast.pipeline.report.page import REPORT
 from mts_fast.pipeline.report.verdict import arm_rows, verdict
@@ -15,7 +15,8 @@ from mts_fast.pipeline.report.verdict import arm_rows, verdict
 def run_report(run: str, out: str | None) -> int:
     """Write it, and print its first sentence."""
     outcome = load_outcome("report", Path(run))
-    path = write_report(outcome, output_path("report", outcome, out, REPORT))
+    with output_file("report", outcome, out, REPORT) as path:
+        write_report(outcome, path)
     console = Console()
     console.print(verdict(arm_rows(outcome)), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Written: {path}", markup=False, soft_wrap=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mts_fast._check import fail
 from mts_fast.demo.tables import print_table
-from mts_fast.pipeline.outcome import load_outcome, output_path, write_rows
+from mts_fast.pipeline.outcome import load_outcome, output_file, write_rows
 from mts_fast.pipeline.score import score_samples
 from mts_fast.pipeline.select import choose, write_selection
 
@@ -24,11 +25,15 @@ def run_select(
     with_real: bool,
 ) -> int:
     """Choose, write, and print how many of each class."""
+    if out == "":
+        fail(ValueError, "select", "--out", "a folder", "''", "name one, or leave it out")
     outcome = load_outcome("select", Path(run))
     selection = choose(
         outcome, keep=keep, threshold=threshold, per_class=per_class, with_real=with_real
     )
-    paths = write_selection(outcome, selection, Path(out or Path(run) / "selected"))
+    paths = write_selection(
+        outcome, selection, Path(run) / "selected" if out is None else Path(out)
+    )
     console = Console()
     rows = [
         [label, str(selection.candidates[label]), str(selection.selected[label])]
@@ -49,9 +54,9 @@ def run_select(
 def run_score(run: str, synthetic: Sequence[str], out: str | None, on_corrupt: str | None) -> int:
     """Weigh new samples, write them as a table like the run's, and print means by class."""
     outcome = load_outcome("score", Path(run))
-    path = output_path("score", outcome, out, "scores.csv")
-    scores = score_samples(outcome, synthetic, on_corrupt, print_note)
-    write_rows("score", path, scores.rows)
+    with output_file("score", outcome, out, "scores.csv") as path:
+        scores = score_samples(outcome, synthetic, on_corrupt, print_note)
+        write_rows("score", path, scores.rows)
     console = Console()
     old = torch.tensor([row.weight for row in outcome.rows if row.role == "synthetic"])
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pydantic
 from pydantic import Field
 
 from mts_fast._check import fail
+from mts_fast.pipeline.data.findings import counted
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -96,16 +98,17 @@ def load_config(
     """The configuration of a run; every mistake in it is told at once.
 
     Args:
-        file: a TOML file, or none.
+        file: a TOML file, the config.json of a run, or none.
         options: of the command line; None: not given.
         assignments: KEY=VALUE each, VALUE as in TOML; a bare word is a string.
         defaults: options that all others win over, such as a recipe's.
 
     Raises:
-        ValueError: unknown keys (with the nearest one), wrong types or values, no TOML.
+        ValueError: unknown keys (with the nearest one), wrong types or values, no such file
+            format.
         FileNotFoundError: no such file.
     """
-    values: dict[str, Any] = {**(defaults or {}), **({} if file is None else _read_toml(file))}
+    values: dict[str, Any] = {**(defaults or {}), **({} if file is None else _read_file(file))}
     mistakes: list[str] = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -128,14 +131,22 @@ def load_config(
     return config
 
 
-def _read_toml(file: str) -> dict[str, Any]:
+def _read_file(file: str) -> dict[str, Any]:
+    """Options of a TOML file, or of the config.json of a run."""
+    expected = "a TOML file, or the config.json of a run"
+    hint = "one KEY = VALUE a line, strings in quotes"
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        values = json.loads(text) if file.lower().endswith(".json") else tomllib.loads(text)
     except FileNotFoundError:
-        fail(FileNotFoundError, "train", "--config", "a TOML file", f"no file {file!r}", "check it")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        hint = "one KEY = VALUE a line, strings in quotes"
-        fail(ValueError, "train", "--config", "a TOML file", f"{file!r} ({error})", hint)
+        got = f"no file {file!r}"
+        fail(FileNotFoundError, "train", "--config", expected, got, "check the path")
+    except (OSError, ValueError) as error:
+        fail(ValueError, "train", "--config", expected, f"{file!r} ({error})", hint)
+    if not isinstance(values, dict):
+        got = f"{file!r} with a {type(values).__name__}"
+        fail(ValueError, "train", "--config", expected, got, hint)
+    return values
 
 
 def _value(text: str) -> Any:
@@ -154,6 +165,8 @@ def _told(error: Any, values: Mapping[str, Any]) -> str:
 
 
 def _refuse(mistakes: Sequence[str]) -> NoReturn:
-    got = "\n".join([f"{len(mistakes)} mistakes:", *(f"- {mistake}" for mistake in mistakes)])
+    got = "\n".join(
+        [f"{counted(len(mistakes), 'mistake')}:", *(f"- {mistake}" for mistake in mistakes)]
+    )
     hint = "nothing was trained; `mts-fast train --help` lists the options"
     fail(ValueError, "train", "options", "known and of their types", got, hint)

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mts_fast.pipeline.data.findings import counted
+
 WHOLE = "whole run"
 
 
@@ -55,7 +57,7 @@ class Display:
         self.progress.update(self._tasks[stage], completed=epoch, note=f"{speed:,.0f} samples/s")
         self._set(stage, epoch)
         if not self.console.is_terminal and epoch == self._epochs[stage]:
-            line = f"{stage}: {epoch} epochs, {speed:,.0f} samples/s{self._left()}"
+            line = f"{stage}: {counted(epoch, 'epoch')}, {speed:,.0f} samples/s{self._left()}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def finished(self, stage: str) -> None:

@@ -89,7 +89,8 @@ def device_of(config: Config) -> torch.device:
         return torch.device(there[-1] if len(there) == 1 else "cuda")
     if config.device not in (*there, *(["cuda"] if len(there) > 1 else [])):
         expected = f"auto or one of {', '.join(there)}"
-        fail(ValueError, "train", "device", expected, repr(config.device), "pass device=auto")
+        hint = "pass --set device=auto; `mts-fast doctor` shows what torch sees"
+        fail(ValueError, "train", "device", expected, repr(config.device), hint)
     return torch.device(config.device)
 
 

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,10 +21,16 @@ from mts_fast.pipeline.data.findings import Findings, listed
 
 Kind = Literal["image", "text"]
 PACKAGES = ("timm", "torchvision", "transformers")
+# what installs them
+EXTRAS = {
+    **dict.fromkeys(PACKAGES[:2], "pip install 'mts_fast[models]'"),
+    "transformers": "pip install 'mts_fast[texts]'",
+}
 # under these a file may keep its state_dict
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 HINT = (
-    "name one of timm, torchvision or transformers (a prefix 'timm:' picks the package), a folder"
+    "name one of timm, torchvision or transformers (a prefix 'timm:' or 'transformers:' picks the"
+    " package; without it, names of transformers are OWNER/NAME), a folder"
     " of transformers, or package.module:function, which is called with num_classes"
 )
 
@@ -47,9 +53,37 @@ def build_model(name: str, kind: Kind, num_classes: int) -> nn.Module:
     for package in PACKAGES:
         if importlib.util.find_spec(package) and _has(package, name):
             return _of_package(package, name, kind, num_classes)
+    _no_name(name)
+
+
+def check_model(name: str) -> None:
+    """Refuse what can be no model before the data are read: no such package, module or function.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `build_model`.
+    """
+    package, colon, rest = name.partition(":")
+    if Path(name).is_dir():
+        return
+    if colon and package not in PACKAGES:
+        _factory(package, rest)
+    elif colon:
+        importlib.import_module(package)
+    elif not any(importlib.util.find_spec(p) and _has(p, name) for p in PACKAGES):
+        _no_name(name)
+
+
+def _no_name(name: str) -> NoReturn:
     known = [n for p in PACKAGES[:2] if importlib.util.find_spec(p) for n in _names(p)]
     nearest = difflib.get_close_matches(name, known, n=1)
+    module, dot, function = name.rpartition(".")
+    if dot and "/" not in name:
+        nearest = [f"{module}:{function}"]
+    absent = [package for package in EXTRAS if not importlib.util.find_spec(package)]
     hint = f"did you mean {nearest[0]!r}? {HINT}" if nearest else HINT
+    if absent and not nearest:
+        extras = " or ".join(sorted({EXTRAS[p] for p in absent}))
+        hint = f"{extras} where it is one of {' or '.join(absent)}, not installed here; or {hint}"
     fail(ValueError, "train", "--model", "a known name", repr(name), hint)
 
 
@@ -139,19 +173,33 @@ def quiet(transformers: Any) -> Any:
 
 def _of_function(module_name: str, function: str, num_classes: int) -> nn.Module:
     name = f"{module_name}:{function}"
+    factory = _factory(module_name, function)
+    parameters = inspect.signature(factory).parameters.values()
+    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return _module(name, factory(num_classes=num_classes) if takes else factory())
+
+
+def _factory(module_name: str, function: str) -> Callable[..., object]:
+    """The function that makes a model."""
+    name = f"{module_name}:{function}"
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules beside where the command was typed
+    if not all(part.isidentifier() for part in module_name.removesuffix(".py").split(".")) or (
+        module_name.endswith(".py")
+    ):
+        stem = Path(module_name.removesuffix(".py")).name
+        hint = f"in the folder of the module, write it as {f'{stem}:{function}'!r}"
+        fail(ValueError, "train", "--model", "package.module:function", repr(name), hint)
     try:
-        factory = getattr(importlib.import_module(module_name), function)
+        factory: Callable[..., object] = getattr(importlib.import_module(module_name), function)
     except ImportError as error:
-        fail(ValueError, "train", "--model", "importable", f"{name!r} ({error})", HINT)
+        hint = f"modules are looked for where the command is called, and on PYTHONPATH; {HINT}"
+        fail(ValueError, "train", "--model", "importable", f"{name!r} ({error})", hint)
     except AttributeError:
         _no_function(module_name, function)
     if not callable(factory):
         _no_function(module_name, function)
-    parameters = inspect.signature(factory).parameters.values()
-    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return _module(name, factory(num_classes=num_classes) if takes else factory())
+    return factory
 
 
 def _no_function(module_name: str, function: str) -> NoReturn:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast._files import replaced_file, save_tensors, writing
+from mts_fast._files import kind_of, replaced_file, save_tensors, writing
+from mts_fast._outputs import output_folder
 from mts_fast._version import __version__
 from mts_fast.pipeline.checkpoints import load_state
+from mts_fast.pipeline.data.findings import counted, listed
 from mts_fast.pipeline.data.samples import Role, Samples
 from mts_fast.pipeline.stages import DONE
 
@@ -139,17 +143,24 @@ def save_outcome(outcome: Outcome) -> None:
         part.write_text(json.dumps({"version": VERSION, **record}, indent=1) + "\n")
 
 
-def output_path(op: str, outcome: Outcome, out: str | None, default: str) -> Path:
-    """Where a verb writes: `out`, or a file of that name in the run's folder.
+@contextmanager
+def output_file(op: str, outcome: Outcome, out: str | None, default: str) -> Iterator[Path]:
+    """Where a verb writes: `out`, or a file of that name in the run's folder. Its folder is made
+    and tried before the block, and removed again where the block fails.
 
     Raises:
-        ValueError: a file of the run itself.
+        ValueError: no name, or a file of the run itself.
+        OSError: a folder, or in one that cannot be written to.
     """
-    path = Path(default if out is None else out)
-    path = outcome.folder / path if out is None else path
+    path = outcome.folder / default if out is None else Path(out)
+    if out == "":
+        fail(ValueError, op, "--out", "a file", "''", "name one, or leave it out")
+    if path.is_dir():
+        fail(OSError, op, "--out", "a file, or new", kind_of(path), f"name {path / default}")
     if path.parent.resolve() == outcome.folder.resolve() and path.name in OF_RUN:
         fail(ValueError, op, "--out", "apart from the run's files", repr(out), "name another file")
-    return path
+    with output_folder(op, "--out", path.parent):
+        yield path
 
 
 def load_outcome(op: str, folder: Path) -> Outcome:
@@ -163,7 +174,7 @@ def load_outcome(op: str, folder: Path) -> Outcome:
     if not path.exists():
         begun = (folder / "stages").is_dir()
         got = f"{str(folder)!r} " + ("of a run that has not finished" if begun else "without one")
-        hint = "give the command of the run again: it goes on" if begun else "check the path"
+        hint = "give the command of the run again: it goes on" if begun else _runs_near(folder)
         fail(ValueError, op, "RUN", expected, got, hint)
     try:
         record = json.loads(path.read_text())
@@ -181,6 +192,17 @@ def load_outcome(op: str, folder: Path) -> Outcome:
     record["copies"] = tuple(map(tuple, record["copies"]))
     record["groups"] = None if record["groups"] is None else tuple(record["groups"])
     return Outcome(folder=folder, rows=rows, tensors=tensors, **record)
+
+
+def _runs_near(path: Path) -> str:
+    """Where a path is no run's folder: runs above, below or beside it."""
+    if (path.parent / OUTCOME).exists():
+        return f"pass {str(path.parent)!r}"
+    below = [place.parent for place in path.glob(f"*/{OUTCOME}")]
+    beside = {place.parent.name: place.parent for place in path.parent.glob(f"*/{OUTCOME}")}
+    near = [beside[name] for name in difflib.get_close_matches(path.name, beside)]
+    runs = listed(sorted(map(str, below or near)))
+    return f"finished runs are {runs}" if runs else "check the path"
 
 
 def _sha256(path: Path) -> str:
@@ -206,5 +228,5 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "device": gpu or f"{device.type}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{device.type}, {counted(torch.get_num_threads(), 'thread')}",
     }

@@ -26,7 +26,7 @@ from mts_fast.pipeline.fit import Batches, Log, Watch, fit
 from mts_fast.pipeline.inputs import all_logits, device_of
 from mts_fast.pipeline.learn import learn_weights
 from mts_fast.pipeline.memory import PROBE, check_memory
-from mts_fast.pipeline.models import build_model, load_pretrained, model_key
+from mts_fast.pipeline.models import build_model, check_model, load_pretrained, model_key
 from mts_fast.pipeline.outcome import Outcome, environment, rows_of, save_outcome
 from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
 from mts_fast.pipeline.prepare import prepare
@@ -73,6 +73,7 @@ class Run:
             OSError: it cannot be written.
         """
         self._check_out()
+        check_model(self.config.model)
         with (
             output_folder("train", "--out", self.out / "stages"),
             locked(self.out, wait=False) as alone,

@@ -106,8 +106,10 @@ def score_samples(
         size = open_pixels(outcome.folder / outcome.store).shape[1]
     changed = {"image_size": size, "on_corrupt": on_corrupt or trained.config.on_corrupt}
     config = trained.config.model_copy(update=changed)
+    # a model that cannot be made here is told before anything is read
+    trained.classifier(trained.model_state)
     samples = read_role("synthetic", sources, config, findings)
-    findings.raise_errors()
+    findings.raise_errors("score", "nothing was written")
     assert samples is not None
     _check_classes(samples, outcome.classes, findings)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bars:

@@ -52,7 +52,8 @@ def choose(
         got = "neither" if keep is None else "both"
         fail(ValueError, OP, "--keep or --threshold", "given, one of them", got, "pass one")
     if keep is not None and not 0 < keep <= 1:
-        hint = "0.5 keeps the better half"
+        percent = 1 < keep <= 100
+        hint = f"write {keep:g} % as {keep / 100:g}" if percent else "0.5 keeps the better half"
         fail(ValueError, OP, "--keep", "a share above 0 and up to 1", keep, hint)
     if per_class and keep is None:
         hint = "a threshold is the same for every class already"
@@ -92,8 +93,8 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
     """Write the chosen samples, in the order of the table of weights.
 
     selected.csv (and .parquet, where pyarrow is installed) has columns file, label, weight, role,
-    and text for a run on texts: `mts-fast train` and Hugging Face's datasets read it. Weights of
-    the sampler are those of the synthetic samples, and 1 of the real ones.
+    source, and that of the texts for a run on texts: `mts-fast train` and Hugging Face's datasets
+    read it. Weights of the sampler are those of the synthetic samples, and 1 of the real ones.
 
     Returns:
         the files.
@@ -112,7 +113,7 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
         "source": [row.source for row in rows],
     }
     if texts is not None:
-        columns["text"] = [texts[members[i]] for i in indices]
+        columns[_text_column(outcome, columns)] = [texts[members[i]] for i in indices]
     with output_folder(OP, "--out", out):
         write_csv(OP, out / CSV, list(columns), zip(*columns.values(), strict=True))
         paths = [out / CSV]
@@ -126,6 +127,12 @@ def write_selection(outcome: Outcome, selection: Selection, out: Path) -> list[P
         tensors = {"weights": weights.double(), "labels": labels, "is_synthetic": synthetic}
         save_tensors(OP, path, tensors, {"format": "mts_fast.sampler"})
         return [*paths, path]
+
+
+def _text_column(outcome: Outcome, others: dict[str, Any]) -> str:
+    """The column of texts as the lists of the run have it, so that both are read alike."""
+    name = str(outcome.config["text_column"] or "text")
+    return "text" if name in others else name
 
 
 def _place(row: Row, is_text: bool) -> str:

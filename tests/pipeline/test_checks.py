@@ -85,7 +85,7 @@ def test_copies_are_told_in_pairs():
         frozenset({"synthetic/s/t", "val/v/t"}),
     }
     told = "\n".join(findings.remarks)
-    assert "1 identical pairs under two classes: real/r/a = real/r/b" in told
+    assert "1 identical pair under two classes: real/r/a = real/r/b" in told
     assert "2 identical pairs between training and test" in told
     assert not tell_copies(samples, {"real": ["1", "2"], "test": ["3"]}, Findings())
 

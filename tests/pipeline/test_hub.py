@@ -108,7 +108,7 @@ def test_a_row_without_a_label_or_an_image(tmp_path):
     datasets.Dataset.from_dict(columns, data.features).save_to_disk(tmp_path / "data")
     findings = Findings()
     samples = read_dataset("real", str(tmp_path / "data"), None, findings, skip_empty=False)
-    assert "1 rows have no label: '2'" in findings.errors[0]
+    assert "1 row has no label: '2'" in findings.errors[0]
     assert scan(samples.contents, lambda _: None)[1].error == "the row has no image"
 
 

@@ -126,6 +126,7 @@ def test_intervals():
         (-3, -1, "Selection did not pay: it is behind"),
         (-1, 3, "No difference is certain: selection is ahead of"),
         (-3, 1, "No difference is certain: selection is behind"),
+        (-2, 2, "No difference is certain: selection is level with"),
     ],
 )
 def test_the_verdict_is_about_the_strongest_arm(low, high, said):

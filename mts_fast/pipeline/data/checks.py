@@ -7,7 +7,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from mts_fast.pipeline.data.findings import SHOWN, Findings, listed
+from mts_fast.pipeline.data.findings import SHOWN, Findings, counted, listed
 from mts_fast.pipeline.data.samples import ROLES, TRAINING, Role, Samples
 
 
@@ -56,7 +56,8 @@ def tell_unreadable(
             continue
         names = samples[role].names
         named = ", ".join(f"{names[i]!r} ({reason})" for i, reason in sorted(of_role.items()))
-        what = f"--{role} {samples[role].source!r}: {len(of_role)} files cannot be read: {named}"
+        count = counted(len(of_role), "file")
+        what = f"--{role} {samples[role].source!r}: {count} cannot be read: {named}"
         if skip:
             findings.remark(f"{what}; left out")
         else:
@@ -88,7 +89,7 @@ def tell_copies(
     for kind, pairs in kinds.items():
         shown = "; ".join(f"{a} = {b}" for a, b in pairs[:SHOWN])
         more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-        findings.remark(f"{len(pairs)} identical pairs {kind}: {shown}{more}")
+        findings.remark(f"{counted(len(pairs), 'identical pair')} {kind}: {shown}{more}")
     return [pair for pairs in kinds.values() for pair in pairs]
 
 

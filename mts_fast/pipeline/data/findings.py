@@ -26,7 +26,7 @@ class Findings:
         """Something that one may want to know."""
         self.remarks.append(what)
 
-    def raise_errors(self) -> None:
+    def raise_errors(self, op: str = "train", hint: str = "nothing was trained") -> None:
         """Raise where there are errors.
 
         Raises:
@@ -34,9 +34,14 @@ class Findings:
         """
         if not self.errors:
             return
-        count = "1 problem" if len(self.errors) == 1 else f"{len(self.errors)} problems"
+        count = counted(len(self.errors), "problem")
         got = "\n".join([f"{count}:", *(f"- {error}" for error in self.errors)])
-        fail(ValueError, "train", "the data", "free of errors", got, "nothing was trained")
+        fail(ValueError, op, "the data", "free of errors", got, hint)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `2 files`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -51,7 +56,8 @@ def tell_empty(
     """Rows without a text, by where they stand: they stop the run, or with `skip` are left out."""
     if not rows:
         return
-    what = f"{option}: {len(rows)} rows have no {column}: {', '.join(rows)}"
+    have = "has" if len(rows) == 1 else "have"
+    what = f"{option}: {counted(len(rows), 'row')} {have} no {column}: {', '.join(rows)}"
     if skip:
         findings.remark(f"{what}; left out")
     else:

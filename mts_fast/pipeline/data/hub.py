@@ -151,7 +151,9 @@ def _samples(
     without = [i for i, name in enumerate(labels) if not name]
     if without:
         rows = listed([str(i) for i in without])
-        findings.stop(f"{option}: {len(without)} rows have no {label}: {rows}", "take them out")
+        have = "row has" if len(without) == 1 else "rows have"
+        what = f"{option}: {len(without)} {have} no {label}: {rows}"
+        findings.stop(what, "take them out")
     chosen = [i for i, name in enumerate(labels) if name]
     contents: list[Any]
     if of_texts:

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mts_fast.pipeline.data.findings import Findings, listed, tell_empty
+from mts_fast.pipeline.data.findings import Findings, counted, listed, tell_empty
 from mts_fast.pipeline.data.samples import TRAINING, Role, Samples, composed
 
 FILE_COLUMNS = ("file", "path", "file_name", "filename", "image")
+# cells that may name files in other bytes than UTF-8
+PLACE_COLUMNS = (*FILE_COLUMNS, "source")
 LABEL_COLUMNS = ("label", "class")
 GROUP_COLUMN = "group"
 ROLE_COLUMN = "role"
@@ -42,6 +44,8 @@ def read_list(
     for wanted, column in ((text_column or " or ".join(FILE_COLUMNS), content), ("label", label)):
         if column not in columns:
             do = f"name one of {listed(columns)} so" if columns else "write a first line of names"
+            if columns and column == content and text_column is None:
+                do += ", or pass --text-column where they are texts"
             findings.stop(f"{option} has no column {wanted}", do)
     if content not in columns or label not in columns:
         return None
@@ -69,14 +73,18 @@ def _of_files(
     chosen: dict[str, tuple[str, Path, str, str]] = {}
     missing: list[str] = []
     for cells, place in rows:
-        name, cell = (cells.get(column) or "").strip(), (cells.get(label) or "").strip()
-        for value, called in ((name, column), (cell, label)):
+        name, cell = cells.get(column) or "", (cells.get(label) or "").strip()
+        for value, called in ((name.strip(), column), (cell, label)):
             if not value:
-                what = f"{option}: {place} has no {called} ({name or cell or 'empty'})"
+                what = f"{option}: {place} has no {called} ({name.strip() or cell or 'empty'})"
                 findings.stop(what, "fill the cell, or take the row out")
-        if not name or not cell:
+        if not name.strip() or not cell:
             continue
         file = _resolved(path.parent, name)
+        if not file.is_file():
+            # spaces around a name belong to it only where a file is called so
+            name = name.strip()
+            file = _resolved(path.parent, name)
         if not file.is_file():
             missing.append(f"{name} ({place})")
             continue
@@ -89,7 +97,9 @@ def _of_files(
         else:
             findings.remark(f"{option}: {name!r} stands there twice ({place}) and counts once")
     if missing:
-        what = f"{option} names {len(missing)} files that do not exist: {listed(missing)}"
+        do = "does" if len(missing) == 1 else "do"
+        missed = counted(len(missing), "file")
+        what = f"{option} names {missed} that {do} not exist: {listed(missing)}"
         findings.stop(what, "paths start at the list's folder; put the files there, or drop them")
     names = [name for name, *_ in chosen.values()]
     groups = [group for *_, group in chosen.values()]
@@ -150,7 +160,7 @@ def _rows(option: str, path: Path, text_column: str | None, findings: Findings) 
     try:
         if path.suffix.lower() == ".parquet":
             return _parquet_rows(path)
-        return list(_csv_rows(path, text_column))
+        return _csv_rows(path, text_column)
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         findings.stop(f"{option} is not UTF-8 in line {line}", "save it as UTF-8")
@@ -163,9 +173,32 @@ def _rows(option: str, path: Path, text_column: str | None, findings: Findings) 
     return None
 
 
-def _csv_rows(path: Path, text_column: str | None) -> Iterator[Row]:
+def _csv_rows(path: Path, text_column: str | None) -> list[Row]:
+    """The rows of a file in UTF-8; names of files that are there may hold other bytes, as `select`
+    writes them.
+
+    Raises:
+        UnicodeDecodeError: other bytes elsewhere.
+    """
+    content = path.read_bytes()
+    try:
+        return list(_parsed(content.decode("utf-8-sig"), text_column))
+    except UnicodeDecodeError:
+        rows = list(_parsed(content.decode("utf-8-sig", "surrogateescape"), text_column))
+        for cells, _ in rows:
+            for name, cell in cells.items():
+                is_place = name in PLACE_COLUMNS and (path.parent / (cell or "")).exists()
+                if not is_place and not _is_utf8(f"{name}{cell or ''}"):
+                    raise
+        return rows
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _parsed(text: str, text_column: str | None) -> Iterator[Row]:
     """Rows with the number of the row and of its first line."""
-    text = path.read_bytes().decode("utf-8-sig")
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, text_column))
     names: list[str] | None = None

@@ -70,9 +70,10 @@ def load_recipe(op: str, arg: str, name: str) -> Recipe:
     names = recipe_names()
     if name in names:
         return _all_recipes()[name]
-    variants = [known for known in names if known.startswith(f"{name}-")]
-    nearest = variants or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)
-    hint = f"did you mean {' or '.join(map(repr, nearest))}? `mts-fast recipe` lists them"
+    variants = [known for known in names if known.startswith(f"{name.lower()}-")]
+    nearest = variants or difflib.get_close_matches(name.lower(), names, n=1)
+    meant = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+    hint = f"{meant}`mts-fast recipe` lists them"
     fail(ValueError, op, arg, f"one of {', '.join(names)}", repr(name), hint)
 
 

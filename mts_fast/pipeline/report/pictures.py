@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,11 @@ from PIL import Image
 from mts_fast.pipeline.stages import MTS
 
 THUMBNAIL = 96
-RESOLUTION = 110
+# points an inch of a chart, twice those of the page, so that text is sharp
+RESOLUTION = 192
+PAGE_RESOLUTION = 96
+# lines are told apart without colours, too
+STYLES = ("-", "--", "-.", ":")
 # the paper's Figure 2: what is recorded of the weights in training
 PANELS = {
     "mean_weight": "mean weight",
@@ -22,6 +28,16 @@ PANELS = {
     "var_p": "variance of the normalised weights",
     "effective_batch_size": "effective batch size",
 }
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture's address, what it shows in words, and its size on the page."""
+
+    address: str
+    words: str
+    width: int
+    height: int
 
 
 def thumbnail(pixels: np.ndarray) -> str:
@@ -37,40 +53,49 @@ def thumbnail(pixels: np.ndarray) -> str:
     return _address(buffer, "png")
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]]) -> str:
-    """Training loss of every stage by epoch."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+def loss_curves(records: Sequence[Mapping[str, Any]]) -> Chart:
+    """Training loss of every stage by epoch; narrow enough to be read on a phone."""
+    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
     axes = figure.subplots()
     stages = dict.fromkeys(record["stage"] for record in records if "epoch" in record)
-    for stage in stages:
+    for stage, style in zip(stages, cycle(STYLES), strict=False):
         of_stage = [r for r in records if r["stage"] == stage and "epoch" in r]
         label = "MTS" if stage == MTS else stage
-        axes.plot([r["epoch"] for r in of_stage], [r["loss"] for r in of_stage], label=label)
+        _plot(axes, of_stage, "loss", label=label, linestyle=style)
     axes.set(xlabel="epoch", ylabel="training loss")
-    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
-    return _drawn(figure, [axes])
+    figure.legend(fontsize=9, frameon=False, ncols=2, loc="outside lower center")
+    return _drawn(figure, axes, "Training loss of every stage by epoch")
 
 
-def weight_curves(records: Sequence[Mapping[str, Any]]) -> str:
-    """The quantities of the paper's Figure 2 by epoch."""
+def weight_curves(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """The quantities of the paper's Figure 2 by epoch, a chart each."""
     of_mts = [record for record in records if record["stage"] == MTS]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    panels = figure.subplots(2, 2).flatten()
-    for axes, (key, title) in zip(panels, PANELS.items(), strict=True):
-        axes.plot([r["epoch"] for r in of_mts], [r[key] for r in of_mts], color="#1b9e77")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("epoch", fontsize=8)
-    return _drawn(figure, panels)
+    charts = []
+    for key, title in PANELS.items():
+        figure = Figure(figsize=(3.3, 2.2), layout="constrained")
+        axes = figure.subplots()
+        _plot(axes, of_mts, key, color="#1b9e77")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        charts.append(_drawn(figure, axes, f"{title.capitalize()} by epoch"))
+    return charts
 
 
-def _drawn(figure: Figure, panels: Sequence[Any]) -> str:
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+def _plot(axes: Any, records: Sequence[Mapping[str, Any]], key: str, **options: Any) -> None:
+    """A line; a point where there is one epoch."""
+    marker = "o" if len(records) == 1 else None
+    axes.plot([r["epoch"] for r in records], [r[key] for r in records], marker=marker, **options)
+
+
+def _drawn(figure: Figure, axes: Any, words: str) -> Chart:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    axes.yaxis.get_offset_text().set_fontsize(9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=RESOLUTION, format="png")
-    return _address(buffer, "png")
+    width, height = (round(PAGE_RESOLUTION * inches) for inches in figure.get_size_inches())
+    return Chart(_address(buffer, "png"), words, width, height)
 
 
 def _address(buffer: io.BytesIO, kind: str) -> str:

@@ -49,9 +49,8 @@ class Reasons:
         value, effect = float(self.values[index, feature]), float(self.attributions[index, feature])
         size = "high" if value >= 0 else "low"
         does = "raises" if effect >= 0 else "lowers"
-        return (
-            f"{WORDS[self.names[feature]]} is {size} ({value:+.1f} SD): {does} it ({effect:+.2f})"
-        )
+        words = WORDS[self.names[feature]]
+        return f"{words}: {size} ({value:+.1f} SD), {does} it ({effect:+.2f})"
 
     def importances(self) -> list[tuple[str, float]]:
         """Mean absolute attribution of each feature, the largest first."""

@@ -70,11 +70,14 @@ def verdict(rows: list[ArmRow]) -> str:
     strongest = max((row for row in rows if row.ahead), key=lambda row: row.accuracy.value)
     ahead = strongest.ahead
     assert ahead is not None
-    points = f"{abs(ahead.value):.1f} points (95 % interval {ahead.low:+.1f} to {ahead.high:+.1f})"
+    interval = f"95 % interval {ahead.low:+.1f} to {ahead.high:+.1f}"
+    points = f"{abs(ahead.value):.1f} points ({interval})"
     beside = f"the strongest other training, “{strongest.name}”"
     if ahead.low > 0:
         return f"Selection paid: it is ahead of {beside}, by {points}."
     if ahead.high < 0:
         return f"Selection did not pay: it is behind {beside}, by {points}."
+    if round(ahead.value, 1) == 0:
+        return f"No difference is certain: selection is level with {beside} ({interval})."
     side = "ahead of" if ahead.value >= 0 else "behind"
     return f"No difference is certain: selection is {side} {beside}, by {points}."
