@@ -31,6 +31,9 @@ def bench_sampled_step(benchmark, name):
     arms = {"plain": Plain(task), "exact": Ours(task)}
     for part in (4, 8):
         arms[f"M/{part}"] = Ours(task, compute=CANDIDATES // part)
+    arms["M/8, candidates in bfloat16"] = Ours(
+        task, compute=CANDIDATES // 8, candidate_dtype=torch.bfloat16
+    )
     for arm in arms.values():
         if isinstance(arm, Ours):
             for _ in range(WARM_UP):

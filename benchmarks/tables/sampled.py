@@ -12,7 +12,7 @@ DATA = {
     "fashion": "planted failures",
     "digits": "digits",
 }
-MEASURED = ("fashion", "digits")
+MEASURED = ("fashion", "digits", "coloured-fashion")
 
 
 def _study(name: str, data: str) -> dict[str, Any]:

@@ -63,6 +63,12 @@ def check_options(options: Mapping[str, object]) -> None:
             check_callable(OP, name, options[name])
     if options["atomic"] is not None:
         check_bool(OP, "atomic", options["atomic"])
+    dtype = options["candidate_dtype"]
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        hint = "leave it out to look at candidates in the precision of the call"
+        expected = "None, torch.bfloat16 or torch.float16"
+        got = str(dtype) if isinstance(dtype, torch.dtype) else describe(dtype)
+        fail(TypeError, OP, "candidate_dtype", expected, got, hint)
     layer, scaler = options["feature_layer"], options["scaler"]
     if layer is not None and not isinstance(layer, str):
         hint = "see model.named_modules()"

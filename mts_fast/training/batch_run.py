@@ -76,6 +76,7 @@ class BatchRunner:
     parameters: Sequence[Tensor]
     head_path: str | None  # of the last linear layer, where the caller says it
     micro_batch: int | None
+    candidate_dtype: torch.dtype | None  # of forwards over all candidates, by autocast
 
     def run(self, batch: CheckedBatch, plan: Plan) -> Run:
         """Score and run a batch."""
@@ -103,16 +104,20 @@ class BatchRunner:
         # stage 1 gives the features of eval mode, unless it runs in train mode: then before it,
         # since it moves the running statistics
         penultimate = None
-        if batch_norms(self._world) and self.features.watched is not None:
-            penultimate = self.features.penultimate(batch)
-        candidates = look(
-            self.objective,
-            batch,
-            find_head(self.objective, self.head_path, self.parameters),
-            self.features.watched,
-            self.micro_batch,
-            check_values=plan.check_values,
-        )
+        has_statistics = bool(batch_norms(self._world))
+        if has_statistics and self.features.watched is not None:
+            with self._coarse(batch):
+                penultimate = self.features.penultimate(batch)
+        # statistics of all candidates keep the precision of the call
+        with nullcontext() if has_statistics else self._coarse(batch):
+            candidates = look(
+                self.objective,
+                batch,
+                find_head(self.objective, self.head_path, self.parameters),
+                self.features.watched,
+                self.micro_batch,
+                check_values=plan.check_values,
+            )
         if penultimate is None:
             penultimate = candidates.penultimate
         h = self.features.features(batch, penultimate, update=plan.updates)
@@ -131,6 +136,12 @@ class BatchRunner:
         if plan.forward_from is not None:
             run.after_scoring = after_scoring
         return run
+
+    def _coarse(self, batch: CheckedBatch) -> AbstractContextManager[object]:
+        """Autocast to the candidates' dtype, where there is one."""
+        if self.candidate_dtype is None:
+            return nullcontext()
+        return torch.autocast(batch.labels.device.type, self.candidate_dtype)
 
     @property
     def _world(self) -> World:

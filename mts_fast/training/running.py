@@ -248,6 +248,7 @@ def _algorithm(step: StepParts) -> Algorithm:
         step._engines.parameters,
         step._feature_layer,
         step._micro_batch,
+        step.candidate_dtype,
     )
     return Algorithm(
         step._objective,

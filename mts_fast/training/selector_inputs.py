@@ -196,6 +196,8 @@ class OnlineFeatures:
             hint = "use a larger validation batch or a smaller online_k"
             expected = f"at most the validation batch ({available})"
             fail(ValueError, "MTSStep", "online_k", expected, self._k, hint)
+        # a sampled step may look at its candidates in 16 bit
+        features = features.to(self._val_features.dtype)
         nearest, centroid = online_features(features, self._val_features, k=self._k)
         columns = [
             self._standardizer("nearest", nearest, update=update),

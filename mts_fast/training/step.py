@@ -60,6 +60,8 @@ class MTSStep(StepParts):
             without a graph: a number, a share of the batch such as 0.25, "auto" (what pays best, by
             measured variance), or None, all. The step is that of the whole batch up to the noise of
             the draw (docs/sampling.md). Draws come from torch's default generator.
+        candidate_dtype: torch.bfloat16 or float16 runs that one forward under autocast, where the
+            hardware is faster at it; what is computed of the samples drawn keeps its precision.
         micro_batch: run that many samples at a time; peak memory follows it. The result is that of
             the whole batch where samples are independent; BatchNorm in train mode sees each
             micro-batch, as under data parallelism.
@@ -143,6 +145,7 @@ class MTSStep(StepParts):
         schedule: str = "exact",
         memory: str = "fast",
         compute: int | float | str | None = None,
+        candidate_dtype: torch.dtype | None = None,
         micro_batch: int | None = None,
         backend: str = "auto",
         loss: Loss | None = None,
@@ -186,6 +189,7 @@ class MTSStep(StepParts):
                 "track_gsnr": track_gsnr,
                 "cuda_graph": cuda_graph,
                 "check": check,
+                "candidate_dtype": candidate_dtype,
             }
         )
         objective = Objective(model, loss) if isinstance(model, nn.Module) else None
@@ -227,6 +231,7 @@ class MTSStep(StepParts):
         self._micro_batch = micro_batch
         self._feature_layer = feature_layer
         self.compute = compute
+        self.candidate_dtype = candidate_dtype
         parameters = ops.trainable_parameters(optimizer)
         self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
         self._features = OfflineFeatures()

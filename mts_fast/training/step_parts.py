@@ -34,6 +34,7 @@ class StepParts:
     scaler: torch.amp.GradScaler | None
     atomic: bool | None
     track_gsnr: bool
+    candidate_dtype: torch.dtype | None
     check: str
     steps: int  # completed calls
     skipped_steps: int  # of these, calls whose gradient overflowed

@@ -233,6 +233,12 @@ def test_bad_options_are_named(compute, message):
         step_of(nn.Linear(4, CLASSES), compute=compute)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, "bfloat16", torch.int8])
+def test_a_bad_candidate_dtype_is_named(dtype):
+    with pytest.raises(TypeError, match=r"candidate_dtype must be None, torch\.bfloat16 or"):
+        step_of(nn.Linear(4, CLASSES), compute=5, candidate_dtype=dtype)
+
+
 def test_more_than_the_batch_is_refused_and_a_share_fits_every_batch():
     step = step_of(nn.Linear(4, CLASSES), compute=32)
     with pytest.raises(ValueError, match=r"compute must be at most .*\(12\), got 32.*share"):
@@ -251,6 +257,30 @@ def test_losses_of_stage_1_that_are_not_finite_are_named():
     arguments["val_inputs"] = torch.randn(6, 4)
     with pytest.raises(ValueError, match=r"the loss of every candidate must be finite.*\(3\)"):
         step_of(nn.Linear(4, CLASSES), compute=5)(**arguments)
+
+
+@pytest.mark.parametrize("model", ["dense", "mlp"])
+def test_candidates_in_16_bit_leave_the_computed_in_32(model):
+    """The forward of all runs under autocast, that of the computed does not."""
+    run = StepRun("cpu", model=model, compute=5, candidate_dtype=torch.bfloat16)
+    seen = set()
+    first = next(m for m in run.model.modules() if isinstance(m, nn.Linear))
+    first.register_forward_hook(lambda module, args, output: seen.add((len(output), output.dtype)))
+    result = steps(run)
+    assert (12, torch.bfloat16) in seen
+    assert (5, torch.float32) in seen and (5, torch.bfloat16) not in seen
+    assert result.losses.dtype == torch.float32
+    exact = StepRun("cpu", model=model)
+    steps(exact)
+    whole = StepRun("cpu", model=model, compute=12, candidate_dtype=torch.bfloat16)
+    without_dropout(whole), without_dropout(exact)
+    arguments = exact.arguments(9)
+    whole.step.load_state_dict(exact.step.state_dict())
+    near, truth = whole.step(**arguments), exact.step(**arguments)
+    cosine = nn.functional.cosine_similarity
+    # all are computed, so that only the weights, by features in 16 bit, are rounded
+    torch.testing.assert_close(near.normalized_weights, truth.normalized_weights, rtol=0.05, atol=0)
+    assert float(cosine(near.dots - near.dots.mean(), truth.dots - truth.dots.mean(), 0)) > 0.99
 
 
 def excess(by_share):
