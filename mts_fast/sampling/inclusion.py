@@ -86,7 +86,8 @@ def inclusion_probabilities(sizes: Tensor, k: int) -> Tensor:
     fits = (scale * ordered <= 1) & (before < k)
     # the first that fits; m = k - 1 always does, up to rounding
     m = torch.where(fits, before, k - 1).min()
-    scaled = (scale[m] * ordered).clamp(max=1.0)
+    # gathered, since indexing by a scalar tensor would read it on the host
+    scaled = (scale.gather(0, m.view(1)) * ordered).clamp(max=1.0)
     values = torch.where(before < m, torch.ones_like(scaled), scaled)
     return torch.empty_like(values).scatter_(0, order, values)
 

@@ -74,7 +74,6 @@ class Sampled:
         inclusion = inclusion_probabilities(self.sizes, k)
         self.draw = Draw(systematic_sample(inclusion, k), inclusion)
         self._p = p
-        self.dots: Tensor | None = None  # [k], of the computed samples
         self.noise: Tensor | None = None  # [k], residual part of each cotangent
         self.signal: Tensor | None = None  # [k], each cotangent
         self._regression: Regression | None = None
@@ -122,7 +121,6 @@ class Sampled:
         slope_of_p = (p * (1 - torch.sigmoid(z.detach())))[at].to(dots.dtype)
         weights = self.draw.weights(p).to(dots.dtype)
         mean = (weights * dots).sum() / weights.sum().clamp(min=torch.finfo(dots.dtype).tiny)
-        self.dots = dots
         self.noise = slope_of_p * regression.residuals
         self.signal = slope_of_p * (dots - mean)
         self._regression = regression
