@@ -71,6 +71,10 @@ class Config(pydantic.BaseModel):
     val_batch_size: Positive = 128
     hypergradient_lr: Annotated[Rate | None, Field(description="none: the optimizer's")] = None
     engine: str = "auto"
+    compute: Annotated[
+        Share | Literal["auto"] | None,
+        Field(description="share of a batch that a step computes; none: all"),
+    ] = None
     dynamics_epochs: Positive = 10
     dynamics_batch_size: Positive = 128
     # retraining with the weights

@@ -70,6 +70,7 @@ def learn_weights(
         selector,
         selector_optimizer,
         engine=config.engine,
+        compute=config.compute,
         online_k=online_k,
         hypergradient_lr=config.hypergradient_lr,
         selector_every=config.selector_every,

@@ -26,7 +26,7 @@ INDIFFERENT = {
 OF_DYNAMICS = {"dynamics_epochs", "dynamics_batch_size"}
 OF_MTS = {
     *("selector_lr", "selector_weight_decay", "selector_every", "selector_warmup_epochs"),
-    *("val_batch_size", "hypergradient_lr", "engine"),
+    *("val_batch_size", "hypergradient_lr", "engine", "compute"),
 }
 OF_MIXING = {"clean_share", "easy_power", "refinements"}
 OF_RETRAINING = {*OF_MIXING, "clean"}

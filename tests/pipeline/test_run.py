@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from small_runs import COUNTS, records_of, table_of, train
 from small_trees import COLOURS, small_model
@@ -64,10 +65,11 @@ def test_a_broken_stage_runs_again(tree, capsys):
     assert f"{done} is broken" in capsys.readouterr().err and table_of(tree) == before
 
 
-def test_an_option_of_mts_leaves_other_trainings(tree):
+@pytest.mark.parametrize("option", ["selector_lr=0.1", "compute=0.25", "compute=auto"])
+def test_an_option_of_mts_leaves_other_trainings(tree, option):
     assert train(tree, epochs=2) == 0
     stages = {p.name for p in (tree / "run" / "stages").iterdir()}
-    assert train(tree, "--set", "selector_lr=0.1", epochs=2) == 0
+    assert train(tree, "--set", option, epochs=2) == 0
     new = {p.name for p in (tree / "run" / "stages").iterdir()} - stages
     assert {name.rpartition("-")[0] for name in new} <= {
         "mts",
