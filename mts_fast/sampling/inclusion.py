@@ -10,6 +10,7 @@ from mts_fast._check import (
     check_finite,
     check_floating,
     check_int,
+    check_integer,
     check_length,
     check_not_empty,
     fail,
@@ -93,7 +94,11 @@ def inclusion_probabilities(sizes: Tensor, k: int) -> Tensor:
 
 
 def systematic_sample(
-    inclusion: Tensor, k: int, *, generator: torch.Generator | None = None
+    inclusion: Tensor,
+    k: int,
+    *,
+    strata: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw exactly k samples so that sample j is among them with probability pi_j.
 
@@ -103,6 +108,9 @@ def systematic_sample(
     Args:
         inclusion: pi [M], of sum k, as `inclusion_probabilities` returns them.
         k: their sum.
+        strata: integers [M]; samples of one number lie side by side, so that each stratum has its
+            expected count to within 1. Chances stay as they are, and the variance falls by what
+            strata differ in.
         generator: where the two draws come from; torch's default one of pi's device if left out.
 
     Returns:
@@ -126,6 +134,11 @@ def systematic_sample(
     check_number_of_samples(op, "k", k, count)
     device = inclusion.device
     order = torch.randperm(count, generator=generator, device=device)
+    if strata is not None:
+        check_integer(op, "strata", strata, ndim=1)
+        check_length(op, "strata", strata, count)
+        check_device(op, "strata", strata, device, "inclusion")
+        order = order[strata[order].argsort(stable=True)]
     u = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     return points_on(inclusion[order], order, u, k)
 

@@ -5,10 +5,12 @@ import itertools
 import torch
 
 
-def design(pi, k):
-    """(subsets [n, k] ascending, their probabilities [n]) of `systematic_sample(pi, k)`."""
+def design(pi, k, strata=None):
+    """(subsets [n, k] ascending, their probabilities [n]) of `systematic_sample(pi, k, strata)`."""
     count = len(pi)
     orders = torch.tensor(list(itertools.permutations(range(count))))  # [M!, M]
+    if strata is not None:
+        orders = orders[(strata[orders].diff(dim=1) >= 0).all(1)]
     ends = pi[orders].cumsum(1)
     edges = torch.cat(
         [ends - ends.floor(), torch.zeros(len(orders), 1), torch.ones(len(orders), 1)], 1

@@ -48,11 +48,15 @@ def test_inclusion_probabilities_solve_their_equation(name, k):
     assert float(pi.min()) > 0.0
 
 
+STRATA = torch.tensor([2, 0, 1, 0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("strata", [None, STRATA], ids=["random order", "by stratum"])
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("name", SIZES)
-def test_every_subset_enumerated_gives_the_inclusion_probabilities(name, k):
+def test_every_subset_enumerated_gives_the_inclusion_probabilities(name, k, strata):
     pi = inclusion_probabilities(SIZES[name].double(), k)
-    subsets, chances = design(pi, k)
+    subsets, chances = design(pi, k, strata)
     assert all(len(set(s.tolist())) == k for s in subsets)
     assert abs(float(chances.sum()) - 1) < 1e-12
     by_subsets = torch.zeros(8, dtype=torch.float64)
@@ -61,15 +65,18 @@ def test_every_subset_enumerated_gives_the_inclusion_probabilities(name, k):
     torch.testing.assert_close(by_subsets, pi, rtol=0, atol=1e-12)
 
 
-def test_draws_follow_the_enumerated_design():
+@pytest.mark.parametrize("strata", [None, STRATA], ids=["random order", "by stratum"])
+def test_draws_follow_the_enumerated_design(strata):
     pi = inclusion_probabilities(SIZES["ordinary"].double(), 4)
-    subsets, chances = design(pi, 4)
+    subsets, chances = design(pi, 4, strata)
     place = {tuple(s.tolist()): i for i, s in enumerate(subsets)}
     generator = torch.Generator().manual_seed(3)
     draws = 20_000
     counts = torch.zeros(len(subsets), dtype=torch.float64)
     for _ in range(draws):
-        counts[place[tuple(systematic_sample(pi, 4, generator=generator).tolist())]] += 1
+        counts[
+            place[tuple(systematic_sample(pi, 4, strata=strata, generator=generator).tolist())]
+        ] += 1
     # chi-square over the 70 subsets; 5 standard deviations of its sum above its mean
     expected = draws * chances
     possible = expected > 0
@@ -94,6 +101,16 @@ def test_without_errors_the_measure_follows_the_weights():
     torch.testing.assert_close(size_measure(p, torch.zeros(3)), expected)
     torch.testing.assert_close(size_measure(p), expected)
     torch.testing.assert_close(size_measure(torch.zeros(4)), torch.full((4,), 0.25).double())
+
+
+def test_every_stratum_has_its_expected_count_to_within_one():
+    generator = torch.Generator().manual_seed(5)
+    strata = torch.arange(40) % 5
+    pi = inclusion_probabilities(torch.rand(40, generator=generator, dtype=torch.float64), 13)
+    expected = torch.zeros(5, dtype=torch.float64).index_add_(0, strata, pi)
+    for _ in range(50):
+        chosen = systematic_sample(pi, 13, strata=strata, generator=generator)
+        assert bool(((strata[chosen].bincount(minlength=5) - expected).abs() < 1).all())
 
 
 @pytest.mark.parametrize("k", [1, 4, 7])
@@ -132,6 +149,7 @@ def test_the_regression_estimator_is_exact_where_dots_are_a_line_of_the_known():
         (lambda: inclusion_probabilities(torch.tensor([1.0, 0.0]), 1), "sizes must be positive"),
         (lambda: inclusion_probabilities(torch.tensor([1.0, torch.nan]), 1), "sizes must be"),
         (lambda: systematic_sample(torch.ones(2, 2), 1), "inclusion must be"),
+        (lambda: systematic_sample(torch.ones(3), 3, strata=torch.ones(3)), "strata must be"),
         (lambda: size_measure(torch.ones(3), torch.ones(4)), "error_norms must be"),
     ],
 )

@@ -69,7 +69,7 @@ class World:
 
     def part(self, monkeypatch, subset):
         """The candidates with A chosen."""
-        monkeypatch.setattr(sampler, "systematic_sample", lambda inclusion, k: subset)
+        monkeypatch.setattr(sampler, "systematic_sample", lambda inclusion, k, strata: subset)
         return Sampled(self.candidates, self.batch, self.p, len(subset))
 
 

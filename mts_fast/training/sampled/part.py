@@ -72,7 +72,9 @@ class Sampled:
         self._candidates = candidates
         self.sizes = size_measure(p, candidates.error_norms)
         inclusion = inclusion_probabilities(self.sizes, k)
-        self.draw = Draw(systematic_sample(inclusion, k), inclusion)
+        # samples of one class and source have gradients that are alike
+        strata = 2 * batch.classes + batch.is_synthetic
+        self.draw = Draw(systematic_sample(inclusion, k, strata=strata), inclusion)
         self._p = p
         self.noise: Tensor | None = None  # [k], residual part of each cotangent
         self.signal: Tensor | None = None  # [k], each cotangent
