@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mts_fast.hypergradient.precision import is_low_precision
 
-# |sum p d - <u, g>| / sum p |d| was at most 5e-5 (exact engines, float32), 4e-3 (16 bits) and
-# 5.5e-3 (differences) of right dots, and 0.012 to 0.7 of wrong ones (CPU, 2026).
+# the gap of right dots was at most 5e-5 (exact engines, float32), 4e-3 (16 bits) and 5.5e-3
+# (differences), and 0.012 to 0.7 of wrong ones (CPU, 2026).
 EXACT, EXACT_16_BIT, DIFFERENCES = 1e-3, 2e-2, 1e-2
 # in float64 right dots were at most 1e-12 off, and differences 1e-9 (a kink may add its step, 1e-5)
 EXACT_64_BIT, DIFFERENCES_64_BIT = 1e-7, 1e-4
+# of cross-entropies with a mean of 1e-6 to 1e-12 the gap was at most 1.1 eps / l (CPU, 2026)
+SATURATED = 4
 # roundings of the largest term that the two sums may differ by where everything cancels
 ROUNDINGS = 64
 
@@ -26,12 +28,31 @@ ROUNDINGS = 64
 def invariant_gap(
     p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
 ) -> Tensor:
-    """|sum p d - <u, g>| / sum p |d| [], u = kappa v; 0 where both sides are 0."""
+    """|sum p d - <u, g>| / max(sum p |d|, |<u, g>|) [], u = kappa v; 0 where both sides are 0."""
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
     expected = torch.stack([(g * u).sum().to(dots.dtype) for g, u in pairs]).sum()
     gap = ((p * dots).sum() - expected).abs()
-    scale = (p * dots).abs().sum()
+    scale = (p * dots).abs().sum().maximum(expected.abs())
     return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
+def saturation(p: Tensor, losses: Tensor, eps: float, *, logarithmic: bool) -> Tensor:
+    """What rounding may add to the gap where the losses are near 0, [].
+
+    Near its minimum a loss has a gradient e by the logits that is far smaller than the numbers it
+    is the difference of, so their rounding is eps / |e| of it. A cross-entropy has |e| ~ l, a
+    square |e| ~ sqrt(l); l is the weighted mean loss.
+
+    Args:
+        p: [B], weights (or with random signs).
+        losses: [B].
+        eps: spacing at 1 of the dtype that the logits are computed in.
+        logarithmic: whether the loss is a cross-entropy or the like.
+    """
+    weights = p.abs()
+    mean = (weights * losses.to(p.dtype).abs()).sum() / weights.sum()
+    size = mean if logarithmic else mean.sqrt()
+    return SATURATED * eps / size.clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def is_rounding(
@@ -55,6 +76,12 @@ def bound(engine: str, parameters: Sequence[Tensor]) -> float:
     if is_low_precision(parameters):
         return EXACT_16_BIT
     return EXACT_64_BIT if is_float64 else EXACT
+
+
+def unit_roundoff(parameters: Sequence[Tensor], losses: Tensor) -> float:
+    """Spacing at 1 of the dtype that the logits are computed in: 16-bit under autocast."""
+    dtype = torch.bfloat16 if is_low_precision(parameters) else losses.dtype
+    return torch.finfo(dtype).eps
 
 
 def random_signs(p: Tensor, number: int) -> Tensor:

@@ -22,6 +22,15 @@ from mts_fast.hypergradient.refused import Refused
 Loss = Callable[[Any, Tensor], Tensor]
 # the label that torch's cross-entropy leaves out
 IGNORED = -100
+# losses whose derivative by the logits is as small as they are where these are right
+LOGARITHMIC = (
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.KLDivLoss,
+    nn.MultiLabelSoftMarginLoss,
+)
 # torch's name for the autograd node of re-entrant activation checkpointing
 REENTRANT = "CheckpointFunctionBackward"
 REENTRANT_REASON = "re-entrant activation checkpointing, which drops gradients there"
@@ -167,6 +176,11 @@ class Objective:
             hint = f"the logits have {classes} classes; -100 counts nothing"
             used = labels.long()
             check_range(self.op, name, used[used != IGNORED], 0, classes, hint)
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether the loss is known to be a cross-entropy or the like."""
+        return self.loss is None or isinstance(self.loss, LOGARITHMIC)
 
     def kind(self, inputs: Any) -> tuple[object, ...]:
         """What distinguishes forwards: modes, autocast, and how the inputs are nested."""

@@ -15,7 +15,14 @@ from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
 from mts_fast.hypergradient import EngineChoice, Objective, Refused
 from mts_fast.hypergradient.finite_difference import FiniteDifference
-from mts_fast.hypergradient.guard import bound, invariant_gap, is_rounding, random_signs
+from mts_fast.hypergradient.guard import (
+    bound,
+    invariant_gap,
+    is_rounding,
+    random_signs,
+    saturation,
+    unit_roundoff,
+)
 from mts_fast.training.batch import CheckedBatch, CheckedValidation
 from mts_fast.training.batch_run import (
     BatchRunner,
@@ -70,6 +77,7 @@ class Prepared:
     learned: Part | None = None  # of the batch that the selector learns from
     val_loss: Tensor | None = None
     gap: Tensor | None = None  # [], of the sum rule; see `invariant_gap`
+    allowed: Tensor | None = None  # [], the largest gap of right dots
     guarded: bool = False  # the guard has checked the dots
     masked: Tensor | None = None  # [], entries of kappa set to 0
     engine: str = ""
@@ -207,6 +215,8 @@ class Algorithm:
                 dots = learned.linearization.dots(direction).to(learned.z.dtype)
             if compared:
                 prepared.gap = invariant_gap(weights, dots, compared, direction)
+            losses = learned.linearization.losses
+            prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
                 signs = random_signs(weights, self.engines.calls(layout))
                 with preserved_buffers(world):
@@ -216,10 +226,10 @@ class Algorithm:
             hint = "lower the learning rate, or look for overflow in the model"
             check_finite(OP, "the hypergradient dot of every sample", dots, hint)
         if probing:
-            self._guard(engine.name, weights, dots, compared, direction)
+            self._guard(prepared, weights, dots, compared, direction)
             prepared.guarded = True
         if signed:
-            self._guard(engine.name, weights * signs, dots, by_signs, direction)
+            self._guard(prepared, weights * signs, dots, by_signs, direction)
         spread = learned.part.spread(dots, direction, learned.p, learned.z)
         prepared.update = SelectorUpdate(batch, learned.features, learned.z, learned.p, spread)
         self.engines.served(layout)
@@ -286,6 +296,12 @@ class Algorithm:
         )
         return Outcome(gradient, result)
 
+    def _allowed(self, engine: str, p: Tensor, losses: Tensor) -> Tensor:
+        """The largest gap that right dots may have, []."""
+        eps = unit_roundoff(self.parameters, losses)
+        logarithmic = self.objective.is_logarithmic
+        return bound(engine, self.parameters) + saturation(p, losses, eps, logarithmic=logarithmic)
+
     def _note_draw(self, prepared: Prepared, p: Tensor) -> SamplingStatistics | None:
         """What was drawn, for row 9's weights p; None where everything was computed."""
         part, learned = prepared.run.part, prepared.learned
@@ -298,19 +314,20 @@ class Algorithm:
 
     def _guard(
         self,
-        engine: str,
+        prepared: Prepared,
         p: Tensor,
         dots: Tensor,
         gradient: list[Tensor | None],
         direction: Sequence[Tensor],
     ) -> None:
         """Refuse dots that miss the invariant for these weights. Waits for the device."""
+        assert prepared.allowed is not None
         gap = float(invariant_gap(p, dots, gradient, direction))
-        allowed = bound(engine, self.parameters)
+        allowed = float(prepared.allowed)
         if gap <= allowed or is_rounding(p, dots, gradient, direction):
             return
         raise Refused(
-            engine,
+            prepared.engine,
             [
                 f"sum p d differs from <kappa v, grad L> by {gap:.1e} of sum p |d|"
                 f" (allowed {allowed:.0e})"

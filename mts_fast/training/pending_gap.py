@@ -13,13 +13,14 @@ logger = logging.getLogger("mts_fast")
 class PendingGap:
     """Gap of the sum rule in a call that did not wait for it; the next call reads it."""
 
-    def __init__(self, gap: Tensor, allowed: float, engine: str) -> None:
-        self._allowed, self._engine = allowed, engine
+    def __init__(self, gap: Tensor, allowed: Tensor, engine: str) -> None:
+        self._engine = engine
         self._event: torch.cuda.Event | None = None
-        self._gap = gap.detach()
+        self._values = torch.stack([gap.detach(), allowed.detach().to(gap.dtype)])
         if gap.is_cuda:
-            self._gap = torch.empty((), dtype=gap.dtype, pin_memory=True)
-            self._gap.copy_(gap.detach(), non_blocking=True)
+            values = self._values
+            self._values = torch.empty(2, dtype=gap.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -27,13 +28,13 @@ class PendingGap:
         """Warn where the gap exceeds its bound; a gap that has not arrived yet is skipped."""
         if self._event is not None and not self._event.query():
             return
-        gap = float(self._gap)
-        if gap > self._allowed:
+        gap, allowed = self._values.tolist()
+        if gap > allowed:
             logger.warning(
                 "%s: dots of engine %s in the last call missed sum p d = <kappa v, grad L> by %.1e"
                 " of sum p |d| (allowed %.0e); see mts_fast.check_engine",
                 "MTSStep",
                 self._engine,
                 gap,
-                self._allowed,
+                allowed,
             )

@@ -25,6 +25,7 @@ class StepResult:
     val_loss: Tensor | None  # [], mean validation loss at the virtual parameters
     dots: Tensor | None  # [B2], d_i = <kappa v, grad l_i>
     # [], |sum_i p_i d_i - <kappa v, grad L>| / sum_i p_i |d_i|, at most 0.02 where dots are right
+    # and the losses are not 0 up to rounding
     self_check: Tensor | None
     gsnr: Tensor | None  # [], of the selector's gradient; only with track_gsnr
     engine: str  # the engine that served this batch; see `explain_engine`

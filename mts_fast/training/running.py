@@ -15,7 +15,6 @@ from mts_fast._check import fail
 from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import run_to_completion
 from mts_fast.hypergradient import Refused
-from mts_fast.hypergradient.guard import bound
 from mts_fast.ops.update_rules import check_optimizer
 from mts_fast.training.algorithm import Algorithm, Call
 from mts_fast.training.arguments import check_not_distributed
@@ -152,9 +151,8 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     if step.selector_scheduler is not None:
         step.selector_scheduler.step()
     stepped = _step_optimizer(step, scaling, transaction, overflow=prepared.overflow)
-    if prepared.gap is not None and not prepared.guarded:
-        allowed = bound(prepared.engine, engines.parameters)
-        step._gap = PendingGap(prepared.gap, allowed, prepared.engine)
+    if prepared.gap is not None and prepared.allowed is not None and not prepared.guarded:
+        step._gap = PendingGap(prepared.gap, prepared.allowed, prepared.engine)
     step.steps += 1
     step._compute.count()
     step.skipped_steps += not stepped
