@@ -68,6 +68,10 @@ class DoubleBackwardLinearization(Linearization):
         return self._losses
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
+        with self.batch.around_forward():  # parts that are checkpointed run again
+            return self._gradient(p)
+
+    def _gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
         graph, parameters = self._graph, self.engine.parameters
         assert graph is not None
@@ -89,7 +93,7 @@ class DoubleBackwardLinearization(Linearization):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         graph = self._graph
         assert graph is not None
-        with serving(self.engine.name):
+        with serving(self.engine.name), self.batch.around_forward():
             if self._first is None:
                 dots = reference.hypergradient_dots(graph, self.engine.parameters, direction)
             else:

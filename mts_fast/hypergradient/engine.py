@@ -88,13 +88,14 @@ class RetainedGraph(Linearization):
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
         assert self._graph is not None
-        gradient = torch.autograd.grad(
-            self._graph,
-            self.engine.parameters,
-            p.to(self._graph.dtype),
-            retain_graph=self._gradients_left > 0,
-            allow_unused=True,
-        )
+        with self.batch.around_forward():  # parts that are checkpointed run again
+            gradient = torch.autograd.grad(
+                self._graph,
+                self.engine.parameters,
+                p.to(self._graph.dtype),
+                retain_graph=self._gradients_left > 0,
+                allow_unused=True,
+            )
         if not self._gradients_left:
             self._graph = None
         return dense(gradient)

@@ -67,7 +67,14 @@ class LabelledBatch:
 
     def at(self, samples: slice | Tensor) -> LabelledBatch:
         """Some of the samples."""
-        inputs = map_tensors(self.inputs, lambda t: t[samples] if t.ndim else t)
+
+        def part(t: Tensor) -> Tensor:
+            if not t.ndim:
+                return t
+            # sparse tensors take no tensor as index
+            return t.index_select(0, samples) if isinstance(samples, Tensor) else t[samples]
+
+        inputs = map_tensors(self.inputs, part)
         return LabelledBatch(inputs, self.labels[samples], name=self.name)
 
 
@@ -245,6 +252,8 @@ class Objective:
     def _with_graph(self, losses: Tensor, whole: bool) -> Tensor:
         """Losses whose graph can be differentiated."""
         if not torch.is_grad_enabled():
+            return losses
+        if not whole and not losses.requires_grad:
             return losses
         if not losses.requires_grad:
             hint = "do not detach the output, and return losses made from it"

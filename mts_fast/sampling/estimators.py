@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# computed samples from which on a slope is fitted
+FITTED = 4
+
 
 class Draw(NamedTuple):
     """The computed samples A of M candidates."""
@@ -74,6 +77,8 @@ def regression_estimator(
     Notes:
         b = sum_A c p (dhat - mean)(d - mean) / sum_A c p (dhat - mean)^2, 0 where that is 0. With
         k = M, D is d less a constant. The fitted slope and the ratio mean have a bias of O(1/k).
+        Below 4 samples no slope is fitted: b = 1, since dhat is a part of d; and of a single one
+        rbar = 0, which is unbiased.
 
     Source: the regression estimator of survey sampling (Cochran 1977, 7.1), docs/sampling.md.
     """
@@ -89,11 +94,16 @@ def regression_estimator(
         product = (share * centred * residuals).sum()
         square, other = (share * centred.square()).sum(), (share * residuals.square()).sum()
         slope = torch.where(square > 0, product / square, slope)
+        if len(dots) < FITTED:
+            slope = torch.ones_like(slope)
         correlation = torch.where(
             square * other > 0, product / (square * other).sqrt(), correlation
         )
         residuals = residuals - slope * centred
         mean = mean - slope * (share * here).sum()
+    if len(dots) == 1:
+        mean = torch.zeros_like(mean)
+        residuals = dots if approximate is None else dots - slope * approximate[draw.indices]
     estimates = difference_estimator(draw, dots - mean, approximate, slope)
     return Regression(estimates, slope, correlation, residuals)
 
@@ -114,4 +124,7 @@ def variance_ratio(
     """
     c = draw.expansion(noise)
     excess = (1 / inclusion[draw.indices] - 1).to(noise.dtype)
-    return (c * excess * noise.square()).sum(), (c * signal.square()).sum()
+    # a mean, and where it was fitted a slope, have taken a part of the noise
+    k = len(noise)
+    lost = 2 if k >= FITTED else 1
+    return k / max(k - lost, 1) * (c * excess * noise.square()).sum(), (c * signal.square()).sum()

@@ -28,14 +28,13 @@ from mts_fast.training.batch_run import (
     BatchRunner,
     Plan,
     Run,
-    check_independent,
     check_losses,
     check_weights,
 )
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
-from mts_fast.training.sampled.compute import ComputeChoice
+from mts_fast.training.sampled.compute import ComputeChoice, Costs
 from mts_fast.training.sampled.part import Part, Sampled
 from mts_fast.training.selector_trainer import SelectorUpdate
 from mts_fast.training.validation import validation_gradient
@@ -54,6 +53,7 @@ class Call:
     weighted: bool  # False during warm-up
     schedule: str
     computed: int | None  # how many samples of a batch are run; None: all, in one stage
+    costs: Costs
     check_values: bool  # read values to check them, which waits for a GPU
 
     @property
@@ -144,12 +144,11 @@ class Algorithm:
             updates=on_training_batch,
             scores_apart=call.updates_selector and not on_training_batch,
             weighted=call.weighted,
+            probes=probing,
             check_values=call.check_values,
         )
         run = self.runner.run(call.batch, plan)
         prepared = Prepared(run, engine=engine.name)
-        if probing:
-            check_independent(self.objective, run)
         if not call.updates_selector:
             return prepared
         # row 3

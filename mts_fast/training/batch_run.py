@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_finite, fail
-from mts_fast._isolation import RngState, World, preserved_buffers, preserved_rng
+from mts_fast._isolation import (
+    Restoring,
+    RngState,
+    SavedBuffers,
+    World,
+    preserved_buffers,
+    preserved_rng,
+)
 from mts_fast.hypergradient import Engine, LabelledBatch, Linearization, Objective
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.candidates import find_head, look
+from mts_fast.training.sampled.checks import check_divisible, check_independent
 from mts_fast.training.sampled.part import Part, Sampled, Whole
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
@@ -58,6 +66,7 @@ class Plan:
     updates: bool  # the selector learns from this batch
     scores_apart: bool  # the selector's forward leaves its buffers and generators as they are
     weighted: bool  # False in warm-up
+    probes: bool  # check what the results rest on
     check_values: bool
     # generators before the forward and before the selector draws its masks; None: as they are, and
     # then the forward moves them
@@ -74,7 +83,6 @@ class BatchRunner:
     scorer: Scorer
     trainer: SelectorTrainer
     parameters: Sequence[Tensor]
-    head_path: str | None  # of the last linear layer, where the caller says it
     micro_batch: int | None
     candidate_dtype: torch.dtype | None  # of forwards over all candidates, by autocast
 
@@ -101,6 +109,8 @@ class BatchRunner:
             got = "BatchNorm in train mode under torch.compile"
             expected = "run by its modules, whose statistics a sampled step replaces"
             fail(RuntimeError, OP, "model", expected, got, hint)
+        check_divisible(batch)
+        before_forward = SavedBuffers(self._world)
         # stage 1 gives the features of eval mode, unless it runs in train mode: then before it,
         # since it moves the running statistics
         penultimate = None
@@ -113,7 +123,7 @@ class BatchRunner:
             candidates = look(
                 self.objective,
                 batch,
-                find_head(self.objective, self.head_path, self.parameters),
+                find_head(self.objective, self.parameters),
                 self.features.watched,
                 self.micro_batch,
                 check_values=plan.check_values,
@@ -127,11 +137,15 @@ class BatchRunner:
             drawn_by = (p + self.scorer.unweighted(batch, z)) / 2
         part = Sampled(candidates, batch, drawn_by, k)
         after_scoring = RngState.capture(self._world)
-        # stage 1 has moved the buffers where BatchNorm uses the batch's statistics
-        once = preserved_buffers(self._world) if candidates.statistics.modules else nullcontext()
+        # where stage 1 has moved the buffers, stage 2 begins as it did and leaves what it left
+        once: AbstractContextManager[object] = nullcontext()
+        if has_statistics:
+            once = Restoring(SavedBuffers(self._world).restore, before_forward.restore)
         with self._masks(plan), once:
             linearization = self._linearize(part.batch, plan)
             linearization.run()
+        if plan.probes:
+            check_independent(self.objective, part, linearization, before_forward)
         run = self._run(part, linearization, candidates.losses, h, z, p, before)
         if plan.forward_from is not None:
             run.after_scoring = after_scoring
@@ -189,30 +203,6 @@ class BatchRunner:
             check_finite(OP, "selector's output", z.detach(), hint)
             check_weights(p, self.scorer.class_weight)
         return before, z, p
-
-
-def check_independent(objective: Objective, run: Run) -> None:
-    """Refuse a model whose losses depend on which other samples are run: the computed samples stand
-    for the batch only where it does not matter. Runs half of them again; waits for the device."""
-    samples = run.part.batch
-    if isinstance(run.part, Whole) or len(samples) < 2:
-        return
-    world = objective.world
-    before = RngState.capture(world)
-    half = samples.at(slice(0, len(samples) // 2))
-    with torch.no_grad(), preserved_rng(world), preserved_buffers(world):
-        again = objective.losses(half)
-        draws = not before.equals(RngState.capture(world))
-    if draws:  # masks differ, and losses with them
-        return
-    losses = run.linearization.losses[: len(half)]
-    allowed = torch.finfo(losses.dtype).eps ** 0.5 * (1 + losses.norm())
-    gap = float((losses - again).norm())
-    if gap > allowed:
-        hint = "leave compute= out, or put such layers into eval mode"
-        got = f"losses of {len(half)} samples that differ by {gap:.1e} when these are run alone"
-        expected = "one whose samples do not act on each other, but by BatchNorm"
-        fail(RuntimeError, OP, "model", expected, got, hint)
 
 
 def check_losses(linearization: Linearization) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
+from mts_fast.training.sampled.compute import STATE_TYPES
 from mts_fast.training.step_parts import StepParts
 
 OP = "MTSStep.load_state_dict"
@@ -149,6 +150,12 @@ def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
             fail(ValueError, OP, "state", f"given the entry {name!r}", f"{present[:80]}", hint)
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
             fail(TypeError, OP, f"state[{name!r}]", "as saved", describe(state[name]), hint)
+    compute = state.get("compute", {})  # states from before sampled steps have none
+    if not isinstance(compute, Mapping) or any(
+        name not in STATE_TYPES or not isinstance(value, STATE_TYPES[name])
+        for name, value in compute.items()
+    ):
+        fail(TypeError, OP, "state['compute']", "as saved", describe(compute), hint)
     saved = state["selector_scheduler"] is not None
     if saved != has_scheduler:
         got = "one with a scheduler" if saved else "one without"

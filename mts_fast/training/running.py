@@ -154,7 +154,7 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     if prepared.gap is not None and prepared.allowed is not None and not prepared.guarded:
         step._gap = PendingGap(prepared.gap, prepared.allowed, prepared.engine)
     step.steps += 1
-    step._compute.count()
+    step._compute.count(call.costs)
     step.skipped_steps += not stepped
     engines.commit()
     result = outcome.result if stepped else outcome.result.as_skipped()
@@ -244,7 +244,6 @@ def _algorithm(step: StepParts) -> Algorithm:
         step._scorer,
         step._trainer,
         step._engines.parameters,
-        step._feature_layer,
         step._micro_batch,
         step.candidate_dtype,
     )

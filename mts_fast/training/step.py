@@ -229,7 +229,6 @@ class MTSStep(StepParts):
             *dict.fromkeys((*objective.world.roots, *self._validation.world.roots, selector))
         )
         self._micro_batch = micro_batch
-        self._feature_layer = feature_layer
         self.compute = compute
         self.candidate_dtype = candidate_dtype
         parameters = ops.trainable_parameters(optimizer)
@@ -305,7 +304,8 @@ class MTSStep(StepParts):
             updates_selector=self.steps % self.selector_every == 0,
             weighted=self.steps >= self.warmup_steps,
             schedule=self.schedule,
-            computed=self._computed(batch, validation),
+            computed=self._compute.number(len(batch)),
+            costs=self._costs(batch, validation),
             check_values=check_values,
         )
         return run_call(self, call)
@@ -348,12 +348,11 @@ class MTSStep(StepParts):
             f" steps={self.steps}): {self._engines}"
         )
 
-    def _computed(self, batch: CheckedBatch, validation: CheckedValidation) -> int | None:
-        """How many samples of this batch are run; None: all, in one stage."""
-        passes = (
-            2 if self._features.watched is not None and batch_norms(self._objective.world) else 1
-        )
-        return self._compute.number(len(batch), Costs(passes, len(validation) / len(batch)))
+    def _costs(self, batch: CheckedBatch, validation: CheckedValidation) -> Costs:
+        """What the price of a sampled step of this batch depends on."""
+        reads_features = self._features.watched is not None
+        passes = 2 if reads_features and batch_norms(self._objective.world) else 1
+        return Costs(passes, len(validation) / len(batch))
 
     def _num_classes(self) -> int | None:
         """Number of classes of the selector, else of the class weights; None where neither says."""

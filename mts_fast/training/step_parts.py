@@ -44,7 +44,6 @@ class StepParts:
     _validation: Objective
     _world: World  # of the model, both losses and the selector
     _micro_batch: int | None
-    _feature_layer: str | None
     _compute: ComputeChoice
     _engines: EngineChoice
     _features: OnlineFeatures | OfflineFeatures

@@ -49,7 +49,7 @@ class World:
         self.p = (nn.functional.logsigmoid(self.z) + log_class).softmax(0)
         moved = self.z + 0.5 * torch.randn(size, generator=g).double()
         self.new_p = (nn.functional.logsigmoid(moved) + log_class).softmax(0)
-        head = find_head(self.objective, None, self.parameters)
+        head = find_head(self.objective, self.parameters)
         self.candidates = look(self.objective, self.batch, head, None, None, check_values=True)
         self.norms = self.candidates.error_norms
 

@@ -293,6 +293,7 @@ def excess(by_share):
     ("by_share", "expected"),
     [
         ([0.0] * 5, 1 / 16),  # drawing costs nothing: the least
+        ([float("nan")] * 4 + [0.0], 1.0),
         ([40.0, 20.0, 9.0, 3.0, 0.0], 1.0),  # it costs all that it saves
         ([9.0, 0.6, 0.5, 0.4, 0.0], 1 / 8),
     ],
@@ -301,13 +302,13 @@ def test_auto_takes_the_smallest_price_times_variance(by_share, expected):
     choice = ComputeChoice("auto")
     costs = Costs(passes=1, validation=1 / 8)
     for _ in range(7):
-        assert choice.number(64, costs) == 16
+        assert choice.number(128) == 32
         choice._sums = excess(by_share)
-        choice.count()
-    number = choice.number(64, costs)
-    assert number == (None if expected == 1.0 else round(64 * expected))
-    prices = [costs.of(s) * (1 + e) for s, e in zip(SHARES, by_share, strict=True)]
-    assert SHARES[prices.index(min(prices))] == expected
+        choice.count(costs)
+    number = choice.number(128)
+    assert number == (None if expected == 1.0 else round(128 * expected))
+    prices = {s: costs.of(s) * (1 + e) for s, e in zip(SHARES, by_share, strict=True) if e == e}
+    assert min(prices, key=prices.get) == expected
 
 
 def test_auto_that_computes_all_looks_again_before_it_decides_again():
@@ -315,13 +316,13 @@ def test_auto_that_computes_all_looks_again_before_it_decides_again():
     costs = Costs(passes=1, validation=1 / 8)
     numbers = []
     for call in range(1, 17):
-        numbers.append(choice.number(64, costs))
+        numbers.append(choice.number(128))
         if numbers[-1] is not None:
             choice._sums = excess([40.0, 20.0, 9.0, 3.0, 0.0] if call < 8 else [0.0] * 5)
-        choice.count()
+        choice.count(costs)
     assert numbers[7:11] == [None] * 4  # decided in call 8
-    assert numbers[11:15] == [32] * 4  # calls 12 to 15 draw a half, to have something to see
-    assert numbers[15] == 4
+    assert numbers[11:15] == [64] * 4  # calls 12 to 15 draw a half, to have something to see
+    assert numbers[15] == 8
 
 
 def test_autocast_and_a_scaler_take_sampled_steps():

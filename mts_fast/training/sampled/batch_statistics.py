@@ -18,19 +18,39 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mts_fast._check import fail
 from mts_fast._isolation import World
 from mts_fast.hypergradient import LabelledBatch
 
+OP = "MTSStep"
+Forward = Callable[..., Any]
+
 
 class Moments(NamedTuple):
-    """Mean and (population) variance per channel [C], in float32 at least."""
+    """Mean and (population) variance per channel [C], in float32 at least, and their weight."""
 
     mean: Tensor
     variance: Tensor
+    weight: float = 1.0
+
+    def joined(self, other: Moments) -> Moments:
+        """Of both parts; the means' difference is squared, so that nothing cancels (Chan 1983)."""
+        weight = self.weight + other.weight
+        share = other.weight / weight
+        difference = other.mean - self.mean
+        return Moments(
+            self.mean + share * difference,
+            self.variance
+            + share * (other.variance - self.variance)
+            + share * (1 - share) * difference.square(),
+            weight,
+        )
 
 
 def batch_norms(world: World) -> list[_BatchNorm]:
@@ -53,44 +73,32 @@ class CandidateStatistics:
 
     @contextmanager
     def recording(self, weight: float) -> Iterator[None]:
-        """Inside, one forward of a part of the candidates adds its moments, times `weight`, its
-        share of the M samples."""
+        """Inside, one forward of a part of the candidates adds its moments; `weight`: its size."""
         calls: dict[nn.Module, int] = {}
 
-        def record(module: _BatchNorm, moments: Moments) -> None:
+        def record(module: _BatchNorm, part: Moments) -> None:
             k = calls.get(module, 0)
             calls[module] = k + 1
             entries = self.moments.setdefault(module, [])
-            part = Moments(weight * moments.mean, weight * _second(moments))
             if k < len(entries):
-                part = Moments(entries[k].mean + part.mean, entries[k].variance + part.variance)
-                entries[k] = part
+                entries[k] = entries[k].joined(part)
             else:
                 entries.append(part)
 
-        def watched(module: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        def watched(module: _BatchNorm) -> Forward:
             plain = module.forward
 
-            def forward(x: Tensor) -> Tensor:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 with _BatchNormOutputs() as outputs:
-                    y = plain(x)
-                record(module, outputs.moments(x, module.eps))
+                    y = plain(*args, **kwargs)
+                x = next(iter([*args, *kwargs.values()]))
+                record(module, outputs.moments(x, module.eps)._replace(weight=weight))
                 return y
 
             return forward
 
         with _forwards({m: watched(m) for m in self.modules}):
             yield
-
-    def finish(self) -> None:
-        """From sums of means and second moments to moments, after the last part."""
-        for entries in self.moments.values():
-            entries[:] = [Moments(m, (s - m.square()).clamp(min=0)) for m, s in entries]
-
-
-def _second(moments: Moments) -> Tensor:
-    """Mean square."""
-    return moments.variance + moments.mean.square()
 
 
 class _BatchNormOutputs(TorchDispatchMode):
@@ -117,8 +125,21 @@ class _BatchNormOutputs(TorchDispatchMode):
         return Moments(mean, variance)
 
 
+class _Replaced(TorchFunctionMode):
+    """Inside, torch's batch_norm of an input is another function of it."""
+
+    def __init__(self, normalize: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._normalize = normalize
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.batch_norm, torch.batch_norm):
+            return self._normalize(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def _forwards(forwards: Mapping[_BatchNorm, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _forwards(forwards: Mapping[_BatchNorm, Forward]) -> Iterator[None]:
     """Inside, modules run these in place of their own."""
     before: dict[_BatchNorm, Any] = {m: vars(m).get("forward") for m in forwards}
     try:
@@ -158,29 +179,40 @@ class ComputedBatch(LabelledBatch):
         with _forwards({m: self._forward_of(m) for m in self.statistics.modules}):
             yield
 
-    def _forward_of(self, module: _BatchNorm) -> Callable[[Tensor], Tensor]:
-        moments = self.statistics.moments[module]
+    def _forward_of(self, module: _BatchNorm) -> Forward:
+        """The module's own forward, in which the normalisation is replaced."""
+        moments = self.statistics.moments.get(module, [])
+        plain = module.forward
         calls = 0
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
+            if not moments:
+                hint = "leave compute= out, or put the layer into eval mode"
+                got = f"a {type(module).__name__} that only some forwards of a batch run"
+                expected = "one that runs the same BatchNorm layers in every forward"
+                fail(RuntimeError, OP, "model", expected, got, hint)
             k = calls % len(moments)  # a checkpointed part of the model runs again in the backward
             calls += 1
-            return self._normalized(module, k, moments[k], x)
+            with _Replaced(lambda x: self._normalized(module, k, moments[k], x)):
+                return plain(*args, **kwargs)
 
         return forward
 
     def _normalized(self, module: _BatchNorm, k: int, moments: Moments, x: Tensor) -> Tensor:
         full = _in_full(x)
-        # a sample in stage 1 may be several rows here (views, patches); all have its factor
-        times = len(x) // len(self.factors)
+        # a sample may be several rows (views, patches); all have its factor
+        times, left = divmod(len(x), len(self.factors))
+        if left:
+            hint = "leave compute= out, or put the layer into eval mode"
+            got = f"{len(x)} rows of {len(self.factors)} samples in a BatchNorm"
+            fail(RuntimeError, OP, "model", "one with as many rows for each sample", got, hint)
         c = self.factors.to(full.dtype).repeat_interleave(times)
         rows = full.flatten(2) if full.ndim > 2 else full.unsqueeze(2)  # [k, C, S]
         scale = c / (self.total * times * rows.shape[2])
         mean_here = scale @ rows.sum(2)  # [C]
-        square_here = scale @ rows.square().sum(2)
-        # sum c (x - m1)^2 but for a constant, which the first forward's value takes away
-        variance_here = square_here - 2 * moments.mean * mean_here
+        centred = rows - moments.mean.unsqueeze(1)
+        variance_here = scale @ centred.square().sum(2)
         here = Moments(mean_here.detach(), variance_here.detach())
         first = self.first.setdefault((module, k), here)
         mean = moments.mean + (mean_here - first.mean)

@@ -10,7 +10,7 @@ the forward of all M is the one that defines and moves them, and runs in the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from mts_fast._check import check_finite
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.features import PenultimateFeatures
 from mts_fast.hypergradient import LabelledBatch, Objective
-from mts_fast.hypergradient.objective import leaves
+from mts_fast.hypergradient.objective import leaves, map_tensors
 from mts_fast.training.sampled.batch_statistics import CandidateStatistics, batch_norms
 
 OP = "MTSStep"
@@ -48,6 +48,7 @@ class Candidates:
     error_norms: Tensor | None  # [M], of e, or of the gradient at the model's output
     penultimate: Tensor | None  # [M, D] in eval mode; None: a forward of its own is needed
     statistics: CandidateStatistics
+    parts: int  # micro-batches of the forward
     note: str  # why there is no control variate; "" where there is one
 
     def approximate_dots(self, direction: Sequence[Tensor]) -> Tensor | None:
@@ -79,17 +80,14 @@ class Candidates:
         return gradients
 
 
-def find_head(objective: Objective, layer: str | None, parameters: Sequence[Tensor]) -> Head | str:
-    """The layer named, or else the last nn.Linear; or why none serves."""
+def find_head(objective: Objective, parameters: Sequence[Tensor]) -> Head | str:
+    """The last nn.Linear in the order of registration; or why there is none that serves."""
     if objective.is_compiled:
         return "the model is compiled, and hooks inside it are not called"
-    modules = dict(objective.model.named_modules())
-    linear = [m for m in modules.values() if isinstance(m, nn.Linear)]
-    module = linear[-1] if linear else None
-    if layer is not None and isinstance(modules.get(layer), nn.Linear):
-        module = modules[layer]
-    if module is None:
+    linear = [m for m in objective.model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
         return "the model has no nn.Linear"
+    module = linear[-1]
     at = {id(p): i for i, p in enumerate(parameters)}
     weight, bias = at.get(id(module.weight)), at.get(id(module.bias))
     if weight is None and bias is None:
@@ -120,11 +118,10 @@ def look(
         nullcontext() if watched is None else watched.capture(),
     ):
         for part in batch.split(micro_batch):
-            with statistics.recording(len(part) / len(batch)):
+            with statistics.recording(len(part)):
                 stage.run(part)
         features = None if watched is None else watched.taken()
-    statistics.finish()
-    losses = torch.cat(stage.losses)
+    losses, parts = torch.cat(stage.losses), len(stage.losses)
     if check_values:
         hint = "the training inputs or the model are broken"
         check_finite(OP, "the loss of every candidate", losses, hint)
@@ -134,9 +131,9 @@ def look(
         hint = "losses are finite: look for a derivative that is not (a norm or root at 0)"
         check_finite(OP, "the gradient of every candidate at the logits", norms, hint)
     if note or isinstance(head, str):
-        return Candidates(losses, None, None, None, norms, features, statistics, note)
+        return Candidates(losses, None, None, None, norms, features, statistics, parts, note)
     inputs, errors = torch.cat(stage.inputs), torch.cat(stage.errors)
-    return Candidates(losses, head, inputs, errors, norms, features, statistics, "")
+    return Candidates(losses, head, inputs, errors, norms, features, statistics, parts, "")
 
 
 @dataclass
@@ -157,24 +154,29 @@ class _Stage:
         with self._watching(calls):
             with torch.no_grad():
                 output = self.objective.forward(part.inputs)
-            ends = [leaf for _, leaf in calls] or _ends_of(output)
+            ends, passed = _with_ends(output)
+            ends = [leaf for _, leaf in calls] + ends
             changed = [t for t in ends if not t.requires_grad]
+            gradients: Sequence[Tensor | None] = ()
             try:
                 for tensor in changed:
                     tensor.requires_grad_()
                 with torch.enable_grad() if ends else torch.no_grad():
                     losses = self.objective.losses_of(
-                        output, part.labels, name=part.name, whole_graph=False
+                        passed(), part.labels, name=part.name, whole_graph=False
                     )
-                gradients: Sequence[Tensor | None] = ()
-                if ends:
+                if losses.requires_grad:
                     ones = torch.ones_like(losses)
                     gradients = torch.autograd.grad(losses, ends, ones, allow_unused=True)
             finally:
                 for tensor in changed:
                     tensor.requires_grad_(False)
         self.losses.append(losses.detach())
-        rows = [_in_full(g.flatten(1)) for g in gradients if g is not None and len(g) == len(part)]
+        rows = [
+            _in_full(g.reshape(len(part), -1))
+            for g in gradients
+            if g is not None and g.ndim and len(g) == len(part)
+        ]
         if rows:
             self.norms.append(torch.cat(rows, 1).norm(dim=1))
         if self.head is not None and not self.note:
@@ -190,7 +192,7 @@ class _Stage:
         if len(calls) != 1:
             self.note = f"the last nn.Linear is called {len(calls)} times in a forward"
             return
-        h, e = calls[0][0], gradients[0]
+        h, e = calls[0][0], gradients[0] if gradients else None
         if h.ndim != 2 or len(h) != len(part):
             self.note = f"the last nn.Linear takes {tuple(h.shape)}, no vector per sample"
         elif e is None:
@@ -206,23 +208,32 @@ class _Stage:
             yield
             return
 
-        def begin(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+            x = next(iter([*args, *kwargs.values()]), None)
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                self.note = f"the last nn.Linear, a {type(module).__name__}, returns no tensor"
+                return output
             torch.set_grad_enabled(True)
             leaf = output.detach().requires_grad_()
-            calls.append((args[0].detach(), leaf))
+            calls.append((x.detach(), leaf))
             return leaf.clone()  # the model may write to it
 
-        handle = self.head.layer.register_forward_hook(begin)
+        handle = self.head.layer.register_forward_hook(begin, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
 
-def _ends_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output without a graph."""
-    tensors = leaves(output) or leaves(dict(getattr(output, "__dict__", {})))
-    return [t for t in tensors if t.is_floating_point() and t.grad_fn is None]
+def _with_ends(output: Any) -> tuple[list[Tensor], Callable[[], Any]]:
+    """The floating-point tensors of an output that have no graph, and the output as a loss is to
+    take it: of tensors in plain containers copies, since a loss may write to them."""
+    in_containers = leaves(output)
+    tensors = in_containers or leaves(dict(getattr(output, "__dict__", {})))
+    ends = [t for t in tensors if t.is_floating_point() and t.grad_fn is None]
+    if isinstance(output, Tensor) or type(output) in (tuple, list, dict):
+        return ends, lambda: map_tensors(output, lambda t: t.clone())
+    return ends, lambda: output
 
 
 def _in_full(x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mts_fast._check import check_int, check_number, describe, fail
+from mts_fast._check import check_int, describe, fail
 from mts_fast.sampling import check_number_of_samples, inclusion_probabilities, variance_ratio
 from mts_fast.training.sampled.part import Sampled
 
@@ -28,6 +29,8 @@ EXPLORING_CALLS, EXPLORED = 4, 1 / 2
 COMPUTED, EXACT, VALIDATION = 5.0, 5.0, 4.0
 # it looks at every call before the first revision, and at every so many later ones
 LOOKS_EVERY = 4
+# and never takes fewer samples: of a few, draws do not tell their variance
+LEAST = 8
 # computed samples of more than this many times the bound that c p has in row 3 are counted
 FAR = 2.0
 
@@ -64,7 +67,7 @@ class ComputeChoice:
         self._host: Tensor | None = None  # a copy of the sums
         self._arrived: torch.cuda.Event | None = None
 
-    def number(self, size: int, costs: Costs) -> int | None:
+    def number(self, size: int) -> int | None:
         """k of the coming call with M candidates; None: the exact step."""
         option = self.option
         if option is None:
@@ -73,10 +76,8 @@ class ComputeChoice:
             return check_number_of_samples(OP, "compute", option, size)
         if isinstance(option, float):
             return max(1, round(option * size))
-        if _is_revision(self._calls + 1):
-            self._decide(costs)
         share = EXPLORED if self._exploring() else self._share
-        return None if share == 1.0 else max(1, round(share * size))
+        return None if share == 1.0 else max(min(LEAST, size), round(share * size))
 
     def observe(self, training: Sampled, learned: Sampled | None, p: Tensor) -> None:
         """Note a draw of the training batch, weighted p [M] in row 9, and that of the batch which
@@ -89,14 +90,14 @@ class ComputeChoice:
         bound = 1 / (0.3 * len(weights))
         limit = p[training.draw.indices].clamp(min=bound)
         far = (weights > FAR * limit).sum()
-        self.outliers = far if self.outliers is None else self.outliers + far
+        self.outliers = far if self.outliers is None else self.outliers.to(far.device) + far
         looks = self._calls < FIRST_REVISION or self._calls % LOOKS_EVERY == 0
         looks = looks or self._exploring()
         if self.option == "auto" and looks and learned is not None and learned.noise is not None:
             sums = _excess(training, learned)
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
-    def count(self) -> None:
+    def count(self, costs: Costs) -> None:
         """One more call is complete; before a revision the sums set out for the host."""
         if self.option != "auto":
             return
@@ -107,6 +108,8 @@ class ComputeChoice:
                 self._arrived = torch.cuda.Event()
                 self._arrived.record()
             self._sums = None
+        if _is_revision(self._calls + 1):
+            self._decide(costs)
 
     def _exploring(self) -> bool:
         """Whether the call draws a part only to see what it would cost."""
@@ -121,12 +124,16 @@ class ComputeChoice:
             self._arrived.synchronize()
         top, bottom = self._host.double().unbind(-1)
         excess = (top / bottom.clamp(min=torch.finfo(torch.float64).tiny)).amax(1)
+        excess = excess.nan_to_num(nan=torch.inf)
         prices = [costs.of(s) * (1 + float(e)) for s, e in zip(SHARES, excess, strict=True)]
         self._share = SHARES[prices.index(min(prices))]
         self._host = self._arrived = None
 
     def state_dict(self) -> dict[str, Any]:
         """What "auto" has seen; tensors that are never written to."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
         return {
             "share": self._share,
             "calls": self._calls,
@@ -150,14 +157,25 @@ def check_compute(value: object) -> int | float | str | None:
     if value is None or (isinstance(value, str) and value == "auto"):
         return value
     hint = "pass a number of samples, a share of the batch such as 0.25, 'auto', or None for all"
-    if isinstance(value, float):
-        return check_number(OP, "compute", value, above=0.0, below=1.0)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return check_int(OP, "compute", value, low=1, hint=hint)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return check_int(OP, "compute", int(value), low=1, hint=hint)
     expected = "None, an int, a share between 0 and 1 or 'auto'"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not 0 < float(value) < 1:
+            fail(ValueError, OP, "compute", expected, f"{float(value):g}", hint)
+        return float(value)
     error = ValueError if isinstance(value, str) else TypeError
-    fail(error, OP, "compute", expected, repr(value) if error is ValueError else describe(value),
-         hint)  # fmt: skip
+    got = repr(value) if error is ValueError else describe(value)
+    fail(error, OP, "compute", expected, got, hint)
+
+
+STATE_TYPES: dict[str, Any] = {
+    "share": float,
+    "calls": int,
+    "sums": (torch.Tensor, type(None)),
+    "host": (torch.Tensor, type(None)),
+    "outliers": (torch.Tensor, type(None)),
+}
 
 
 def _is_revision(call: int) -> bool:

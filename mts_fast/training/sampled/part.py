@@ -70,6 +70,7 @@ class Sampled:
 
     def __init__(self, candidates: Candidates, batch: CheckedBatch, p: Tensor, k: int) -> None:
         self._candidates = candidates
+        self._all = batch
         self.sizes = size_measure(p, candidates.error_norms)
         inclusion = inclusion_probabilities(self.sizes, k)
         # samples of one class and source have gradients that are alike
@@ -91,6 +92,27 @@ class Sampled:
                 name=batch.name,
             )
         self.batch: LabelledBatch = computed
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether BatchNorm takes the statistics of all candidates, in one piece."""
+        return bool(self._candidates.statistics.modules) and self._candidates.parts == 1
+
+    @property
+    def losses_of_stage_1(self) -> Tensor:
+        """[k], of the computed samples."""
+        return self._candidates.losses[self.draw.indices]
+
+    @property
+    def independent_in_eval_mode(self) -> LabelledBatch | None:
+        """The computed samples, or of a single one two candidates; None where there are none, or
+        BatchNorm takes the batch's statistics in eval mode, too."""
+        without_running = any(m.running_mean is None for m in self._candidates.statistics.modules)
+        if without_running or len(self._all) < 2:
+            return None
+        if len(self.batch) < 2:
+            return self._all.at(slice(0, 2))
+        return LabelledBatch(self.batch.inputs, self.batch.labels, name=self.batch.name)
 
     @property
     def note(self) -> str:
