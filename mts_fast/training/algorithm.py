@@ -189,7 +189,8 @@ class Algorithm:
             learned, batch = run, call.batch
             if call.selector_batch is not None:
                 batch = call.selector_batch
-                # under the masks of the training forward; the selector's are drawn after those
+                # under the masks of the training forward (of a draw: masks of the same stream); the
+                # selector's are drawn after those
                 plan = replace(
                     plan,
                     # differences about BatchNorm's statistics start from a forward in the middle
