@@ -109,7 +109,7 @@ class MTSStep(StepParts):
         that step's to rounding. Generators are torch's default ones, numpy's global one and
         Python's; one of the model's own is not seen. A selector that draws or has BatchNorm moves
         them by one forward of the batch that it learns from. With `compute` the draw moves torch's
-        generator, too, and of the buffers only those of BatchNorm in train mode see the whole batch.
+        generator, too, and only BatchNorm's buffers see the whole batch.
 
         When a call raises, nothing has changed: parameters, `.grad`, buffers, modes, optimizers,
         selector, scheduler, generators, counters. In the main thread Ctrl-C is held until the step
