@@ -125,6 +125,7 @@ class ComputeChoice:
         top, bottom = self._host.double().unbind(-1)
         excess = (top / bottom.clamp(min=torch.finfo(torch.float64).tiny)).amax(1)
         excess = excess.nan_to_num(nan=torch.inf)
+        excess[-1] = 0.0  # all are computed
         prices = [costs.of(s) * (1 + float(e)) for s, e in zip(SHARES, excess, strict=True)]
         self._share = SHARES[prices.index(min(prices))]
         self._host = self._arrived = None

@@ -134,7 +134,7 @@ class Sampled:
         whole = list(gradient)
         for i, part in self._candidates.last_layer_gradient(self.draw.left_out(p)).items():
             old = whole[i]
-            whole[i] = part.to(self._dtype(old)) if old is None else old + part.to(old.dtype)
+            whole[i] = part if old is None else old + part.to(old.dtype)
         return whole
 
     def spread(self, dots: Tensor, direction: Sequence[Tensor], p: Tensor, z: Tensor) -> Tensor:
@@ -172,6 +172,3 @@ class Sampled:
             correlation=None if regression is None else regression.correlation,
             variance=None if learned is None else learned.variance(),
         )
-
-    def _dtype(self, gradient: Tensor | None) -> torch.dtype:
-        return self._p.dtype if gradient is None else gradient.dtype
