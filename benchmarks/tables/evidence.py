@@ -29,7 +29,7 @@ def _record(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name / "results.json").read_text())
 
 
-def _table(columns: list[str], lines: list[list[str]]) -> str:
+def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
     head = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     return "\n".join(head + [f"| {' | '.join(line)} |" for line in lines])
 
@@ -52,14 +52,14 @@ def demo_table(name: str) -> str:
         ]
         for arm, row in rows.items()
     ]
-    return _table(["trained on", *(names[key] for key in used), "seconds"], lines)
+    return markdown_table(["trained on", *(names[key] for key in used), "seconds"], lines)
 
 
 def summary_table(_: str) -> str:
     """Accuracy of some arms on all data sets."""
     summaries = [_record(data)["summary"] for data in DATA]
     lines = [[arm, *(cell(rows.get(arm, {}), "accuracy") for rows in summaries)] for arm in SHOWN]
-    return _table(["trained on", *DATA.values()], lines)
+    return markdown_table(["trained on", *DATA.values()], lines)
 
 
 def ahead_table(_: str) -> str:
@@ -71,7 +71,7 @@ def ahead_table(_: str) -> str:
         cells = [cell(rows[arm], "ahead") for arm in (best, WITHOUT, "oracle")]
         lines.append([title, best, *cells])
     columns = ["", "strongest baseline", "ahead of it", "ahead of the recipe without MTS"]
-    return _table([*columns, "ahead of the oracle"], lines)
+    return markdown_table([*columns, "ahead of the oracle"], lines)
 
 
 def study_table(name: str) -> str:
@@ -84,7 +84,7 @@ def study_table(name: str) -> str:
         cells = [cell(rows[arm], "accuracy") for arm in first]
         cells += [f"{rows['MTS itself']['gsnr']:.2f}"] if has_gsnr else []
         lines.append([label, *cells])
-    return _table(["", *first, *(["GSNR within a batch"] if has_gsnr else [])], lines)
+    return markdown_table(["", *first, *(["GSNR within a batch"] if has_gsnr else [])], lines)
 
 
 def gsnr_table(name: str) -> str:
@@ -93,4 +93,4 @@ def gsnr_table(name: str) -> str:
     sizes = [str(row["batch_size"]) for row in rows]
     keys = {"over draws of the batch": "gsnr_over_draws", "within a batch": "gsnr_within_batch"}
     lines = [[label, *(f"{row[key]:.2f}" for row in rows)] for label, key in keys.items()]
-    return _table(["selector batch", *sizes], lines)
+    return markdown_table(["selector batch", *sizes], lines)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evidence import markdown_table
+
 from mts_fast.demo.summary import cell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -21,11 +23,6 @@ def _study(name: str, data: str) -> dict[str, Any]:
     return json.loads((RESULTS / "evidence" / f"{name}-{data}" / "results.json").read_text())
 
 
-def _table(columns: list[str], lines: list[list[str]]) -> str:
-    head = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    return "\n".join(head + [f"| {' | '.join(line)} |" for line in lines])
-
-
 def price_table(_: str) -> str:
     """Time of a step over the plain one, arms by models; peak memory below."""
     record = json.loads((RESULTS / "sampled_step.json").read_text())
@@ -37,7 +34,7 @@ def price_table(_: str) -> str:
             values = [rows.get(arm, {}).get(value, "") for rows in runs.values()]
             cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in values]
             lines.append([arm + unit, *cells])
-    return _table(["", *(name.replace("_", " ") for name in runs)], lines)
+    return markdown_table(["", *(name.replace("_", " ") for name in runs)], lines)
 
 
 def gradient_table(_: str) -> str:
@@ -51,7 +48,7 @@ def gradient_table(_: str) -> str:
         cells = [f"{row[key]:.2f}" for row in rows for key in ("gsnr", "classifier_error")]
         lines.append([label, str(first["cost"]), *cells])
     columns = [f"{DATA[data]}: {value}" for data in MEASURED for value in ("GSNR", "error")]
-    return _table(["computed", "cost", *columns], lines)
+    return markdown_table(["computed", "cost", *columns], lines)
 
 
 def accuracy_table(_: str) -> str:
@@ -61,4 +58,4 @@ def accuracy_table(_: str) -> str:
         for label, rows in _study("sampled", data)["summary"].items():
             cells = [cell(rows[arm], "accuracy") for arm in ("MTS itself", "MTS weights")]
             lines.append([DATA[data], label, *cells])
-    return _table(["", "computed of a batch", "MTS itself", "retrained"], lines)
+    return markdown_table(["", "computed of a batch", "MTS itself", "retrained"], lines)

@@ -215,8 +215,8 @@ class Algorithm:
                 dots = learned.linearization.dots(direction).to(learned.z.dtype)
             if compared:
                 prepared.gap = invariant_gap(weights, dots, compared, direction)
-            losses = learned.linearization.losses
-            prepared.allowed = self._allowed(engine.name, weights, losses)
+                losses = learned.linearization.losses
+                prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
                 signs = random_signs(weights, self.engines.calls(layout))
                 with preserved_buffers(world):

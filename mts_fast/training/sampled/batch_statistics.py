@@ -117,9 +117,9 @@ class _BatchNormOutputs(TorchDispatchMode):
     def moments(self, x: Tensor, eps: float) -> Moments:
         """Of the last call, else computed from its input."""
         if self._outputs is not None and self._outputs[0].shape == x.shape[1:2]:
-            mean, inverse = map(_in_full, self._outputs)
+            mean, inverse = map(in_full, self._outputs)
             return Moments(mean, inverse.pow(-2) - eps)
-        full = _in_full(x)
+        full = in_full(x)
         axes = [i for i in range(x.ndim) if i != 1]
         variance, mean = torch.var_mean(full, axes, correction=0)
         return Moments(mean, variance)
@@ -200,7 +200,7 @@ class ComputedBatch(LabelledBatch):
         return forward
 
     def _normalized(self, module: _BatchNorm, k: int, moments: Moments, x: Tensor) -> Tensor:
-        full = _in_full(x)
+        full = in_full(x)
         # a sample may be several rows (views, patches); all have its factor
         times, left = divmod(len(x), len(self.factors))
         if left:
@@ -227,6 +227,6 @@ class ComputedBatch(LabelledBatch):
         return torch.addcmul(shift.view(shape), full, factor.view(shape)).to(x.dtype)
 
 
-def _in_full(x: Tensor) -> Tensor:
+def in_full(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -23,7 +23,7 @@ from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.features import PenultimateFeatures
 from mts_fast.hypergradient import LabelledBatch, Objective
 from mts_fast.hypergradient.objective import leaves, map_tensors
-from mts_fast.training.sampled.batch_statistics import CandidateStatistics, batch_norms
+from mts_fast.training.sampled.batch_statistics import CandidateStatistics, batch_norms, in_full
 
 OP = "MTSStep"
 
@@ -173,7 +173,7 @@ class _Stage:
                     tensor.requires_grad_(False)
         self.losses.append(losses.detach())
         rows = [
-            _in_full(g.reshape(len(part), -1))
+            in_full(g.reshape(len(part), -1))
             for g in gradients
             if g is not None and g.ndim and len(g) == len(part)
         ]
@@ -198,8 +198,8 @@ class _Stage:
         elif e is None:
             self.note = "the losses do not depend on the last nn.Linear"
         else:
-            self.inputs.append(_in_full(h))
-            self.errors.append(_in_full(e))
+            self.inputs.append(in_full(h))
+            self.errors.append(in_full(e))
 
     @contextmanager
     def _watching(self, calls: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -234,8 +234,3 @@ def _with_ends(output: Any) -> tuple[list[Tensor], Callable[[], Any]]:
     if isinstance(output, Tensor) or type(output) in (tuple, list, dict):
         return ends, lambda: map_tensors(output, lambda t: t.clone())
     return ends, lambda: output
-
-
-def _in_full(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
