@@ -57,5 +57,10 @@ def accuracy_table(_: str) -> str:
     for data in TRAINED:
         for label, rows in _study("sampled", data)["summary"].items():
             cells = [cell(rows[arm], "accuracy") for arm in ("MTS itself", "MTS weights")]
-            lines.append([DATA[data], label, *cells])
+            lines.append([DATA[data], _with_mean(label, rows["MTS itself"]), *cells])
     return markdown_table(["", "computed of a batch", "MTS itself", "retrained"], lines)
+
+
+def _with_mean(label: str, row: dict[str, Any]) -> str:
+    """The label of a variant; where the library picked k, with its mean."""
+    return f"{label} ({row['computed']:.0f} on average)" if label.startswith("auto") else label

@@ -94,6 +94,7 @@ def _sampled(settings: Settings) -> dict[str, Variant]:
         f"all {size}": Variant(),
         f"{size // 4} of {size}": Variant(settings={"compute": size // 4}),
         f"{size // 8} of {size}": Variant(settings={"compute": size // 8}),
+        f"auto of {size}": Variant(settings={"compute": "auto"}),
         f"all {equal}": Variant(options={"batch_size": equal}),
     }
 
@@ -140,7 +141,7 @@ def run_study(
         by_variant = {
             label: [r for r in results if r.variant == f"{name}={label}"] for label in variants
         }
-        summary = {label: _with_gsnr(summarize(r), r) for label, r in by_variant.items()}
+        summary = {label: _with_means(summarize(r), r) for label, r in by_variant.items()}
         record = {
             "study": name,
             "data": data,
@@ -168,13 +169,19 @@ def run_study(
     return summary
 
 
-def _with_gsnr(
+def _with_means(
     rows: dict[str, dict[str, Any]], results: Sequence[JobResult]
 ) -> dict[str, dict[str, Any]]:
-    """The rows of a variant, with the mean GSNR over training where it was tracked."""
-    means = [sum(r.curves["gsnr"]) / len(r.curves["gsnr"]) for r in results if r.curves.get("gsnr")]
-    if means:
-        rows["MTS itself"] |= {"gsnr": sum(means) / len(means), "gsnr_se": standard_error(means)}
+    """The rows of a variant, with means over training: the GSNR, and how many samples of a batch
+    were computed, where they were noted."""
+    for name in ("gsnr", "computed"):
+        curves = [r.curves[name] for r in results if r.curves.get(name)]
+        if curves:
+            means = [sum(curve) / len(curve) for curve in curves]
+            rows["MTS itself"] |= {
+                name: sum(means) / len(means),
+                f"{name}_se": standard_error(means),
+            }
     return rows
 
 

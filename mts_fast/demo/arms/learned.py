@@ -244,7 +244,8 @@ def _curves(history: list[mts_fast.StepResult], every: int) -> dict[str, list[fl
     """Curves of the paper's Figure 2, read from the results after training."""
     curves: dict[str, list[float]] = {"step": [float(i * every) for i in range(len(history))]}
     for result in history:
-        for name, value in result.statistics.read().items():
+        everything = {"computed": float(len(result.losses))}  # unless the step says less
+        for name, value in (everything | result.statistics.read()).items():
             curves.setdefault(name, []).append(value)
         if result.val_loss is not None:
             curves.setdefault("val_loss", []).append(float(result.val_loss))
