@@ -118,7 +118,7 @@ def check_range(
     if value.numel() == 0:
         return
     check_readable(op, arg, value)
-    least, most = int(value.min()), int(value.max())
+    least, most = (int(x) for x in value.aminmax())
     if least < low or most >= high:
         fail(ValueError, op, arg, f"in [{low}, {high})", f"values from {least} to {most}", hint)
 
@@ -134,7 +134,7 @@ def check_finite(
     """No NaN, no infinity; names the bad rows, counted from `first`. On a GPU this waits."""
     check_readable(op, arg, value)
     # a sum with a NaN or infinity in it is never finite; a sum that overflows proves nothing
-    if torch.isfinite(value.sum()) or torch.isfinite(value).all():
+    if math.isfinite(value.detach().sum()) or torch.isfinite(value).all():
         return
     bad = ~torch.isfinite(value.detach().reshape(value.shape[0] if value.ndim else 1, -1)).all(1)
     rows = (bad.nonzero().flatten() + first).tolist()

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mts_fast._multi_tensor import copies, overwrite
+
 
 class World:
     """The modules that a call may run: their buffers and modes, and where their generators are.
@@ -132,7 +134,8 @@ class SavedBuffers:
         tensors = dict.fromkeys(b for _, names in self._names for b in names.values())
         tensors |= dict.fromkeys(world.written)
         present = [b for b in tensors if b is not None and not nn.parameter.is_lazy(b)]
-        self._saved = [(b, b.detach().clone()) for b in present]
+        self._present = present
+        self._saved = copies(present)
         self._counted = tuple(b for b in present if not b.is_inference())
         self._versions = tuple(b._version for b in self._counted)
 
@@ -140,11 +143,10 @@ class SavedBuffers:
         """Put names and values back."""
         for module, names in self._names:
             restore_mapping(module._buffers, names)
-        for buffer, before in self._saved:
+        for buffer, before in zip(self._present, self._saved, strict=True):
             if buffer.shape != before.shape:
                 buffer.data = before.clone()
-            else:
-                buffer.data.copy_(before)
+        overwrite(self._present, self._saved)
         # the values are again those that a graph recorded before has saved
         torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)
 
@@ -252,13 +254,12 @@ class restored_on_error:
 
 def replaced_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Restoring:
     """Run with other parameter values, then put the old ones back by copy, bitwise."""
-    saved = [parameter.detach().clone() for parameter in parameters]
+    saved = copies(parameters)
     return Restoring(lambda: _overwrite(parameters, saved), lambda: _overwrite(parameters, values))
 
 
 def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
+    overwrite(parameters, values)
     # autocast's cached low-precision weights are stale after the copy
     torch.clear_autocast_cache()
 

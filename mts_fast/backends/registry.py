@@ -1,6 +1,7 @@
 """Which implementation of an op runs: the registry, `use_backend`, and the reasons when none can.
 
-Every op has a `reference` implementation. A faster backend registers a function and a check that
+Every op has a `reference` implementation. Some run the reference on many tensors at once (`flat`),
+which `auto` takes on every device. A faster backend registers a function and a check that
 returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
 backend raises where its kernel cannot take the tensors; an op without a kernel for the device, or
 with an option that the kernel lacks (label smoothing in C++), runs the reference.
@@ -28,7 +29,8 @@ logger = logging.getLogger("mts_fast")
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
 # order in which `auto` tries them; the reference can always run.
-PREFERENCE = ("triton", "cpp", "reference")
+FASTER = ("triton", "cpp", "flat")
+PREFERENCE = (*FASTER, "reference")
 ENVIRONMENT_VARIABLE = "MTS_FAST_BACKEND"
 
 Reasons = Callable[[Sequence[Tensor]], list[str]]
@@ -46,12 +48,13 @@ class Implementation:
 
     function: Callable[..., Any]
     reasons: Reasons
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] | None  # None: all
     wins: Callable[[Sequence[Tensor]], bool]
 
     def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it has a kernel for the devices of these tensors."""
-        return {t.device.type for t in tensors} <= {*self.devices}
+        devices = self.devices
+        return devices is None or all(t.device.type in devices for t in tensors)
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `auto` takes it for these tensors."""
@@ -79,7 +82,7 @@ def register(
     function: Callable[..., Any],
     reasons: Reasons = lambda _: [],
     *,
-    devices: tuple[str, ...] = ("cpu",),
+    devices: tuple[str, ...] | None = ("cpu",),
     wins: Callable[[Sequence[Tensor]], bool] = on_cpu,
 ) -> None:
     """Add an implementation of `op`; `reasons(tensors)` is empty where it can run, and
@@ -87,6 +90,11 @@ def register(
     check_choice("register", "backend", backend, PREFERENCE)
     implementation = Implementation(function, reasons, devices, wins)
     _implementations.setdefault(op, {})[backend] = implementation
+
+
+def register_flat(op: str, function: Callable[..., Any]) -> None:
+    """Add a form of the reference that runs many small tensors at once, on any device."""
+    register(op, "flat", function, devices=None, wins=lambda _: True)
 
 
 def register_triton(op: str, function: Callable[..., Any], reasons: Reasons) -> None:
@@ -200,8 +208,11 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         if why:
             raise _cannot_run(op, backend, why, "use backend 'auto' or 'reference'")
         return chosen.function
-    faster = (n for n in PREFERENCE if n in available and available[n].serves(tensors))
-    name = next(faster, "reference")
+    name = "reference"
+    for candidate in FASTER:
+        if candidate in available and available[candidate].serves(tensors):
+            name = candidate
+            break
     if (op, name) not in _announced:
         _announced.add((op, name))
         logger.info("%s runs on backend %r", op, name)
@@ -216,6 +227,15 @@ def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
     """The function that serves `op` on these tensors; None where it is the reference."""
     function = resolve(op, tensors)
     return None if function is _implementations[op]["reference"].function else function
+
+
+def has_kernels(op: str, device: torch.device) -> bool:
+    """Whether any backend has a kernel of `op` for tensors on this device, wherever it wins."""
+    return any(
+        implementation.devices is None or device.type in implementation.devices
+        for name, implementation in _implementations[op].items()
+        if name != "reference"
+    )
 
 
 def backend_reasons(backend: str) -> list[str]:

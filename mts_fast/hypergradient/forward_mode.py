@@ -13,8 +13,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._multi_tensor import copies
 from mts_fast.hypergradient.engine import Engine
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
+from mts_fast.hypergradient.fused_tangents import FusedTangents
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.serving import eager, serving
 
@@ -41,8 +43,10 @@ class ForwardMode(Engine):
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
         model = self.objective.model
-        tangent = {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # copies, since duals need tangents with memory of their own
+        tangent = {id(p): v for p, v in zip(self.parameters, copies(direction), strict=True)}
+        named = dict(model.named_buffers())
+        buffers = dict(zip(named, copies(list(named.values())), strict=True))
         world = self.objective.world
         # fused attention and fused encoder layers have no forward mode; the plain ones compute the
         # same values
@@ -56,6 +60,7 @@ class ForwardMode(Engine):
             _plain_encoder_layers(),
             FrequencyTables(self.objective).differentiable(),
             forward_ad.dual_level(),
+            FusedTangents(),
         ):
             duals = {
                 name: forward_ad.make_dual(p.detach(), tangent[id(p)])

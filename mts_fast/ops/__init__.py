@@ -1,6 +1,6 @@
 """The contracts: schemas, validation, dispatch. No element maths."""
 
-from mts_fast.backends.registry import current_backend, kernel_for, use_backend
+from mts_fast.backends.registry import current_backend, has_kernels, kernel_for, use_backend
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mts_fast.ops.hypergradient_dot import hypergradient_dot, sample_dot
@@ -32,6 +32,7 @@ __all__ = [
     "class_centroids_",
     "cross_entropy",
     "current_backend",
+    "has_kernels",
     "hypergradient_dot",
     "kernel_for",
     "label_agreement",

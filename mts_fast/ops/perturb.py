@@ -8,12 +8,14 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, fail
-from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends import flat
+from mts_fast.backends.registry import register, register_flat, register_triton, resolve
 from mts_fast.backends.triton import perturb as triton
 
 NORM, PERTURB = "global_norm", "perturb"
 register(NORM, "reference", reference.global_norm)
 register(PERTURB, "reference", reference.perturb)
+register_flat(PERTURB, flat.perturb)
 register_triton(NORM, triton.global_norm, triton.reasons)
 register_triton(PERTURB, triton.perturb, triton.reasons)
 

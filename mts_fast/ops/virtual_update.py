@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_number, describe, fail
+from mts_fast.backends import flat
 from mts_fast.backends.cpp import virtual_update as cpp
-from mts_fast.backends.registry import register, register_triton, resolve
+from mts_fast.backends.registry import register, register_flat, register_triton, resolve
 from mts_fast.backends.triton import virtual_update as triton
 from mts_fast.ops.update_rules import check_optimizer, rule_of, trainable_parameters
 from mts_fast.reference.update_rules import largest_gradient
@@ -73,6 +74,8 @@ def _composed(
 register(OP, "reference", _updates)
 register(DIRECTION, "reference", _directions)
 register(ALONG, "reference", _composed)
+register_flat(OP, flat.virtual_update)
+register_flat(DIRECTION, flat.hypergradient_direction)
 register(OP, "cpp", cpp.virtual_update, cpp.reasons)
 register(DIRECTION, "cpp", cpp.hypergradient_direction, cpp.reasons)
 register_triton(OP, triton.virtual_update, triton.reasons)

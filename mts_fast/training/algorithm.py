@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
@@ -273,7 +274,7 @@ class Algorithm:
             gradient = run.part.completed(gradient, scaled)
             if not scaling.active and call.check_values:
                 check_losses(run.linearization)
-                self._check_gradient(gradient, run.losses.dtype)
+                self._check_gradient(gradient)
         else:
             assert gradient is not None
             gradient = scaling.scaled_again(gradient)
@@ -337,9 +338,9 @@ class Algorithm:
     def _check_validation_loss(self, call: Call, prepared: Prepared, theta: list[Tensor]) -> None:
         """Raise for the first quantity of rows 3 to 5 that is not finite."""
         assert prepared.val_loss is not None and prepared.gradient is not None
-        if torch.isfinite(prepared.val_loss):
+        if math.isfinite(prepared.val_loss):
             return
-        self._check_gradient(prepared.gradient, prepared.run.linearization.losses.dtype)
+        self._check_gradient(prepared.gradient)
         for i, tensor in enumerate(theta):
             hint = "look at the optimizer's learning rate, eps and state"
             name = f"the virtual parameter {self._name(i)}"
@@ -347,11 +348,11 @@ class Algorithm:
         hint = "the validation batch, or the model in its mode for it, is broken"
         check_finite(OP, "the validation loss", prepared.val_loss, hint)
 
-    def _check_gradient(self, gradient: list[Tensor | None], dtype: torch.dtype) -> None:
+    def _check_gradient(self, gradient: list[Tensor | None]) -> None:
         """Raise for the first gradient that is not finite. Waits for the device."""
         present = [(i, g) for i, g in enumerate(gradient) if g is not None]
-        sums = [g.sum().to(dtype) for _, g in present]
-        if torch.isfinite(torch.stack(sums).sum()):
+        # the norm may overflow where all are finite; then they are looked at one by one
+        if math.isfinite(torch.nn.utils.get_total_norm([g for _, g in present])):
             return
         for i, g in present:
             if not torch.isfinite(g).all():

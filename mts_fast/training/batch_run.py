@@ -6,6 +6,7 @@ a forward of all candidates without a graph, the weights, a draw, and the forwar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class BatchRunner:
                 linearization = self._linearize(batch, plan)
                 forward.ran(linearization)
             h = forward.features(update=plan.updates)
-        if plan.check_values and plan.forward_from is None and not torch.isfinite(h.sum()):
+        if plan.check_values and plan.forward_from is None and not math.isfinite(h.detach().sum()):
             check_losses(linearization)
         before, z, p = self._score(batch, h, plan)
         return self._run(Whole(batch), linearization, None, h, z, p, before)

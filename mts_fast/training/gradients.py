@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mts_fast._multi_tensor import copies
+
 
 def set_gradients(
     optimizer: torch.optim.Optimizer,
@@ -21,15 +23,20 @@ def set_gradients(
             if id(parameter) not in taking_part:
                 parameter.grad = None
     used: set[int] = set()
-    for parameter, g in zip(parameters, gradients, strict=True):
+    shared = []
+    for i, g in enumerate(gradients):
         if g is not None:
             # autograd may return one tensor twice, views of one tensor, or an expanded one;
             # clipping and unscaling write in place
             storage = g.untyped_storage().data_ptr()
             if storage in used or not _is_dense(g):
-                g = g.clone(memory_format=torch.contiguous_format)
-            used.add(g.untyped_storage().data_ptr())
-        parameter.grad = g
+                shared.append(i)
+            used.add(storage)
+    copied = dict(
+        zip(shared, copies([g for i in shared if (g := gradients[i]) is not None]), strict=True)
+    )
+    for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
+        parameter.grad = copied.get(i, g)
 
 
 def _is_dense(tensor: Tensor) -> bool:

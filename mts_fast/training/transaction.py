@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mts_fast._isolation import (
     restore_mapping,
     restore_open,
 )
+from mts_fast._multi_tensor import copies
 
 
 class SavedOptimizer:
@@ -27,8 +28,11 @@ class SavedOptimizer:
         self._optimizer = optimizer
         self._groups = [(group, saved_dict(group)) for group in optimizer.param_groups]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._parameters = [(p, p.detach().clone()) for p in parameters]
-        self._state = {p: (state, saved_dict(state)) for p, state in optimizer.state.items()}
+        tensors = [v for state in optimizer.state.values() for v in state.values()]
+        tensors = [v for v in tensors if isinstance(v, Tensor)]
+        saved = iter(copies([*parameters, *tensors]))
+        self._parameters = [(p, next(saved)) for p in parameters]
+        self._state = {p: (state, _saved(state, saved)) for p, state in optimizer.state.items()}
 
     def restore(self) -> None:
         """Put everything back, into the tensors that held it."""
@@ -47,8 +51,13 @@ class SavedOptimizer:
 
 def saved_dict(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (the object, a copy of its value)."""
+    return _saved(values, iter(copies([v for v in values.values() if isinstance(v, Tensor)])))
+
+
+def _saved(values: dict[str, Any], saved: Iterator[Tensor]) -> dict[str, tuple[Any, Any]]:
+    """The same, with copies of the tensors in their order."""
     return {
-        name: (v, v.detach().clone() if isinstance(v, Tensor) else _copied(v))
+        name: (v, next(saved) if isinstance(v, Tensor) else _copied(v))
         for name, v in values.items()
     }
 
@@ -141,7 +150,8 @@ class Transaction:
 
     def save_parameters(self) -> None:
         """Copy all parameters, until it is known which of them the forwards write to."""
-        self._parameters = [(p, p.detach().clone()) for p in self._world.parameters()]
+        parameters = self._world.parameters()
+        self._parameters = list(zip(parameters, copies(parameters), strict=True))
 
     def written_parameters(self) -> list[Tensor]:
         """Parameters that forwards wrote to and that were not known to be written. In a first call

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
+from mts_fast.backends import flat
 from mts_fast.backends.cpp.eligibility import DTYPES, reasons_against_cpp
 from mts_fast.backends.eligibility import same_layout
 from mts_fast.reference.update_rules.noise import noise_floor
-from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
+from mts_fast.reference.virtual_update import AdamState, SGDState, State
 
 torch.library.define(
     "mts_fast::virtual_update_sgd",
@@ -93,7 +94,7 @@ def hypergradient_direction(
     largest: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(kappa * along, counts of masked entries): Adam's by the kernel, grouped as in
-    `virtual_update`. The reference serves the other rules; SGD's kappa is one product a tensor.
+    `virtual_update`. The others, SGD's too, are products of the reference, small ones side by side.
     """
     rows = list(zip(parameters, gradients, states, along, strict=True))
     served = [
@@ -101,10 +102,20 @@ def hypergradient_direction(
         for i, (p, g, state, v) in enumerate(rows)
         if isinstance(state, AdamState) and _fits(state, p, g, v)
     ]
-    out, counts = list(along), []
-    for i in set(range(len(rows))).difference(served):
-        out[i], noise = masked_direction(*rows[i], hypergradient_lr, largest)
-        counts += [] if noise is None else [noise.sum()]
+    out: list[Tensor] = list(along)
+    counts: list[Tensor] = []
+    others = sorted(set(range(len(rows))).difference(served))
+    if others:
+        made, counts = flat.hypergradient_direction(
+            [parameters[i] for i in others],
+            [gradients[i] for i in others],
+            [states[i] for i in others],
+            [along[i] for i in others],
+            hypergradient_lr,
+            largest,
+        )
+        for i, direction in zip(others, made, strict=True):
+            out[i] = direction
     for members in _groups(parameters, states, served):
         p, g, state_lists = _columns(members, parameters, gradients, states)
         s = states[members[0]]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
-from mts_fast.ops import kernel_for
+from mts_fast.ops import has_kernels, kernel_for
 
 
 def call_dots(
@@ -19,9 +19,11 @@ def call_dots(
     Where a kernel is in force, layers that are matrix products (linear ones, 1 x 1 convolutions)
     are replayed and dotted in one call, and other replays are dotted without writing the products.
     """
-    if use.call is not None and use.call.rule.as_product is not None:
+    call = use.call
+    as_product = None if call is None else call.rule.as_product
+    if call is not None and as_product is not None and has_kernels("hypergradient_dot", b.device):
         images = {n: s.image(tangents[id(s.parameter)]) for n, s in use.sources.items()}
-        product = use.call.rule.as_product(use.call, images, b, axis, size)
+        product = as_product(call, images, b, axis, size)
         if product is not None:
             run = kernel_for("hypergradient_dot", [t for t in product if t is not None])
             if run is not None:
@@ -33,4 +35,4 @@ def call_dots(
             return run(tangent, b)
     # the replayed output is a temporary and may be overwritten. Without a call the tangent is a
     # view of v, which must not be overwritten
-    return axis.dot(tangent, b, size, overwrite=use.call is not None)
+    return axis.dot(tangent, b, size, overwrite=call is not None)

@@ -3,8 +3,8 @@ recomputed and used at once."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
-from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.hypergradient.ghost.sample_axis import SampleAxis, Spread
 from mts_fast.hypergradient.ghost.sample_check import failure_named
+from mts_fast.hypergradient.ghost.source import ParameterSource
 from mts_fast.hypergradient.objective import LabelledBatch
 
 # weights below this share of the largest are raised to it in backward passes: b of their samples
@@ -84,28 +85,48 @@ class GhostLinearization(Linearization):
 
 @dataclass
 class Record:
-    """One use after the backward: p b and its layer call, or the gradients of every sample.
-
-    The latter are [B, *argument] by name, times p; the layer's input and b are then released.
-    """
+    """One use after the backward: p b and its layer call; or, where the layer's parameters are few,
+    the gradients of every sample [B, *argument] by name, times p."""
 
     use: RecordedCall
     axis: SampleAxis | None
     b: Tensor | None = None
     sample_gradients: dict[str, Tensor] | None = None
 
-    def scaled_gradients(self, ratio: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def scaled_gradients(self, ratio: Spread) -> list[tuple[Tensor, Tensor]]:
         """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
-        if self.sample_gradients is not None:
-            sums = {
-                n: torch.tensordot(ratio.to(g.dtype), g, 1)
-                for n, g in self.sample_gradients.items()
-            }
-            return [(s.parameter, s.pullback(sums[n])) for n, s in self.use.sources.items()]
         if self.b is None:
             return []
-        b = self.b if self.axis is None else self.b * self.axis.expand(ratio, self.b)
+        b = self.b if self.axis is None else self.b * ratio.over(self.axis, self.b)
         return self.use.parameter_gradients(b)
+
+
+class SampleGradients:
+    """Per-sample gradients of many parameters side by side, [B, n] for each dtype."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        columns: dict[torch.dtype, list[tuple[ParameterSource, Tensor]]] = defaultdict(list)
+        for record in records:
+            for name, g in (record.sample_gradients or {}).items():
+                columns[g.dtype].append((record.use.sources[name], g))
+            record.sample_gradients = None
+        self._sources = [[(s, g.shape[1:]) for s, g in c] for c in columns.values()]
+        self._rows = [torch.cat([g.flatten(1) for _, g in c], 1) for c in columns.values()]
+
+    def dots(self, tangents: Mapping[int, Tensor]) -> list[Tensor]:
+        """Parts of p d, each [B]."""
+        parts = []
+        for sources, rows in zip(self._sources, self._rows, strict=True):
+            images = [s.image(tangents[id(s.parameter)]).flatten() for s, _ in sources]
+            parts.append(rows @ torch.cat(images).to(rows.dtype))
+        return parts
+
+    def scaled_gradients(self, ratio: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
+        for sources, rows in zip(self._sources, self._rows, strict=True):
+            sums = (ratio.to(rows.dtype) @ rows).split([shape.numel() for _, shape in sources])
+            for (source, shape), total in zip(sources, sums, strict=True):
+                yield source.parameter, source.pullback(total.view(shape))
 
 
 class StoredLinearization(GhostLinearization):
@@ -117,6 +138,7 @@ class StoredLinearization(GhostLinearization):
 
     _p: Tensor | None = None  # the cotangent of the backward
     _records: list[Record]
+    _few: SampleGradients  # of layers with few parameters
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
@@ -124,26 +146,23 @@ class StoredLinearization(GhostLinearization):
         if self._p is None:
             return self._backward(p)
         ratio = self._over_p(p)
-        total: dict[Tensor, Tensor] = {}
+        total = add_gradients({}, self._few.scaled_gradients(ratio))
+        spread = Spread(ratio)
         for record in self._consumed():
-            add_gradients(total, record.scaled_gradients(ratio))
+            add_gradients(total, record.scaled_gradients(spread))
         return [total.get(p) for p in self.engine.parameters]
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         if self._p is None:
             self._backward(torch.ones_like(self._losses))
         tangents = self._tangents(direction)
-        total = torch.zeros_like(self._losses)  # [B], p_i d_i
         with torch.no_grad():
+            parts = [torch.zeros_like(self._losses)]  # of p d, [B] each
+            parts += [part.to(self._losses.dtype) for part in self._few.dots(tangents)]
             for record in self._consumed():
-                if record.sample_gradients is not None:
-                    for name, g in record.sample_gradients.items():
-                        source = record.use.sources[name]
-                        v = source.image(tangents[id(source.parameter)])
-                        total += (g.flatten(1) @ v.flatten().to(g.dtype)).to(total.dtype)
-                elif record.b is not None and record.axis is not None:
-                    total += self._dots(record.use, record.axis, record.b, tangents)
-        return self._over_p(total)
+                if record.b is not None and record.axis is not None:
+                    parts.append(self._dots(record.use, record.axis, record.b, tangents))
+            return self._over_p(torch.stack(parts).sum(0))
 
     def _backward(self, p: Tensor) -> list[Tensor | None]:
         p = torch.maximum(p, p.max() * SMALLEST_SHARE)
@@ -160,9 +179,10 @@ class StoredLinearization(GhostLinearization):
             gradients = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
         for r, b in zip(rest, gradients[len(parameters) :], strict=True):
             r.b = b
-        self._p, self._records, self._uses = p, records, []
         for r in records:
             r.use.output = None  # an edge keeps the graph in memory
+        self._p, self._records, self._uses = p, rest, []
+        self._few = SampleGradients(few)
         copies = [(r.use, r.b) for r in rest if r.use.call is None]
         return self._with_copies(gradients[: len(parameters)], copies)
 

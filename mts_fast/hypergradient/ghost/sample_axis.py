@@ -51,17 +51,6 @@ class SampleAxis:
             return SampleAxis()
         return SampleAxis(self.axis) if shape[self.axis] == batch_size else self
 
-    def expand(self, per_sample: Tensor, like: Tensor) -> Tensor:
-        """per_sample [B] as a tensor that broadcasts against `like`."""
-        length = like.shape[self.axis]
-        times = length // len(per_sample)
-        spread = per_sample.repeat_interleave(times)
-        if self.interleaved:
-            spread = per_sample.repeat(times)
-        shape = [1] * like.ndim
-        shape[self.axis] = length
-        return spread.to(like.dtype).view(shape)
-
     def samples(self, values: Tensor, batch_size: int) -> Tensor:
         """[B, r, ...]: the samples first; a view."""
         moved = values.movedim(self.axis, 0)
@@ -79,6 +68,32 @@ class SampleAxis:
             x, y = x.float(), y.float()
         product = x.mul_(y) if overwrite and x.shape == y.shape else x * y
         return self.samples(product, batch_size).flatten(1).sum(1)
+
+
+class Spread:
+    """Values per sample [B], as tensors that broadcast against layers' outputs; each length of
+    axis and dtype is made once."""
+
+    def __init__(self, per_sample: Tensor) -> None:
+        self.per_sample = per_sample
+        self._made: dict[tuple[int, bool, torch.dtype], Tensor] = {}
+
+    def over(self, axis: SampleAxis, like: Tensor) -> Tensor:
+        """The values at the entries of each sample in `like`, whose samples lie on `axis`."""
+        length = like.shape[axis.axis]
+        times = length // len(self.per_sample)
+        key = length, axis.interleaved and times > 1, like.dtype
+        spread = self._made.get(key)
+        if spread is None:
+            spread = self.per_sample
+            if times > 1:
+                spread = (
+                    spread.repeat(times) if axis.interleaved else spread.repeat_interleave(times)
+                )
+            spread = self._made[key] = spread.to(like.dtype)
+        shape = [1] * like.ndim
+        shape[axis.axis] = length
+        return spread.view(shape)
 
 
 def layouts(shape: torch.Size) -> tuple[SampleAxis, ...]:

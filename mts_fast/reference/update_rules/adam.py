@@ -27,6 +27,7 @@ from mts_fast.reference.update_rules.rule import (
 class AdamState(ElementwiseState):
     """Hyper-parameters of torch.optim.Adam or AdamW and the live moments of one tensor."""
 
+    tensors: ClassVar = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     lr: Number
     betas: tuple[Number, Number] = (0.9, 0.999)
     eps: Number = 1e-8

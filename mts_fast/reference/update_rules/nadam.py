@@ -31,6 +31,7 @@ MOMENTUM_BASE = 0.96
 class NAdamState(ElementwiseState):
     """Hyper-parameters of torch.optim.NAdam and the live moments of one tensor."""
 
+    tensors: ClassVar = ("exp_avg", "exp_avg_sq")
     lr: Number
     betas: tuple[Number, Number] = (0.9, 0.999)
     eps: Number = 1e-8

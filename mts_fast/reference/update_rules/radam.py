@@ -32,6 +32,7 @@ SHORTEST = 5.0
 class RAdamState(ElementwiseState):
     """Hyper-parameters of torch.optim.RAdam and the live moments of one tensor."""
 
+    tensors: ClassVar = ("exp_avg", "exp_avg_sq")
     lr: Number
     betas: tuple[Number, Number] = (0.9, 0.999)
     eps: Number = 1e-8

@@ -27,6 +27,7 @@ from mts_fast.reference.update_rules.rule import (
 class RMSpropState(ElementwiseState):
     """Hyper-parameters of torch.optim.RMSprop and the live means of one tensor."""
 
+    tensors: ClassVar = ("square_avg", "grad_avg", "buffer")
     lr: Number
     alpha: Number = 0.99
     eps: Number = 1e-8

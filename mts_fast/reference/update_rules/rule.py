@@ -55,6 +55,8 @@ class State(ABC):
 class ElementwiseState(State):
     """A rule whose kappa is diagonal: every entry moves by its own gradient alone."""
 
+    #: names of its tensors of the parameter's shape, each None before it exists
+    tensors: ClassVar[tuple[str, ...]]
     lr: Number
 
     @abstractmethod

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mts_fast.reference.update_rules.rule import (
@@ -25,6 +24,7 @@ from mts_fast.reference.update_rules.rule import (
 class SGDState(ElementwiseState):
     """Hyper-parameters of torch.optim.SGD and the live momentum buffer of one tensor."""
 
+    tensors: ClassVar = ("buffer",)
     lr: Number
     momentum: Number = 0.0
     dampening: Number = 0.0
@@ -48,7 +48,10 @@ class SGDState(ElementwiseState):
     def slope(self, parameter: Tensor, gradient: Tensor, lr: Number) -> tuple[Tensor, None]:
         """A scalar: lr times the factor of the first step, dampening and nesterov."""
         factor = lr * (-1.0 if self.maximize else 1.0) * self._gain()
-        return torch.as_tensor(factor, dtype=parameter.dtype, device=parameter.device), None
+        if isinstance(factor, Tensor):
+            return factor.to(parameter), None
+        # filled on its device: a copy from the host would wait for it
+        return parameter.new_full((), factor), None
 
     def _gain(self) -> Number:
         """d step/d gradient; the first step fills the buffer without dampening."""

@@ -267,7 +267,7 @@ def test_opcheck(device):
     check = lambda op, *x: torch.library.opcheck(op, x, test_utils=tests)  # noqa: E731
     check(torch.ops.mts_fast.hypergradient_dot, a, v, b, u)
     check(torch.ops.mts_fast.hypergradient_dot, a, v, b.bfloat16(), None)
-    check(torch.ops.mts_fast.sample_dot, a, a.double())
+    check(torch.ops.mts_fast.sample_dot_triton, a, a.double())
 
 
 A, V, B = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, 5)

@@ -6,6 +6,7 @@ x^ b and of b. They give the dots and the gradient for any weights; one normalis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,14 @@ def _terms(call: LayerCall, name: str, b: Tensor) -> Tensor:
     return normalized.mul_(b) if normalized.dtype == b.dtype else normalized * b
 
 
-def _sum(rows: Tensor) -> Tensor:
-    """Sum over axis 1, in float32 at least."""
-    return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+def _sum(rows: Tensor, axis: int = 1) -> Tensor:
+    """Sum over an axis, in float32 at least."""
+    return rows.sum(axis, dtype=_at_least_float32(rows.dtype))
+
+
+@functools.cache
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
@@ -49,9 +55,7 @@ def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dic
         if axis.axis != 0:
             # [B, r, rows of axis 0, C, ...] -> [B, C, r, rows of axis 0, ...]
             rows = axis.samples(terms, size).movedim(3, 1)
-            gradients[name] = rows.flatten(2).sum(
-                2, dtype=torch.promote_types(b.dtype, torch.float32)
-            )
+            gradients[name] = _sum(rows.flatten(2), 2)
             continue
         per_row = _sum(terms.flatten(2).transpose(1, 2)) if terms.ndim > 2 else terms  # [B r, C]
         gradients[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))

@@ -1,0 +1,92 @@
+"""Lists of tensors in few launches, by torch's multi-tensor (foreach) operators.
+
+Those take plain dense tensors of one device and one dtype at once; subclasses (sharded, quantized)
+and sparse ones are treated one by one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# entries that are put side by side at most: 64 MB of float32
+CHUNK = 2**24
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A detached copy of each."""
+    out = [torch.empty_like(t.data) if is_plain(t) else t.detach().clone() for t in tensors]
+    pairs = [(o, t) for o, t in zip(out, tensors, strict=True) if is_plain(t)]
+    _copy([o for o, _ in pairs], [t for _, t in pairs])
+    return out
+
+
+def overwrite(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into its target, through `.data`: version counters do not move."""
+    plain = [all(map(is_plain, pair)) for pair in zip(targets, values, strict=True)]
+    for target, value, is_both in zip(targets, values, plain, strict=True):
+        if not is_both:
+            target.data.copy_(value)
+    indices = [i for i, is_both in enumerate(plain) if is_both]
+    _copy([targets[i] for i in indices], [values[i] for i in indices])
+
+
+def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """sum_k <a_k, b_k> [] in `dtype`, on the device of the first; products in those of the tensors.
+
+    Tensors are put side by side, in parts of at most CHUNK entries or of one tensor.
+    """
+    sums = []
+    for group in by_kind(a):
+        for part in parts([a[i].numel() for i in group]):
+            rows = [group[i] for i in part]
+            flat_a, flat_b = (
+                t[rows[0]].reshape(-1) if len(rows) == 1 else _flat([t[i] for i in rows])
+                for t in (a, b)
+            )
+            sums.append((flat_a * flat_b).sum().to(a[0].device, dtype))
+    return torch.stack(sums).sum()
+
+
+def by_kind(tensors: Iterable[Tensor]) -> list[list[int]]:
+    """Indices of the tensors that one multi-tensor operator takes: of one device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, t in enumerate(tensors):
+        groups[t.device, t.dtype].append(i)
+    return list(groups.values())
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the multi-tensor operators take it."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.layout is torch.strided
+        and not t.is_conj()
+        and not t.is_neg()
+        and not t.is_quantized
+    )
+
+
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for group in by_kind(targets):
+        torch._foreach_copy_([targets[i].data for i in group], [values[i].data for i in group])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def parts(sizes: Sequence[int]) -> list[list[int]]:
+    """Consecutive indices whose sizes sum to CHUNK at most, or single ones."""
+    made: list[list[int]] = []
+    filled = 0
+    for i, size in enumerate(sizes):
+        if not made or filled + size > CHUNK:
+            made.append([])
+            filled = 0
+        made[-1].append(i)
+        filled += size
+    return made
