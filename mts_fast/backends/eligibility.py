@@ -36,5 +36,5 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def samples_same_layout(x: Tensor, y: Tensor) -> bool:
     """Whether both have one memory layout without gaps, in which samples follow one another."""
-    outermost = len(x) == 1 or x.stride(0) == x[0].numel()
+    outermost = len(x) <= 1 or x.stride(0) == x[0].numel()
     return outermost and same_layout(x, y)

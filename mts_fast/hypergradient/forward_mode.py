@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast._multi_tensor import copies
-from mts_fast.hypergradient.engine import Engine
+from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
-from mts_fast.hypergradient.fused_tangents import FusedTangents
-from mts_fast.hypergradient.objective import LabelledBatch, Objective
+from mts_fast.hypergradient.fused_tangents import FusedTangents, LinearCall, RecordedOutputs
+from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving
 
 
@@ -39,9 +39,24 @@ class ForwardMode(Engine):
             reasons.append("the optimizer holds parameters that are not the model's")
         return reasons
 
+    def linearize(
+        self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
+    ) -> Linearization:
+        return ForwardLinearization(self, batch, gradients, dots)
+
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
+        return self.tangent(batch, direction, rng, ())
+
+    def tangent(
+        self,
+        batch: LabelledBatch,
+        direction: Sequence[Tensor],
+        rng: RngState,
+        calls: Sequence[LinearCall],
+    ) -> Tensor:
+        """d [B], with the calls of the training forward where it has run."""
         model = self.objective.model
         # copies, since duals need tangents with memory of their own
         tangent = {id(p): v for p, v in zip(self.parameters, copies(direction), strict=True)}
@@ -60,17 +75,38 @@ class ForwardMode(Engine):
             _plain_encoder_layers(),
             FrequencyTables(self.objective).differentiable(),
             forward_ad.dual_level(),
-            FusedTangents(),
+            FusedTangents(calls),
         ):
             duals = {
                 name: forward_ad.make_dual(p.detach(), tangent[id(p)])
                 for name, p in model.named_parameters()
                 if id(p) in tangent
             }
-            swapped = Objective(_Functional(model, {**duals, **buffers}), self.objective.loss)
-            losses = swapped.losses(batch)
+            swapped = _Functional(model, {**duals, **buffers})
+            losses = self.objective.with_model(swapped).losses(batch)
             dots = forward_ad.unpack_dual(losses).tangent
         return torch.zeros_like(losses) if dots is None else dots
+
+
+class ForwardLinearization(RetainedGraph):
+    """The kept graph of the forward, and outputs of its linear maps."""
+
+    engine: ForwardMode
+
+    def __init__(
+        self, engine: ForwardMode, batch: LabelledBatch, gradients: int, dots: bool
+    ) -> None:
+        self._calls: list[LinearCall] = []
+        # without a graph nothing is kept
+        with RecordedOutputs() if dots and gradients else nullcontext() as recorded:
+            super().__init__(engine, batch, gradients)
+        if recorded is not None:
+            self._calls = recorded.calls
+
+    def dots(self, direction: Sequence[Tensor]) -> Tensor:
+        calls, self._calls = self._calls, []
+        with self._rewound_buffers():
+            return self.engine.tangent(self.batch, direction, self._rng, calls)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,12 @@ class Objective:
         # modes and grad mode -> whether the arguments of a forward are written to
         self._writes: dict[object, bool] = {}
         self._inspected: set[object] = set()
+
+    def with_model(self, model: nn.Module) -> Objective:
+        """The same of a stand-in for the model, which writes to what the model writes to."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def forward(self, inputs: Any) -> Any:
         """The model's output, in whatever mode it is in."""
