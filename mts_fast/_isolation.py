@@ -34,10 +34,9 @@ class World:
 
     def refresh(self) -> None:
         """Look for modules that were added or replaced."""
-        modules = {id(m): m for root in self.roots for m in root.modules()}
-        self.modules = list(modules.values())
-        tensors = (t for root in self.roots for t in (*root.parameters(), *root.buffers()))
-        self.devices = {t.device for t in tensors if t.is_cuda}
+        self.modules = _all_modules(self.roots)
+        tensors = (t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()))
+        self.devices = {t.device for t in tensors if t is not None and t.is_cuda}
         tables = [m for m in self.modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         # tables whose gradient is divided by how often a row occurs
         self.frequency_tables = [m for m in tables if m.scale_grad_by_freq]
@@ -61,6 +60,18 @@ class World:
             for buffer in module._buffers.values():
                 if buffer is not None:
                     yield buffer
+
+
+def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """Every module once, as `modules()` lists them, without the names that it makes."""
+    modules: dict[int, nn.Module] = {}
+    todo = [*reversed(roots)]
+    while todo:
+        module = todo.pop()
+        if id(module) not in modules:
+            modules[id(module)] = module
+            todo += [m for m in reversed(module._modules.values()) if m is not None]
+    return list(modules.values())
 
 
 def world_of(modules: nn.Module | World) -> World:
@@ -131,9 +142,9 @@ class SavedBuffers:
 
     def __init__(self, world: World) -> None:
         self._names = [(module, dict(module._buffers)) for module in world.modules]
-        tensors = dict.fromkeys(b for _, names in self._names for b in names.values())
-        tensors |= dict.fromkeys(world.written)
-        present = [b for b in tensors if b is not None and not nn.parameter.is_lazy(b)]
+        tensors = {id(b): b for _, names in self._names for b in names.values() if b is not None}
+        tensors |= {id(p): p for p in world.written}
+        present = [b for b in tensors.values() if not nn.parameter.is_lazy(b)]
         self._present = present
         self._saved = copies(present)
         self._counted = tuple(b for b in present if not b.is_inference())
@@ -271,7 +282,8 @@ def training_mode(modules: nn.Module | World, mode: bool) -> Restoring:
 
     def restore() -> None:
         for module, flag in flags:
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag
 
     def begin() -> None:
         for root in world.roots:

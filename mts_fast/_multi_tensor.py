@@ -14,24 +14,37 @@ from torch import Tensor, nn
 
 # entries that are put side by side at most: 64 MB of float32
 CHUNK = 2**24
+PLAIN_TYPES = {Tensor, nn.Parameter}
+# without complex ones, which may be conjugated by a mark alone, and quantized ones
+PLAIN_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A detached copy of each."""
-    out = [torch.empty_like(t.data) if is_plain(t) else t.detach().clone() for t in tensors]
-    pairs = [(o, t) for o, t in zip(out, tensors, strict=True) if is_plain(t)]
-    _copy([o for o, _ in pairs], [t for _, t in pairs])
+    out: list[Tensor] = []
+    plain = []
+    for i, t in enumerate(tensors):
+        if is_plain(t):
+            plain.append(i)
+            out.append(torch.empty_like(t.data))
+        else:
+            out.append(t.detach().clone())
+    _copy([out[i] for i in plain], [tensors[i] for i in plain])
     return out
 
 
 def overwrite(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy each value into its target, through `.data`: version counters do not move."""
-    plain = [all(map(is_plain, pair)) for pair in zip(targets, values, strict=True)]
-    for target, value, is_both in zip(targets, values, plain, strict=True):
-        if not is_both:
+    plain = []
+    for i, (target, value) in enumerate(zip(targets, values, strict=True)):
+        if is_plain(target) and is_plain(value):
+            plain.append(i)
+        else:
             target.data.copy_(value)
-    indices = [i for i, is_both in enumerate(plain) if is_both]
-    _copy([targets[i] for i in indices], [values[i] for i in indices])
+    _copy([targets[i] for i in plain], [values[i] for i in plain])
 
 
 def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -62,11 +75,10 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[int]]:
 def is_plain(t: Tensor) -> bool:
     """Whether the multi-tensor operators take it."""
     return (
-        type(t) in (Tensor, nn.Parameter)
+        type(t) in PLAIN_TYPES
+        and t.dtype in PLAIN_DTYPES
         and t.layout is torch.strided
-        and not t.is_conj()
         and not t.is_neg()
-        and not t.is_quantized
     )
 
 

@@ -50,12 +50,37 @@ def hypergradient_direction(
     """(kappa^T along, counts of masked entries)."""
     out: list[Tensor] = list(along)
     counts: list[Tensor] = []
-    for row in _rows(parameters, gradients, along, states=states):
-        p, g, v = row.columns(parameters, gradients, along)
-        made, noise = masked_direction(p, g, row.state(states), v, hypergradient_lr, largest)
-        row.scatter(out, made)
+    multiples: dict[tuple[float, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    others = []
+    for i, (state, p, v) in enumerate(zip(states, parameters, along, strict=True)):
+        factor = _scalar_kappa(state, hypergradient_lr)
+        exact = p.dtype == v.dtype and v.dtype in (torch.float32, torch.float64)
+        if factor is not None and exact and is_plain(v):
+            multiples[factor, v.dtype, v.device].append(i)
+        else:
+            others.append(i)
+    for (factor, *_), members in multiples.items():
+        made = torch._foreach_mul([along[i] for i in members], factor)
+        for i, direction in zip(members, made, strict=True):
+            out[i] = direction
+    columns = [[column[i] for i in others] for column in (parameters, gradients, along)]
+    rest = [states[i] for i in others]
+    for row in _rows(*columns, states=rest):
+        p, g, v = row.columns(*columns)
+        direction, noise = masked_direction(p, g, row.state(rest), v, hypergradient_lr, largest)
+        row.scatter(columns[2], direction)
         counts += [] if noise is None else [noise.sum()]
+    for i, direction in zip(others, columns[2], strict=True):
+        out[i] = direction
     return out, counts
+
+
+def _scalar_kappa(state: State, hypergradient_lr: float | None) -> float | None:
+    """kappa where it is one number on the host."""
+    if not isinstance(state, ElementwiseState):
+        return None
+    kappa = state.scalar_kappa(state.lr if hypergradient_lr is None else hypergradient_lr)
+    return None if isinstance(kappa, Tensor) else kappa
 
 
 def perturb(

@@ -40,6 +40,14 @@ ELEMENTWISE = {
 # ways to spread a parameter with a leading axis of 1 over the batch
 SPREAD = {"expand", "expand_as", "repeat"}
 
+# what a tensor tells of itself without its values or a view
+PROPERTIES = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_leaf")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__),
+    *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.element_size),
+}
+
 
 # identifies a forward: its recorded calls, and the order in which axes were moved
 Layout = tuple[object, ...]
@@ -87,9 +95,12 @@ class Capture(FunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in PROPERTIES:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        used = [t for t in _tensors((args, kwargs)) if id(t) in self._sources]
+        sources = self._sources
+        used = [t for t in _tensors(args, kwargs) if id(t) in sources]
         if torch.is_grad_enabled():  # a view made under no_grad is a constant
             used = [t for t in used if t.requires_grad]
         rule = rule_of(func)
@@ -144,7 +155,7 @@ class Capture(FunctionMode):
         if (
             not self.may_mix
             and not torch.is_grad_enabled()
-            and any(t.requires_grad for t in _tensors((args, kwargs)))
+            and any(t.requires_grad for t in _tensors(args, kwargs))
             and self._may_mix(name, args, kwargs)
         ):
             self.may_mix = _surrounding_function() is not None
@@ -317,11 +328,23 @@ def _surrounding_function() -> FunctionCtx | None:
     return None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: Any, named: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """All tensors in a nest, and in another one by name."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [t for v in value for t in _tensors(v)]
-    return []
+    tensors: list[Tensor] = []
+    todo = [value]
+    if named:
+        todo.append(named)
+    while todo:
+        nest = todo.pop(0)
+        if isinstance(nest, dict):
+            nest = nest.values()
+        elif not isinstance(nest, tuple | list):
+            continue
+        for entry in nest:
+            if isinstance(entry, Tensor):
+                tensors.append(entry)
+            elif isinstance(entry, tuple | list | dict):
+                todo.append(entry)
+    return tensors

@@ -8,6 +8,7 @@ a call of this kind is checked; and forwards are told apart by the order in whic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,7 @@ _LAYERS = _words(
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "addmm", "addbmm"}
 
 
+@functools.lru_cache(maxsize=4096)
 def plain_name(function: Callable[..., Any]) -> str:
     """The function's name without an in-place underscore; a property's own name; with its namespace
     that of a custom operator or of this library, which may have the name of another of torch's."""

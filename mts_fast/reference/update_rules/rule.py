@@ -59,6 +59,10 @@ class ElementwiseState(State):
     tensors: ClassVar[tuple[str, ...]]
     lr: Number
 
+    def scalar_kappa(self, lr: Number) -> Number | None:
+        """kappa where it is one number for all entries, whatever the gradient; else None."""
+        return None
+
     @abstractmethod
     def slope(
         self, parameter: Tensor, gradient: Tensor, lr: Number

@@ -45,9 +45,13 @@ class SGDState(ElementwiseState):
             step = step + self.momentum * buffer if self.nesterov else buffer
         return parameter - self.lr * step
 
+    def scalar_kappa(self, lr: Number) -> Number:
+        """lr times the factor of the first step, dampening and nesterov."""
+        return lr * (-1.0 if self.maximize else 1.0) * self._gain()
+
     def slope(self, parameter: Tensor, gradient: Tensor, lr: Number) -> tuple[Tensor, None]:
-        """A scalar: lr times the factor of the first step, dampening and nesterov."""
-        factor = lr * (-1.0 if self.maximize else 1.0) * self._gain()
+        """A scalar."""
+        factor = self.scalar_kappa(lr)
         if isinstance(factor, Tensor):
             return factor.to(parameter), None
         # filled on its device: a copy from the host would wait for it
