@@ -66,7 +66,7 @@ def linear_cross_entropy(
         The Triton kernels (`use_backend("triton")`) never write the logits: the forward keeps
         three scalars per row, the backward recomputes the logits and holds the gradient of one
         slice of classes at a time (2^26 entries at most). Products accumulate in float32 (float64
-        of float64), with TF32 where `torch.get_float32_matmul_precision()` is not "highest".
+        of float64), with TF32 where torch's products use it (`torch.backends.cuda.matmul`).
         Deterministic. Second derivatives and torch.func take plain PyTorch, logits and all.
         In `MTSStep` use it as `loss=`, with a model that returns hidden states; the ghost engine
         supports it.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from torch import Tensor
 
+from mts_fast.backends.precision import like_convolutions
+from mts_fast.hypergradient.ghost.layers.convolution import CONVOLUTIONS
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.ops import has_kernels, kernel_for
@@ -27,7 +30,8 @@ def call_dots(
         if product is not None:
             run = kernel_for("hypergradient_dot", [t for t in product if t is not None])
             if run is not None:
-                return run(*product)
+                with like_convolutions() if call.rule.function in CONVOLUTIONS else nullcontext():
+                    return run(*product)
     tangent = use.output_tangent(tangents)
     if axis == SampleAxis() and len(b) == size and tangent.shape == b.shape:
         run = kernel_for("sample_dot", [tangent, b])

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mts_fast._check import fail
+
 # entries per block: 8 a thread with 8 warps, one 16-byte access of 16-bit floats, two of float32
 BLOCK = 2048
 # blocks per program: one table lookup serves them all
@@ -62,6 +64,11 @@ def pointer_table(
     first = rows[0][0]
     assert first is not None
     device = first.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # the graph would hold the address of pinned memory that others use at its replay
+        hint = "capture with use_backend('reference'), or keep this call out of the graph"
+        expected = "outside of a CUDA graph's capture"
+        fail(RuntimeError, "pointer_table", "the call", expected, "one inside", hint)
     integers = [[row[0].numel(), *map(raw_pointer, row)] for row in rows if row[0] is not None]
     floats = torch.tensor(list(scalars), dtype=torch.float64).view(len(rows), -1)
     width = len(integers[0])

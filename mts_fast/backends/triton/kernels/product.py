@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mts_fast.backends.precision import allows_tf32
 from mts_fast.backends.triton.eligibility import accumulator, interpreted
 from mts_fast.backends.triton.kernels.arithmetic import TRITON_DTYPE
 
@@ -63,7 +64,7 @@ def product_tile(
 
 def kind_of(dtype: torch.dtype) -> str:
     """The key in TILES of products of a dtype; TF32 only where torch's matmul may use it."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and allows_tf32():
         return "tf32"
     return "half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
 

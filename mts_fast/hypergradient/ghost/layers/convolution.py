@@ -13,7 +13,7 @@ from mts_fast.hypergradient.ghost.parts import DensePart, GradientPart, OuterPar
 from mts_fast.hypergradient.ghost.rules import LayerCall, LayerRule, Product, register_layer
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 
-_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 
 
@@ -24,7 +24,7 @@ def _options(call: LayerCall) -> dict[str, Any] | None:
     """
     function = call.rule.function
     transposed = function in _TRANSPOSED
-    axes = (_TRANSPOSED if transposed else _CONVOLUTIONS)[function]
+    axes = (_TRANSPOSED if transposed else CONVOLUTIONS)[function]
     # positions after (input, weight, bias) as torch declares them
     order = "stride padding dilation groups"
     if transposed:
@@ -108,7 +108,7 @@ def _sample_parts(
     return parts
 
 
-_functions: list[Callable[..., Any]] = [*_CONVOLUTIONS, *_TRANSPOSED]
+_functions: list[Callable[..., Any]] = [*CONVOLUTIONS, *_TRANSPOSED]
 for _function in _functions:
     register_layer(
         _function,
