@@ -15,7 +15,7 @@ DATA = {
     "digits": "digits",
 }
 # data sets whose ten seeds are there
-TRAINED = ("coloured-fashion",)
+TRAINED = ("coloured-fashion", "fashion", "digits")
 MEASURED = ("fashion", "digits", "coloured-fashion")
 
 

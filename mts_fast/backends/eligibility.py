@@ -32,9 +32,3 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
     return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
-
-
-def samples_same_layout(x: Tensor, y: Tensor) -> bool:
-    """Whether both have one memory layout without gaps, in which samples follow one another."""
-    outermost = len(x) <= 1 or x.stride(0) == x[0].numel()
-    return outermost and same_layout(x, y)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from mts_fast import reference
 from mts_fast._check import check_device, check_floating, check_length, fail
-from mts_fast.backends.cpp import sample_dot as cpp
 from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import hypergradient_dot as triton
 from mts_fast.backends.triton.eligibility import reasons_against_triton
@@ -15,7 +14,6 @@ from mts_fast.backends.triton.eligibility import reasons_against_triton
 DOT, SAMPLE_DOT = "hypergradient_dot", "sample_dot"
 register(DOT, "reference", reference.hypergradient_dot)
 register(SAMPLE_DOT, "reference", reference.sample_dot)
-register(SAMPLE_DOT, "cpp", cpp.sample_dot, cpp.reasons)
 register_triton(DOT, triton.hypergradient_dot, reasons_against_triton)
 register_triton(SAMPLE_DOT, triton.sample_dot, reasons_against_triton)
 
@@ -77,9 +75,8 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None = Non
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> [B]: products of two tensors [B, ...] summed over each sample.
 
-    float32 (float64 where one is float64); without derivatives. The C++ and Triton kernels read
-    both once and write no products, deterministically; they serve tensors of one memory layout,
-    sample after sample.
+    float32 (float64 where one is float64); without derivatives. The Triton kernel reads both once
+    and writes no products; it serves tensors of one memory layout, sample after sample.
 
     Raises:
         TypeError, ValueError: wrong dtypes, differing shapes or devices.

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast.backends.eligibility import samples_same_layout
+from mts_fast.backends.eligibility import same_layout
 from mts_fast.backends.triton.eligibility import accumulator
 
 torch.library.define(
     "mts_fast::hypergradient_dot", "(Tensor a, Tensor v, Tensor b, Tensor? bias) -> Tensor"
 )
-torch.library.define("mts_fast::sample_dot_triton", "(Tensor x, Tensor y) -> Tensor")
+torch.library.define("mts_fast::sample_dot", "(Tensor x, Tensor y) -> Tensor")
 
 
 @torch.library.impl("mts_fast::hypergradient_dot", ("cpu", "cuda"))
@@ -24,7 +24,7 @@ def _dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return kernel.hypergradient_dot(a, v, b, bias)
 
 
-@torch.library.impl("mts_fast::sample_dot_triton", ("cpu", "cuda"))
+@torch.library.impl("mts_fast::sample_dot", ("cpu", "cuda"))
 def _sample_dot(x: Tensor, y: Tensor) -> Tensor:
     from mts_fast.backends.triton.kernels import sample_dot as kernel
 
@@ -36,7 +36,7 @@ def _fake_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(len(a), dtype=accumulator(b.dtype))
 
 
-@torch.library.register_fake("mts_fast::sample_dot_triton")
+@torch.library.register_fake("mts_fast::sample_dot")
 def _fake_sample_dot(x: Tensor, y: Tensor) -> Tensor:
     return x.new_empty(len(x), dtype=accumulator(torch.promote_types(x.dtype, y.dtype)))
 
@@ -48,6 +48,12 @@ def hypergradient_dot(a: Tensor, v: Tensor, b: Tensor, bias: Tensor | None) -> T
 
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """As the reference, which serves tensors whose samples have different memory layouts."""
-    if samples_same_layout(x, y):
-        return torch.ops.mts_fast.sample_dot_triton(x, y)
+    if _samples_same_layout(x, y):
+        return torch.ops.mts_fast.sample_dot(x, y)
     return reference.sample_dot(x, y)
+
+
+def _samples_same_layout(x: Tensor, y: Tensor) -> bool:
+    """Whether both have one memory layout without gaps, in which samples follow one another."""
+    outermost = len(x) <= 1 or x.stride(0) == x[0].numel()
+    return outermost and same_layout(x, y)

@@ -267,7 +267,7 @@ def test_opcheck(device):
     check = lambda op, *x: torch.library.opcheck(op, x, test_utils=tests)  # noqa: E731
     check(torch.ops.mts_fast.hypergradient_dot, a, v, b, u)
     check(torch.ops.mts_fast.hypergradient_dot, a, v, b.bfloat16(), None)
-    check(torch.ops.mts_fast.sample_dot_triton, a, a.double())
+    check(torch.ops.mts_fast.sample_dot, a, a.double())
 
 
 A, V, B = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, 5)
@@ -287,6 +287,11 @@ A, V, B = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, 5)
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=f"hypergradient_dot: {message}"):
         hypergradient_dot(*arguments)
+
+
+def test_sample_dot_of_no_samples(device):
+    empty = torch.ones(0, 3, device=device)
+    assert sample_dot(empty, empty).shape == (0,)
 
 
 @pytest.mark.skipif(not interpreted(), reason="devices of the CPU alone")
