@@ -97,8 +97,9 @@ class ForwardLinearization(RetainedGraph):
         self, engine: ForwardMode, batch: LabelledBatch, gradients: int, dots: bool
     ) -> None:
         self._calls: list[LinearCall] = []
-        # without a graph nothing is kept
-        with RecordedOutputs() if dots and gradients else nullcontext() as recorded:
+        # without a graph nothing is kept, and a mode would keep torch.compile from its graphs
+        records = dots and gradients > 0 and not engine.objective.is_compiled
+        with RecordedOutputs() if records else nullcontext() as recorded:
             super().__init__(engine, batch, gradients)
         if recorded is not None:
             self._calls = recorded.calls

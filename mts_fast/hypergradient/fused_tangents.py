@@ -55,10 +55,10 @@ class RecordedOutputs(FunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        last = self._last
-        if func is F.batch_norm and last is not None and args[0] is last and _is_saved(last):
-            self.calls[-1].output = last.detach()
-            self.calls[-1].version = last._version
+        if func is F.batch_norm and args:
+            x: Tensor = args[0]
+            if x is self._last and _is_saved(x):
+                self.calls[-1].output, self.calls[-1].version = x.detach(), x._version
         result = func(*args, **kwargs)
         if func in LINEAR and len(args) > 1:
             self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
@@ -129,7 +129,7 @@ def _with_tangent(
 
 
 def _batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -139,11 +139,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """F.batch_norm; None where torch's own tangent has to do: in eval mode, and in mixed dtypes."""
-    if not training or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+    if not training or any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
         return None
-    if x.numel() <= x.shape[1]:
+    if input.numel() <= input.shape[1]:
         return None  # torch's own error
-    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -73,6 +73,17 @@ def test_what_is_left_to_torch(change):
     assert torch.equal(fused, expected)
 
 
+def test_arguments_by_name():
+    x, weight = torch.randn(4, 3), torch.ones(3)
+    named = {"input": x, "running_mean": None, "running_var": None, "training": True}
+    with RecordedOutputs() as recorded:
+        F.batch_norm(**named, weight=weight)
+    assert recorded.calls == []
+    with torch.no_grad(), forward_ad.dual_level(), FusedTangents():
+        named["input"] = forward_ad.make_dual(x, torch.randn(4, 3))
+        assert forward_ad.unpack_dual(F.batch_norm(**named, weight=weight)).tangent is not None
+
+
 class Net(nn.Module):
     """Convolutions and a linear layer before BatchNorm, one without, one frozen, one reused."""
 

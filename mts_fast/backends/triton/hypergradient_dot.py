@@ -55,5 +55,5 @@ def sample_dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _samples_same_layout(x: Tensor, y: Tensor) -> bool:
     """Whether both have one memory layout without gaps, in which samples follow one another."""
-    outermost = len(x) <= 1 or x.stride(0) == x[0].numel()
+    outermost = len(x) <= 1 or x.stride(0) == x.shape[1:].numel()
     return outermost and same_layout(x, y)

@@ -51,7 +51,7 @@ def sample_dot_kernel(
 def sample_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> [B] of two tensors of one memory layout, without gaps, whose B samples follow one
     another; float32, and float64 for float64."""
-    samples, size = len(x), x[0].numel()
+    samples, size = len(x), x.shape[1:].numel()
     acc_dtype = accumulator(torch.promote_types(x.dtype, y.dtype))
     chunks = max(1, triton.cdiv(size, BLOCK * LOADS))
     partial = torch.empty((samples, chunks), dtype=acc_dtype, device=x.device)
