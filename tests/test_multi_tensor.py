@@ -68,7 +68,7 @@ def test_tensors_of_a_subclass_are_copied_one_by_one():
 
 @pytest.mark.parametrize("chunk", [1, 10, 2**24])  # alone, in parts, all together
 def test_inner_product(chunk, monkeypatch):
-    monkeypatch.setattr(_multi_tensor, "CHUNK", chunk)
+    monkeypatch.setitem(_multi_tensor.CHUNK, "cpu", chunk)
     g = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (), (7,), (0,), (2, 5), (11,)]
     dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.bfloat16] * 2
@@ -87,7 +87,11 @@ def test_inner_product(chunk, monkeypatch):
 
 
 def test_parts(monkeypatch):
-    monkeypatch.setattr(_multi_tensor, "CHUNK", 10)
-    assert parts([]) == []
-    assert parts([0]) == [[0]]
-    assert parts([4, 6, 1, 20, 3, 0]) == [[0, 1], [2], [3], [4, 5]]
+    monkeypatch.setitem(_multi_tensor.CHUNK, "cpu", 10)
+
+    def of(*sizes):
+        return parts([torch.zeros(size) for size in sizes])
+
+    assert of() == []
+    assert of(0) == [[0]]
+    assert of(4, 6, 1, 20, 3, 0) == [[0, 1], [2], [3], [4, 5]]

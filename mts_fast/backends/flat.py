@@ -141,7 +141,7 @@ def _rows(
     for i, columns in enumerate(zip(parameters, *others, strict=True)):
         together[_key(i, None if states is None else states[i], *columns)].append(i)
     for members in together.values():
-        for part in parts([parameters[i].numel() for i in members]):
+        for part in parts([parameters[i] for i in members]):
             yield _Row([members[k] for k in part], parameters)
 
 

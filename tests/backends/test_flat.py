@@ -121,7 +121,7 @@ def test_parts_are_bounded(monkeypatch):
     """Temporary memory does not grow with the model."""
     from mts_fast import _multi_tensor
 
-    monkeypatch.setattr(_multi_tensor, "CHUNK", 20)
+    monkeypatch.setitem(_multi_tensor.CHUNK, "cpu", 20)
     optimizer, gradients, _ = make("adamw", 2)
     parameters, states = rows_of(optimizer)
     updated = flat.virtual_update(parameters, gradients, states)
