@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -47,14 +48,14 @@ class ForwardMode(Engine):
     def dots_from_scratch(
         self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
     ) -> Tensor:
-        return self.tangent(batch, direction, rng, ())
+        return self.tangent(batch, direction, rng, deque())
 
     def tangent(
         self,
         batch: LabelledBatch,
         direction: Sequence[Tensor],
         rng: RngState,
-        calls: Sequence[LinearCall],
+        calls: deque[LinearCall],
     ) -> Tensor:
         """d [B], with the calls of the training forward where it has run."""
         model = self.objective.model
@@ -96,7 +97,7 @@ class ForwardLinearization(RetainedGraph):
     def __init__(
         self, engine: ForwardMode, batch: LabelledBatch, gradients: int, dots: bool
     ) -> None:
-        self._calls: list[LinearCall] = []
+        self._calls: deque[LinearCall] = deque()
         # without a graph nothing is kept, and a mode would keep torch.compile from its graphs
         records = dots and gradients > 0 and not engine.objective.is_compiled
         with RecordedOutputs() if records else nullcontext() as recorded:
@@ -105,7 +106,7 @@ class ForwardLinearization(RetainedGraph):
             self._calls = recorded.calls
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        calls, self._calls = self._calls, []
+        calls, self._calls = self._calls, deque()
         with self._rewound_buffers():
             return self.engine.tangent(self.batch, direction, self._rng, calls)
 

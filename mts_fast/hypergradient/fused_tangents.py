@@ -2,12 +2,13 @@
 
 torch differentiates BatchNorm operator by operator, some 20 passes over the activations; here they
 are four. And it repeats the forward beside the tangents: of a convolution's three products one is
-that of the training forward, whose result autograd keeps anyway where BatchNorm follows.
+that of the training forward, whose result the graph holds anyway where BatchNorm reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,9 @@ class RecordedOutputs(FunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[LinearCall] = []
+        self.calls: deque[LinearCall] = deque()
         self._last: Tensor | None = None
+        self._version = 0  # of the last output when it was made
 
     def __torch_function__(
         self,
@@ -55,19 +57,25 @@ class RecordedOutputs(FunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and args:
+        if func is F.batch_norm and args and _trains(*args, **kwargs):
             x: Tensor = args[0]
-            if x is self._last and _is_saved(x):
+            # an activation in place, or a sum, would be computed again on its own result
+            if x is self._last and x._version == self._version and _is_saved(x):
                 self.calls[-1].output, self.calls[-1].version = x.detach(), x._version
         result = func(*args, **kwargs)
         if func in LINEAR and len(args) > 1:
             self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
-            self._last = result
+            self._last, self._version = result, result._version
         return result
 
     def __exit__(self, *raised: object) -> None:
         self._last = None
         super().__exit__(*raised)
+
+
+def _trains(*args: Any, training: bool = False, **_: Any) -> bool:
+    """Whether a call of F.batch_norm is one in train mode."""
+    return args[5] if len(args) > 5 else training
 
 
 def _is_saved(x: Tensor) -> bool:
@@ -76,11 +84,12 @@ def _is_saved(x: Tensor) -> bool:
 
 
 class FusedTangents(FunctionMode):
-    """Around the forward with tangents, with the calls of the training forward where it has run."""
+    """Around the forward with tangents, with the calls of the training forward where it has run;
+    each is dropped once its turn has come."""
 
-    def __init__(self, calls: Sequence[LinearCall] = ()) -> None:
+    def __init__(self, calls: deque[LinearCall] | None = None) -> None:
         super().__init__()
-        self._calls: Iterator[LinearCall] = iter(calls)
+        self._calls: deque[LinearCall] = deque() if calls is None else calls
 
     def __torch_function__(
         self,
@@ -94,8 +103,7 @@ class FusedTangents(FunctionMode):
         if func is F.batch_norm:
             result = _batch_norm(*args, **kwargs)
         elif func in LINEAR and len(args) > 1:
-            call = next(self._calls, None)
-            output = None if call is None else call.usable(args[0], args[1])
+            output = self._calls.popleft().usable(args[0], args[1]) if self._calls else None
             if output is not None:
                 result = _with_tangent(func, output, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
@@ -120,7 +128,7 @@ def _with_tangent(
     if weight_t is not None:
         parts.append(func(x, weight_t, bias_t, *options, **named))
     elif bias_t is not None:
-        shape = [-1] + [1] * (0 if func is F.linear else x.ndim - 2)
+        shape = [-1] + [1] * (weight.ndim - 2)
         parts.append(bias_t.view(shape).expand_as(output).clone())
     if not parts:
         return output
@@ -190,9 +198,13 @@ class _BatchNorm(torch.autograd.Function):
             assert bias_t is not None
             shift = bias_t.view(per_channel)
             return shift.expand_as(x).clone() if tangent is None else tangent.add_(shift)
+        # of 16-bit inputs a GPU gives mean and inverse in float32
         factor = weight_t * inverse
-        shift = -factor * mean if bias_t is None else torch.addcmul(bias_t, factor, mean, value=-1)
-        moved = shift.view(per_channel)
+        if bias_t is None:
+            shift = -factor * mean
+        else:
+            shift = torch.addcmul(bias_t.to(factor.dtype), factor, mean, value=-1)
+        moved = shift.to(x.dtype).view(per_channel)
         if tangent is not None:
             moved = tangent.add_(moved)
-        return torch.addcmul(moved, x, factor.view(per_channel))
+        return torch.addcmul(moved, x, factor.to(x.dtype).view(per_channel))

@@ -32,9 +32,8 @@ def set_gradients(
             if storage in used or not _is_dense(g):
                 shared.append(i)
             used.add(storage)
-    copied = dict(
-        zip(shared, copies([g for i in shared if (g := gradients[i]) is not None]), strict=True)
-    )
+    values = [g.contiguous() for i in shared if (g := gradients[i]) is not None]
+    copied = dict(zip(shared, copies(values), strict=True))
     for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
         parameter.grad = copied.get(i, g)
 
