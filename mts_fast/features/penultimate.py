@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,11 @@ class PenultimateFeatures:
     @contextmanager
     def capture(self) -> Iterator[PenultimateFeatures]:
         """Inside, every forward adds its features [B, D] (detached)."""
-        handle = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+        # a hook that an exception at an odd moment has left behind writes to another list
+        values: list[Tensor] = []
+        self._values = values
+        keep = functools.partial(self._keep, values)
+        handle = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             yield self
         finally:
@@ -51,7 +56,15 @@ class PenultimateFeatures:
         values = torch.cat(self._values) if len(self._values) > 1 else self._values[0]
         return values if last is None else values[-last:]
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep(
+        self,
+        values: list[Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if values is not self._values:
+            return
         x = next(iter([*args, *kwargs.values()]), None)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             name = f"the input of layer {self.path!r}"
@@ -62,7 +75,7 @@ class PenultimateFeatures:
             x = x.flatten(2).mean(2)
         elif x.ndim != 2:
             x = x.flatten(1, -2).mean(1)
-        self._values.append(x)
+        values.append(x)
 
     def _find(self, model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
         modules = dict(model.named_modules())

@@ -237,3 +237,15 @@ def test_layers_called_by_keyword_and_layers_without_numbers():
     message = "the input of layer 'embed' must be .* numbers, got a int64 tensor of shape"
     with features.capture(), pytest.raises(TypeError, match=message):
         model(tokens)
+
+
+def test_a_hook_that_was_left_behind_adds_nothing():
+    """As after a Ctrl-C between two lines of the block's end."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    watched = PenultimateFeatures(model)
+    abandoned = watched.capture()
+    abandoned.__enter__()
+    model(torch.ones(5, 3))  # never left
+    with watched.capture():
+        model(torch.zeros(2, 3))
+        assert len(watched.taken()) == 2
