@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -15,9 +18,22 @@ from torch.overrides import (
 )
 
 
-class FunctionMode(TorchFunctionMode):
-    """A function mode whose exit does nothing where an exception has left it off the stack: torch
-    pops a mode for the time of every call that the mode sees."""
+class FunctionMode(TorchFunctionMode, ABC):
+    """A function mode, by `call`. Its exit does nothing where an exception has left it off the
+    stack: torch pops a mode for the time of every call that the mode sees."""
+
+    @abstractmethod
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of one of torch's functions; inside, the mode is off."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
 
     def __exit__(self, *raised: object) -> None:
         stack = _get_current_function_mode_stack()

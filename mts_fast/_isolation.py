@@ -156,7 +156,7 @@ class SavedBuffers:
             restore_mapping(module._buffers, names)
         for buffer, before in zip(self._present, self._saved, strict=True):
             if buffer.shape != before.shape:
-                buffer.data = before.clone()
+                buffer.data = torch.empty_like(before)
         overwrite(self._present, self._saved)
         # the values are again those that a graph recorded before has saved
         torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)

@@ -6,7 +6,7 @@ mean norm) as a constant. A difference of two forwards would see it move.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from mts_fast._isolation import World
 Written = Tensor | None
 
 
-class _Watch(FunctionMode, ABC):
+class _Watch(FunctionMode):
     """Intercepts every assignment of a buffer, and every function that writes into one."""
 
     def __init__(self, world: World) -> None:
@@ -47,14 +47,8 @@ class _Watch(FunctionMode, ABC):
         self._known.add(id(value))
         return value
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         in_place = name == "__setitem__" or (name.startswith("__i") and name.endswith("__"))
         in_place = in_place or (name.endswith("_") and not name.endswith("__"))

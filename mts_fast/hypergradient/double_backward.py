@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mts_fast import reference
-from mts_fast._isolation import RngState
 from mts_fast.hypergradient.engine import Engine, Linearization, dense
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch
@@ -34,11 +33,6 @@ class DoubleBackward(Engine):
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
     ) -> Linearization:
         return DoubleBackwardLinearization(self, batch, gradients, dots)
-
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        raise AssertionError("dots need the graph of the forward")
 
 
 class DoubleBackwardLinearization(Linearization):

@@ -66,7 +66,7 @@ class Linearization(ABC):
 
 
 class RetainedGraph(Linearization):
-    """Keeps the graph of the forward until the last gradient; dots are the engine's."""
+    """Keeps the graph of the forward until the last gradient; without dots of its own."""
 
     def __init__(self, engine: Engine, batch: LabelledBatch, gradients: int) -> None:
         super().__init__(engine, batch, gradients)
@@ -101,8 +101,7 @@ class RetainedGraph(Linearization):
         return dense(gradient)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
-        with self._rewound_buffers():
-            return self.engine.dots_from_scratch(self.batch, direction, self._rng)
+        raise AssertionError("dots have to be announced in linearize(dots=True)")
 
     def _rewound_buffers(self) -> Restoring:
         """Buffers as they were before this forward: a model may read buffers that it writes."""
@@ -127,11 +126,6 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        """d_i [B] in the model's present mode, with masks drawn from `rng`; leaves no trace."""
-
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
     ) -> Linearization:
@@ -140,7 +134,6 @@ class Engine(ABC):
         `gradients` and `dots` announce what will be asked for, so that nothing else is kept. With
         0 gradients the forward may be left out until the losses are read.
         """
-        return RetainedGraph(self, batch, gradients)
 
     def dots(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """d_i = <direction, grad l_i> [B]; buffers and generators are left as they are."""

@@ -45,11 +45,6 @@ class FiniteDifference(Engine):
     ) -> Linearization:
         return DifferenceLinearization(self, batch, gradients)
 
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        raise AssertionError("the linearization takes the difference")
-
     def error_estimate(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """Estimated error [B] of `dots`: its truncation error is a third of what doubling h adds.
 

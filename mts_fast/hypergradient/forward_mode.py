@@ -45,11 +45,6 @@ class ForwardMode(Engine):
     ) -> Linearization:
         return ForwardLinearization(self, batch, gradients, dots)
 
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        return self.tangent(batch, direction, rng, deque())
-
     def tangent(
         self,
         batch: LabelledBatch,

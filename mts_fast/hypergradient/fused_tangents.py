@@ -8,7 +8,7 @@ that of the training forward, whose result the graph holds anyway where BatchNor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,7 @@ class RecordedOutputs(FunctionMode):
         self._last: Tensor | None = None
         self._version = 0  # of the last output when it was made
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.batch_norm and args and _trains(*args, **kwargs):
             x: Tensor = args[0]
             # an activation in place, or a sum, would be computed again on its own result
@@ -91,14 +84,7 @@ class FusedTangents(FunctionMode):
         super().__init__()
         self._calls: deque[LinearCall] = deque() if calls is None else calls
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = None
         if func is F.batch_norm:
             result = _batch_norm(*args, **kwargs)

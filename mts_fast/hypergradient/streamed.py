@@ -42,11 +42,6 @@ class Streamed(Engine):
             return self.inner.linearize(batch, gradients=gradients, dots=dots)
         return StreamedLinearization(self, batch, gradients)
 
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        raise AssertionError("the linearization asks the inner engine")
-
 
 class StreamedLinearization(Linearization):
     """Passes over the micro-batches, one for each request."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mts_fast import reference
 from mts_fast.backends import flat
 from mts_fast.backends.cpp.eligibility import DTYPES, reasons_against_cpp
 from mts_fast.backends.eligibility import same_layout
@@ -60,13 +60,15 @@ def virtual_update(
 ) -> list[Tensor]:
     """theta' of every parameter: one call for all that share their hyper-parameters and count of
     steps. The reference serves tensors whose rule has no kernel, or whose memory layout is not that
-    of their gradient and state.
+    of their gradient and state, small ones side by side.
     """
     rows = list(zip(parameters, gradients, states, strict=True))
     served = [i for i, (p, g, state) in enumerate(rows) if _fits(state, p, g)]
     out = list(parameters)
-    for i in set(range(len(rows))).difference(served):
-        out[i] = reference.virtual_update(*rows[i])
+    others = sorted(set(range(len(rows))).difference(served))
+    made = flat.virtual_update(*_select(others, parameters, gradients, states))
+    for i, updated in zip(others, made, strict=True):
+        out[i] = updated
     for members in _groups(parameters, states, served):
         p, g, state_lists = _columns(members, parameters, gradients, states)
         s = states[members[0]]
@@ -103,19 +105,11 @@ def hypergradient_direction(
         if isinstance(state, AdamState) and _fits(state, p, g, v)
     ]
     out: list[Tensor] = list(along)
-    counts: list[Tensor] = []
     others = sorted(set(range(len(rows))).difference(served))
-    if others:
-        made, counts = flat.hypergradient_direction(
-            [parameters[i] for i in others],
-            [gradients[i] for i in others],
-            [states[i] for i in others],
-            [along[i] for i in others],
-            hypergradient_lr,
-            largest,
-        )
-        for i, direction in zip(others, made, strict=True):
-            out[i] = direction
+    p, g, rules, v = _select(others, parameters, gradients, states, along)
+    made, counts = flat.hypergradient_direction(p, g, rules, v, hypergradient_lr, largest)
+    for i, direction in zip(others, made, strict=True):
+        out[i] = direction
     for members in _groups(parameters, states, served):
         p, g, state_lists = _columns(members, parameters, gradients, states)
         s = states[members[0]]
@@ -130,6 +124,11 @@ def hypergradient_direction(
         for i, direction in zip(members, directions, strict=True):
             out[i] = direction
     return out, counts
+
+
+def _select(indices: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
+    """The entries at these indices of every column."""
+    return [[column[i] for i in indices] for column in columns]
 
 
 def _groups(

@@ -10,7 +10,7 @@ momentum encoder) is not recorded: it adds nothing to autograd's gradient.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -87,14 +87,7 @@ class Capture(FunctionMode):
         calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
         return (*calls, *self._moves, *sorted(self._shared_turns))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in PROPERTIES:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:

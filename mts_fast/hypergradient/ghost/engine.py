@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mts_fast._isolation import (
-    RngState,
     preserved_buffers,
     preserved_rng,
     restored_on_error,
@@ -167,13 +166,6 @@ class Ghost(Engine):
                     raise _SharedRows(refused.reasons, turns) from refused
                 raise
         return axes
-
-    def dots_from_scratch(
-        self, batch: LabelledBatch, direction: Sequence[Tensor], rng: RngState
-    ) -> Tensor:
-        raise AssertionError(
-            "dots need what a forward recorded; call linearize(batch).dots(direction)"
-        )
 
 
 class _SharedRows(Unsupported):
