@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import mts_fast.sampling as sampling
     import mts_fast.selection as selection
     import mts_fast.training as training
+    from mts_fast.backends.verdicts.requests import record_requests
     from mts_fast.hypergradient import check_engine, explain_engine, hypergradient_dots
     from mts_fast.ops import (  # type: ignore[no-redef]  # modules of ops have these names, too
         linear_cross_entropy,
@@ -46,6 +47,7 @@ __all__ = [
     "hypergradient_dots",
     "linear_cross_entropy",
     "normalize_weights",
+    "record_requests",
     "reference",
     "register_update_rule",
     "sampling",
@@ -59,6 +61,7 @@ __all__ = [
 
 # module -> the names it defines; a name of __all__ that is not listed here is a module
 _NAMES_OF = {
+    "mts_fast.backends.verdicts.requests": ("record_requests",),
     "mts_fast.hypergradient": ("check_engine", "explain_engine", "hypergradient_dots"),
     "mts_fast.ops": (
         "linear_cross_entropy",

@@ -18,7 +18,7 @@ ROWS = (
     ("training",),
     ("selection",),
     ("features",),
-    ("hypergradient", "diagnostics", "sampling"),
+    ("hypergradient", "diagnostics", "sampling", "tuning"),
     ("ops",),
     ("backends",),
     ("reference",),

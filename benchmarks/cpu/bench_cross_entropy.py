@@ -6,11 +6,12 @@ The implementations take turns. Bytes that must move: the logits twice, their gr
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, ratios
+from measure import ratios
 
 import mts_fast
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import cross_entropy
+from mts_fast.tuning.timing import interleaved
 
 # digits, CIFAR-100, ImageNet, a vocabulary
 SIZES = ((256, 10), (1024, 100), (256, 1000), (1024, 1000), (256, 32_000))

@@ -6,12 +6,13 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, ratios
+from measure import ratios
 
 from mts_fast.demo.arms.learned import MTSRun
 from mts_fast.demo.arms.seed_run import SeedRun
 from mts_fast.demo.data import make_scenario
 from mts_fast.demo.training import SETTINGS, build_classifier, build_optimizer, epochs
+from mts_fast.tuning.timing import interleaved
 
 ROUNDS = 15
 STEPS = 20

@@ -10,12 +10,13 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, peak_bytes, ratios
+from measure import peak_bytes, ratios
 from step_arms import per_sample
 from step_models import BUILD, make_task
 
 from mts_fast import reference
 from mts_fast.hypergradient import GradientNorm, LabelledBatch, Objective
+from mts_fast.tuning.timing import interleaved
 
 SAMPLES = {"vit": 32, "resnet18_groupnorm": 32, "resnet18_batchnorm": 32, "mlp": 256, "gpt": 32}
 OPACUS = ("mlp", "resnet18_groupnorm")

@@ -1,9 +1,11 @@
 """A batch 8 times as large, streamed in micro-batches: time per sample and peak memory."""
 
 import pytest
-from measure import interleaved, peak_bytes, ratios
+from measure import peak_bytes, ratios
 from step_arms import Ours
 from step_models import BATCH, make_task
+
+from mts_fast.tuning.timing import interleaved
 
 ROUNDS = 5
 MICRO_BATCHES = 8

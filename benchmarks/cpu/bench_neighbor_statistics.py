@@ -10,13 +10,14 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved, peak_resident_bytes, ratios
+from measure import peak_resident_bytes, ratios
 from neighbor_pools import ALLOWED, NEIGHBORS, SIZES, K, make_pool, torch_tiles
 
 import mts_fast
 from mts_fast import reference
 from mts_fast.features import distribution_features
 from mts_fast.ops import neighbor_statistics
+from mts_fast.tuning.timing import interleaved
 
 # largest N of the implementations that would take too long, or not fit in memory, beyond it
 LARGEST = {"full matrices": 8192, "reference backend": 8192, "torch tiles + topk": 16384}

@@ -6,9 +6,11 @@ calls 9 and on, between two of those that check its dots.
 
 import pytest
 import torch
-from measure import interleaved, peak_bytes, ratios
+from measure import peak_bytes, ratios
 from step_arms import Ours, Plain
 from step_models import make_task
+
+from mts_fast.tuning.timing import interleaved
 
 CANDIDATES = 256
 ROUNDS = 3

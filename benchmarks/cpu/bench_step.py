@@ -7,9 +7,11 @@ before.
 """
 
 import pytest
-from measure import interleaved, peak_bytes, ratios
+from measure import peak_bytes, ratios
 from step_arms import Ours, arms_of
 from step_models import BATCH, BUILD, make_task
+
+from mts_fast.tuning.timing import interleaved
 
 ROUNDS = 5
 # calls of MTSStep before those that are timed: the last of them is checked, the next is the 16th

@@ -7,7 +7,7 @@ and buffers read, the result written.
 
 import pytest
 import torch
-from measure import interleaved, ratios
+from measure import ratios
 from update_baselines import (
     FOREACH,
     FOREACH_DIRECTION,
@@ -20,6 +20,7 @@ from update_baselines import (
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.cpp.virtual_update import hypergradient_direction, virtual_update
 from mts_fast.reference.update_rules import largest_gradient
+from mts_fast.tuning.timing import interleaved
 
 MODELS = {
     "mlp": [(784, 1024), (1024,), (1024, 1024), (1024,), (1024, 10), (10,)],

@@ -3,12 +3,13 @@ equal similarities are asserted first."""
 
 import pytest
 import torch
-from measure import interleaved, peak_bytes, ratios
+from measure import peak_bytes, ratios
 from neighbor_pools import ALLOWED, NEIGHBORS, SIZES, K, make_pool, torch_tiles
 
 import mts_fast
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.ops import neighbor_statistics
+from mts_fast.tuning.timing import interleaved
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

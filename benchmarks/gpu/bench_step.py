@@ -12,9 +12,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 from gpu_models import make_gpu_task
-from measure import interleaved, peak_bytes
+from measure import peak_bytes
 from on_gpu import DEVICE, MIB, choose, needs_gpu, tf32
 from step_arms import Ours, Plain, Published
+
+from mts_fast.tuning.timing import interleaved
 
 # (model, batch, precision). Large batches run in the precisions common in training.
 CASES = choose(

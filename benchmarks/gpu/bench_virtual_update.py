@@ -8,7 +8,7 @@ buffers.
 import pytest
 import torch
 from gpu_models import BUILD
-from on_gpu import DEVICE, OURS, choose, compare, compiled, needs_gpu, relative_error
+from on_gpu import DEVICE, OURS, choose, compare, compiled, needs_gpu
 from update_baselines import (
     FOREACH,
     FOREACH_DIRECTION,
@@ -24,6 +24,7 @@ import mts_fast
 from mts_fast import reference
 from mts_fast.backends.triton import virtual_update as kernel
 from mts_fast.ops.perturb import global_norm, perturb
+from mts_fast.tuning.judge import relative_error
 
 MODELS = choose(("resnet50_batchnorm", "vit_s", "gpt_125m"), ("vit_s",))
 # streams of the parameters' size that must move:

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from measure import copy_bandwidth, interleaved, on_device, peak_bytes, product_rate, ratios
+from measure import peak_bytes, ratios
+from rates import copy_bandwidth, product_rate
 
 from mts_fast.backends.triton.eligibility import interpreted, triton_reasons
+from mts_fast.tuning.judge import relative_error
+from mts_fast.tuning.timing import interleaved, on_device
 
 TINY = os.environ.get("MTS_FAST_BENCH_TINY") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")
@@ -61,15 +64,6 @@ def tf32(allowed):
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def relative_error(results, truth):
-    """||results - truth|| / ||truth|| over all tensors."""
-    pairs = zip(results, truth, strict=True)
-    off = torch.stack([(result.double() - t).norm() for result, t in pairs]).norm()
-    # where the truth is 0, only exact zeros pass
-    smallest = torch.finfo(torch.float64).tiny
-    return (off / torch.stack([t.norm() for t in truth]).norm().clamp(min=smallest)).item()
-
-
 def assert_as_exact(calls, truth, eps, base="eager"):
     """Every error against the float64 truth is at most ERROR_FACTOR times torch's, plus eps."""
     allowed = ERROR_FACTOR * relative_error(calls[base](), truth) + eps
@@ -88,7 +82,7 @@ def compare(benchmark, calls, *, kernel, size, dtype, moved=None, flops=None):
     device_seconds, host_seconds = {}, {}
 
     def measure():
-        device_seconds.update(on_device(calls, ROUNDS, DEVICE))
+        device_seconds.update(on_device(calls, ROUNDS, DEVICE).device)
         host_seconds.update(interleaved(calls, HOST_ROUNDS))
 
     benchmark.pedantic(measure, rounds=1)

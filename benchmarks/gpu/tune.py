@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
-from measure import on_device
-from on_gpu import DEVICE, choose, dtype_name, relative_error, rounded, tf32, why_not
+from on_gpu import DEVICE, choose, dtype_name, rounded, tf32, why_not
 from tune_settings import GROUPS
+
+from mts_fast.tuning.judge import relative_error
+from mts_fast.tuning.timing import on_device
 
 ROUNDS = choose(20, 1)
 # largest relative error, by the result's dtype: the same sums in another order
@@ -64,7 +66,7 @@ def tune(kernel, case):
             failed[label] = f"another result: {error:.1e}"
             continue
         calls[label] = call
-    seconds = on_device(calls, ROUNDS, DEVICE)
+    seconds = on_device(calls, ROUNDS, DEVICE).device
     us = {label: 1e6 * statistics.median(times) for label, times in seconds.items()}
     best = min(us, key=us.__getitem__, default=None)
     current = next(iter(case.settings))

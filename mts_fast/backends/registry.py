@@ -2,9 +2,10 @@
 
 Every op has a `reference` implementation. Some run the reference on many tensors at once (`flat`),
 which `auto` takes on every device. A faster backend registers a function and a check that
-returns the reasons why it cannot serve these tensors; `auto` takes the first that can. A named
-backend raises where its kernel cannot take the tensors; an op without a kernel for the device, or
-with an option that the kernel lacks (label smoothing in C++), runs the reference.
+returns the reasons why it cannot serve these tensors; `auto` takes the first that can and that was
+measured to be faster: by this machine's verdicts (`mts-fast tune`), else by ours. A named backend
+raises where its kernel cannot take the tensors; an op without a kernel for the device, or with an
+option that the kernel lacks (label smoothing in C++), runs the reference.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from mts_fast._check import check_choice, fail
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import under_transform
 from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons
+from mts_fast.backends.verdicts.requests import Request, note, recording
+from mts_fast.backends.verdicts.table import table_for
 
 logger = logging.getLogger("mts_fast")
 
@@ -56,9 +59,10 @@ class Implementation:
         devices = self.devices
         return devices is None or all(t.device.type in devices for t in tensors)
 
-    def serves(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether `auto` takes it for these tensors."""
-        return self.has_kernel(tensors) and self.wins(tensors) and not self.reasons(tensors)
+    def serves(self, tensors: Sequence[Tensor], verdict: bool | None) -> bool:
+        """Whether `auto` takes it for these tensors; this machine's verdict replaces ours."""
+        wins = verdict if verdict is not None else self.wins(tensors)
+        return self.has_kernel(tensors) and wins and not self.reasons(tensors)
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -72,7 +76,8 @@ def on_cpu(tensors: Sequence[Tensor]) -> bool:
 
 
 def unmeasured(tensors: Sequence[Tensor]) -> bool:
-    """False: no GPU has timed the Triton kernels, so they run only when Triton is named."""
+    """False: we have timed the Triton kernels on no GPU, so they run when Triton is named, or where
+    this machine's verdicts say that they win."""
     return False
 
 
@@ -179,8 +184,10 @@ def triton_in_force() -> bool:
 triton_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+def resolve(op: str, tensors: Sequence[Tensor], variant: str = "") -> Callable[..., Any]:
     """The function that serves `op` on these tensors under the backend in force.
+
+    `variant` tells calls apart that take other kernels for the same tensors; verdicts are by it.
 
     Under torch.compile the reference is traced, so that the compiler can fuse it, unless Triton was
     named: the graph then calls its kernels. Under torch.func and forward-mode differentiation the
@@ -195,6 +202,11 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
             return available["reference"].function
         return kernel.function
     backend = current_backend()
+    verdicts = table_for(tensors[0].device)
+    request = None
+    if recording() or verdicts.verdicts:
+        request = Request.of(op, variant, tensors)
+        note(request)
     if backend != "auto":
         if _selected.get() is None and (why := backend_reasons(backend)):
             # a backend from the environment variable: nothing has checked yet that it can run
@@ -210,7 +222,10 @@ def resolve(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         return chosen.function
     name = "reference"
     for candidate in FASTER:
-        if candidate in available and available[candidate].serves(tensors):
+        if candidate not in available:
+            continue
+        verdict = None if request is None else verdicts.wins(request, candidate)
+        if available[candidate].serves(tensors, verdict):
             name = candidate
             break
     if (op, name) not in _announced:
@@ -243,6 +258,32 @@ def backend_reasons(backend: str) -> list[str]:
     if backend == "cpp" and not extension().available:
         return [extension().reason]
     return list(triton_reasons()) if backend == "triton" else []
+
+
+def tunable(op: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """Backends with a kernel of `op` that can serve these tensors, whether or not it wins."""
+    return tuple(
+        name
+        for name in FASTER
+        if name != "flat"  # always taken: a few launches for many
+        and (kernel := _implementations.get(op, {}).get(name)) is not None
+        and kernel.has_kernel(tensors)
+        and not kernel.reasons(tensors)
+    )
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function of one backend."""
+    return _implementations[op][backend].function
+
+
+def without(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, Callable[..., Any]]:
+    """(name, function): what `auto` takes for these tensors where this backend is passed over."""
+    available = _implementations[op]
+    for name in FASTER:
+        if name in available and name != backend and available[name].serves(tensors, None):
+            return name, available[name].function
+    return "reference", available["reference"].function
 
 
 def registered() -> dict[str, tuple[str, ...]]:

@@ -7,77 +7,34 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 import mts_fast
-from mts_fast._check import describe, fail
 from mts_fast.backends import registry
 from mts_fast.backends.cpp.extension import build_record, extension
 from mts_fast.backends.triton.eligibility import interpreted
+from mts_fast.backends.verdicts import table as verdicts
+from mts_fast.backends.verdicts.environment import environment
 from mts_fast.cli.packages import OPTIONAL, hint_for
+from mts_fast.cli.users_model import users_model
 from mts_fast.hypergradient import ENGINES
 
 
 def report() -> str:
     """The whole report as text."""
-    return "\n".join([*_versions(), "", *_backends(), "", *_ops(), "", *_packages()])
+    return "\n".join(
+        [*_versions(), "", *_backends(), "", *_ops(), "", *_verdicts(), "", *_packages()]
+    )
 
 
 def model_report(spec: str) -> str:
     """Which engine serves the model of PACKAGE.MODULE:FACTORY; with a batch, how exactly."""
-    module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name) or module_name.startswith("."):
-        hint = "name an importable module and a function in it"
-        fail(ValueError, "doctor", "--model", "PACKAGE.MODULE:FACTORY", repr(spec), hint)
-    with _current_folder_importable(), _users_code(spec):
-        factory = getattr(importlib.import_module(module_name), name, None)
-        if not callable(factory):
-            expected = f"a function of {module_name}"
-            hint = "name one that takes no arguments"
-            fail(ValueError, "doctor", "--model", expected, repr(name), hint)
-        result = factory()
-        model, *batch = result if isinstance(result, tuple | list) and result else (result,)
-        if not isinstance(model, torch.nn.Module) or len(batch) not in (0, 2):
-            expected = "a module, or (module, inputs, labels)"
-            got = describe(result)
-            fail(TypeError, "doctor", f"what {name}() returns", expected, got, "return one of them")
+    with users_model("doctor", spec) as (model, batch):
         parts = [str(mts_fast.explain_engine(model, *batch))]
         if batch:
             parts.append(str(mts_fast.check_engine(model, *batch)))
     return "\n\n".join(parts)
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-@contextmanager
-def _users_code(spec: str) -> Iterator[None]:
-    """Turn any error of the user's module or model into one line with its file and line."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if str(error).startswith("doctor: "):
-            raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        got = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
-        hint = "mend it, or run `mts-fast -v doctor` for the traceback"
-        if isinstance(error, ModuleNotFoundError):
-            hint = "run this in the folder that holds it, or install it"
-        raise RuntimeError(
-            f"doctor: --model {spec} must be a model that runs, got {got}; {hint}"
-        ) from error
 
 
 def _versions() -> list[str]:
@@ -124,12 +81,32 @@ def _note(backend: str) -> str:
     if backend != "triton":
         return ""
     how = "in triton's interpreter, for tests" if interpreted() else "where it is named"
-    return f", {how}: no GPU has timed its kernels yet, so 'auto' does not take them"
+    return f", {how}: 'auto' takes its kernels only where `mts-fast tune` has timed them"
 
 
 def _ops() -> list[str]:
     ops = [f"  {op:<28} {', '.join(backends)}" for op, backends in registry.registered().items()]
     return ["ops and their implementations", *ops, f"engines: {', '.join(ENGINES)}"]
+
+
+def _verdicts() -> list[str]:
+    """What `mts-fast tune` has measured on this machine, and results that were wrong."""
+    lines = ["what was timed here (mts-fast tune)"]
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in [torch.device("cpu"), *devices]:
+        here = environment(device)
+        path = verdicts.path_of(here)
+        known = {} if path is None else verdicts.read(path, here)
+        wins = sum(verdict["wins"] for verdict in known.values())
+        lines.append(
+            f"  {device!s:<12} {len(known)} verdicts, {wins} for a kernel   {path or 'off'}"
+        )
+        lines += [
+            f"  {'':<12} not used: {name}: {verdict['why']}"
+            for name, verdict in known.items()
+            if not verdict["wins"] and "us" not in verdict
+        ]
+    return lines
 
 
 def _packages() -> list[str]:

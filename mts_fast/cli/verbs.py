@@ -1,4 +1,4 @@
-"""Options of the verbs demo, features and doctor."""
+"""Options of the verbs demo, features, tune and doctor."""
 
 from __future__ import annotations
 
@@ -140,6 +140,33 @@ def features(
         embeddings, labels, is_synthetic, out, k, neighbors, small_class, chunk, resume
     )
     return run_features(options)
+
+
+@verb
+def tune(
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FILE", help="Requests of mts_fast.record_requests."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Or the requests of a step of a model; FACTORY() returns (model, inputs, labels).",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "sgd"] | None, typer.Option(help="With --model: its optimizer (adamw).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="To time on (cuda where there is one, else cpu).")
+    ] = None,
+    again: Annotated[bool, typer.Option(help="Time anew what was timed before.")] = False,
+) -> int:
+    """Time the kernels on this machine: later runs take those that win (backend "auto")."""
+    from mts_fast.cli.tune import run_tune
+
+    return run_tune(from_, model, optimizer, device, again)
 
 
 @verb

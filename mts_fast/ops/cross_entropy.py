@@ -26,6 +26,9 @@ from mts_fast.backends.registry import register, register_triton, resolve
 from mts_fast.backends.triton import cross_entropy as triton
 from mts_fast.reference import SampleStatistics, Target
 
+# the variant of weighted_cross_entropy that also returns them
+STATISTICS = "statistics"
+
 register(
     "cross_entropy",
     "reference",
@@ -169,7 +172,8 @@ def weighted_cross_entropy(
     check_floating(op, "p", p, ndim=1)
     check_length(op, "p", p, len(logits))
     check_device(op, "p", p, logits.device, "logits")
-    loss, losses, columns = resolve(op, [logits])(logits, target, p, statistics=statistics)
+    run = resolve(op, [logits], STATISTICS if statistics else "")
+    loss, losses, columns = run(logits, target, p, statistics=statistics)
     return (loss, losses) if columns is None else (loss, losses, columns)
 
 

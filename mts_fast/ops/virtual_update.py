@@ -36,6 +36,11 @@ DIRECTION = "hypergradient_direction"
 ALONG = "virtual_update_along"
 
 
+def rules_of(states: Sequence[State]) -> str:
+    """The update rules of these states: the variant of an op, whose kernel depends on them."""
+    return "+".join(sorted({type(state).__name__ for state in states}))
+
+
 def _updates(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[State]
 ) -> list[Tensor]:
@@ -66,8 +71,9 @@ def _composed(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Unfused: the two ops in turn. A fused implementation returns the same values."""
     rows = parameters, gradients, states
-    updated = resolve(OP, [*parameters, *gradients])(*rows)
-    run = resolve(DIRECTION, [*parameters, *gradients, *along])
+    rules = rules_of(states)
+    updated = resolve(OP, [*parameters, *gradients], rules)(*rows)
+    run = resolve(DIRECTION, [*parameters, *gradients, *along], rules)
     return updated, *run(*rows, along, hypergradient_lr, largest)
 
 
@@ -128,8 +134,9 @@ class VirtualUpdate:
             columns = (self._before, self._gradients, direction)
             p, g, v = (_select(moved, column) for column in columns)
             largest = _largest(self._states, self._gradients)
-            run = resolve(DIRECTION, [*p, *g, *v])
-            kappa_v, counts = run(p, g, _select(moved, self._states), v, hypergradient_lr, largest)
+            states = _select(moved, self._states)
+            run = resolve(DIRECTION, [*p, *g, *v], rules_of(states))
+            kappa_v, counts = run(p, g, states, v, hypergradient_lr, largest)
             for i, tensor in zip(moved, kappa_v, strict=True):
                 scaled[i] = tensor
         return ScaledDirection(_or_zeros(scaled, self._before), counts)
@@ -230,14 +237,16 @@ def _run(
     plain, both = ([i for i in moved if (v[i] is None) == absent] for absent in (True, False))
     if plain:
         p, g = _select(plain, before), _select(plain, detached)
-        updated = resolve(OP, [*p, *g])(p, g, _select(plain, states))
+        rows = _select(plain, states)
+        updated = resolve(OP, [*p, *g], rules_of(rows))(p, g, rows)
         for i, tensor in zip(plain, updated, strict=True):
             after[i] = tensor
     if both:
         p, g, w = (_select(both, column) for column in (before, detached, v))
         largest = _largest(states, detached)
-        run = resolve(ALONG, [*p, *g, *w])
-        *pair, counts = run(p, g, _select(both, states), w, hypergradient_lr, largest)
+        rows = _select(both, states)
+        run = resolve(ALONG, [*p, *g, *w], rules_of(rows))
+        *pair, counts = run(p, g, rows, w, hypergradient_lr, largest)
         for i, tensor, scaled in zip(both, *pair, strict=True):
             after[i], direction[i] = tensor, scaled
     if along is None:

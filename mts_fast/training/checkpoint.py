@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
+from mts_fast.backends.verdicts.table import digests_for
 from mts_fast.training.sampled.compute import STATE_TYPES
 from mts_fast.training.step_parts import StepParts
+
+logger = logging.getLogger("mts_fast")
 
 OP = "MTSStep.load_state_dict"
 VERSION = 2
@@ -57,6 +61,7 @@ def state_of(step: StepParts) -> dict[str, Any]:
         "engines": step._engines.state_dict(),
         "compute": step._compute.state_dict(),
         "losses": [module.state_dict() for module in _loss_modules(step)],
+        "verdicts": digests_for(step.model.parameters()),
         "scaler": None if scaler is None else scaler.state_dict(),
         "steps": step.steps,
         "skipped_steps": step.skipped_steps,
@@ -75,6 +80,7 @@ def load_state(step: StepParts, state: object) -> None:
     _check_class("selector_scheduler", step.selector_scheduler, saved_class)
     if "losses" in entries:
         _check_losses(_loss_modules(step), entries["losses"])
+    _compare_verdicts(step, entries.get("verdicts", []))
     old = copy.deepcopy(state_of(step))
     try:
         _write(step, entries)
@@ -83,6 +89,18 @@ def load_state(step: StepParts, state: object) -> None:
         raise
     step._torn = ""
     step._gap = None
+
+
+def _compare_verdicts(step: StepParts, saved: list[str]) -> None:
+    """Say so where this process may run other kernels than the saved one."""
+    here = digests_for(step.model.parameters())
+    if saved != here:
+        logger.warning(
+            "the state was saved under verdicts %s, this process has %s: results may differ in the"
+            " last digits; MTS_FAST_VERDICTS=PATH takes the same file",
+            ", ".join(saved) or "none",
+            ", ".join(here) or "none",
+        )
 
 
 def _write(step: StepParts, entries: dict[str, Any]) -> None:
@@ -156,6 +174,9 @@ def check_state(state: object, *, has_scheduler: bool) -> dict[str, Any]:
         for name, value in compute.items()
     ):
         fail(TypeError, OP, "state['compute']", "as saved", describe(compute), hint)
+    verdicts = state.get("verdicts", [])  # states from before `mts-fast tune` have none
+    if not isinstance(verdicts, list) or not all(isinstance(name, str) for name in verdicts):
+        fail(TypeError, OP, "state['verdicts']", "as saved", describe(verdicts), hint)
     saved = state["selector_scheduler"] is not None
     if saved != has_scheduler:
         got = "one with a scheduler" if saved else "one without"

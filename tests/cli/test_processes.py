@@ -359,7 +359,7 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         (
             ["fit"],
             "the command must be one of demo, doctor, features, recipe, report, score, select,"
-            " train, got 'fit'; see",
+            " train, tune, got 'fit'; see",
         ),
     ):
         assert main(words) == 2
