@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mts_fast.backends.columns import devices_of
+
 
 def under_transform() -> bool:
     """Whether this call is inside torch.func (vmap, grad, jvp) or forward-mode differentiation,
@@ -19,7 +21,7 @@ def under_transform() -> bool:
 
 def several_devices(tensors: Sequence[Tensor]) -> list[str]:
     """The reason that tensors on more than one device are for every kernel, or none."""
-    devices = {t.device for t in tensors}
+    devices = devices_of(tensors)
     if len(devices) <= 1:
         return []
     return [f"its tensors are on several devices: {sorted(map(str, devices))}"]

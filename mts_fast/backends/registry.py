@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_choice, fail
+from mts_fast.backends.columns import devices_of
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import under_transform
 from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons
@@ -57,7 +58,8 @@ class Implementation:
     def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it has a kernel for the devices of these tensors."""
         devices = self.devices
-        return devices is None or all(t.device.type in devices for t in tensors)
+        # a comprehension, which torch.compile can trace
+        return devices is None or all(d.type in devices for d in {t.device for t in tensors})
 
     def serves(self, tensors: Sequence[Tensor], verdict: bool | None) -> bool:
         """Whether `auto` takes it for these tensors; this machine's verdict replaces ours."""
@@ -72,7 +74,7 @@ _announced: set[tuple[str, str]] = set()
 
 def on_cpu(tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors are on the CPU, where the kernels of this version were measured."""
-    return all(t.device.type == "cpu" for t in tensors)
+    return all(d.type == "cpu" for d in devices_of(tensors))
 
 
 def unmeasured(tensors: Sequence[Tensor]) -> bool:

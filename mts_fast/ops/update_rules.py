@@ -4,6 +4,7 @@ optimizers they serve."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_number, describe, fail
+from mts_fast.backends.columns import are_tensors, devices_of, shapes_of
 from mts_fast.reference.update_rules import (
     AdamRule,
     MuonRule,
@@ -33,6 +35,8 @@ _rules: dict[type[torch.optim.Optimizer], UpdateRule] = {
 }
 # device types on which torch refuses a step with capturable=True
 NOT_CAPTURABLE = ("cpu", "mps", "meta")
+# hint where a state does not fit
+RELOAD = "load the state that this optimizer saved for this model, or clear optimizer.state"
 # hints for optimizers that no rule can serve
 HINTS = {
     torch.optim.LBFGS: "it evaluates the model several times in a step; take SGD or AdamW",
@@ -158,10 +162,23 @@ def check_optimizer(
         hint = "set requires_grad on the parameters that shall learn"
         fail(ValueError, op, arg, "given trainable parameters", "none", hint)
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                state = optimizer.state.get(parameter, {})
-                _check_state(op, arg, parameter, group, state, rule)
+        members = [p for p in group["params"] if p.requires_grad]
+        states = [optimizer.state.get(p, {}) for p in members]
+        names = tuple(rule.state_tensors(group))
+        present = all(
+            _all_present([state.get(name) for state in states], members)
+            for name in (*names, *rule.optional_state_tensors)
+        )
+        for parameter, state in zip(members, states, strict=True):
+            if not present:
+                _check_state_tensors(op, arg, parameter, state, rule, names if state else ())
+            for name in rule.state_numbers if state else ():
+                _check_state_number(op, arg, name, state.get(name))
+            reasons = rule.reasons(group, state)
+            if reasons:
+                hint = "change these options, or take another optimizer"
+                expected = "one that can be looked ahead of"
+                fail(ValueError, op, arg, expected, "; ".join(reasons), hint)
     return rule
 
 
@@ -191,34 +208,44 @@ def _check_number(op: str, arg: str, value: object, bounds: Bounds, hint: str) -
     check_number(op, arg, value, **bounds, hint=hint)
 
 
-def _check_state(
+def _all_present(tensors: list[Any], parameters: list[Tensor]) -> bool:
+    """Whether each parameter has a tensor of its shape on its device; asked without a loop."""
+    return (
+        are_tensors(tensors)
+        and shapes_of(tensors) == shapes_of(parameters)
+        and len(devices_of([*tensors, *parameters])) <= 1
+    )
+
+
+def _check_state_tensors(
     op: str,
     arg: str,
     parameter: Tensor,
-    group: Mapping[str, Any],
     state: Mapping[str, Any],
     rule: UpdateRule,
+    needed: tuple[str, ...],
 ) -> None:
-    """The tensors that the step needs, of the parameter's shape; then the rule's own reasons."""
-    hint = "load the state that this optimizer saved for this model, or clear optimizer.state"
-    shape = tuple(parameter.shape)
-    needed = tuple(rule.state_tensors(group)) if state else ()
+    """The tensors that the step needs, of the parameter's shape and on its device."""
+    shape = parameter.shape
     for name in (*needed, *rule.optional_state_tensors):
         tensor = state.get(name)
         if not isinstance(tensor, Tensor):
             if name in needed or tensor is not None:
-                got = f"{describe(tensor)} for the parameter of shape {shape}"
-                fail(ValueError, op, f"{arg}.state[...][{name!r}]", "a tensor", got, hint)
-        elif tensor.shape != parameter.shape or tensor.device != parameter.device:
-            expected = f"of shape {shape} on {parameter.device} like its parameter"
+                got = f"{describe(tensor)} for the parameter of shape {tuple(shape)}"
+                fail(ValueError, op, f"{arg}.state[...][{name!r}]", "a tensor", got, RELOAD)
+        elif tensor.shape != shape or tensor.device != parameter.device:
+            expected = f"of shape {tuple(shape)} on {parameter.device} like its parameter"
             got = f"{describe(tensor)} on {tensor.device}"
-            fail(ValueError, op, f"{arg}.state[...][{name!r}]", expected, got, hint)
-    for name in rule.state_numbers if state else ():
-        _check_number(op, f"{arg}.state[...][{name!r}]", state.get(name), NOT_NEGATIVE, hint)
-    reasons = rule.reasons(group, state)
-    if reasons:
-        hint = "change these options, or take another optimizer"
-        fail(ValueError, op, arg, "one that can be looked ahead of", "; ".join(reasons), hint)
+            fail(ValueError, op, f"{arg}.state[...][{name!r}]", expected, got, RELOAD)
+
+
+def _check_state_number(op: str, arg: str, name: str, value: object) -> None:
+    """A count of steps or alike: finite and not negative; off the CPU it is not read."""
+    # the usual case
+    if type(value) is Tensor and value.numel() == 1 and not value.is_cuda:
+        value = value.item()
+    if not (type(value) is float and 0 <= value < math.inf):
+        _check_number(op, f"{arg}.state[...][{name!r}]", value, NOT_NEGATIVE, RELOAD)
 
 
 def _unwrapped(step: Callable[..., Any]) -> Callable[..., Any]:

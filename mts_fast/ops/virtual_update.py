@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._check import check_device, check_floating, check_number, describe, fail
+from mts_fast._check import (
+    FLOATING_DTYPES,
+    check_device,
+    check_floating,
+    check_number,
+    describe,
+    fail,
+)
 from mts_fast.backends import flat
+from mts_fast.backends.columns import are_tensors, devices_of, dtypes_of, shapes_of
 from mts_fast.backends.cpp import virtual_update as cpp
 from mts_fast.backends.registry import register, register_flat, register_triton, resolve
 from mts_fast.backends.triton import virtual_update as triton
@@ -34,6 +42,7 @@ T = TypeVar("T")
 OP = "virtual_update"
 DIRECTION = "hypergradient_direction"
 ALONG = "virtual_update_along"
+FLOATING = set(FLOATING_DTYPES)
 
 
 def rules_of(states: Sequence[State]) -> str:
@@ -228,8 +237,8 @@ def _run(
     hypergradient_lr: float | None,
 ) -> tuple[list[Tensor], ScaledDirection | None]:
     """(theta', kappa along): in one pass where `along` is given, theta' alone elsewhere."""
-    detached = [None if g is None else g.detach() for g in gradients]
-    v = [None if t is None else t.detach() for t in along or [None] * len(before)]
+    detached = [_detached(g) for g in gradients]
+    v = [_detached(t) for t in along or [None] * len(before)]
     after = [p.clone() if g is None else p for p, g in zip(before, gradients, strict=True)]
     direction: list[Tensor | None] = [None] * len(before)
     counts: list[Tensor] = []
@@ -252,6 +261,10 @@ def _run(
     if along is None:
         return after, None
     return after, ScaledDirection(_or_zeros(direction, before), counts)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def _largest(states: Sequence[State], gradients: Sequence[Tensor | None]) -> Tensor:
@@ -278,6 +291,16 @@ def _check_like(arg: str, tensors: object, parameters: Sequence[Tensor]) -> None
         fail(TypeError, OP, arg, f"a list, {expected}", describe(tensors), hint)
     if len(tensors) != len(parameters):
         fail(ValueError, OP, arg, expected, len(tensors), hint)
+    # the usual case, without a loop over hundreds of tensors
+    if (
+        are_tensors(tensors)
+        and dtypes_of(tensors) <= FLOATING
+        and shapes_of(tensors) == shapes_of(parameters)
+        and devices_of(tensors) == devices_of(parameters)
+        and len(devices_of(parameters)) == 1
+        and all(t.layout is torch.strided for t in tensors)
+    ):
+        return
     for i, (parameter, tensor) in enumerate(zip(parameters, tensors, strict=True)):
         if tensor is None:
             continue
@@ -298,9 +321,9 @@ def _check_lr(hypergradient_lr: float | None) -> None:
 def optimizer_states(optimizer: torch.optim.Optimizer) -> dict[Tensor, State]:
     """Hyper-parameters and live state of every trainable parameter, in the order of the groups."""
     rule = rule_of(OP, "optimizer", optimizer)
-    return {
-        parameter: rule.read(group, optimizer.state.get(parameter, {}))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
+    states: dict[Tensor, State] = {}
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.requires_grad]
+        live = (optimizer.state.get(p, {}) for p in parameters)
+        states.update(zip(parameters, rule.read_all(group, live), strict=True))
+    return states

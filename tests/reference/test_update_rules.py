@@ -335,3 +335,28 @@ def test_lion_without_softness_is_refused_by_name(device):
     assert not reference.hypergradient_direction(parameter.detach(), g, state, g).any()
     with pytest.raises(ValueError, match="LionRule: softness must be a finite number above 0"):
         mts_fast.LionRule(softness=0.0)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_states_read_at_once_are_those_read_one_by_one(name, steps, device):
+    """Also where the parameters of a group have taken different numbers of steps."""
+    like = lambda parameters, seed: [torch.ones_like(p) for p in parameters]  # noqa: E731
+    optimizer, (_, second) = stepped(RULES[name], [(3, 4), (4, 3)], steps, like, device)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2, device=device))]})
+    optimizer.param_groups[1]["lr"] = 0.5
+    if steps:
+        del optimizer.state[second]
+    rule = update_rules.rule_of("test", "optimizer", optimizer)
+    for group in optimizer.param_groups:
+        live = [optimizer.state.get(p, {}) for p in group["params"]]
+        together = rule.read_all(group, live)
+        for state, expected in zip(together, (rule.read(group, s) for s in live), strict=True):
+            assert type(state) is type(expected)
+            assert contents(state) == contents(expected)
+
+
+def contents(state):
+    """The fields of a state, tensors by identity."""
+    fields = {name: value for name, value in vars(state).items() if name != "base"}
+    return {n: id(v) if torch.is_tensor(v) else v for n, v in fields.items()}

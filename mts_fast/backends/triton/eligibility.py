@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mts_fast.backends.columns import dtypes_of
 from mts_fast.backends.eligibility import several_devices
 
 # earlier versions lack functions that the kernels use; block pointers, which later versions remove,
@@ -87,10 +88,9 @@ def reasons_against_triton(
     """
     reasons = list(triton_reasons())
     reasons += several_devices(tensors)
-    if not reasons:
-        devices = {t.device for t in tensors}
-        reasons += [why for d in devices if d.type == "cuda" and (why := _too_old(d))]
-    dtypes = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+    if not reasons and tensors[0].device.type == "cuda" and (why := _too_old(tensors[0].device)):
+        reasons.append(why)
+    dtypes = {d for d in dtypes_of(tensors) if d.is_floating_point or d.is_complex}
     other = sorted(str(d).removeprefix("torch.") for d in dtypes - set(DTYPES))
     if other:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)

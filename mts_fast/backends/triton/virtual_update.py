@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from mts_fast import reference
+from mts_fast.backends.columns import (
+    are_contiguous,
+    are_missing,
+    are_tensors,
+    devices_of,
+    dtypes_of,
+    sizes_of,
+)
 from mts_fast.backends.eligibility import same_layout
 from mts_fast.backends.triton.eligibility import DTYPES, reasons_against_triton
 from mts_fast.reference.virtual_update import AdamState, SGDState, State, masked_direction
+
+FITTING = set(DTYPES)
 
 
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
@@ -67,7 +78,15 @@ def _run(
     from mts_fast.backends.triton.kernels import virtual_update as kernel
 
     rows = list(zip(parameters, gradients, states, along or parameters, strict=True))
-    fitting = [_fits(p, g, s, v) for p, g, s, v in rows]
+    supported: dict[int, bool] = {}  # by group of the optimizer
+    for s in states:
+        group = id(getattr(s, "base", None) or s)
+        if group not in supported:
+            supported[group] = _has_kernel(s)
+    if all(supported.values()) and _all_fit(parameters, gradients, states, along):
+        fitting = [True] * len(rows)
+    else:
+        fitting = [_has_kernel(s) and _fits(p, g, s, v) for p, g, s, v in rows]
     served = [row for row, fits in zip(rows, fitting, strict=True) if fits]
     updated, direction, counts = kernel.virtual_update(
         [p for p, _, _, _ in served],
@@ -92,24 +111,65 @@ def _run(
     return *results, counts
 
 
-def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> bool:
-    """Whether a kernel supports the rule, and all tensors of a parameter have dtypes of the kernels
-    and one memory layout, so that one offset addresses the same entry in each."""
+def _all_fit(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    along: Sequence[Tensor] | None,
+) -> bool:
+    """Whether each parameter fits, in the usual case: everything is contiguous."""
     from mts_fast.backends.triton.kernels.virtual_update import state_tensors
 
-    if not isinstance(state, SGDState | AdamState):
+    rules: list[Any] = list(states)
+    if len(set(map(type, rules))) > 1:
         return False
+    columns: list[Any] = [gradients, *zip(*map(state_tensors, rules), strict=True)]
+    present = [c for c in (parameters, along, *columns) if c is not None and not are_missing(c)]
+    known = all(are_tensors(column) and dtypes_of(column) <= FITTING for column in present)
+    if len(columns) == 3 and known and not are_missing(columns[1]):  # of Adam, of one dtype
+        known = len(dtypes_of([*columns[1], *columns[2]])) == 1
+    if not known or not all(map(are_contiguous, present)):
+        return False
+    sizes, devices = sizes_of(parameters), devices_of(parameters)
+    # shapes are checked by the op, and those of states by the optimizer's check
+    return all(sizes_of(c) == sizes and devices_of(c) == devices for c in present[1:])
+
+
+def _fits(parameter: Tensor, gradient: Tensor, state: State, along: Tensor) -> bool:
+    """Whether all tensors of a parameter have dtypes of the kernels and one memory layout, so that
+    one offset addresses the same entry in each; the rule has a kernel (`_has_kernel`)."""
+    from mts_fast.backends.triton.kernels.virtual_update import state_tensors
+
+    assert isinstance(state, SGDState | AdamState)
+    tensors = (gradient, along, *state_tensors(state))
+    if isinstance(state, AdamState):
+        first, second = tensors[2:]
+        if first is not None and second is not None and first.dtype is not second.dtype:
+            return False
+    shape, contiguous = parameter.shape, parameter.is_contiguous()
+    if not contiguous and not same_layout(parameter, parameter):
+        return False
+    for t in tensors:
+        if t is None or t is parameter:
+            continue
+        if t.dtype not in DTYPES:
+            return False
+        alike = contiguous and t.is_contiguous() and t.shape == shape
+        if not (alike and t.device == parameter.device) and not same_layout(parameter, t):
+            return False
+    return parameter.dtype in DTYPES
+
+
+def _has_kernel(state: State) -> bool:
+    """Whether a kernel supports the rule with these options, which all of a group share."""
     # lr and the steps taken may be tensors on the device, the other scalars may not
     scalars: tuple[float | Tensor, ...]
     if isinstance(state, AdamState):
         scalars = (*state.betas, state.eps, state.weight_decay)
-        moments = {m.dtype for m in (state.exp_avg, state.exp_avg_sq) if m is not None}
-        if state.amsgrad or len(moments) > 1:
+        if state.amsgrad:
             return False
-    else:
+    elif isinstance(state, SGDState):
         scalars = state.momentum, state.dampening, state.weight_decay
-    if any(isinstance(scalar, Tensor) for scalar in scalars):
+    else:
         return False
-    tensors = [t for t in (gradient, along, *state_tensors(state)) if t is not None]
-    known = all(t.dtype in DTYPES for t in tensors)
-    return known and all(same_layout(parameter, t) for t in (parameter, *tensors))
+    return not any(isinstance(scalar, Tensor) for scalar in scalars)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from mts_fast.reference.update_rules.rule import (
     Number,
     Options,
     ReadRule,
+    State,
     effective_gradient,
     number,
 )
@@ -122,3 +123,15 @@ class AdamRule(ReadRule):
             max_exp_avg_sq=state.get("max_exp_avg_sq"),
             step=number(state.get("step", 0.0)),
         )
+
+    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+        base = self.read(group, {})
+        return [
+            base.live(
+                exp_avg=state.get("exp_avg"),
+                exp_avg_sq=state.get("exp_avg_sq"),
+                max_exp_avg_sq=state.get("max_exp_avg_sq"),
+                step=number(state.get("step", 0.0)),
+            )
+            for state in states
+        ]

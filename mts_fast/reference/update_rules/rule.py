@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class ElementwiseState(State):
     #: names of its tensors of the parameter's shape, each None before it exists
     tensors: ClassVar[tuple[str, ...]]
     lr: Number
+    #: the state that it was made from by `live`, whose hyper-parameters it has; None: by itself
+    base: ElementwiseState | None = None
+
+    def live(self, **fields: Tensor | Number | None) -> Self:
+        """This state with other tensors, or steps taken; cheaper than reading a group anew."""
+        state = object.__new__(type(self))
+        state.__dict__.update(self.__dict__, **fields, base=self)
+        return state
 
     def scalar_kappa(self, lr: Number) -> Number | None:
         """kappa where it is one number for all entries, whatever the gradient; else None."""
@@ -166,6 +174,10 @@ class UpdateRule(ABC):
         """The rule with the current options and state."""
         return RuleState(self, dict(group), dict(state))
 
+    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+        """The rule with the current options and the states of several parameters."""
+        return [self.read(group, state) for state in states]
+
 
 @dataclass(frozen=True)
 class RuleState(State):
@@ -240,8 +252,7 @@ def number(value: Any) -> Number:
     """A float; a 0-d tensor where reading it would wait for its device."""
     if not isinstance(value, Tensor):
         return float(value)
-    scalar = value.detach().reshape(())
-    return scalar.item() if scalar.device.type == "cpu" else scalar
+    return value.item() if value.device.type == "cpu" else value.detach().reshape(())
 
 
 def effective_gradient(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from mts_fast.reference.update_rules.rule import (
     Number,
     Options,
     ReadRule,
+    State,
     effective_gradient,
     number,
 )
@@ -86,3 +87,7 @@ class SGDRule(ReadRule):
             maximize=bool(group["maximize"]),
             buffer=state.get("momentum_buffer"),
         )
+
+    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+        base = self.read(group, {})
+        return [base.live(buffer=state.get("momentum_buffer")) for state in states]

@@ -1,12 +1,10 @@
 """TF32 by torch's switches, and tables of pointers inside of a CUDA graph's capture."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from mts_fast.backends.precision import allows_tf32, like_convolutions
-from mts_fast.backends.triton.kernels.pointer_table import pointer_table
+from mts_fast.backends.triton.kernels.pointer_table import pointer_table, rows_of
 from mts_fast.backends.triton.kernels.product import kind_of
 
 
@@ -47,6 +45,6 @@ def test_convolutions_have_a_switch_of_their_own():
 def test_a_table_refuses_to_be_captured(monkeypatch):
     """Its pinned memory would be another's when the graph is replayed."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first = SimpleNamespace(device=torch.device("cuda"))
+    (rows,) = rows_of([[torch.zeros(4)]])
     with pytest.raises(RuntimeError, match="must be outside of a CUDA graph's capture"):
-        pointer_table([[first]])
+        pointer_table(rows._replace(device=torch.device("cuda")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +16,12 @@ from mts_fast.backends.triton.kernels.pointer_table import (
     BLOCK,
     BLOCKS,
     WARPS,
-    Kind,
     block,
-    kind_of,
     load_pointer,
     locate,
     pointer_table,
     program_map,
+    rows_of,
 )
 from mts_fast.backends.triton.launch import launch
 
@@ -108,20 +106,20 @@ def perturb_kernel(
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Norm [] of all entries, in the dtype that the tensors' dtypes promote to; they are dense."""
-    together = _by_kind([(t,) for t in tensors])
-    mappings = {kind: program_map(rows) for kind, rows in together.items()}
-    sums = tensors[0].new_empty(sum(map(len, mappings.values())), dtype=torch.float64)
+    together = rows_of([tensors])
+    mappings = [program_map(rows) for rows in together]
+    sums = tensors[0].new_empty(sum(map(len, mappings)), dtype=torch.float64)
     written = 0
-    for kind, rows in together.items():
+    for rows, mapping in zip(together, mappings, strict=True):
         table, _ = pointer_table(rows)
-        (dtype,) = kind.dtypes
-        programs = len(mappings[kind])
+        (dtype,) = rows.kind.dtypes
+        programs = len(mapping)
         launch(
             square_sum_kernel,
             (programs,),
-            *(mappings[kind], table, sums[written : written + programs]),
+            *(mapping, table, sums[written : written + programs]),
             WIDTH=table.shape[1],
-            ALIGNED=kind.aligned,
+            ALIGNED=rows.kind.aligned,
             DTYPE=TRITON_DTYPE[dtype],
             ACC=TRITON_DTYPE[accumulator(dtype)],
             BLOCK=BLOCK,
@@ -138,30 +136,21 @@ def perturb(
 ) -> list[Tensor]:
     """parameter + scale [] * direction; each pair is dense and has one memory layout."""
     moved = [torch.empty_like(p) for p in parameters]
-    together = _by_kind(list(zip(parameters, direction, moved, strict=True)))
-    for kind, rows in together.items():
+    for rows in rows_of([parameters, direction, moved]):
         table, _ = pointer_table(rows)
         mapping = program_map(rows)
+        parameter, along, _ = rows.kind.dtypes
         launch(
             perturb_kernel,
             (len(mapping),),
             *(mapping, table, scale),
             WIDTH=table.shape[1],
-            ALIGNED=kind.aligned,
-            PARAMETER=TRITON_DTYPE[kind.dtypes[0]],
-            DIRECTION=TRITON_DTYPE[kind.dtypes[1]],
-            ACC=TRITON_DTYPE[accumulator(kind.dtypes[0])],
+            ALIGNED=rows.kind.aligned,
+            PARAMETER=TRITON_DTYPE[parameter],
+            DIRECTION=TRITON_DTYPE[along],
+            ACC=TRITON_DTYPE[accumulator(parameter)],
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
             num_warps=WARPS,
         )
     return moved
-
-
-def _by_kind(rows: Sequence[tuple[Tensor, ...]]) -> dict[Kind, list[tuple[Tensor, ...]]]:
-    """Rows by their launch, without those of empty tensors."""
-    together: dict[Kind, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for row in rows:
-        if row[0].numel():
-            together[kind_of(row)].append(row)
-    return together

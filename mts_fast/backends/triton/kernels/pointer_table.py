@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import operator
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._check import fail
+from mts_fast.backends.columns import (
+    are_missing,
+    are_tensors,
+    dtypes_of,
+    pointers_of,
+    sizes_of,
+)
 
 # entries per block: 8 a thread with 8 warps, one 16-byte access of 16-bit floats, two of float32
 BLOCK = 2048
@@ -38,56 +47,100 @@ class Kind(NamedTuple):
     aligned: bool  # every pointer is a multiple of ACCESS_BYTES
 
 
-def kind_of(columns: Sequence[Tensor | None]) -> Kind:
-    """Launch key of one row. A missing tensor takes the first column's dtype, so that it does not
+class Rows(NamedTuple):
+    """Rows of one kind, without those of empty tensors."""
+
+    kind: Kind
+    device: torch.device
+    members: list[int]  # which of the parameters they belong to
+    sizes: list[int]
+    pointers: list[list[int]]  # of each column
+
+
+def rows_of(columns: Sequence[Sequence[Tensor | None] | None]) -> list[Rows]:
+    """The rows of parameters, by kind; each column has a tensor or None for each parameter, or is
+    None. A missing tensor has the pointer 0, and the first column's dtype, so that it does not
     split the launch."""
     first = columns[0]
     assert first is not None
-    return Kind(
-        tuple(first.dtype if t is None else t.dtype for t in columns),
-        all(raw_pointer(t) % ACCESS_BYTES == 0 for t in columns),
-    )
+    if not first:
+        return []
+    uniform = _uniform(columns)
+    if uniform is not None:
+        return [uniform]
+    by_kind: dict[Kind, Rows] = {}
+    for i, row in enumerate(zip(*(c or [None] * len(first) for c in columns), strict=True)):
+        leading = row[0]
+        assert leading is not None
+        if leading.numel():
+            pointers = [0 if t is None else t.data_ptr() for t in row]
+            aligned = not any(pointer % ACCESS_BYTES for pointer in pointers)
+            kind = Kind(tuple((leading if t is None else t).dtype for t in row), aligned)
+            if kind not in by_kind:
+                by_kind[kind] = Rows(kind, leading.device, [], [], [[] for _ in row])
+            rows = by_kind[kind]
+            rows.members.append(i)
+            rows.sizes.append(leading.numel())
+            for column, pointer in zip(rows.pointers, pointers, strict=True):
+                column.append(pointer)
+    return list(by_kind.values())
 
 
-def raw_pointer(tensor: Tensor | None) -> int:
-    """The pointer to its first entry as an integer; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _uniform(columns: Sequence[Sequence[Tensor | None] | None]) -> Rows | None:
+    """The usual case without a loop over the parameters: all are of one kind, and none is empty."""
+    first: Any = columns[0]
+    sizes = sizes_of(first)
+    if 0 in sizes:
+        return None
+    dtypes, pointers, bits = [], [], 0
+    for column in columns:
+        if column is None or are_missing(column):
+            dtypes.append(first[0].dtype)
+            pointers.append([0] * len(sizes))
+            continue
+        tensors: Any = column
+        if not are_tensors(tensors) or len(different := dtypes_of(tensors)) > 1:
+            return None
+        dtypes.append(different.pop())
+        pointers.append(pointers_of(tensors))
+        bits = functools.reduce(operator.or_, pointers[-1], bits)
+    if bits % ACCESS_BYTES:
+        return None
+    kind = Kind(tuple(dtypes), aligned=True)
+    return Rows(kind, first[0].device, list(range(len(sizes))), sizes, pointers)
 
 
-def pointer_table(
-    rows: Sequence[Sequence[Tensor | None]], scalars: Iterable[Sequence[float]] = ()
-) -> tuple[Tensor, Tensor]:
+def pointer_table(rows: Rows, scalars: Sequence[Sequence[float]] = ()) -> tuple[Tensor, Tensor]:
     """(table, scalars): int64 [T, 1 + columns + N] with size, pointers and scalars of each row, and
-    a float64 view [T, N] of its last N columns. No tensor may be empty. One copy to the device, and
-    the host does not wait for it.
+    a float64 view [T, N] of its last N columns. One copy to the device, and the host does not wait
+    for it.
     """
-    first = rows[0][0]
-    assert first is not None
-    device = first.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # the graph would hold the address of pinned memory that others use at its replay
         hint = "capture with use_backend('reference'), or keep this call out of the graph"
         expected = "outside of a CUDA graph's capture"
         fail(RuntimeError, "pointer_table", "the call", expected, "one inside", hint)
-    integers = [[row[0].numel(), *map(raw_pointer, row)] for row in rows if row[0] is not None]
-    floats = torch.tensor(list(scalars), dtype=torch.float64).view(len(rows), -1)
-    width = len(integers[0])
-    shape = (len(rows), width + floats.shape[1])
+    integers = array("q", rows.sizes)
+    for column in rows.pointers:
+        integers.extend(column)
+    width = 1 + len(rows.pointers)
+    count = len(scalars[0]) if scalars else 0
     # the allocator reuses pinned memory only after the copy has ended
-    table = torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-    table[:, :width] = torch.tensor(integers)
-    table.view(torch.float64)[:, width:] = floats
-    table = table.to(device, non_blocking=True)
+    pinned = rows.device.type == "cuda"
+    table = torch.empty((len(rows.sizes), width + count), dtype=torch.int64, pin_memory=pinned)
+    table[:, :width] = torch.frombuffer(integers, dtype=torch.int64).view(width, -1).t()
+    if count:
+        floats = array("d", itertools.chain.from_iterable(scalars))
+        values = torch.frombuffer(floats, dtype=torch.float64).view(-1, count)
+        table.view(torch.float64)[:, width:] = values
+    table = table.to(rows.device, non_blocking=True)
     return table, table.view(torch.float64)[:, width:]
 
 
-def program_map(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+def program_map(rows: Rows) -> Tensor:
     """int32 [programs, 2]: row and chunk of each program. It is cached: do not write to it."""
-    sizes = tuple(row[0].numel() for row in rows if row[0] is not None)
-    first = rows[0][0]
-    assert first is not None
-    stream = torch.cuda.current_stream(first.device) if first.is_cuda else None
-    return _program_map(sizes, first.device, stream)
+    stream = torch.cuda.current_stream(rows.device) if rows.device.type == "cuda" else None
+    return _program_map(tuple(rows.sizes), rows.device, stream)
 
 
 @functools.lru_cache(CACHED_MAPS)
@@ -95,7 +148,7 @@ def _program_map(
     sizes: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream | None
 ) -> Tensor:
     """The cached `program_map`, one per stream: a copy on another stream might not have ended."""
-    chunks = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
+    chunks = torch.tensor([-(-size // CHUNK) for size in sizes])
     starts = torch.tensor([0, *itertools.accumulate(chunks.tolist())][:-1])
     row = torch.arange(len(sizes)).repeat_interleave(chunks)
     mapping = torch.stack([row, torch.arange(len(row)) - starts[row]], 1).int()

@@ -26,13 +26,14 @@ from mts_fast.backends.triton.kernels.pointer_table import (
     BLOCK,
     BLOCKS,
     WARPS,
-    Kind,
-    kind_of,
+    Rows,
     pointer_table,
     program_map,
+    rows_of,
 )
 from mts_fast.backends.triton.launch import launch
 from mts_fast.reference.update_rules import noise_share
+from mts_fast.reference.update_rules.rule import Number
 from mts_fast.reference.virtual_update import AdamState, SGDState
 
 # states of the rules that have a kernel
@@ -60,36 +61,42 @@ def virtual_update(
     """
     updated = [torch.empty_like(p) for p in parameters] if update else None
     direction = None if along is None else [torch.empty_like(p) for p in parameters]
-    together: dict[tuple[type, Kind, tuple[bool, ...]], list[int]] = defaultdict(list)
-    absent = [None] * len(parameters)
-    rows = [
-        (*row, *state_tensors(state))
-        for *row, state in zip(
-            *(parameters, gradients, along or absent, updated or absent, direction or absent),
-            states,
-            strict=True,
-        )
-    ]
-    for i, (row, state) in enumerate(zip(rows, states, strict=True)):
-        if parameters[i].numel():
-            step = None if isinstance(state, SGDState) else state.step
-            on_device = tuple(_is_on(parameters[i].device, value) for value in (state.lr, step))
-            together[type(state), kind_of(row), on_device].append(i)
+    columns = [parameters, gradients, along, updated, direction]
     counts = []
-    for (family, kind, on_device), members in together.items():
-        masked = _launch(
-            sgd_kernel if family is SGDState else adam_kernel,
-            kind,
-            [rows[i] for i in members],
-            [states[i] for i in members],
-            on_device,
-            hypergradient_lr,
-            largest,
-            {"UPDATE": update, "DIRECTION": along is not None},
-        )
-        if family is not SGDState and along is not None:
-            counts.append(masked)
+    for (family, where), members in _by_rule(parameters, states).items():
+        everyone = len(members) == len(states)
+        chosen = states if everyone else [states[i] for i in members]
+        tensors = columns if everyone else [c and [c[i] for i in members] for c in columns]
+        for rows in rows_of([*tensors, *zip(*map(state_tensors, chosen), strict=True)]):
+            masked = _launch(
+                sgd_kernel if family is SGDState else adam_kernel,
+                rows,
+                [chosen[i] for i in rows.members],
+                where,
+                hypergradient_lr,
+                largest,
+                {"UPDATE": update, "DIRECTION": along is not None},
+            )
+            if family is not SGDState and along is not None:
+                counts.append(masked)
     return updated, direction, counts
+
+
+def _by_rule(
+    parameters: Sequence[Tensor], states: Sequence[KernelState]
+) -> dict[tuple[type, tuple[bool, ...]], list[int]]:
+    """Which parameters have which rule, and whether lr and steps taken are on the device."""
+    together: dict[tuple[type, tuple[bool, ...]], list[int]] = defaultdict(list)
+    known: dict[int, list[int]] = {}  # by the group of the parameter
+    for i, state in enumerate(states):
+        group = id(state.base or state)
+        members = known.get(group)
+        if members is None:
+            step = None if isinstance(state, SGDState) else state.step
+            where = tuple(_is_on(parameters[i].device, value) for value in (state.lr, step))
+            members = known[group] = together[type(state), where]
+        members.append(i)
+    return together
 
 
 def state_tensors(state: KernelState) -> tuple[Tensor | None, ...]:
@@ -104,8 +111,7 @@ def state_tensors(state: KernelState) -> tuple[Tensor | None, ...]:
 
 def _launch(
     kernel: triton.JITFunction,
-    kind: Kind,
-    rows: list[tuple[Tensor | None, ...]],
+    rows: Rows,
     states: list[KernelState],
     on_device: Sequence[bool],  # of lr, of the steps taken
     hypergradient_lr: float | None,
@@ -113,7 +119,7 @@ def _launch(
     switches: dict[str, bool],
 ) -> Tensor:
     """Launch one kernel over all rows; counts of masked entries [programs]."""
-    table, scalars = pointer_table(rows, [_scalars(s, hypergradient_lr, on_device) for s in states])
+    table, scalars = pointer_table(rows, _scalars_of(states, hypergradient_lr, on_device))
     if on_device[0]:
         lr = torch.stack([s.lr.reshape(()) for s in states if isinstance(s.lr, Tensor)])
         scalars[:, LR.value] = lr
@@ -123,7 +129,7 @@ def _launch(
         before = [s.step for s in states if isinstance(s, AdamState)]
         steps = torch.stack([t.reshape(()) for t in before if isinstance(t, Tensor)]).double() + 1
         scalars[:, CORRECTIONS] = 1 - scalars[:, BETAS] ** steps[:, None]
-    parameter, gradient, along, _, _, state, *_ = kind.dtypes
+    parameter, gradient, along, _, _, state, *_ = rows.kind.dtypes
     if largest is not None and kernel is adam_kernel:
         scalars[:, NOISE_FLOOR.value] = noise_share(gradient) * largest.double()
     registers = 2 if accumulator(parameter) == torch.float64 else 1  # per accumulator
@@ -134,7 +140,7 @@ def _launch(
         (len(mapping),),
         *(mapping, table, scalars, counts),
         WIDTH=table.shape[1],
-        ALIGNED=kind.aligned,
+        ALIGNED=rows.kind.aligned,
         **switches,
         PARAMETER=TRITON_DTYPE[parameter],
         GRADIENT=TRITON_DTYPE[gradient],
@@ -147,6 +153,25 @@ def _launch(
         num_warps=WARPS,
     )
     return counts
+
+
+def _scalars_of(
+    states: Sequence[KernelState], hypergradient_lr: float | None, on_device: Sequence[bool]
+) -> list[tuple[float, ...]]:
+    """The scalars of every row; made once for parameters of a group with as many steps."""
+    made: dict[tuple[int, Number], tuple[float, ...]] = {}
+    rows = []
+    for state in states:
+        if isinstance(state, SGDState):
+            variant: Number = float(state.buffer is None)
+        else:
+            variant = 0.0 if on_device[1] else state.step
+        key = id(state.base or state), variant
+        scalars = made.get(key)
+        if scalars is None:
+            scalars = made[key] = _scalars(state, hypergradient_lr, on_device)
+        rows.append(scalars)
+    return rows
 
 
 def _scalars(
