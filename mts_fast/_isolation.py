@@ -10,6 +10,8 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -79,6 +81,20 @@ def world_of(modules: nn.Module | World) -> World:
     return modules if isinstance(modules, World) else World(modules)
 
 
+_without_device_generators: ContextVar[bool] = ContextVar("mts_fast_no_generators", default=False)
+
+
+@contextmanager
+def without_device_generators() -> Iterator[None]:
+    """Inside, generators of CUDA devices are neither read nor set back: in the capture of a graph
+    torch refuses both."""
+    token = _without_device_generators.set(True)
+    try:
+        yield
+    finally:
+        _without_device_generators.reset(token)
+
+
 @dataclass(frozen=True, eq=False)
 class RngState:
     """The generators that a forward may draw from: torch's of the CPU and of CUDA devices, numpy's
@@ -92,7 +108,9 @@ class RngState:
     @classmethod
     def capture(cls, where: Iterable[Tensor] | World) -> RngState:
         """Read the default generators of the CPU and of every CUDA device of a world or tensors."""
-        if isinstance(where, World):
+        if _without_device_generators.get():
+            devices = set()
+        elif isinstance(where, World):
             devices = where.devices
         else:
             devices = {t.device for t in where if t.is_cuda}
@@ -112,6 +130,12 @@ class RngState:
             and self.python == other.python
             and _same_numpy(self.numpy, other.numpy)
         )
+
+    def moved_since(self, before: RngState) -> tuple[bool, bool]:
+        """Whether a generator of the host moved in between, and whether one of a device did."""
+        host = RngState(before.cpu, {}, before.python, before.numpy)
+        devices = (torch.equal(state, before.cuda[d]) for d, state in self.cuda.items())
+        return not host.equals(self), not all(devices)
 
     def restore(self) -> None:
         """Set the generators back."""

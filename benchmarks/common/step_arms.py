@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=LR),
     "momentum": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=1e-4),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
+    "capturable adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, capturable=True),
 }
 
 
@@ -47,7 +48,10 @@ class Arm:
         width = ONLINE + task.features.shape[1]
         device = task.features.device
         self.selector = mts_fast.Selector(width, task.num_classes).to(device)
-        self.selector_optimizer = torch.optim.AdamW(self.selector.parameters(), lr=1e-4)
+        on_gpu = device.type == "cuda"  # where a graph may hold its step
+        self.selector_optimizer = torch.optim.AdamW(
+            self.selector.parameters(), lr=1e-4, capturable=on_gpu
+        )
         labels = task.train.labels
         self.classes = torch.zeros(len(labels), dtype=torch.int64, device=device)
         if labels.ndim == 1:

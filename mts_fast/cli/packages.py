@@ -30,6 +30,7 @@ OPTIONAL = {
     "datasets": Package("Fashion-MNIST where its files are not there", "data"),
     "matplotlib": Package("the demo's pictures", "demo"),
     "cleanlab": Package("the demo's confident learning", "evidence"),
+    "pytest_benchmark": Package("mts-fast bench", "bench", "pytest-benchmark"),
     "rich": Package("tables and progress bars", "features"),
 }
 

@@ -1,4 +1,4 @@
-"""Options of the verbs demo, features, tune and doctor."""
+"""Options of the verbs demo, features, tune, bench and doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ DEFAULT_SEEDS = 4
 DEFAULT_FIRST_SEED = 400
 # imported before the demo's work, so that the main process reports what is missing
 DEMO_NEEDS = ("matplotlib.pyplot", "PIL.ImageFont", "rich", "sklearn.datasets", "sklearn.metrics")
+BENCH_NEEDS = ("pytest_benchmark",)
 # every seed takes minutes, and has a line in the progress display
 MOST_SEEDS = 1000
 
@@ -167,6 +168,23 @@ def tune(
     from mts_fast.cli.tune import run_tune
 
     return run_tune(from_, model, optimizer, device, again)
+
+
+@verb
+def bench(
+    name: Annotated[
+        str | None, typer.Argument(help="Which benchmark; without one they are listed.")
+    ] = None,
+    checkout: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where benchmarks/ is."),
+    ] = None,
+) -> int:
+    """Run a committed benchmark on this machine, and compare its ratios with the record."""
+    import_all(BENCH_NEEDS)
+    from mts_fast.cli.bench import run_bench
+
+    return run_bench(name, checkout)
 
 
 @verb

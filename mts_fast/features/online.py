@@ -91,8 +91,15 @@ class OnlineStandardizer:
         if update:
             if name in self._running:
                 running = self.momentum * running + (1 - self.momentum) * batch
-            self._running[name] = running
+                # in the same memory, which a CUDA graph holds
+                self._running[name].copy_(running)
+            else:
+                self._running[name] = running
         return (values - running[0]) / (running[1] + VARIANCE_EPSILON).sqrt()
+
+    def tensors(self) -> list[Tensor]:
+        """The running statistics, in the memory that a call writes to."""
+        return list(self._running.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The running statistics."""

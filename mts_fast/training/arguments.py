@@ -38,7 +38,7 @@ CHOICES = {
     "check": ("auto", "always", "never"),
 }
 COUNTS = {"selector_every": 1, "online_k": 1, "warmup_steps": 0}  # smallest value of each
-FLAGS = ("online_features", "track_gsnr", "cuda_graph")
+FLAGS = ("online_features", "track_gsnr")
 # bounds of numbers that may be None
 NUMBERS: dict[str, dict[str, float]] = {
     "hypergradient_lr": {"above": 0.0},
@@ -61,6 +61,10 @@ def check_options(options: Mapping[str, object]) -> None:
     for name in ("loss", "val_loss"):
         if options[name] is not None:
             check_callable(OP, name, options[name])
+    graph = options["cuda_graph"]
+    if not isinstance(graph, bool) and graph != "step":
+        hint = "True records the selector's part of a step, 'step' all of it"
+        fail(TypeError, OP, "cuda_graph", "True, False or 'step'", describe(graph), hint)
     if options["atomic"] is not None:
         check_bool(OP, "atomic", options["atomic"])
     dtype = options["candidate_dtype"]

@@ -23,6 +23,7 @@ from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.gradients import set_gradients
 from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.result import StepResult
+from mts_fast.training.step_graph import StepGraph
 from mts_fast.training.step_parts import StepParts
 from mts_fast.training.transaction import (
     Transaction,
@@ -86,13 +87,11 @@ def _run(step: StepParts, call: Call) -> StepResult:
         step._gap = None
     backend = ops.current_backend() if step.backend == "auto" else step.backend
     with HeldInterrupts(), ops.use_backend(backend):
-        transaction = Transaction(
-            step._world,
-            step.optimizer,
-            step.selector_optimizer,
-            lambda: _counters(step),
-            lambda saved: _restore_counters(step, saved),
-        )
+        if step._graph is not None:
+            result = _by_graph(step, step._graph, call)
+            if result is not None:
+                return result
+        transaction = _transaction(step)
         try:
             try:
                 return _complete(step, call, transaction)
@@ -102,6 +101,64 @@ def _run(step: StepParts, call: Call) -> StepResult:
         except BaseException:  # before the first roll-back had begun; a second one is harmless
             transaction.roll_back()
             raise
+
+
+def _transaction(step: StepParts) -> Transaction:
+    return Transaction(
+        step._world,
+        step.optimizer,
+        step.selector_optimizer,
+        lambda: _counters(step),
+        lambda saved: _restore_counters(step, saved),
+    )
+
+
+def _by_graph(step: StepParts, graph: StepGraph, call: Call) -> StepResult | None:
+    """The step by replay of its recording; None where it has to run without one."""
+    layout = step._engines.layout_of(call.batch)
+    if not step._knows_writes or not graph.replays(step, call, layout):
+        return None
+    if graph.needs_recording(step, call, layout):
+        # nothing is computed in a recording, but objects are put in place of others
+        transaction = _transaction(step)
+        try:
+            graph.record(step, call, layout, lambda static: _bare_step(step, static, layout))
+        except Exception as error:
+            run_to_completion(transaction.roll_back)
+            graph.refuse(step, call, layout, error)
+            return None
+        except BaseException:
+            run_to_completion(transaction.roll_back)
+            raise
+        transaction.generators.restore()
+    engines = step._engines
+    engines.begin()
+    try:
+        result, allowed = graph.replay(step, call, layout)
+        if step.selector_scheduler is not None:
+            step.selector_scheduler.step()
+    except BaseException:
+        step._torn = "what the graph of a step writes to"
+        raise
+    if call.updates_selector:
+        engines.served(layout)
+    if result.self_check is not None and allowed is not None:
+        step._gap = PendingGap(result.self_check, allowed, result.engine)
+    step.steps += 1
+    step._compute.count(call.costs)
+    engines.commit()
+    return result
+
+
+def _bare_step(step: StepParts, call: Call, layout: str) -> tuple[StepResult, Tensor | None]:
+    """Rows 1 to 9 and the optimizer's step, without anything that undoes them."""
+    algorithm, scaling = _algorithm(step), GradientScaling()
+    prepared = algorithm.prepare(call, layout, scaling)
+    outcome = algorithm.finish(call, prepared, scaling)
+    parameters = step._engines.parameters
+    set_gradients(step.optimizer, parameters, outcome.gradient)
+    scaling.step(step.optimizer, parameters, step.max_grad_norm, overflow=False)
+    return outcome.result, prepared.allowed
 
 
 def refresh_worlds(step: StepParts) -> None:
@@ -157,6 +214,8 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     step._compute.count(call.costs)
     step.skipped_steps += not stepped
     engines.commit()
+    if step._graph is not None:
+        step._graph.ran(step, call, layout, transaction.generators)
     result = outcome.result if stepped else outcome.result.as_skipped()
     transaction.committed = True
     return result

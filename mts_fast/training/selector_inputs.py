@@ -57,6 +57,10 @@ class OfflineFeatures:
         """[B, F]."""
         return _offline(batch)
 
+    def tensors(self) -> list[Tensor]:
+        """No state."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """No state."""
         return {}
@@ -205,6 +209,10 @@ class OnlineFeatures:
             _offline(batch),
         ]
         return torch.cat([c.to(nearest.dtype) for c in columns], dim=1)
+
+    def tensors(self) -> list[Tensor]:
+        """Running statistics, in the memory that a call writes to."""
+        return self._standardizer.tensors()
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics."""

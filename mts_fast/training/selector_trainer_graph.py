@@ -8,80 +8,26 @@ once per shape and then replayed on the same memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
 from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.capturing import (
+    DEVICE_TYPES,
+    EAGER_CALLS,
+    CudaRecorder,
+    Function,
+    Recorder,
+    autocast_without_cache,
+    memory_of,
+)
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer, SelectorUpdate
 
 OP = "MTSStep"
-# eager calls before a recording: they allocate optimizer state and library workspaces, which must
-# exist then
-EAGER_CALLS = 3
-# device types whose autocast settings a recording holds
-DEVICE_TYPES = ("cpu", "cuda")
-
-Function = Callable[..., tuple[Tensor, ...]]
-
-
-class Recorder(Protocol):
-    """Runs a function of tensors before it is recorded, and records it."""
-
-    def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-        """Raise where a selector and its optimizer cannot be recorded."""
-
-    def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run it once."""
-
-    def record(
-        self, function: Function, inputs: Sequence[Tensor]
-    ) -> Callable[[], tuple[Tensor, ...]]:
-        """A function that replays it on the memory of these inputs; it is not run here."""
-
-
-class CudaRecorder:
-    """torch.cuda.graph, after runs on a side stream, as torch requires."""
-
-    def check(self, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-        elsewhere = sorted({p.device.type for p in scorer.selector.parameters()} - {"cuda"})
-        if elsewhere:
-            hint = "leave it out, or move the selector to the GPU before its optimizer is made"
-            got = f"a selector on {', '.join(elsewhere)}"
-            fail(RuntimeError, OP, "cuda_graph", "given with the selector on a GPU", got, hint)
-        _check_capturable(optimizer)
-
-    def run(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with torch.cuda.device(inputs[0].device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                outputs = function(*inputs)
-            current.wait_stream(side)
-            for tensor in outputs:
-                tensor.record_stream(current)
-        return outputs
-
-    def record(
-        self, function: Function, inputs: Sequence[Tensor]
-    ) -> Callable[[], tuple[Tensor, ...]]:
-        device = inputs[0].device
-        with torch.cuda.device(device):
-            graph = torch.cuda.CUDAGraph()
-            # a stream of this device; thread_local leaves other threads alone (a pinning loader)
-            stream = torch.cuda.Stream()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = function(*inputs)
-
-        def replay() -> tuple[Tensor, ...]:
-            with torch.cuda.device(device):
-                graph.replay()
-            return outputs
-
-        return replay
 
 
 class Replayed:
@@ -133,7 +79,7 @@ class GraphedSelectorTrainer:
         scheduled: bool,
     ) -> None:
         recorder = CudaRecorder()
-        recorder.check(scorer, optimizer)
+        recorder.check("selector_optimizer", optimizer)
         _check(scorer, optimizer, scheduled=scheduled)
         self._scorer = scorer
         self._optimizer = optimizer
@@ -151,58 +97,26 @@ class GraphedSelectorTrainer:
         self._step(*self._scorer.arguments(update.batch, update.features), update.dots)
 
     def _forward_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
-        with _autocast_without_cache(h.device.type):
+        with autocast_without_cache(h.device.type):
             return self._eager.forward(_batch(classes, flags), h, updates=False)
 
     def _step_tensors(
         self, h: Tensor, classes: Tensor, flags: Tensor, dots: Tensor
     ) -> tuple[Tensor, ...]:
         batch = _batch(classes, flags)
-        with _autocast_without_cache(h.device.type):
+        with autocast_without_cache(h.device.type):
             z, p = self._eager.forward(batch, h, updates=True)
             self._eager.step(SelectorUpdate(batch, h, z, p, dots))
         return ()
 
     def _state(self) -> object:
         """Pointers and scalars that a recording holds, autocast settings, the selector's mode."""
-        pointers = [p.data_ptr() for p in self._scorer.selector.parameters()]
-        for state in self._optimizer.state.values():
-            pointers += [v.data_ptr() for v in state.values() if isinstance(v, Tensor)]
-        scalars = [
-            (name, value.data_ptr() if isinstance(value, Tensor) else value)
-            for group in self._optimizer.param_groups
-            for name, value in group.items()
-            if name != "params"
-        ]
+        tensors, scalars = memory_of(self._optimizer)
+        pointers = [t.data_ptr() for t in (*self._scorer.selector.parameters(), *tensors)]
         weight = self._scorer.class_weight
         pointers.append(0 if weight is None else weight.data_ptr())
         casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
         return pointers, scalars, casts, self._scorer.selector.training
-
-
-def _autocast_without_cache(kind: str) -> torch.autocast:
-    """The current autocast settings without the weight cache. A cached low-precision copy is stale
-    after the selector's update, and a captured graph would keep reading its freed memory."""
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
-
-
-def _check_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse optimizers that count steps or read values on the host: a recording freezes both."""
-    name = type(optimizer).__name__
-    groups = optimizer.param_groups
-    if all(group.get("capturable") is True for group in groups):
-        return
-    argument, expected = "selector_optimizer", "capturable with cuda_graph"
-    if any("capturable" in group for group in groups):
-        hint = f"make it with {name}(..., capturable=True)"
-        fail(ValueError, OP, argument, expected, f"{name}(capturable=False)", hint)
-    if not isinstance(optimizer, torch.optim.SGD):
-        hint = "take SGD, or one of torch's with capturable=True"
-        fail(ValueError, OP, argument, expected, name, hint)
-    if any(isinstance(g["lr"], Tensor) and not g["fused"] for g in groups):
-        hint = "make it with SGD(..., fused=True): other implementations read lr on the host"
-        fail(ValueError, OP, argument, expected, "SGD with lr as a tensor", hint)
 
 
 def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
@@ -211,7 +125,7 @@ def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
 
 
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
-    names = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
+    names = [name for name, m in scorer.selector.named_modules() if differs_when_run_again(m)]
     if names:
         hint = "the recorded step runs the selector once more"
         expected = "free of dropout and BatchNorm with cuda_graph"
@@ -225,7 +139,7 @@ def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool)
         fail(ValueError, OP, "selector_optimizer", expected, describe(rates[0]), hint)
 
 
-def _differs_when_run_again(module: nn.Module) -> bool:
+def differs_when_run_again(module: nn.Module) -> bool:
     """Whether a module draws random numbers or updates statistics; plain functions that its
     forward calls are not seen."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)

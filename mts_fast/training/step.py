@@ -29,6 +29,7 @@ from mts_fast.training.sampled.compute import Costs
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
+from mts_fast.training.step_graph import StepGraph
 from mts_fast.training.step_parts import StepParts
 
 OP = "MTSStep"
@@ -100,6 +101,9 @@ class MTSStep(StepParts):
             launches, as CUDA graphs, recorded after a few calls of each batch size. Needs the
             selector on a GPU, without dropout and BatchNorm, and an optimizer made with
             capturable=True, or SGD (lr as a tensor, and SGD fused, where there is a scheduler).
+            "step": the whole step as one graph, where shapes and memory stay the same and values
+            are not checked; both optimizers as above. Calls 1, 2, 4, 8, ..., and what a graph
+            cannot hold, run without one, and the log says why.
         check: "auto" checks values (finite, in range) where tensors are on the CPU; "always"
             also on a GPU, which waits for it; "never".
 
@@ -166,7 +170,7 @@ class MTSStep(StepParts):
         scaler: torch.amp.GradScaler | None = None,
         atomic: bool | None = None,
         track_gsnr: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | str = False,
         check: str = "auto",
     ) -> None:
         check_options(
@@ -219,7 +223,10 @@ class MTSStep(StepParts):
         self._scorer = Scorer(selector, None)
         self.class_weight = class_weight
         self._trainer = EagerSelectorTrainer(self._scorer, selector_optimizer)
-        if cuda_graph:
+        self._graph = None
+        if cuda_graph == "step":
+            self._graph = StepGraph.of(optimizer, selector_optimizer)
+        elif cuda_graph:
             scheduled = selector_scheduler is not None
             self._trainer = GraphedSelectorTrainer(
                 self._scorer, selector_optimizer, scheduled=scheduled

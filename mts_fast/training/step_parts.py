@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.sampled.compute import ComputeChoice
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
+
+if TYPE_CHECKING:
+    from mts_fast.training.step_graph import StepGraph
 
 
 class StepParts:
@@ -47,6 +52,7 @@ class StepParts:
     _compute: ComputeChoice
     _engines: EngineChoice
     _features: OnlineFeatures | OfflineFeatures
+    _graph: StepGraph | None  # the recordings of the whole step, where they are asked for
     _gap: PendingGap | None  # of the last call, where it was not waited for
     _owns_scaler: bool
     _knows_writes: bool  # whether it is known which parameters a forward writes to

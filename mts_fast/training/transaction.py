@@ -139,7 +139,7 @@ class Transaction:
         # copies in a first call, in which a forward may turn out to write to parameters
         self._parameters: list[tuple[Tensor, Tensor]] = []
         self._versions = [(p, p._version) for p in world.parameters()]
-        self._rng = RngState.capture(world)
+        self.generators = RngState.capture(world)  # at the start of the call
         self._selector = SavedOptimizer(selector_optimizer)
         parameters = _parameters(optimizer) + _parameters(selector_optimizer)
         self._gradients = [(p, p.grad) for p in parameters]
@@ -180,7 +180,7 @@ class Transaction:
         self._buffers.restore()
         for parameter, before in self._parameters:
             parameter.data.copy_(before)
-        self._rng.restore()
+        self.generators.restore()
         self._restore_counters(self._counters)
 
     def roll_back(self) -> None:

@@ -358,8 +358,8 @@ def test_the_demo_tries_everything_before_it_trains(tmp_path, monkeypatch, capsy
         (["features", "pool.npy"], "--labels must be given, got nothing; see `mts-fast features"),
         (
             ["fit"],
-            "the command must be one of demo, doctor, features, recipe, report, score, select,"
-            " train, tune, got 'fit'; see",
+            "the command must be one of bench, demo, doctor, features, recipe, report, score,"
+            " select, train, tune, got 'fit'; see",
         ),
     ):
         assert main(words) == 2

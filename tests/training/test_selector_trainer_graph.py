@@ -11,7 +11,8 @@ from torch import nn
 
 import mts_fast
 from mts_fast.training import selector_trainer_graph as module
-from mts_fast.training.selector_trainer_graph import EAGER_CALLS, Replayed
+from mts_fast.training.capturing import EAGER_CALLS, _check_capturable
+from mts_fast.training.selector_trainer_graph import Replayed
 
 CLASSES, FEATURES = 3, 5
 
@@ -220,7 +221,7 @@ def test_refused_optimizers_that_cannot_be_captured(make, message):
     selector = mts_fast.Selector(4, CLASSES)
     expected = f"MTSStep: selector_optimizer must be capturable with cuda_graph, got {message}"
     with pytest.raises(ValueError, match=expected):
-        module._check_capturable(make(selector.parameters()))
+        _check_capturable("selector_optimizer", make(selector.parameters()))
 
 
 def test_a_selector_on_the_cpu_is_refused_before_its_optimizer():

@@ -1,0 +1,261 @@
+"""A whole step as one CUDA graph: its hundreds of launches become one replay.
+
+What a small model pays is the host: Python and launches, a multiple of the device's time. A step
+whose shapes and memory stay the same is recorded once and then replayed: rows 1 to 9 and both
+optimizers' steps. Calls that check the engine (1, 2, 4, 8, ...), and calls that a recording cannot
+hold, run as without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mts_fast._check import fail
+from mts_fast._isolation import RngState, World, without_device_generators
+from mts_fast.hypergradient.double_backward import DoubleBackward
+from mts_fast.hypergradient.ghost import Ghost
+from mts_fast.training.algorithm import Call
+from mts_fast.training.capturing import (
+    DEVICE_TYPES,
+    EAGER_CALLS,
+    CudaRecorder,
+    Recorder,
+    autocast_without_cache,
+    memory_of,
+)
+from mts_fast.training.result import StepResult
+from mts_fast.training.selector_trainer_graph import differs_when_run_again
+from mts_fast.training.step_parts import StepParts
+
+logger = logging.getLogger("mts_fast")
+
+OP = "MTSStep"
+# takes a step; returns its result and the largest gap of right dots
+Run = Callable[[Call], tuple[StepResult, Tensor | None]]
+
+# recordings of one shape that are made because what they hold has changed, before it is given up
+MOST_RECORDINGS = 3
+# engines that ask the kept graph of the training forward, and run no forward again
+FORWARD_ONCE = (Ghost.name, DoubleBackward.name)
+
+
+@dataclass
+class Recording:
+    """A recorded step."""
+
+    memory: object  # what it holds beside its inputs
+    inputs: list[Tensor]
+    result: StepResult
+    allowed: Tensor | None  # see `Prepared`
+    gradients: list[tuple[Tensor, Tensor | None]]  # of the classifier's parameters
+    replay: Callable[[], object]
+
+
+class StepGraph:
+    """The recordings of an `MTSStep`, by the shapes and the kind of a call."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._eager: dict[object, int] = defaultdict(int)
+        self._made: dict[object, int] = defaultdict(int)
+        self._recorded: dict[object, Recording] = {}
+        self._refused: dict[object, str] = {}
+        self._said: set[str] = set()
+        # whether calls of this kind moved generators of the host, and of a device
+        self._draws: dict[object, tuple[bool, bool]] = {}
+
+    @classmethod
+    def of(
+        cls, optimizer: torch.optim.Optimizer, selector_optimizer: torch.optim.Optimizer
+    ) -> StepGraph:
+        """The recordings of a step with these optimizers.
+
+        Raises:
+            RuntimeError: a module that is not on a GPU.
+            ValueError: an optimizer that counts its steps, or reads values, on the host.
+        """
+        recorder = CudaRecorder()
+        recorder.check("optimizer", optimizer)
+        recorder.check("selector_optimizer", selector_optimizer)
+        return cls(recorder)
+
+    def key(self, step: StepParts, call: Call, layout: str) -> object:
+        """What calls have in common that share a recording."""
+        tensors, structure = _flattened(call)
+        casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
+        return (
+            tuple((t.shape, t.dtype, t.device, t.stride()) for t in tensors),
+            structure,
+            (call.updates_selector, call.weighted, call.schedule),
+            (layout, step._world.modes(), tuple(casts)),
+        )
+
+    def reasons(self, step: StepParts, call: Call, layout: str, key: object) -> list[str]:
+        """Why this call cannot be recorded; empty where it can."""
+        engine = step._engines.engine_for(layout).name
+        on_host, draws = self._draws.get(key, (False, False))
+        forward_once = engine in FORWARD_ONCE and step._micro_batch is None
+        reasons = {
+            "its values are checked (check=)": call.check_values,
+            "it computes a part of its batch (compute=)": call.computed is not None,
+            "its losses are scaled (scaler=)": step.scaler is not None,
+            "track_gsnr= draws and reads": step.track_gsnr,
+            "the model is compiled": step._objective.is_compiled,
+            "the model is on several devices": len(step._world.devices) > 1,
+            "a forward draws random numbers on the host": on_host,
+            "a forward writes to parameters": bool(step._world.written),
+            f"engine {engine!r} runs the forward again, which draws random numbers": draws
+            and not forward_once,
+            "the validation forward draws random numbers": draws
+            and step.validation_mode == "train",
+            "the selector draws random numbers, in row 1 and again in row 9": draws
+            and any(map(differs_when_run_again, step.selector.modules())),
+            "the selector's batch draws random numbers": draws and call.selector_batch is not None,
+            "the optimizer has hooks": _has_hooks(step.optimizer),
+            self._refused.get(key, ""): key in self._refused,
+        }
+        return [why for why, holds in reasons.items() if holds]
+
+    def replays(self, step: StepParts, call: Call, layout: str) -> bool:
+        """Whether the call is to be replayed; the reason why not is logged once."""
+        if call.updates_selector and step._engines.is_probing(layout):
+            return False
+        key = self.key(step, call, layout)
+        if self._eager[key] < EAGER_CALLS:
+            return False
+        reasons = self.reasons(step, call, layout, key)
+        if reasons and reasons[0] not in self._said:
+            logger.warning("MTSStep: cuda_graph='step' runs without a graph: %s", reasons[0])
+            self._said.add(reasons[0])
+        return not reasons
+
+    def ran(self, step: StepParts, call: Call, layout: str, before: RngState) -> None:
+        """A call has run without a graph."""
+        key = self.key(step, call, layout)
+        self._eager[key] += 1
+        moved = RngState.capture(step._world).moved_since(before)
+        known = self._draws.get(key, (False, False))
+        self._draws[key] = known[0] or moved[0], known[1] or moved[1]
+
+    def needs_recording(self, step: StepParts, call: Call, layout: str) -> bool:
+        """Whether there is no recording of such a call, or one that holds other memory."""
+        recording = self._recorded.get(self.key(step, call, layout))
+        return recording is None or recording.memory != _memory(step)
+
+    def record(self, step: StepParts, call: Call, layout: str, run: Run) -> None:
+        """Record the step without taking it; `run(call)` would take it.
+
+        Raises:
+            RuntimeError: by torch, where the step waits for the device or is otherwise unfit; or
+                after MOST_RECORDINGS.
+        """
+        key = self.key(step, call, layout)
+        self._made[key] += 1
+        self._recorded.pop(key, None)
+        if self._made[key] > MOST_RECORDINGS:
+            got = f"the {self._made[key]}th recording of one kind of call"
+            hint = "keep learning rates that a scheduler moves in tensors on the GPU"
+            fail(RuntimeError, OP, "what a graph holds", "the same in every call", got, hint)
+        tensors, _ = _flattened(call)
+        static = [t.clone(memory_format=torch.preserve_format) for t in tensors]
+        captured: list[tuple[StepResult, Tensor | None]] = []
+
+        def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+            with autocast_without_cache(inputs[0].device.type), without_device_generators():
+                captured.append(run(_with_tensors(call, list(inputs))))
+            return ()
+
+        replay = self._recorder.record(function, static)
+        result, allowed = captured[-1]
+        gradients = [(p, p.grad) for g in step.optimizer.param_groups for p in g["params"]]
+        self._recorded[key] = Recording(_memory(step), static, result, allowed, gradients, replay)
+
+    def replay(self, step: StepParts, call: Call, layout: str) -> tuple[StepResult, Tensor | None]:
+        """Take the step by its recording: the result, and the largest gap of right dots."""
+        recording = self._recorded[self.key(step, call, layout)]
+        tensors, _ = _flattened(call)
+        for static, tensor in zip(recording.inputs, tensors, strict=True):
+            static.copy_(tensor)
+        recording.replay()
+        for parameter, gradient in recording.gradients:
+            parameter.grad = gradient
+        allowed = recording.allowed
+        return detached_copy(recording.result), None if allowed is None else allowed.clone()
+
+    def refuse(self, step: StepParts, call: Call, layout: str, error: Exception) -> None:
+        """A recording has failed: this kind of call is not recorded again."""
+        why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        self._refused[self.key(step, call, layout)] = why
+
+
+def detached_copy(result: StepResult) -> StepResult:
+    """A result in memory of its own: the next replay overwrites that of the recording."""
+    tensors: dict[str, Any] = {
+        f.name: value.clone()
+        for f in fields(result)
+        if isinstance(value := getattr(result, f.name), Tensor)
+    }
+    return replace(result, **tensors)
+
+
+def _flattened(call: Call) -> tuple[list[Tensor], object]:
+    """All tensors of a call, and the rest."""
+    parts = _parts(call)
+    leaves, structure = pytree.tree_flatten(parts)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    rest = tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return tensors, (structure, rest)
+
+
+def _with_tensors(call: Call, tensors: list[Tensor]) -> Call:
+    """The call with other tensors."""
+    leaves, structure = pytree.tree_flatten(_parts(call))
+    remaining = iter(tensors)
+    leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    parts = pytree.tree_unflatten(leaves, structure)
+    return replace(
+        call,
+        **{name: replace(getattr(call, name), **values) for name, values in parts.items()},
+    )
+
+
+def _parts(call: Call) -> dict[str, dict[str, Any]]:
+    """The batches of a call as nested dicts."""
+    batches = {
+        "batch": call.batch,
+        "selector_batch": call.selector_batch,
+        "validation": call.validation,
+    }
+    return {
+        name: {f.name: getattr(batch, f.name) for f in fields(batch)}
+        for name, batch in batches.items()
+        if batch is not None
+    }
+
+
+def _memory(step: StepParts) -> object:
+    """Addresses and numbers that a recording holds."""
+    world: World = step._world
+    tensors: list[Tensor | None] = [*world.parameters(), *world.buffers(), step.class_weight]
+    numbers = []
+    for optimizer in (step.optimizer, step.selector_optimizer):
+        states, options = memory_of(optimizer)
+        tensors += states
+        numbers.append(options)
+    tensors += step._features.tensors()
+    trainable = [p.requires_grad for p in world.parameters()]
+    return [0 if t is None else t.data_ptr() for t in tensors], numbers, trainable
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether someone's own code runs with its steps; a replay would leave it out."""
+    hooks: Sequence[str] = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(getattr(optimizer, name, None) for name in hooks)
