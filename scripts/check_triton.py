@@ -2,7 +2,8 @@
 
 `python scripts/check_triton.py [GROUP ...]` prints registers and shared memory of each kernel in
 each configuration; exit status 1 where one uses a stack, local memory, or more shared memory than
-SHARED_LIMIT. `--json FILE` writes the table. TRITON_INTERPRET=1 must not be set.
+SHARED_LIMIT. `--chip 100` (repeatable) names other chips, `--json FILE` writes the table.
+TRITON_INTERPRET=1 must not be set.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from mts_fast.backends.triton.launch import COMPILE_OPTIONS, Launch
 
 # bytes that a block may use, by compute capability; sm_80 code also runs on 8.6 and 8.9, which have
 # the least
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# chips that are checked unless others are named
+CHIPS = (80, 90)
 DTYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -102,12 +106,12 @@ def resource_usage(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def check(group: str) -> list[Compiled]:
-    """All kernels of a group in all configurations on all chips."""
+def check(group: str, chips: Sequence[int]) -> list[Compiled]:
+    """All kernels of a group in all configurations on these chips."""
     return [
         compile_launch(case, launch, capability)
         for case, launch in launches_of(group)
-        for capability in SHARED_LIMIT
+        for capability in chips
     ]
 
 
@@ -115,8 +119,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("groups", nargs="*", default=[])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--chip", type=int, action="append", choices=SHARED_LIMIT)
     asked = parser.parse_args()
-    kernels = [c for group in asked.groups or GROUPS for c in check(group)]
+    kernels = [c for group in asked.groups or GROUPS for c in check(group, asked.chip or CHIPS)]
     for c in kernels:
         label = f"{c.kernel:22} {c.case:42} sm_{c.capability}"
         print(f"{label}  {c.registers:3} registers  {c.shared:6} B shared")

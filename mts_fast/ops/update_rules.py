@@ -242,7 +242,7 @@ def _check_state_tensors(
 def _check_state_number(op: str, arg: str, name: str, value: object) -> None:
     """A count of steps or alike: finite and not negative; off the CPU it is not read."""
     # the usual case
-    if type(value) is Tensor and value.numel() == 1 and not value.is_cuda:
+    if type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
     if not (type(value) is float and 0 <= value < math.inf):
         _check_number(op, f"{arg}.state[...][{name!r}]", value, NOT_NEGATIVE, RELOAD)

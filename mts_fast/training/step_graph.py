@@ -22,6 +22,7 @@ from mts_fast._check import fail
 from mts_fast._isolation import RngState, World, without_device_generators
 from mts_fast.hypergradient.double_backward import DoubleBackward
 from mts_fast.hypergradient.ghost import Ghost
+from mts_fast.ops import current_backend
 from mts_fast.training.algorithm import Call
 from mts_fast.training.capturing import (
     DEVICE_TYPES,
@@ -158,6 +159,7 @@ class StepGraph:
                 after MOST_RECORDINGS.
         """
         key = self.key(step, call, layout)
+        memory = _memory(step)
         self._made[key] += 1
         self._recorded.pop(key, None)
         if self._made[key] > MOST_RECORDINGS:
@@ -175,8 +177,13 @@ class StepGraph:
 
         replay = self._recorder.record(function, static)
         result, allowed = captured[-1]
+        if _memory(step) != memory:
+            # the recording reads the tensor that was there, and writes to another
+            hint = "write into buffers in place"
+            got = "a forward or a step that puts a new tensor in its place"
+            fail(RuntimeError, OP, "a buffer or a state", "written in place", got, hint)
         gradients = [(p, p.grad) for g in step.optimizer.param_groups for p in g["params"]]
-        self._recorded[key] = Recording(_memory(step), static, result, allowed, gradients, replay)
+        self._recorded[key] = Recording(memory, static, result, allowed, gradients, replay)
 
     def replay(self, step: StepParts, call: Call, layout: str) -> tuple[StepResult, Tensor | None]:
         """Take the step by its recording: the result, and the largest gap of right dots."""
@@ -247,12 +254,17 @@ def _memory(step: StepParts) -> object:
     tensors: list[Tensor | None] = [*world.parameters(), *world.buffers(), step.class_weight]
     numbers = []
     for optimizer in (step.optimizer, step.selector_optimizer):
-        states, options = memory_of(optimizer)
+        states, group_options = memory_of(optimizer)
         tensors += states
-        numbers.append(options)
+        numbers.append(group_options)
     tensors += step._features.tensors()
     trainable = [p.requires_grad for p in world.parameters()]
-    return [0 if t is None else t.data_ptr() for t in tensors], numbers, trainable
+    # attributes of the step that may be set between calls; others are in the key
+    options = (
+        *(step.hypergradient_lr, step.max_grad_norm, step.validation_mode, step.val_objective),
+        *(step.candidate_dtype, current_backend()),
+    )
+    return [0 if t is None else t.data_ptr() for t in tensors], numbers, trainable, options
 
 
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:

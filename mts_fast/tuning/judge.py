@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mts_fast.backends.registry import implementation, tunable, without
+from mts_fast.backends.registry import implementation, tunable, use_backend, without
 from mts_fast.backends.verdicts.requests import Request
 from mts_fast.backends.verdicts.table import Verdict, ignored
 from mts_fast.tuning.cases import Case, case_of
@@ -40,7 +40,7 @@ def judge(request: Request, device: torch.device, timer: Timer = on_device) -> d
         torch.OutOfMemoryError, RuntimeError: the tensors do not fit into memory.
     """
     verdicts: dict[str, Verdict] = {}
-    with ignored(), in_precision(request):
+    with use_backend("auto"), ignored(), in_precision(request):
         case = case_of(request, device)
         if case is None:
             return {}

@@ -137,6 +137,17 @@ def test_the_variable_picks_the_file(value, tmp_path, monkeypatch, cache):
     assert served(x) == ("reference" if value == "off" else "cpp")
 
 
+def test_a_file_for_the_other_kind_of_device_is_no_news(tmp_path, monkeypatch, caplog):
+    """One file is named for a process that uses a GPU, and a CPU beside it."""
+    path = tmp_path / "gpu.json"
+    here = environment(CPU) | {"type": "cuda"}
+    path.write_text(json.dumps({"schema": 1, "environment": here, "verdicts": {}}))
+    monkeypatch.setenv("MTS_FAST_VERDICTS", str(path))
+    with caplog.at_level(logging.WARNING, "mts_fast"):
+        assert served(torch.randn(4, 20)) == "reference"
+    assert caplog.text == ""
+
+
 def test_a_named_file_that_is_missing_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MTS_FAST_VERDICTS", str(tmp_path / "nothing.json"))
     with caplog.at_level(logging.WARNING, "mts_fast"):

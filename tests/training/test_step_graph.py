@@ -277,6 +277,38 @@ def test_a_rate_that_keeps_changing_is_given_up(recorder, caplog):
     assert_bitwise(step.model.state_dict(), plain.model.state_dict())
 
 
+class Replacing(nn.Module):
+    """Puts a new tensor in the place of a buffer in every training forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, CLASSES).double()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.a(x - self.mean)
+
+
+def test_a_buffer_that_is_replaced_is_no_constant(recorder, caplog):
+    with caplog.at_level(logging.WARNING, "mts_fast"):
+        assert_equal_runs(Replacing(), recorder, replayed=0)
+    assert "written in place" in caplog.text
+
+
+def test_options_that_are_set_between_calls_are_followed(recorder):
+    step, plain = make(plain_model(), graph=True), make(plain_model(), graph=False)
+    run(step, 6), run(plain, 6)
+    for one in (step, plain):
+        one.hypergradient_lr, one.max_grad_norm = 0.5, 0.01
+    run(step, 5, first=6), run(plain, 5, first=6)
+    assert recorder.recordings == 2
+    assert_bitwise(step.model.state_dict(), plain.model.state_dict())
+    assert_bitwise(step.selector.state_dict(), plain.selector.state_dict())
+
+
 class Waiting(nn.Module):
     """Reads a value in its forward, which a capture refuses."""
 

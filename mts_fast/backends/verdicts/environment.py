@@ -27,6 +27,7 @@ def environment(device: torch.device) -> Environment:
     An editable install keeps its version while its kernels change, so their sources count, too.
     """
     shared: Environment = {
+        "type": device.type,
         "torch": torch.__version__,
         "mts_fast": __version__,
         "kernels": _sources(),
