@@ -206,7 +206,7 @@ def resolve(op: str, tensors: Sequence[Tensor], variant: str = "") -> Callable[.
     backend = current_backend()
     verdicts = table_for(tensors[0].device)
     request = None
-    if recording() or verdicts.verdicts:
+    if recording() or op in verdicts.ops:
         request = Request.of(op, variant, tensors)
         note(request)
     if backend != "auto":

@@ -46,7 +46,7 @@ def run_bench(noun: str | None, checkout: str | None) -> int:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words, f"--benchmark-json={report}"],
             cwd=root,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
         )
         if not report.exists() or not report.stat().st_size:
             expected, got = "a benchmark that runs", f"exit status {done.returncode}"

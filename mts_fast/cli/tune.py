@@ -104,7 +104,7 @@ def _requests_of(spec: str, optimizer: str, place: torch.device) -> list[Request
 
 def _step(model: nn.Module, optimizer: str, inputs: Tensor) -> MTSStep:
     with torch.no_grad():
-        classes = model(inputs[:1]).shape[-1]
+        classes = model(inputs).shape[-1]
     selector = Selector(0, classes, hidden=(16,)).to(inputs.device)
     return MTSStep(
         model,

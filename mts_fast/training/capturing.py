@@ -80,15 +80,22 @@ class CudaRecorder:
 
 
 def memory_of(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[tuple[str, object]]]:
-    """Tensors of an optimizer's state, and its options: those that are tensors by address."""
+    """Tensors of an optimizer's state, and its options: tensors by address; those that are not with
+    the parameters, and which the host reads, by value."""
     tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     options = [
-        (name, value.data_ptr() if isinstance(value, Tensor) else value)
+        (name, _held(value, group["params"][0].device))
         for group in optimizer.param_groups
         for name, value in group.items()
-        if name != "params"
+        if name != "params" and group["params"]
     ]
     return tensors, options
+
+
+def _held(value: object, device: torch.device) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.data_ptr() if value.device == device else value.tolist()
 
 
 def autocast_without_cache(kind: str) -> torch.autocast:

@@ -215,7 +215,7 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     step.skipped_steps += not stepped
     engines.commit()
     if step._graph is not None:
-        step._graph.ran(step, call, layout, transaction.generators)
+        step._graph.ran(step, call, layout, transaction.generators, prepared.run)
     result = outcome.result if stepped else outcome.result.as_skipped()
     transaction.committed = True
     return result

@@ -125,7 +125,7 @@ def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
 
 
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
-    names = [name for name, m in scorer.selector.named_modules() if differs_when_run_again(m)]
+    names = [name for name, m in scorer.selector.named_modules() if _differs_when_run_again(m)]
     if names:
         hint = "the recorded step runs the selector once more"
         expected = "free of dropout and BatchNorm with cuda_graph"
@@ -139,7 +139,7 @@ def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool)
         fail(ValueError, OP, "selector_optimizer", expected, describe(rates[0]), hint)
 
 
-def differs_when_run_again(module: nn.Module) -> bool:
+def _differs_when_run_again(module: nn.Module) -> bool:
     """Whether a module draws random numbers or updates statistics; plain functions that its
     forward calls are not seen."""
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)

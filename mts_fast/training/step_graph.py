@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 
 from mts_fast._check import fail
 from mts_fast._isolation import RngState, World, without_device_generators
+from mts_fast.backends.precision import allows_tf32
 from mts_fast.hypergradient.double_backward import DoubleBackward
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.ops import current_backend
 from mts_fast.training.algorithm import Call
+from mts_fast.training.batch_run import Run as BatchRun
 from mts_fast.training.capturing import (
     DEVICE_TYPES,
     EAGER_CALLS,
@@ -33,7 +36,6 @@ from mts_fast.training.capturing import (
     memory_of,
 )
 from mts_fast.training.result import StepResult
-from mts_fast.training.selector_trainer_graph import differs_when_run_again
 from mts_fast.training.step_parts import StepParts
 
 logger = logging.getLogger("mts_fast")
@@ -44,6 +46,10 @@ Run = Callable[[Call], tuple[StepResult, Tensor | None]]
 
 # recordings of one shape that are made because what they hold has changed, before it is given up
 MOST_RECORDINGS = 3
+# recordings that are kept; the oldest goes
+MOST_KEPT = 8
+# what may stand among the tensors of the inputs
+PLAIN = (bool, int, float, str, type(None))
 # engines that ask the kept graph of the training forward, and run no forward again
 FORWARD_ONCE = (Ghost.name, DoubleBackward.name)
 
@@ -56,7 +62,7 @@ class Recording:
     inputs: list[Tensor]
     result: StepResult
     allowed: Tensor | None  # see `Prepared`
-    gradients: list[tuple[Tensor, Tensor | None]]  # of the classifier's parameters
+    gradients: list[tuple[Tensor, Tensor | None]]  # of the parameters of both optimizers
     replay: Callable[[], object]
 
 
@@ -70,8 +76,9 @@ class StepGraph:
         self._recorded: dict[object, Recording] = {}
         self._refused: dict[object, str] = {}
         self._said: set[str] = set()
-        # whether calls of this kind moved generators of the host, and of a device
-        self._draws: dict[object, tuple[bool, bool]] = {}
+        # whether calls of this kind moved generators of the host, of a device, and of a device in
+        # the selector's forward
+        self._draws: dict[object, tuple[bool, bool, bool]] = {}
 
     @classmethod
     def of(
@@ -90,19 +97,21 @@ class StepGraph:
 
     def key(self, step: StepParts, call: Call, layout: str) -> object:
         """What calls have in common that share a recording."""
-        tensors, structure = _flattened(call)
+        tensors, structure, _ = _flattened(call)
+        engine = step._engines.engine_for(layout).name
         casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
         return (
             tuple((t.shape, t.dtype, t.device, t.stride()) for t in tensors),
             structure,
             (call.updates_selector, call.weighted, call.schedule),
-            (layout, step._world.modes(), tuple(casts)),
+            (layout, engine, step._world.modes(), tuple(casts)),
         )
 
     def reasons(self, step: StepParts, call: Call, layout: str, key: object) -> list[str]:
         """Why this call cannot be recorded; empty where it can."""
         engine = step._engines.engine_for(layout).name
-        on_host, draws = self._draws.get(key, (False, False))
+        on_host, draws, scores_draw = self._draws.get(key, (False, False, False))
+        _, _, others = _flattened(call)
         forward_once = engine in FORWARD_ONCE and step._micro_batch is None
         reasons = {
             "its values are checked (check=)": call.check_values,
@@ -110,17 +119,17 @@ class StepGraph:
             "its losses are scaled (scaler=)": step.scaler is not None,
             "track_gsnr= draws and reads": step.track_gsnr,
             "the model is compiled": step._objective.is_compiled,
-            "the model is on several devices": len(step._world.devices) > 1,
+            "the call and the modules are not on one device": len(_devices(step, call)) > 1,
+            f"inputs hold {others[:1]}, whose tensors are not seen": bool(others),
             "a forward draws random numbers on the host": on_host,
             "a forward writes to parameters": bool(step._world.written),
             f"engine {engine!r} runs the forward again, which draws random numbers": draws
             and not forward_once,
             "the validation forward draws random numbers": draws
             and step.validation_mode == "train",
-            "the selector draws random numbers, in row 1 and again in row 9": draws
-            and any(map(differs_when_run_again, step.selector.modules())),
+            "the selector draws random numbers, in row 1 and again in row 9": scores_draw,
             "the selector's batch draws random numbers": draws and call.selector_batch is not None,
-            "the optimizer has hooks": _has_hooks(step.optimizer),
+            "an optimizer has hooks": _has_hooks(step.optimizer, step.selector_optimizer),
             self._refused.get(key, ""): key in self._refused,
         }
         return [why for why, holds in reasons.items() if holds]
@@ -132,24 +141,33 @@ class StepGraph:
         key = self.key(step, call, layout)
         if self._eager[key] < EAGER_CALLS:
             return False
+        recording = self._recorded.get(key)
+        if recording is not None and recording.memory != _memory(step):
+            # state that is new is made by calls without a graph: made within one, it would be made
+            # again in every replay
+            del self._recorded[key]
+            self._eager[key] = 0
+            return False
         reasons = self.reasons(step, call, layout, key)
         if reasons and reasons[0] not in self._said:
             logger.warning("MTSStep: cuda_graph='step' runs without a graph: %s", reasons[0])
             self._said.add(reasons[0])
         return not reasons
 
-    def ran(self, step: StepParts, call: Call, layout: str, before: RngState) -> None:
-        """A call has run without a graph."""
+    def ran(
+        self, step: StepParts, call: Call, layout: str, before: RngState, batch: BatchRun
+    ) -> None:
+        """A call has run without a graph, from these generators."""
         key = self.key(step, call, layout)
         self._eager[key] += 1
         moved = RngState.capture(step._world).moved_since(before)
-        known = self._draws.get(key, (False, False))
-        self._draws[key] = known[0] or moved[0], known[1] or moved[1]
+        _, scored = batch.after_scoring.moved_since(batch.before_scoring)
+        known = self._draws.get(key, (False, False, False))
+        self._draws[key] = known[0] or moved[0], known[1] or moved[1], known[2] or scored
 
     def needs_recording(self, step: StepParts, call: Call, layout: str) -> bool:
-        """Whether there is no recording of such a call, or one that holds other memory."""
-        recording = self._recorded.get(self.key(step, call, layout))
-        return recording is None or recording.memory != _memory(step)
+        """Whether there is no recording of such a call."""
+        return self.key(step, call, layout) not in self._recorded
 
     def record(self, step: StepParts, call: Call, layout: str, run: Run) -> None:
         """Record the step without taking it; `run(call)` would take it.
@@ -161,13 +179,12 @@ class StepGraph:
         key = self.key(step, call, layout)
         memory = _memory(step)
         self._made[key] += 1
-        self._recorded.pop(key, None)
         if self._made[key] > MOST_RECORDINGS:
             got = f"the {self._made[key]}th recording of one kind of call"
             hint = "keep learning rates that a scheduler moves in tensors on the GPU"
             fail(RuntimeError, OP, "what a graph holds", "the same in every call", got, hint)
-        tensors, _ = _flattened(call)
-        static = [t.clone(memory_format=torch.preserve_format) for t in tensors]
+        tensors, _, _ = _flattened(call)
+        static = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
         captured: list[tuple[StepResult, Tensor | None]] = []
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -182,15 +199,18 @@ class StepGraph:
             hint = "write into buffers in place"
             got = "a forward or a step that puts a new tensor in its place"
             fail(RuntimeError, OP, "a buffer or a state", "written in place", got, hint)
-        gradients = [(p, p.grad) for g in step.optimizer.param_groups for p in g["params"]]
+        groups = step.optimizer.param_groups + step.selector_optimizer.param_groups
+        gradients = [(p, p.grad) for group in groups for p in group["params"]]
+        while len(self._recorded) >= MOST_KEPT:  # each holds the memory of a whole step
+            del self._recorded[next(iter(self._recorded))]
         self._recorded[key] = Recording(memory, static, result, allowed, gradients, replay)
 
     def replay(self, step: StepParts, call: Call, layout: str) -> tuple[StepResult, Tensor | None]:
         """Take the step by its recording: the result, and the largest gap of right dots."""
         recording = self._recorded[self.key(step, call, layout)]
-        tensors, _ = _flattened(call)
+        tensors, _, _ = _flattened(call)
         for static, tensor in zip(recording.inputs, tensors, strict=True):
-            static.copy_(tensor)
+            static.copy_(tensor.detach())
         recording.replay()
         for parameter, gradient in recording.gradients:
             parameter.grad = gradient
@@ -213,13 +233,21 @@ def detached_copy(result: StepResult) -> StepResult:
     return replace(result, **tensors)
 
 
-def _flattened(call: Call) -> tuple[list[Tensor], object]:
-    """All tensors of a call, and the rest."""
-    parts = _parts(call)
-    leaves, structure = pytree.tree_flatten(parts)
+def _flattened(call: Call) -> tuple[list[Tensor], object, list[str]]:
+    """All tensors of a call; what stands between them; and classes whose tensors are not seen."""
+    leaves, structure = pytree.tree_flatten(_parts(call))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    rest = tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-    return tensors, (structure, rest)
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    plain = tuple(leaf for leaf in others if isinstance(leaf, PLAIN))
+    unseen = [type(leaf).__name__ for leaf in others if not isinstance(leaf, PLAIN)]
+    return tensors, (structure, plain), unseen
+
+
+def _devices(step: StepParts, call: Call) -> set[torch.device]:
+    """Where the tensors of a call and of its modules are."""
+    world: World = step._world
+    tensors, _, _ = _flattened(call)
+    return {t.device for t in (*tensors, *world.parameters(), *world.buffers())}
 
 
 def _with_tensors(call: Call, tensors: list[Tensor]) -> Call:
@@ -262,12 +290,14 @@ def _memory(step: StepParts) -> object:
     # attributes of the step that may be set between calls; others are in the key
     options = (
         *(step.hypergradient_lr, step.max_grad_norm, step.validation_mode, step.val_objective),
-        *(step.candidate_dtype, current_backend()),
+        *(step.candidate_dtype, current_backend(), allows_tf32()),
+        *map(id, world.modules),
     )
     return [0 if t is None else t.data_ptr() for t in tensors], numbers, trainable, options
 
 
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether someone's own code runs with its steps; a replay would leave it out."""
+def _has_hooks(*optimizers: torch.optim.Optimizer) -> bool:
+    """Whether someone's own code runs with their steps; a replay would leave it out."""
     hooks: Sequence[str] = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, name, None) for name in hooks)
+    everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return bool(everywhere) or any(getattr(o, name, None) for o in optimizers for name in hooks)

@@ -67,11 +67,13 @@ def tune(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: it is of another environment.
 
     Notes:
         A process that has chosen already keeps its choices: verdicts hold from its next start on.
     """
     here, path = environment(device), path_for(device)
+    table.check_can_add(path, here)
     present = table.read(path, here)
     done: set[str] = set()
     for request in requests:

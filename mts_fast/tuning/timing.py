@@ -51,6 +51,11 @@ def on_device(calls: Calls, rounds: int, device: torch.device) -> DeviceTimes:
     if device.type != "cuda":
         seconds = interleaved(calls, rounds)
         return DeviceTimes(seconds, seconds)
+    with torch.cuda.device(device):  # events and the sleep are of the current one
+        return _on_gpu(calls, rounds, device)
+
+
+def _on_gpu(calls: Calls, rounds: int, device: torch.device) -> DeviceTimes:
     cache = FLUSHED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     flushed = torch.empty(cache, dtype=torch.uint8, device=device)
     cycles = {label: _head_start(call) for label, call in calls.items()}

@@ -186,10 +186,26 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_line(what, cache, caplog)
         served(x)
     assert [r.getMessage().count("\n") for r in caplog.records] == [0]
     assert "ignored" in caplog.text
+    if what in ("another schema", "another machine", "other kernels"):
+        # sound, and perhaps committed beside someone's code: it is left alone
+        with pytest.raises(ValueError, match=r"must be of this environment, got .*; name another"):
+            judge(request, "cpp", False)
+        assert path.read_text() == text
+        return
     # it is put aside, not lost, when there is something to write
     assert len(judge(request, "cpp", False)) == 1
     assert path.with_suffix(".damaged").read_text() == text
     assert not json.loads(path.read_text())["verdicts"][table.name_of(request, "cpp")]["wins"]
+
+
+def test_a_file_of_the_other_kind_of_device_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    here = environment(CPU) | {"type": "cuda"}
+    path.write_text(text := json.dumps({"schema": 1, "environment": here, "verdicts": {}}))
+    monkeypatch.setenv("MTS_FAST_VERDICTS", str(path))
+    with pytest.raises(ValueError, match="must be for cpu, got one for cuda; name another file"):
+        judge(request_of("cross_entropy", torch.randn(4, 20)), "cpp", True)
+    assert path.read_text() == text
 
 
 def test_verdicts_that_are_there_stay():

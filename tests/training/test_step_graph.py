@@ -6,12 +6,25 @@ the capture itself and the generators' registration, is compared on a GPU.
 """
 
 import copy
+import dataclasses
 import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
-from comparison import assert_bitwise, snapshot
+from comparison import assert_bitwise
+from graphed_steps import (
+    CALLS,
+    DEVICE,
+    GPU,
+    Convolutions,
+    Dropping,
+    Scores,
+    make,
+    on_device,
+    run,
+    state_of,
+    tensors_of,
+)
 from small_steps import CLASSES, batch, plain_model
 from tape import TapeRecorder
 from torch import nn
@@ -19,54 +32,6 @@ from torch import nn
 import mts_fast
 from mts_fast.training import step_graph
 from mts_fast.training.capturing import EAGER_CALLS
-from mts_fast.training.result import StepResult
-
-CALLS = 14
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-
-
-class Convolutions(nn.Module):
-    """BatchNorm, whose statistics move in every call."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm = nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4)
-        self.b = nn.Linear(16, CLASSES)
-        self.double()
-
-    def forward(self, x):
-        return self.b(self.norm(self.a(x[:, None])).relu().flatten(1))
-
-
-class Dropping(nn.Module):
-    def __init__(self, p=0.3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(p), nn.Linear(8, CLASSES)).double()
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class Scores(nn.Module):
-    """A selector that reads no values on the host, as `Selector` does where they are on a CPU."""
-
-    def __init__(self, num_features=0):
-        super().__init__()
-        torch.manual_seed(2)
-        self.table = nn.Embedding(CLASSES, 4)
-        self.layers = nn.Sequential(nn.Linear(5 + num_features, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.double()
-
-    def forward(self, features, classes, is_synthetic):
-        flags = is_synthetic.double()[:, None]
-        return self.layers(torch.cat([self.table(classes), flags, features], 1))[:, 0]
-
-
-def losses(outputs, labels):
-    return F.cross_entropy(outputs, labels, reduction="none")
 
 
 @pytest.fixture
@@ -92,54 +57,6 @@ def recorder(monkeypatch):
         recorder = TapeRecorder()
     monkeypatch.setattr(step_graph, "CudaRecorder", lambda: recorder)
     return recorder
-
-
-def make(model, *, graph, optimizer="sgd", selector=None, scheduled=False, **options):
-    model = copy.deepcopy(model).to(DEVICE)
-    torch.manual_seed(1)
-    selector = copy.deepcopy(selector or Scores()).to(DEVICE)
-    make_optimizer = {
-        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True),
-    }[optimizer]
-    # the loss of a step reads labels that are on a CPU, to check them
-    options = {"online_features": False, "check": "never", "loss": losses} | options
-    selector_optimizer = torch.optim.SGD(selector.parameters(), lr=0.05, momentum=0.9)
-    if scheduled:
-        rate = torch.tensor(0.05, dtype=torch.float64, device=DEVICE)
-        selector_optimizer = torch.optim.SGD(selector.parameters(), lr=rate, fused=True)
-        schedule = torch.optim.lr_scheduler.StepLR(selector_optimizer, 3, gamma=0.5)
-        options["selector_scheduler"] = schedule
-    return mts_fast.MTSStep(
-        model,
-        make_optimizer(model.parameters()),
-        selector,
-        selector_optimizer,
-        cuda_graph="step" if graph else False,
-        **options,
-    )
-
-
-def on_device(values):
-    return {name: value.to(DEVICE) for name, value in values.items()}
-
-
-def run(step, calls=CALLS, first=0):
-    return [step(**on_device(batch(first + seed))) for seed in range(calls)]
-
-
-def state_of(step):
-    device = DEVICE.type
-    state = snapshot(module=step.model, optimizer=step.optimizer, device=device, gradients=True)
-    state["selector"] = snapshot(
-        module=step.selector, optimizer=step.selector_optimizer, device=device
-    )
-    state["step"] = copy.deepcopy(step.state_dict())
-    return state
-
-
-def tensors_of(result: StepResult):
-    return {n: v for n, v in vars(result).items() if isinstance(v, torch.Tensor)}
 
 
 def assert_equal_runs(model, recorder, calls=CALLS, replayed=None, **options):
@@ -256,7 +173,7 @@ def test_a_loaded_state_is_recorded_anew(recorder):
     run(step), run(plain)
     step.load_state_dict(plain.state_dict())
     made = recorder.recordings
-    run(step, 4, first=20), run(plain, 4, first=20)
+    run(step, 6, first=20), run(plain, 6, first=20)
     assert recorder.recordings > made
     assert_bitwise(step.model.state_dict(), plain.model.state_dict())
     assert_bitwise(step.selector.state_dict(), plain.selector.state_dict())
@@ -266,7 +183,7 @@ def test_a_rate_that_keeps_changing_is_given_up(recorder, caplog):
     """Every change makes a recording, which costs more than a step."""
     step, plain = make(plain_model(), graph=True), make(plain_model(), graph=False)
     with caplog.at_level(logging.WARNING, "mts_fast"):
-        for seed in range(CALLS):
+        for seed in range(20):
             for one in (step, plain):
                 one.optimizer.param_groups[0]["lr"] = 0.1 / (seed + 1)
                 one(**on_device(batch(seed)))
@@ -354,7 +271,85 @@ def test_hooks_of_the_optimizer_still_run(recorder, caplog):
     step.optimizer.register_step_post_hook(lambda *_: seen.append(1))
     with caplog.at_level(logging.WARNING, "mts_fast"):
         run(step)
-    assert len(seen) == CALLS and "the optimizer has hooks" in caplog.text
+    assert len(seen) == CALLS and "an optimizer has hooks" in caplog.text
+
+
+def test_hooks_of_the_selectors_optimizer_still_run(recorder):
+    step = make(plain_model(), graph=True)
+    seen = []
+    step.selector_optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+    run(step)
+    assert len(seen) == CALLS and recorder.replays == 0
+
+
+def test_another_engine_has_a_recording_of_its_own(recorder):
+    """One that the guard has refused is not replayed."""
+    step = make(plain_model(), graph=True)
+    assert run(step, 6)[-1].engine == "ghost" and recorder.replays == 2
+    for layout, choice in list(step._engines._choices.items()):
+        refused = dataclasses.replace(choice, engine="double_backward", calls=4)
+        step._engines._choices[layout] = refused
+    results = run(step, 5, first=6)
+    assert {result.engine for result in results} == {"double_backward"}
+    assert recorder.recordings == 2
+
+
+def test_a_state_that_is_cleared_is_made_without_a_graph(recorder):
+    """Made within one, momentum would begin anew in every replay."""
+    step, plain = make(plain_model(), graph=True), make(plain_model(), graph=False)
+    run(step, 6), run(plain, 6)
+    for one in (step, plain):
+        one.optimizer.state.clear()
+    run(step, 7, first=6), run(plain, 7, first=6)
+    assert recorder.recordings == 2
+    assert_bitwise(state_of(step)["optimizer"], state_of(plain)["optimizer"])
+    assert_bitwise(step.model.state_dict(), plain.model.state_dict())
+
+
+def test_gradients_are_those_of_the_last_call(recorder):
+    """Also the selector's, which a call without a graph had replaced."""
+    step, plain = make(plain_model(), graph=True), make(plain_model(), graph=False)
+    run(step, 10), run(plain, 10)
+    assert recorder.replays > 2
+    for one, other in ((step.model, plain.model), (step.selector, plain.selector)):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        assert_bitwise(*map(list, zip(*((p.grad, q.grad) for p, q in pairs), strict=True)))
+
+
+class Pair(dict):
+    """A mapping that is not a dict: its tensors are not listed."""
+
+
+class OnPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, CLASSES).double()
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def test_inputs_whose_tensors_are_not_seen_are_not_recorded(recorder, caplog):
+    step, plain = make(OnPair(), graph=True), make(OnPair(), graph=False)
+    with caplog.at_level(logging.WARNING, "mts_fast"):
+        for seed in range(8):
+            values = on_device(batch(seed))
+            values["inputs"] = Pair(x=values["inputs"])
+            values["val_inputs"] = Pair(x=values["val_inputs"])
+            for one in (step, plain):
+                one(**values)
+    assert recorder.replays == 0 and "'Pair'" in caplog.text
+    assert_bitwise(step.model.state_dict(), plain.model.state_dict())
+
+
+def test_inputs_that_need_gradients_keep_no_graph_alive(recorder):
+    step = make(plain_model(), graph=True)
+    for seed in range(8):
+        values = on_device(batch(seed))
+        step(**values | {"inputs": (values["inputs"] * 1).requires_grad_()})
+    (recording,) = step._graph._recorded.values()
+    assert all(t.grad_fn is None for t in recording.inputs) and recorder.replays > 2
 
 
 def test_an_interrupted_recording_leaves_nothing(recorder, monkeypatch):

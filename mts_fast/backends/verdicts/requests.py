@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,11 @@ class Request:
         return cls(op, variant, backward, precision, kind, tuple(map(Shape.of, tensors)))
 
     def key(self) -> str:
+        """The key, made once."""
+        return self._key
+
+    @functools.cached_property
+    def _key(self) -> str:
         """Requests of one key share a verdict: sizes by powers of two, divisibility and layout."""
         if len(self.tensors) > MOST_TENSORS:
             together = sum(shape.bytes() for shape in self.tensors)

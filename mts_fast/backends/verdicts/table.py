@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mts_fast._check import fail
 from mts_fast._files import locked, replaced_file
 from mts_fast.backends.verdicts.environment import Environment, digest, environment
 from mts_fast.backends.verdicts.requests import Request
@@ -40,6 +41,11 @@ class Table:
 
     path: Path | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+
+    @functools.cached_property
+    def ops(self) -> frozenset[str]:
+        """The ops that have verdicts."""
+        return frozenset(name.partition(" | ")[0] for name in self.verdicts)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -75,28 +81,45 @@ def path_of(environment: Environment) -> Path | None:
     return folder() / f"{digest(environment)}.json" if choice in (CACHED, "") else Path(choice)
 
 
+class _Foreign(ValueError):
+    """A sound file, of another environment."""
+
+
 def read(path: Path, environment: Environment) -> dict[str, Verdict]:
     """The verdicts of a file. One that is missing, damaged or of another environment has none, and
     says so in a line of the log."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema must be {SCHEMA}, got {content['schema']!r}; tune again")
-        if content["environment"]["type"] != environment["type"]:
-            return {}  # a file that MTS_FAST_VERDICTS names, for the other kind of device
-        if content["environment"] != environment:
-            raise ValueError("environment must be that of this process, got another; tune again")
-        verdicts: dict[str, Verdict] = content["verdicts"]
-        for name, verdict in verdicts.items():
-            if not isinstance(verdict["wins"], bool):
-                raise ValueError(f"wins of {name!r} must be true or false, got neither; tune again")
+        return _parsed(path, environment)
     except FileNotFoundError:
         if os.environ.get(VARIABLE, CACHED) not in (CACHED, "", OFF):
             logger.warning("%s=%s is ignored: there is no such file", VARIABLE, path)
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("verdicts in %s are ignored: %s: %s", path, type(error).__name__, error)
-        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("verdicts in %s are ignored: %s", path, error)
+    return {}
+
+
+def _parsed(path: Path, environment: Environment) -> dict[str, Verdict]:
+    """The verdicts of a sound file; ValueError for another one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema, there, verdicts = (content[n] for n in ("schema", "environment", "verdicts"))
+        if schema != SCHEMA:
+            raise _Foreign(f"schema must be {SCHEMA}, got {schema!r}; tune again")
+        if there["type"] != environment["type"]:
+            return {}  # a file that MTS_FAST_VERDICTS names, for the other kind of device
+        other = [name for name in environment if there.get(name) != environment[name]]
+        if other:
+            raise _Foreign(
+                f"environment must be that of this process, got another {other[0]}; tune again"
+            )
+        for name, verdict in verdicts.items():
+            if not isinstance(verdict["wins"], bool):
+                raise ValueError(f"wins of {name!r} must be true or false, got neither; tune again")
+    except _Foreign:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the file must be one of mts-fast tune, got {got}; tune again") from None
     return verdicts
 
 
@@ -104,17 +127,42 @@ def add(
     path: Path, environment: Environment, verdicts: Mapping[str, Verdict], *, again: bool = False
 ) -> dict[str, Verdict]:
     """Add verdicts to a file, and return all that it has afterwards. Several processes may do so at
-    once. Verdicts that are there stay, unless `again`; a file that is none is put aside."""
+    once. Verdicts that are there stay, unless `again`; a file that is none is put aside.
+
+    Raises:
+        ValueError: the file is sound, but of another environment.
+        OSError: it cannot be read or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
-        present = read(path, environment)
-        if path.exists() and not present:
-            os.replace(path, path.with_suffix(".damaged"))
+        present: dict[str, Verdict] = {}
+        if path.exists():
+            check_can_add(path, environment)
+            try:
+                present = _parsed(path, environment)
+            except ValueError:
+                os.replace(path, path.with_suffix(".damaged"))
         merged = {**present, **verdicts} if again else {**verdicts, **present}
         with replaced_file(OP, path) as part:
             content = {"schema": SCHEMA, "environment": environment, "verdicts": merged}
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return merged
+
+
+def check_can_add(path: Path, environment: Environment) -> None:
+    """Refuse a sound file of another environment, which may be committed beside someone's code."""
+    kind = environment["type"]
+    hint = f"name another file in {VARIABLE}, or move this one away"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        other = content["environment"]["type"]
+        _parsed(path, environment)
+    except _Foreign as error:
+        fail(ValueError, OP, str(path), "of this environment", f"one where {error}", hint)
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # missing or damaged
+    if other != kind:
+        fail(ValueError, OP, str(path), f"for {kind}", f"one for {other}", hint)
 
 
 _tables: dict[torch.device, Table] = {}

@@ -365,3 +365,22 @@ def test_numbers_on_a_device_take_the_reference(option, device):
     with recorded_launches() as launches:
         (updated,) = run([p.detach()], gradients, [dataclasses.replace(state, **{option: moved})])
     assert relative(updated, expected) < 1e-14 and not launches  # observed 0
+
+
+def test_parameters_of_a_group_that_count_in_different_places(device):
+    """One that was just unfrozen has no state, and its count is a number on the host."""
+    from mts_fast.backends.triton.kernels.virtual_update import virtual_update as kernel
+
+    p, g, m, s = (draw([(5,)] * 3, device, torch.float32, seed) for seed in range(4))
+    group = AdamState(0.1, (0.9, 0.99))
+    counts = [torch.tensor(float(n), device=device) for n in (3, 7)]
+    states = [
+        group.live(exp_avg=m[0], exp_avg_sq=s[0] ** 2, step=counts[0]),
+        group.live(step=0.0),
+        group.live(exp_avg=m[2], exp_avg_sq=s[2] ** 2, step=counts[1]),
+    ]
+    for order in ((0, 1, 2), (1, 0, 2)):
+        rows = [[column[i] for i in order] for column in (p, g, states)]
+        updated, _, _ = kernel(*rows)
+        for made, *row in zip(updated, *rows, strict=True):
+            torch.testing.assert_close(made, reference.virtual_update(*row))

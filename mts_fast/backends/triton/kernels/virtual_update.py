@@ -87,12 +87,13 @@ def _by_rule(
 ) -> dict[tuple[type, tuple[bool, ...]], list[int]]:
     """Which parameters have which rule, and whether lr and steps taken are on the device."""
     together: dict[tuple[type, tuple[bool, ...]], list[int]] = defaultdict(list)
-    known: dict[int, list[int]] = {}  # by the group of the parameter
+    # by the group of the parameter; those that have taken no step count on the host
+    known: dict[tuple[int, bool], list[int]] = {}
     for i, state in enumerate(states):
-        group = id(state.base or state)
+        step = None if isinstance(state, SGDState) else state.step
+        group = id(state.base or state), isinstance(step, Tensor)
         members = known.get(group)
         if members is None:
-            step = None if isinstance(state, SGDState) else state.step
             where = tuple(_is_on(parameters[i].device, value) for value in (state.lr, step))
             members = known[group] = together[type(state), where]
         members.append(i)
