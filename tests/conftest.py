@@ -15,6 +15,7 @@ os.environ["MTS_FAST_VERDICTS"] = "off"
 
 from mts_fast import use_backend
 from mts_fast.backends.registry import backend_reasons
+from mts_fast.backends.verdicts import table
 
 
 def pytest_configure(config):
@@ -38,6 +39,16 @@ def seeded():
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder of verdicts for the test, read anew."""
+    monkeypatch.setenv("MTS_FAST_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MTS_FAST_VERDICTS", "cached")
+    table.forget()
+    yield tmp_path / "cache" / "verdicts"
+    table.forget()
 
 
 @pytest.fixture(params=["reference", "cpp", "triton"])

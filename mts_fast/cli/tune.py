@@ -59,7 +59,7 @@ def run_tune(
 def line_of(judged: Judged) -> str:
     """One verdict as text."""
     what = f"{judged.request.op} {judged.request.variant}".strip()
-    shapes = judged.request.key().rpartition(" | ")[2]
+    shapes = judged.request.key.rpartition(" | ")[2]
     verdict = judged.verdict
     if verdict is None:
         return f"{what}: not judged, {judged.why} ({shapes})"

@@ -116,16 +116,20 @@ def _transaction(step: StepParts) -> Transaction:
 def _by_graph(step: StepParts, graph: StepGraph, call: Call) -> StepResult | None:
     """The step by replay of its recording; None where it has to run without one."""
     layout = step._engines.layout_of(call.batch)
-    if not step._knows_writes or not graph.replays(step, call, layout):
+    probing = call.updates_selector and step._engines.is_probing(layout)
+    if probing or not step._knows_writes:
         return None
-    if graph.needs_recording(step, call, layout):
+    kind = graph.kind_of(step, call, layout)
+    if not graph.replays(step, kind):
+        return None
+    if graph.needs_recording(kind):
         # nothing is computed in a recording, but objects are put in place of others
         transaction = _transaction(step)
         try:
-            graph.record(step, call, layout, lambda static: _bare_step(step, static, layout))
+            graph.record(step, kind, lambda static: _bare_step(step, static, layout))
         except Exception as error:
             run_to_completion(transaction.roll_back)
-            graph.refuse(step, call, layout, error)
+            graph.refuse(kind, error)
             return None
         except BaseException:
             run_to_completion(transaction.roll_back)
@@ -134,7 +138,7 @@ def _by_graph(step: StepParts, graph: StepGraph, call: Call) -> StepResult | Non
     engines = step._engines
     engines.begin()
     try:
-        result, allowed = graph.replay(step, call, layout)
+        result, allowed = graph.replay(kind)
         if step.selector_scheduler is not None:
             step.selector_scheduler.step()
     except BaseException:

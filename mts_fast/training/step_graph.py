@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from mts_fast._check import fail
 from mts_fast._isolation import RngState, World, without_device_generators
+from mts_fast.backends.columns import devices_of
 from mts_fast.backends.precision import allows_tf32
 from mts_fast.hypergradient.double_backward import DoubleBackward
 from mts_fast.hypergradient.ghost import Ghost
@@ -66,6 +67,17 @@ class Recording:
     replay: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A call with what decides whether it is recorded."""
+
+    key: object  # calls of equal key share a recording
+    call: Call
+    tensors: list[Tensor]
+    unseen: list[str]  # classes of inputs whose tensors are not among them
+    engine: str
+
+
 class StepGraph:
     """The recordings of an `MTSStep`, by the shapes and the kind of a call."""
 
@@ -95,23 +107,24 @@ class StepGraph:
         recorder.check("selector_optimizer", selector_optimizer)
         return cls(recorder)
 
-    def key(self, step: StepParts, call: Call, layout: str) -> object:
-        """What calls have in common that share a recording."""
-        tensors, structure, _ = _flattened(call)
+    @staticmethod
+    def kind_of(step: StepParts, call: Call, layout: str) -> Kind:
+        """What the call is for the graphs; asked once a call."""
+        tensors, structure, unseen = _flattened(call)
         engine = step._engines.engine_for(layout).name
         casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
-        return (
+        key = (
             tuple((t.shape, t.dtype, t.device, t.stride()) for t in tensors),
             structure,
             (call.updates_selector, call.weighted, call.schedule),
             (layout, engine, step._world.modes(), tuple(casts)),
         )
+        return Kind(key, call, tensors, unseen, engine)
 
-    def reasons(self, step: StepParts, call: Call, layout: str, key: object) -> list[str]:
+    def reasons(self, step: StepParts, kind: Kind) -> list[str]:
         """Why this call cannot be recorded; empty where it can."""
-        engine = step._engines.engine_for(layout).name
-        on_host, draws, scores_draw = self._draws.get(key, (False, False, False))
-        _, _, others = _flattened(call)
+        call, engine = kind.call, kind.engine
+        on_host, draws, scores_draw = self._draws.get(kind.key, (False, False, False))
         forward_once = engine in FORWARD_ONCE and step._micro_batch is None
         reasons = {
             "its values are checked (check=)": call.check_values,
@@ -119,8 +132,8 @@ class StepGraph:
             "its losses are scaled (scaler=)": step.scaler is not None,
             "track_gsnr= draws and reads": step.track_gsnr,
             "the model is compiled": step._objective.is_compiled,
-            "the call and the modules are not on one device": len(_devices(step, call)) > 1,
-            f"inputs hold {others[:1]}, whose tensors are not seen": bool(others),
+            "the call and the modules are not on one device": len(_devices(step, kind)) > 1,
+            f"inputs hold {kind.unseen[:1]}, whose tensors are not seen": bool(kind.unseen),
             "a forward draws random numbers on the host": on_host,
             "a forward writes to parameters": bool(step._world.written),
             f"engine {engine!r} runs the forward again, which draws random numbers": draws
@@ -130,25 +143,22 @@ class StepGraph:
             "the selector draws random numbers, in row 1 and again in row 9": scores_draw,
             "the selector's batch draws random numbers": draws and call.selector_batch is not None,
             "an optimizer has hooks": _has_hooks(step.optimizer, step.selector_optimizer),
-            self._refused.get(key, ""): key in self._refused,
+            self._refused.get(kind.key, ""): kind.key in self._refused,
         }
         return [why for why, holds in reasons.items() if holds]
 
-    def replays(self, step: StepParts, call: Call, layout: str) -> bool:
+    def replays(self, step: StepParts, kind: Kind) -> bool:
         """Whether the call is to be replayed; the reason why not is logged once."""
-        if call.updates_selector and step._engines.is_probing(layout):
+        if self._eager[kind.key] < EAGER_CALLS:
             return False
-        key = self.key(step, call, layout)
-        if self._eager[key] < EAGER_CALLS:
-            return False
-        recording = self._recorded.get(key)
+        recording = self._recorded.get(kind.key)
         if recording is not None and recording.memory != _memory(step):
             # state that is new is made by calls without a graph: made within one, it would be made
             # again in every replay
-            del self._recorded[key]
-            self._eager[key] = 0
+            del self._recorded[kind.key]
+            self._eager[kind.key] = 0
             return False
-        reasons = self.reasons(step, call, layout, key)
+        reasons = self.reasons(step, kind)
         if reasons and reasons[0] not in self._said:
             logger.warning("MTSStep: cuda_graph='step' runs without a graph: %s", reasons[0])
             self._said.add(reasons[0])
@@ -158,38 +168,37 @@ class StepGraph:
         self, step: StepParts, call: Call, layout: str, before: RngState, batch: BatchRun
     ) -> None:
         """A call has run without a graph, from these generators."""
-        key = self.key(step, call, layout)
+        # the engine may be another one than when the call began
+        key = self.kind_of(step, call, layout).key
         self._eager[key] += 1
         moved = RngState.capture(step._world).moved_since(before)
         _, scored = batch.after_scoring.moved_since(batch.before_scoring)
         known = self._draws.get(key, (False, False, False))
         self._draws[key] = known[0] or moved[0], known[1] or moved[1], known[2] or scored
 
-    def needs_recording(self, step: StepParts, call: Call, layout: str) -> bool:
+    def needs_recording(self, kind: Kind) -> bool:
         """Whether there is no recording of such a call."""
-        return self.key(step, call, layout) not in self._recorded
+        return kind.key not in self._recorded
 
-    def record(self, step: StepParts, call: Call, layout: str, run: Run) -> None:
+    def record(self, step: StepParts, kind: Kind, run: Run) -> None:
         """Record the step without taking it; `run(call)` would take it.
 
         Raises:
             RuntimeError: by torch, where the step waits for the device or is otherwise unfit; or
                 after MOST_RECORDINGS.
         """
-        key = self.key(step, call, layout)
         memory = _memory(step)
-        self._made[key] += 1
-        if self._made[key] > MOST_RECORDINGS:
-            got = f"the {self._made[key]}th recording of one kind of call"
+        self._made[kind.key] += 1
+        if self._made[kind.key] > MOST_RECORDINGS:
+            got = f"the {self._made[kind.key]}th recording of one kind of call"
             hint = "keep learning rates that a scheduler moves in tensors on the GPU"
             fail(RuntimeError, OP, "what a graph holds", "the same in every call", got, hint)
-        tensors, _, _ = _flattened(call)
-        static = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+        static = [t.detach().clone(memory_format=torch.preserve_format) for t in kind.tensors]
         captured: list[tuple[StepResult, Tensor | None]] = []
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
             with autocast_without_cache(inputs[0].device.type), without_device_generators():
-                captured.append(run(_with_tensors(call, list(inputs))))
+                captured.append(run(_with_tensors(kind.call, list(inputs))))
             return ()
 
         replay = self._recorder.record(function, static)
@@ -203,13 +212,13 @@ class StepGraph:
         gradients = [(p, p.grad) for group in groups for p in group["params"]]
         while len(self._recorded) >= MOST_KEPT:  # each holds the memory of a whole step
             del self._recorded[next(iter(self._recorded))]
-        self._recorded[key] = Recording(memory, static, result, allowed, gradients, replay)
+        recording = Recording(memory, static, result, allowed, gradients, replay)
+        self._recorded[kind.key] = recording
 
-    def replay(self, step: StepParts, call: Call, layout: str) -> tuple[StepResult, Tensor | None]:
+    def replay(self, kind: Kind) -> tuple[StepResult, Tensor | None]:
         """Take the step by its recording: the result, and the largest gap of right dots."""
-        recording = self._recorded[self.key(step, call, layout)]
-        tensors, _, _ = _flattened(call)
-        for static, tensor in zip(recording.inputs, tensors, strict=True):
+        recording = self._recorded[kind.key]
+        for static, tensor in zip(recording.inputs, kind.tensors, strict=True):
             static.copy_(tensor.detach())
         recording.replay()
         for parameter, gradient in recording.gradients:
@@ -217,10 +226,10 @@ class StepGraph:
         allowed = recording.allowed
         return detached_copy(recording.result), None if allowed is None else allowed.clone()
 
-    def refuse(self, step: StepParts, call: Call, layout: str, error: Exception) -> None:
+    def refuse(self, kind: Kind, error: Exception) -> None:
         """A recording has failed: this kind of call is not recorded again."""
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        self._refused[self.key(step, call, layout)] = why
+        self._refused[kind.key] = why
 
 
 def detached_copy(result: StepResult) -> StepResult:
@@ -243,11 +252,10 @@ def _flattened(call: Call) -> tuple[list[Tensor], object, list[str]]:
     return tensors, (structure, plain), unseen
 
 
-def _devices(step: StepParts, call: Call) -> set[torch.device]:
+def _devices(step: StepParts, kind: Kind) -> set[torch.device]:
     """Where the tensors of a call and of its modules are."""
     world: World = step._world
-    tensors, _, _ = _flattened(call)
-    return {t.device for t in (*tensors, *world.parameters(), *world.buffers())}
+    return devices_of([*kind.tensors, *world.parameters(), *world.buffers()])
 
 
 def _with_tensors(call: Call, tensors: list[Tensor]) -> Call:

@@ -87,7 +87,7 @@ def case_of(request: Request, device: torch.device) -> Case | None:
     make = _MAKERS.get(request.op)
     if make is None:
         return None
-    generator = torch.Generator(device).manual_seed(zlib.crc32(request.key().encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(request.key.encode()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         tensors = [_tensor(shape, device, generator) for shape in request.tensors]

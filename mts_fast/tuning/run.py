@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from mts_fast.backends.verdicts.requests import Request
 from mts_fast.backends.verdicts.table import Verdict
 from mts_fast.tuning.judge import Timer, judge
 from mts_fast.tuning.timing import on_device
-
-logger = logging.getLogger("mts_fast")
 
 OP = "tune"
 
@@ -73,11 +70,10 @@ def tune(
         A process that has chosen already keeps its choices: verdicts hold from its next start on.
     """
     here, path = environment(device), path_for(device)
-    table.check_can_add(path, here)
-    present = table.read(path, here)
+    present = table.to_extend(path, here) or {}
     done: set[str] = set()
     for request in requests:
-        key = request.key()
+        key = request.key
         if request.device != device.type or key in done:
             continue
         done.add(key)

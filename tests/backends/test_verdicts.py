@@ -18,18 +18,10 @@ from mts_fast.backends.verdicts.environment import environment
 from mts_fast.backends.verdicts.requests import Request, read_requests, record_requests
 from mts_fast.ops import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 3, 2, 1])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A folder of verdicts for the test, read anew."""
-    monkeypatch.setenv("MTS_FAST_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("MTS_FAST_VERDICTS", "cached")
-    table.forget()
-    yield tmp_path / "cache" / "verdicts"
-    table.forget()
 
 
 def request_of(op, *tensors, variant=""):
@@ -51,34 +43,34 @@ def judge(request, backend, wins):
 def test_keys_stay():
     """A change of these orphans every user's verdicts."""
     x = torch.zeros(300, 50_257, dtype=torch.bfloat16)
-    assert request_of("cross_entropy", x).key() == (
+    assert request_of("cross_entropy", x).key == (
         "cross_entropy |  | forward | ieee | bfloat16[2^9, 2^16%1] rows"
     )
     y = torch.zeros(8, 64, 100)
-    assert request_of("sample_dot", y.transpose(1, 2), y[:, :, 1:].transpose(1, 2)).key() == (
+    assert request_of("sample_dot", y.transpose(1, 2), y[:, :, 1:].transpose(1, 2)).key == (
         "sample_dot |  | forward | ieee | float32[2^3, 2^7%4, 2^6%16] axes 021; "
         "float32[2^3, 2^7%1, 2^6%16] axes 021 with gaps shifted"
     )
     many = [torch.zeros(10, 10) for _ in range(6)]
-    assert request_of("virtual_update", *many, variant="AdamState").key() == (
+    assert request_of("virtual_update", *many, variant="AdamState").key == (
         "virtual_update | AdamState | forward | ieee | 2^3 tensors of 2^12 bytes; float32; rows"
     )
 
 
 def test_a_key_has_what_another_kernel_is_taken_for():
     x = torch.zeros(4, 6, requires_grad=True)
-    plain = request_of("cross_entropy", x.detach()).key()
-    assert request_of("cross_entropy", x).key() != plain
+    plain = request_of("cross_entropy", x.detach()).key
+    assert request_of("cross_entropy", x).key != plain
     with torch.no_grad():
-        assert request_of("cross_entropy", x).key() == plain
+        assert request_of("cross_entropy", x).key == plain
     with torch.autocast("cpu", torch.bfloat16):
-        assert request_of("cross_entropy", x.detach()).key() != plain
-    assert request_of("cross_entropy", x.detach(), variant="statistics").key() != plain
+        assert request_of("cross_entropy", x.detach()).key != plain
+    assert request_of("cross_entropy", x.detach(), variant="statistics").key != plain
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     try:
         products.fp32_precision = "tf32"
-        assert request_of("cross_entropy", x.detach()).key() != plain
+        assert request_of("cross_entropy", x.detach()).key != plain
     finally:
         products.fp32_precision = before
 

@@ -19,18 +19,11 @@ from mts_fast.tuning.judge import judge, relative_error
 from mts_fast.tuning.run import tune
 from mts_fast.tuning.timing import DeviceTimes, interleaved, on_device
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CPU = torch.device("cpu")
 X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 REQUEST = Request.of("cross_entropy", "", [X])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MTS_FAST_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("MTS_FAST_VERDICTS", "cached")
-    table.forget()
-    yield tmp_path / "cache" / "verdicts"
-    table.forget()
 
 
 @pytest.fixture

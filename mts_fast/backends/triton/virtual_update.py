@@ -78,15 +78,12 @@ def _run(
     from mts_fast.backends.triton.kernels import virtual_update as kernel
 
     rows = list(zip(parameters, gradients, states, along or parameters, strict=True))
-    supported: dict[int, bool] = {}  # by group of the optimizer
-    for s in states:
-        group = id(getattr(s, "base", None) or s)
-        if group not in supported:
-            supported[group] = _has_kernel(s)
+    # by group of the optimizer
+    supported = {origin: _has_kernel(s) for origin, s in {s.origin: s for s in states}.items()}
     if all(supported.values()) and _all_fit(parameters, gradients, states, along):
         fitting = [True] * len(rows)
     else:
-        fitting = [_has_kernel(s) and _fits(p, g, s, v) for p, g, s, v in rows]
+        fitting = [supported[s.origin] and _fits(p, g, s, v) for p, g, s, v in rows]
     served = [row for row, fits in zip(rows, fitting, strict=True) if fits]
     updated, direction, counts = kernel.virtual_update(
         [p for p, _, _, _ in served],

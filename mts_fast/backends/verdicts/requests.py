@@ -66,12 +66,8 @@ class Request:
         backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return cls(op, variant, backward, precision, kind, tuple(map(Shape.of, tensors)))
 
-    def key(self) -> str:
-        """The key, made once."""
-        return self._key
-
     @functools.cached_property
-    def _key(self) -> str:
+    def key(self) -> str:
         """Requests of one key share a verdict: sizes by powers of two, divisibility and layout."""
         if len(self.tensors) > MOST_TENSORS:
             together = sum(shape.bytes() for shape in self.tensors)

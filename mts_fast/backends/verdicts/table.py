@@ -60,7 +60,7 @@ class Table:
 
 def name_of(request: Request, backend: str) -> str:
     """The name of a verdict in its file."""
-    return f"{request.key()} | {backend}"
+    return f"{request.key} | {backend}"
 
 
 def folder() -> Path:
@@ -85,11 +85,17 @@ class _Foreign(ValueError):
     """A sound file, of another environment."""
 
 
+class _OtherDevice(_Foreign):
+    """A sound file, for the other kind of device."""
+
+
 def read(path: Path, environment: Environment) -> dict[str, Verdict]:
     """The verdicts of a file. One that is missing, damaged or of another environment has none, and
     says so in a line of the log."""
     try:
         return _parsed(path, environment)
+    except _OtherDevice:
+        pass  # MTS_FAST_VERDICTS names one file for a process that uses both
     except FileNotFoundError:
         if os.environ.get(VARIABLE, CACHED) not in (CACHED, "", OFF):
             logger.warning("%s=%s is ignored: there is no such file", VARIABLE, path)
@@ -106,7 +112,7 @@ def _parsed(path: Path, environment: Environment) -> dict[str, Verdict]:
         if schema != SCHEMA:
             raise _Foreign(f"schema must be {SCHEMA}, got {schema!r}; tune again")
         if there["type"] != environment["type"]:
-            return {}  # a file that MTS_FAST_VERDICTS names, for the other kind of device
+            raise _OtherDevice(f"for {environment['type']}, got one for {there['type']}")
         other = [name for name in environment if there.get(name) != environment[name]]
         if other:
             raise _Foreign(
@@ -135,13 +141,10 @@ def add(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
-        present: dict[str, Verdict] = {}
-        if path.exists():
-            check_can_add(path, environment)
-            try:
-                present = _parsed(path, environment)
-            except ValueError:
-                os.replace(path, path.with_suffix(".damaged"))
+        present = to_extend(path, environment)
+        if present is None:
+            os.replace(path, path.with_suffix(".damaged"))
+            present = {}
         merged = {**present, **verdicts} if again else {**verdicts, **present}
         with replaced_file(OP, path) as part:
             content = {"schema": SCHEMA, "environment": environment, "verdicts": merged}
@@ -149,20 +152,27 @@ def add(
     return merged
 
 
-def check_can_add(path: Path, environment: Environment) -> None:
-    """Refuse a sound file of another environment, which may be committed beside someone's code."""
-    kind = environment["type"]
+def to_extend(path: Path, environment: Environment) -> dict[str, Verdict] | None:
+    """The verdicts of a file that is to get more: none where it is missing; None where it is
+    damaged.
+
+    Raises:
+        ValueError: the file is sound, but of another environment: perhaps committed beside
+            someone's code.
+    """
     hint = f"name another file in {VARIABLE}, or move this one away"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        other = content["environment"]["type"]
-        _parsed(path, environment)
+        return _parsed(path, environment)
+    except FileNotFoundError:
+        return {}
+    except _OtherDevice as error:
+        expected, _, got = str(error).partition(", got ")
+        fail(ValueError, OP, str(path), expected, got, hint)
     except _Foreign as error:
         fail(ValueError, OP, str(path), "of this environment", f"one where {error}", hint)
-    except (OSError, ValueError, TypeError, KeyError):
-        return  # missing or damaged
-    if other != kind:
-        fail(ValueError, OP, str(path), f"for {kind}", f"one for {other}", hint)
+    except ValueError as error:
+        logger.warning("verdicts in %s are ignored: %s", path, error)
+        return None
 
 
 _tables: dict[torch.device, Table] = {}

@@ -32,6 +32,13 @@ class State(ABC):
 
     # whether the rule divides by the root of a second moment
     has_second_moment: bool = True
+    # the state that it was made from by `live`, whose hyper-parameters it has; None: by itself
+    base: State | None = None
+
+    @property
+    def origin(self) -> int:
+        """Equal for states that were made from one, whose hyper-parameters they have."""
+        return id(self.base or self)
 
     @abstractmethod
     def updated(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -58,8 +65,6 @@ class ElementwiseState(State):
     #: names of its tensors of the parameter's shape, each None before it exists
     tensors: ClassVar[tuple[str, ...]]
     lr: Number
-    #: the state that it was made from by `live`, whose hyper-parameters it has; None: by itself
-    base: ElementwiseState | None = None
 
     def live(self, **fields: Tensor | Number | None) -> Self:
         """This state with other tensors, or steps taken; cheaper than reading a group anew."""

@@ -91,7 +91,7 @@ def _by_rule(
     known: dict[tuple[int, bool], list[int]] = {}
     for i, state in enumerate(states):
         step = None if isinstance(state, SGDState) else state.step
-        group = id(state.base or state), isinstance(step, Tensor)
+        group = state.origin, isinstance(step, Tensor)
         members = known.get(group)
         if members is None:
             where = tuple(_is_on(parameters[i].device, value) for value in (state.lr, step))
@@ -167,7 +167,7 @@ def _scalars_of(
             variant: Number = float(state.buffer is None)
         else:
             variant = 0.0 if on_device[1] else state.step
-        key = id(state.base or state), variant
+        key = state.origin, variant
         scalars = made.get(key)
         if scalars is None:
             scalars = made[key] = _scalars(state, hypergradient_lr, on_device)
