@@ -12,7 +12,7 @@ from mts_fast._check import check_module, fail
 from mts_fast._isolation import preserved_buffers, preserved_rng
 from mts_fast.hypergradient.choice import ENGINES, make_engine
 from mts_fast.hypergradient.engine import Engine
-from mts_fast.hypergradient.ghost import Capture, Ghost
+from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
 from mts_fast.hypergradient.refused import Refused
 
@@ -136,7 +136,7 @@ def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str]
     final = False
     world = ghost.objective.world
     with preserved_rng(world), preserved_buffers(world):
-        capture = Capture(ghost.names, len(batch))
+        capture = ghost.capture(batch)
         try:
             with capture:
                 ghost.objective.losses(batch)
@@ -147,10 +147,15 @@ def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str]
             reasons = [*capture.reasons, *refused.reasons]
             final = refused.final
     calls: dict[str, list[str]] = {path: [] for path in ghost.names.values()}
+    derived = {id(d.leaf): d.paths for d in capture.derived}
     for use in capture.recorded:
-        kind = "copy per sample" if use.call is None else use.call.rule.function.__name__
+        kind = "entries per sample" if use.call is None else use.call.rule.function.__name__
         for source in use.sources.values():
-            calls[ghost.names[source.parameter]].append(kind)
+            if id(source.root) in derived:
+                for path in derived[id(source.root)]:
+                    calls[path].append(f"derived, {kind}")
+            else:
+                calls[ghost.names[source.root]].append(kind)
     return {path: _counted(kinds) for path, kinds in calls.items()}, reasons, final
 
 

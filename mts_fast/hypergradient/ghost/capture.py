@@ -1,44 +1,43 @@
 """Watches a forward: every call that uses a tracked parameter is recorded, or named as unsupported.
 
 It works on function calls, not modules: functional code, tied weights, layers called twice and
-attention's packed projections are all seen. A parameter that meets other tensors elementwise (a
-position embedding, a class token, a layer scale) is passed on as one copy per sample, whose
-gradient is then the per-sample gradient. A use without a gradient (under torch.no_grad, as in a
-momentum encoder) is not recorded: it adds nothing to autograd's gradient.
+attention's packed projections are all seen. What parameters and constants alone are made into
+(1 + w, a table indexed by positions) is derived: layers get a leaf in its place, and the graph of
+the parameters is kept by itself. A use without a gradient (under torch.no_grad, as in a momentum
+encoder) is not recorded: it adds nothing to autograd's gradient.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.autograd.graph import Node
 
 from mts_fast._ambient import FunctionMode
 from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
+from mts_fast.hypergradient.ghost.calls import Call, tensors_in
+from mts_fast.hypergradient.ghost.provenance import SPREADS, Origin, Provenance
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
-from mts_fast.hypergradient.ghost.source import ParameterSource
-from mts_fast.hypergradient.ghost.watch import may_mix, move_of, plain_name
+from mts_fast.hypergradient.ghost.source import Derived, ParameterSource
+from mts_fast.hypergradient.ghost.uses import Uses
+from mts_fast.hypergradient.ghost.watch import may_mix, move_of
 
-# linear maps of one tensor that move or cast its entries
+# linear maps of one parameter that move or cast its entries
 VIEWS = {
     "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze",
     "chunk", "split", "unbind", "select", "narrow", "__getitem__", "contiguous", "view_as",
-    "to", "float", "double", "bfloat16", "half", "type_as",
+    "to", "float", "double", "bfloat16", "half", "type_as", "T", "mT", "H", "mH",
 }  # fmt: skip
-ELEMENTWISE = {
-    "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__",
-    "div", "__truediv__", "true_divide", "addcmul",
-}  # fmt: skip
-# ways to spread a parameter with a leading axis of 1 over the batch
-SPREAD = {"expand", "expand_as", "repeat"}
+# functions that read no more than the shape or the dtype of their other tensors
+LIKE_OTHERS = {"type_as", "view_as", "expand_as", "reshape_as", "to"}
 
 # what a tensor tells of itself without its values or a view
 PROPERTIES = {
@@ -56,184 +55,168 @@ Layout = tuple[object, ...]
 class Capture(FunctionMode):
     """Active during one forward of `batch_size` samples.
 
-    Embedding calls are numbered from 0. `shared_rows` holds the numbers of those whose index of B
-    entries holds positions, which all samples share, and not one entry per sample.
+    Args:
+        names: parameter -> its dotted path.
+        batch_size: B.
+        samples: the tensors of the batch.
+        constants: tensors that do not change with it, as buffers.
+        shared: numbers of the guesses (see `Uses`) that turned out wrong.
+        cut: see `Uses`.
     """
 
     def __init__(
         self,
         names: Mapping[Tensor, str],
         batch_size: int,
-        shared_rows: Iterable[int] = (),
+        samples: Iterable[Tensor] = (),
+        constants: Iterable[Tensor] = (),
+        shared: Iterable[int] = (),
+        *,
+        cut: bool = False,
     ) -> None:
         super().__init__()
-        self.names = names  # parameter -> its dotted path
+        self.names = names
         self.batch_size = batch_size
-        self.recorded: list[RecordedCall] = []
-        self.reasons: list[str] = []
         # whether a call might exchange entries of samples, depending on values
         self.may_mix = False
-        # of embeddings whose index could be either: position in `recorded` -> number of the call
-        self.ambiguous_rows: dict[int, int] = {}
-        self._shared_turns = set(shared_rows)
-        self._embeddings = 0
+        self._shared = frozenset(shared)
+        self._uses = Uses(batch_size, self._shared, cut=cut)
         self._moves: list[object] = []
-        self._sources = {id(parameter): ParameterSource(parameter) for parameter in names}
+        self._sources: dict[int, ParameterSource | Derived] = {
+            id(parameter): ParameterSource(parameter) for parameter in names
+        }
+        self._derived: list[Derived] = []
         self._alive: list[Any] = []  # an id is unique only while its tensor exists
         self._ranges: set[int] = set()  # ids of the results of torch.arange
+        self._provenance = Provenance(batch_size, samples, constants)
+        # autograd functions that were given tracked tensors: paths, and whether samples were, too
+        self._functions: dict[FunctionCtx, tuple[set[str], bool]] = {}
+        self._adopted: set[FunctionCtx] = set()
+
+    @property
+    def recorded(self) -> list[RecordedCall]:
+        """Every use, in the order of the forward."""
+        return self._uses.recorded
+
+    @property
+    def guesses(self) -> dict[int, int]:
+        """Uses that meet samples by the shape of a tensor alone: position -> number."""
+        return self._uses.guesses
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why this forward is not served."""
+        inside = [
+            f"{', '.join(sorted(paths))} is used inside {type(f).__name__.removesuffix('Backward')}"
+            for f, (paths, _) in self._functions.items()
+            if f not in self._adopted
+        ]
+        return [*self._uses.reasons, *inside]
+
+    @property
+    def derived(self) -> list[Derived]:
+        """The derived tensors that layers used."""
+        return [d for d in self._derived if d.is_used]
+
+    def roots(self) -> dict[Tensor, str]:
+        """Parameters and leaves whose gradients autograd has, and their paths."""
+        spread = self._uses.spread
+        return {**self.names, **{d.leaf: d.path for d in self.derived if id(d.leaf) not in spread}}
 
     def layout(self) -> Layout:
         """Identifies the forwards for which a check of this one is valid."""
         calls = [(r.call.rule.function if r.call else None, len(r.shape)) for r in self.recorded]
-        return (*calls, *self._moves, *sorted(self._shared_turns))
+        return (*calls, *self._moves, *sorted(self._shared))
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in PROPERTIES:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
-        sources = self._sources
-        used = [t for t in _tensors(args, kwargs) if id(t) in sources]
-        if torch.is_grad_enabled():  # a view made under no_grad is a constant
-            used = [t for t in used if t.requires_grad]
-        rule = rule_of(func)
-        if rule is not None:
-            y = self._layer(LayerCall(rule, args, kwargs), used)
-            if not used:
-                self._watch(func, args, kwargs, y)
-            return y
+        call, sources = Call(func, args, kwargs), self._sources
+        if self._functions:
+            self._adopt(call.tensors)
+        used = [t for t in call.tensors if id(t) in sources]
+        if not torch.is_grad_enabled():
+            if used:
+                self._without_gradient(used, call.tensors)
+            return self._run(call)
+        used = [t for t in used if t.requires_grad]  # a view made under no_grad is a constant
         if not used:
-            result = func(*args, **kwargs)
-            self._watch(func, args, kwargs, result)
-            return result
-        name = getattr(func, "__name__", str(func))
-        if name in VIEWS and len(used) == 1 and args and args[0] is used[0]:
-            return self._view(func, args, kwargs)
-        if name == "__get__":
-            result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and result.requires_grad:
-                return self._view(func, args, kwargs)
-            return result
-        spread = self._spread(name, args, used)
-        if spread is not None:
-            return func(*spread, **kwargs)
-        result = func(*args, **kwargs)
-        paths = ", ".join(sorted({self._path(t) for t in used}))
-        if any(t.requires_grad for t in _tensors(result)):
-            self.reasons.append(f"{paths} is used by {name}, which the engine cannot replay")
-        elif _tensors(result):
-            self._without_gradient(paths)
+            self._name_coupling(call)
+            return self._run(call)
+        if self._meets_samples(call):
+            entries = {id(t): sources[id(t)] for t in used}
+            return self._uses.run(call, entries, self._paths, self._watch)
+        return self._derive(call, used)
+
+    def _run(self, call: Call) -> Any:
+        """A call without tracked tensors."""
+        result = call.run()
+        self._watch(call, result)
+        self._provenance.note(call.name, call.tensors, tensors_in(result), call.written)
         return result
 
-    def _watch(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        """Note moves of axes, and calls between layers that might exchange entries of samples."""
-        if func is torch.arange:
-            self._ranges.add(id(result))
-            self._alive.append(result)
-        name = plain_name(func)
-        changed = args[:1] if name == "__setitem__" else result
-        if not any(t.requires_grad for t in _tensors(changed)):
-            self._watch_inside(name, args, kwargs)
-            return
-        move = move_of(name, args, kwargs)
-        if move is not None:
-            self._moves.append(move)
-        elif not self.may_mix:
-            self.may_mix = self._may_mix(name, args, kwargs)
+    def _name_coupling(self, call: Call) -> None:
+        rule = rule_of(call.function)
+        if rule is not None:
+            why = rule.couples_samples(LayerCall(rule, call.args, call.kwargs))
+            if why is not None:
+                self._uses.reasons.append(f"a {rule.function.__name__} without parameters: {why}")
 
-    def _watch_inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The same for calls inside an autograd function's forward, whose results have no graph."""
-        if (
-            not self.may_mix
-            and not torch.is_grad_enabled()
-            and any(t.requires_grad for t in _tensors(args, kwargs))
-            and self._may_mix(name, args, kwargs)
-        ):
-            self.may_mix = _surrounding_function() is not None
-
-    def _may_mix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        size = self.batch_size
-        return may_mix(name, args, kwargs, size, lambda index: id(index) in self._ranges)
-
-    def _without_gradient(self, paths: str) -> None:
-        """A use under no_grad: unsupported only in an autograd function with its own backward."""
-        if torch.is_grad_enabled():
-            return
-        function = _surrounding_function()
-        if function is None:
-            return
-        name = type(function).__name__.removesuffix("Backward")
-        self.reasons.append(f"{paths} is used inside {name}")
-
-    def _path(self, tensor: Tensor) -> str:
-        return self.names[self._sources[id(tensor)].parameter]
-
-    def _layer(self, call: LayerCall, used: list[Tensor]) -> Tensor:
-        function = call.rule.function
-        path = self._path(used[0]) if used else f"a {function.__name__} without parameters"
-        why = call.rule.couples_samples(call)
-        if why is not None:
-            self.reasons.append(f"{path.rpartition('.')[0] or path}: {why}")
-        shared = False
-        if call.rule.indexed and used:
-            shared = self._serves_all_samples(call)
-        if shared:
-            return self._shared_rows(call, used[0])
-        y = function(*call.args, **call.kwargs)
-        if not used:
-            return y
-        for name in call.rule.parameters:
-            argument = call.argument(name)
-            if any(argument is t for t in used):
-                call.sources[name] = self._sources[id(argument)]
-        if not y.requires_grad:
-            self._without_gradient(path)
-            return y
-        held = {id(call.argument(name)) for name in call.sources}
-        if any(id(t) not in held for t in used):
-            self.reasons.append(f"{path} is an input of {function.__name__}")
-            return y
-        why = call.unsupported()
-        if why is not None:
-            self.reasons.append(f"{path}: {why}")
-            return y
-        if y._is_view():
-            # an in-place activation on a view would cut this node out of the graph
-            y = torch.ops.aten._unsafe_view(y, y.shape)
-        a = call.input
-        edge = get_gradient_edge(y)
-        if call.rule.indexed and a.shape == (self.batch_size,):
-            self.ambiguous_rows[len(self.recorded)] = self._embeddings - 1
-        self.recorded.append(
-            RecordedCall(call, call.sources, edge, y.shape, path, _input=(a, a._version))
-        )
-        return y
-
-    def _serves_all_samples(self, call: LayerCall) -> bool:
-        """Whether an embedding's index holds positions that all samples share."""
-        turn, shape = self._embeddings, call.input.shape
-        self._embeddings += 1
-        if shape[:1] != (self.batch_size,):
+    def _meets_samples(self, call: Call) -> bool:
+        """Whether a call of tracked tensors has others that hold samples."""
+        tensors = call.tensors[:1] if call.name in LIKE_OTHERS else call.tensors
+        others = [t for t in tensors if id(t) not in self._sources]
+        held = [self._provenance.may_hold_samples(t) for t in others]
+        if any(holds and not guessed for holds, guessed in held):
             return True
-        return len(shape) == 1 and turn in self._shared_turns
+        return any(holds for holds, _ in held) and self._uses.guess()
 
-    def _shared_rows(self, call: LayerCall, table: Tensor) -> Tensor:
-        """The rows that serve all samples, tracked as a view of the table."""
-        rows = call.run({})
-        (name,) = call.rule.parameters
-        source = call.sources[name] = self._sources[id(table)]
-        why = call.unsupported()
-        if why is not None:
-            self.reasons.append(f"{self._path(table)}: {why}")
-        self._sources[id(rows)] = source.then(lambda t: call.replay({name: t}))
-        self._alive.append(rows)
-        return rows
+    def _derive(self, call: Call, used: Sequence[Tensor]) -> Any:
+        """A function of parameters and constants: followed as a map where it is a view of one
+        parameter, else a derived tensor."""
+        first = used[0]
+        source = self._sources[id(first)]
+        if (
+            isinstance(source, ParameterSource)
+            and call.name in VIEWS
+            and len(call.tensors) == 1
+            and call.args
+            and call.args[0] is first
+        ):
+            return self._view(call, source)
+        entries = [self._sources[id(t)] for t in used]
+        paths = frozenset(path for t in used for path in self._paths(t))
+        spread = any(isinstance(e, Derived) and e.spread for e in entries) or any(
+            self._provenance.of(t) is Origin.SPREAD
+            for t in call.tensors
+            if id(t) not in self._sources
+        )
+        result = call.run()
+        made = tensors_in(result)
+        self._provenance.note(call.name, call.tensors, made, None)
+        written = call.written
+        if written is None:
+            made = [t for t in made if all(t is not u for u in used)]
+        elif all(t is not written for t in made):
+            made.append(written)
+        for t in made:
+            if t.requires_grad:
+                grown = call.name in SPREADS and t.numel() > first.numel()
+                grown = grown and self._provenance.is_spread(t.shape)
+                self._track(t, Derived(t, paths, spread=spread or grown))
+        return result
 
-    def _view(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source, rest = self._sources[id(args[0])], args[1:]
-        results = func(*args, **kwargs)
+    def _track(self, tensor: Tensor, entry: ParameterSource | Derived) -> None:
+        self._sources[id(tensor)] = entry
+        self._alive.append(tensor)
+        if isinstance(entry, Derived):
+            self._derived.append(entry)
+
+    def _view(self, call: Call, source: ParameterSource) -> Any:
+        func, rest, kwargs = call.function, call.args[1:], call.kwargs
+        results = call.run()
         several = isinstance(results, tuple | list)
         for i, result in enumerate(results if several else [results]):
 
@@ -241,65 +224,75 @@ class Capture(FunctionMode):
                 image = func(t, *rest, **kwargs)
                 return image[i] if several else image
 
-            if result is not args[0]:
-                self._sources[id(result)] = source.then(apply)
-                self._alive.append(result)
+            if result is not call.args[0] and result.requires_grad:
+                self._track(result, source.then(apply))
         return results
 
-    def _spread(self, name: str, args: tuple[Any, ...], used: list[Tensor]) -> list[Any] | None:
-        """Arguments with the tracked tensors replaced by one copy per sample, or None."""
-        shape_of: dict[int, list[int]] = {}
-        others = [t for t in _tensors(args) if id(t) not in self._sources]
-        for t in used:
-            if name in ELEMENTWISE:
-                x = max(others, key=lambda o: o.ndim, default=None)
-                if x is None or x.ndim == 0 or x.shape[0] != self.batch_size:
-                    return None
-                if x.ndim > t.ndim:
-                    shape = [self.batch_size] + [1] * (x.ndim - t.ndim - 1) + list(t.shape)
-                elif x.ndim == t.ndim and t.shape[0] == 1:
-                    shape = [self.batch_size, *t.shape[1:]]
-                else:
-                    return None
-            elif t.ndim > 1 and t.shape[0] == 1 and self._spreads_over_batch(name, args):
-                shape = [self.batch_size, *t.shape[1:]]
-            else:
-                return None
-            shape_of[id(t)] = shape
+    def _paths(self, tensor: Tensor) -> Iterable[str]:
+        entry = self._sources[id(tensor)]
+        return entry.paths if isinstance(entry, Derived) else {self.names[entry.root]}
 
-        def swap(value: Any) -> Any:
-            if isinstance(value, Tensor) and id(value) in shape_of:
-                return self._copy_per_sample(value, shape_of[id(value)])
-            if isinstance(value, tuple | list):
-                return type(value)(swap(v) for v in value)
-            return value
+    def _watch(self, call: Call, result: Any) -> None:
+        """Note moves of axes, and calls between layers that might exchange entries of samples."""
+        if call.function is torch.arange:
+            self._ranges.add(id(result))
+            self._alive.append(result)
+        changed = call.args[:1] if call.name == "__setitem__" else result
+        if not any(t.requires_grad for t in tensors_in(changed)):
+            self._watch_inside(call)
+            return
+        move = move_of(call.name, call.args, call.kwargs)
+        if move is not None:
+            self._moves.append(move)
+        elif not self.may_mix:
+            self.may_mix = self._may_mix(call)
 
-        swapped = [swap(a) for a in args]
-        if name == "repeat":  # there already is one copy per sample
-            times = swapped[1:] if isinstance(swapped[1], int) else list(swapped[1])
-            swapped[1:] = [1, *times[1:]]
-        return swapped
+    def _watch_inside(self, call: Call) -> None:
+        """The same for calls inside an autograd function's forward, whose results have no graph."""
+        if (
+            not self.may_mix
+            and not torch.is_grad_enabled()
+            and any(t.requires_grad for t in call.tensors)
+            and self._may_mix(call)
+        ):
+            self.may_mix = _surrounding_function() is not None
 
-    def _spreads_over_batch(self, name: str, args: tuple[Any, ...]) -> bool:
-        """Whether a call makes one copy per sample along the first axis."""
-        if name not in SPREAD or len(args) < 2:
-            return False
-        first = args[1]
-        if isinstance(first, Tensor):
-            first = first.shape
-        return (first if isinstance(first, int) else first[0]) == self.batch_size
+    def _may_mix(self, call: Call) -> bool:
+        ranges, size = self._ranges, self.batch_size
+        return may_mix(call.name, call.args, call.kwargs, size, lambda index: id(index) in ranges)
 
-    def _copy_per_sample(self, used: Tensor, shape: list[int]) -> Tensor:
-        value = used.detach()
-        ones = [1] * (len(shape) - value.ndim)
-        copies = value.reshape([*ones, *value.shape]).expand(shape).clone().requires_grad_()
-        sources = {"value": self._sources[id(used)]}
-        edge = get_gradient_edge(copies)
-        self.recorded.append(
-            RecordedCall(None, sources, edge, copies.shape, self._path(used), value=value)
-        )
-        self._alive.append(copies)
-        return copies
+    def _without_gradient(self, used: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """A use under no_grad: of note only in an autograd function with its own backward."""
+        function = _surrounding_function()
+        if function is None:
+            return
+        paths, samples = self._functions.get(function, (set(), False))
+        paths.update(path for t in used for path in self._paths(t))
+        others = (t for t in tensors if id(t) not in self._sources)
+        samples = samples or any(self._provenance.may_hold_samples(t)[0] for t in others)
+        self._functions[function] = paths, samples
+
+    def _adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Results of autograd functions that were given parameters alone are derived tensors."""
+        for t in tensors:
+            node = t.grad_fn
+            if not isinstance(node, BackwardCFunction) or id(t) in self._sources:
+                continue
+            paths, samples = self._functions.get(node, (set(), True))
+            if not samples and self._leads_to_parameters(node):
+                self._adopted.add(node)
+                self._track(t, Derived(t, frozenset(paths), spread=False))
+
+    def _leads_to_parameters(self, node: Node) -> bool:
+        """Whether the graph behind a node has no tensor but tracked ones in it."""
+        known = {t.grad_fn for t in self._alive if isinstance(t, Tensor)}
+        for following, _ in node.next_functions:
+            if following is None or following in known:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is None or id(variable) not in self._sources:
+                return False
+        return True
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """nn.MultiheadAttention's function, its inner calls seen by this mode.
@@ -319,25 +312,3 @@ def _surrounding_function() -> FunctionCtx | None:
             return context
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _tensors(value: Any, named: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """All tensors in a nest, and in another one by name."""
-    if isinstance(value, Tensor):
-        return [value]
-    tensors: list[Tensor] = []
-    todo = [value]
-    if named:
-        todo.append(named)
-    while todo:
-        nest = todo.pop(0)
-        if isinstance(nest, dict):
-            nest = nest.values()
-        elif not isinstance(nest, tuple | list):
-            continue
-        for entry in nest:
-            if isinstance(entry, Tensor):
-                tensors.append(entry)
-            elif isinstance(entry, tuple | list | dict):
-                todo.append(entry)
-    return tensors

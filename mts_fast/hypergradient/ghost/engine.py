@@ -3,7 +3,7 @@ once more with v in place of its weights. No second derivative, no differences."
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from mts_fast.hypergradient.ghost.sample_check import (
     check_samples,
     has_gradients,
 )
-from mts_fast.hypergradient.objective import LabelledBatch, Objective
+from mts_fast.hypergradient.ghost.source import DerivedTensors
+from mts_fast.hypergradient.objective import LabelledBatch, Objective, leaves
 
 # layouts with a history. With more of them (layers left out at random) the oldest is dropped, and
 # checked again when it recurs
@@ -70,7 +71,7 @@ class Ghost(Engine):
         paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
         self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
         self._histories: dict[Layout, _History] = {}
-        self._shared_rows: set[int] = set()  # see Capture
+        self._shared: set[int] = set()  # guesses that turned out wrong, see Capture
         self._checks = 0
 
     def reasons(self) -> list[str]:
@@ -90,18 +91,18 @@ class Ghost(Engine):
         world = self.objective.world
         try:
             with restored_on_error(world):
-                return self._captured(batch, gradients, self._shared_rows)
-        except _SharedRows as refused:
+                return self._captured(batch, gradients, self._shared)
+        except _WrongGuess as refused:
             try:
                 with restored_on_error(world):
-                    return self._captured(batch, gradients, self._shared_rows | refused.turns)
+                    return self._captured(batch, gradients, self._shared | refused.turns)
             except Unsupported:
                 raise Unsupported(refused.reasons) from None
 
     def _captured(
-        self, batch: LabelledBatch, gradients: int, shared_rows: set[int]
+        self, batch: LabelledBatch, gradients: int, shared: set[int]
     ) -> GhostLinearization:
-        capture = Capture(self.names, len(batch), shared_rows)
+        capture = self.capture(batch, shared, cut=self.memory == "fast" and gradients > 0)
         with capture:
             graph = self.objective.losses(batch)
         reasons = [*self.reasons(), *capture.reasons]
@@ -121,22 +122,32 @@ class Ghost(Engine):
         axes = self._axes(graph, capture, history)
         # nothing below raises, so the history may be updated
         history.forwards += 1
-        self._shared_rows = shared_rows
+        self._shared = shared
         self._histories[layout] = history
         if len(self._histories) > MOST_LAYOUTS:
             del self._histories[next(iter(self._histories))]
         uses = list(zip(capture.recorded, axes, strict=True))
+        derived = DerivedTensors(capture.derived, self.parameters)
         # dots alone need each b once
         if self.memory == "low" or not gradients:
-            return LowMemoryLinearization(self, batch, gradients, graph, uses)
-        return StoredLinearization(self, batch, gradients, graph, uses)
+            return LowMemoryLinearization(self, batch, gradients, graph, uses, derived)
+        return StoredLinearization(self, batch, gradients, graph, uses, derived)
+
+    def capture(
+        self, batch: LabelledBatch, shared: Collection[int] = (), *, cut: bool = False
+    ) -> Capture:
+        """A watch over a forward of this batch."""
+        samples = [*batch.tensors(), *leaves(batch.labels)]
+        buffers = self.objective.world.buffers()
+        frozen = (p for p in self.objective.world.parameters() if not p.requires_grad)
+        return Capture(self.names, len(batch), samples, (*buffers, *frozen), shared, cut=cut)
 
     def _axes(self, graph: Tensor, capture: Capture, history: _History) -> list[SampleAxis | None]:
         """The sample axis of every use; None where the gradient is exactly 0 in this forward.
 
         Raises:
             Unsupported: samples are mixed, uses were not seen, or cannot be replayed.
-            _SharedRows: an index of B entries may hold positions, which all samples share.
+            _WrongGuess: a tensor of B entries may be one for all samples.
         """
         uses, size = capture.recorded, len(graph)
         axes = [k.axis(use.shape, size) for use, k in zip(uses, history.knowledge, strict=True)]
@@ -151,25 +162,28 @@ class Ghost(Engine):
             suspect = due or capture.may_mix or has_gradients(graph, unsettled, self._checks)
             if not suspect:
                 return axes
-            names = self.names if due else None
+            names = capture.roots() if due else None
             try:
                 axes, history.knowledge = check_samples(
                     graph, uses, history.knowledge, names, self._checks
                 )
+                if due:
+                    DerivedTensors(capture.derived, self.parameters).check()
             except Unsupported as refused:
                 turns = {
                     turn
-                    for position, turn in capture.ambiguous_rows.items()
-                    if any(uses[position].path in reason for reason in refused.reasons)
+                    for position, turn in capture.guesses.items()
+                    if position < len(uses)
+                    and any(uses[position].path in reason for reason in refused.reasons)
                 }
                 if turns:
-                    raise _SharedRows(refused.reasons, turns) from refused
+                    raise _WrongGuess(refused.reasons, turns) from refused
                 raise
         return axes
 
 
-class _SharedRows(Unsupported):
-    """The embeddings numbered `turns` may have an index of B positions, not of B samples."""
+class _WrongGuess(Unsupported):
+    """The guesses numbered `turns` may be wrong: B entries, but not one for each sample."""
 
     def __init__(self, reasons: Iterable[str], turns: set[int]) -> None:
         super().__init__(reasons)

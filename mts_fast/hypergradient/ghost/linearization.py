@@ -17,7 +17,7 @@ from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis, Spread
 from mts_fast.hypergradient.ghost.sample_check import failure_named
-from mts_fast.hypergradient.ghost.source import ParameterSource
+from mts_fast.hypergradient.ghost.source import DerivedTensors, ParameterSource
 from mts_fast.hypergradient.objective import LabelledBatch
 
 # weights below this share of the largest are raised to it in backward passes: b of their samples
@@ -38,8 +38,10 @@ class GhostLinearization(Linearization):
         gradients: int,
         graph: Tensor,
         uses: list[tuple[RecordedCall, SampleAxis | None]],
+        derived: DerivedTensors,
     ) -> None:
         super().__init__(engine, batch, gradients)
+        self.derived = derived
         self._graph: Tensor | None = graph
         self._losses = graph.detach()
         self._uses = uses
@@ -55,32 +57,30 @@ class GhostLinearization(Linearization):
         return dots.to(self._losses.dtype)
 
     def times_used(self) -> Counter[Tensor]:
-        """How many recorded uses each parameter has."""
-        return Counter(s.parameter for use, _ in self._uses for s in use.sources.values())
+        """How many recorded uses each root has."""
+        return Counter(s.root for use, _ in self._uses for s in use.sources.values())
 
     def _tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
-        return {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
+        """Tangents of all roots, by id."""
+        tangents = {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
+        return tangents | self.derived.tangents(direction)
 
-    def _with_copies(
-        self,
-        autograds: Sequence[Tensor | None],
-        copies: Sequence[tuple[RecordedCall, Tensor | None]],
+    def _roots(self) -> list[Tensor]:
+        return [*self.engine.parameters, *self.derived.summed]
+
+    def _with_others(
+        self, autograds: Sequence[Tensor | None], others: dict[Tensor, Tensor]
     ) -> list[Tensor | None]:
-        """Autograd's gradients, and those of parameters that entered the graph as copies.
+        """Autograd's gradients by the roots, and those that it left out, by parameter.
 
         All are dense, as gradients computed from b are.
         """
-        extra: dict[Tensor, Tensor] = {}
-        for use, b in copies:
-            if b is not None:
-                add_gradients(extra, use.parameter_gradients(b))
-        gradients: list[Tensor | None] = []
-        for parameter, g in zip(self.engine.parameters, autograds, strict=True):
-            if g is not None and g.layout is not torch.strided:
-                g = g.to_dense()
-            more = extra.get(parameter)
-            gradients.append(more if g is None else g if more is None else g + more)
-        return gradients
+        for root, g in zip(self._roots(), autograds, strict=True):
+            if g is not None:
+                g = g.to_dense() if g.layout is not torch.strided else g
+                others[root] = others[root] + g if root in others else g
+        total = self.derived.add_pulled_back(others)
+        return [total.get(p) for p in self.engine.parameters]
 
 
 @dataclass
@@ -93,12 +93,19 @@ class Record:
     b: Tensor | None = None
     sample_gradients: dict[str, Tensor] | None = None
 
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """(root, gradient) pairs for p."""
+        if self.b is not None:
+            return self.use.root_gradients(self.b)
+        rows, sources = self.sample_gradients or {}, self.use.sources
+        return [(sources[n].root, sources[n].pullback(g.sum(0))) for n, g in rows.items()]
+
     def scaled_gradients(self, ratio: Spread) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
+        """(root, gradient) pairs with each sample's part times its ratio [B]."""
         if self.b is None:
             return []
         b = self.b if self.axis is None else self.b * ratio.over(self.axis, self.b)
-        return self.use.parameter_gradients(b)
+        return self.use.root_gradients(b)
 
 
 class SampleGradients:
@@ -111,22 +118,22 @@ class SampleGradients:
                 columns[g.dtype].append((record.use.sources[name], g))
             record.sample_gradients = None
         self._sources = [[(s, g.shape[1:]) for s, g in c] for c in columns.values()]
-        self._rows = [torch.cat([g.flatten(1) for _, g in c], 1) for c in columns.values()]
+        self._rows = [torch.cat([g.reshape(len(g), -1) for _, g in c], 1) for c in columns.values()]
 
     def dots(self, tangents: Mapping[int, Tensor]) -> list[Tensor]:
         """Parts of p d, each [B]."""
         parts = []
         for sources, rows in zip(self._sources, self._rows, strict=True):
-            images = [s.image(tangents[id(s.parameter)]).flatten() for s, _ in sources]
+            images = [s.image(tangents[id(s.root)]).flatten() for s, _ in sources]
             parts.append(rows @ torch.cat(images).to(rows.dtype))
         return parts
 
     def scaled_gradients(self, ratio: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(parameter, gradient) pairs with each sample's part times its ratio [B]."""
+        """(root, gradient) pairs with each sample's part times its ratio [B]."""
         for sources, rows in zip(self._sources, self._rows, strict=True):
             sums = (ratio.to(rows.dtype) @ rows).split([shape.numel() for _, shape in sources])
             for (source, shape), total in zip(sources, sums, strict=True):
-                yield source.parameter, source.pullback(total.view(shape))
+                yield source.root, source.pullback(total.view(shape))
 
 
 class StoredLinearization(GhostLinearization):
@@ -150,6 +157,7 @@ class StoredLinearization(GhostLinearization):
         spread = Spread(ratio)
         for record in self._consumed():
             add_gradients(total, record.scaled_gradients(spread))
+        self.derived.add_pulled_back(total)
         return [total.get(p) for p in self.engine.parameters]
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
@@ -166,7 +174,7 @@ class StoredLinearization(GhostLinearization):
 
     def _backward(self, p: Tensor) -> list[Tensor | None]:
         p = torch.maximum(p, p.max() * SMALLEST_SHARE)
-        parameters = self.engine.parameters
+        roots = self._roots()
         graph, self._graph = self._graph, None
         assert graph is not None
         records = [Record(use, axis) for use, axis in self._uses]
@@ -176,21 +184,25 @@ class StoredLinearization(GhostLinearization):
             for r in few:
                 hooks.callback(r.use.edge.node.register_prehook(self._keeper(r)).remove)
             edges: list = [r.use.edge for r in rest]
-            gradients = torch.autograd.grad(graph, [*parameters, *edges], p, allow_unused=True)
-        for r, b in zip(rest, gradients[len(parameters) :], strict=True):
+            gradients = torch.autograd.grad(graph, [*roots, *edges], p, allow_unused=True)
+        for r, b in zip(rest, gradients[len(roots) :], strict=True):
             r.b = b
         for r in records:
             r.use.output = None  # an edge keeps the graph in memory
         self._p, self._records, self._uses = p, rest, []
+        others: dict[Tensor, Tensor] = {}
+        for r in records:
+            if not r.use.in_sum:
+                add_gradients(others, r.gradients())
         self._few = SampleGradients(few)
-        copies = [(r.use, r.b) for r in rest if r.use.call is None]
-        return self._with_copies(gradients[: len(parameters)], copies)
+        return self._with_others(gradients[: len(roots)], others)
 
     def _keeps_sample_gradients(self, record: Record) -> bool:
-        call = record.use.call
-        return (
-            call is not None and call.rule.sample_gradients is not None and record.axis is not None
-        )
+        call, axis = record.use.call, record.axis
+        if call is None or axis is None or call.rule.sample_gradients is None:
+            return False
+        few = call.rule.few
+        return few is None or few(call, axis, len(record.use.shape))
 
     def _keeper(self, record: Record) -> Callable[[tuple[Tensor | None, ...]], None]:
         """A hook that turns b into per-sample gradients during the backward, and releases a."""
@@ -235,9 +247,9 @@ class LowMemoryLinearization(GhostLinearization):
 
     def gradient(self, p: Tensor) -> list[Tensor | None]:
         self._count_gradient()
-        copies = [use for use, _ in self._uses if use.call is None]
-        parameters = self.engine.parameters
-        leaves: list = [*parameters, *(use.edge for use in copies)]
+        copies = [use for use, _ in self._uses if not use.in_sum]
+        roots = self._roots()
+        leaves: list = [*roots, *(use.edge for use in copies)]
         graph, retain = self._graph, self._dots_are_due or self._gradients_left > 0
         assert graph is not None
         gradients = torch.autograd.grad(
@@ -249,8 +261,11 @@ class LowMemoryLinearization(GhostLinearization):
         )
         if not retain:
             self._graph, self._uses = None, []
-        pairs = list(zip(copies, gradients[len(parameters) :], strict=True))
-        return self._with_copies(gradients[: len(parameters)], pairs)
+        others: dict[Tensor, Tensor] = {}
+        for use, b in zip(copies, gradients[len(roots) :], strict=True):
+            if b is not None:
+                add_gradients(others, use.root_gradients(b))
+        return self._with_others(gradients[: len(roots)], others)
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         tangents = self._tangents(direction)

@@ -30,12 +30,9 @@ def nodes_of(graph: Tensor) -> Iterator[Node]:
 
 def _has_other_leaves(graph: Tensor, uses: Sequence[RecordedCall]) -> bool:
     """Whether the graph has a leaf that is neither a parameter of a use nor a copy of one."""
-    tracked = {id(source.parameter) for use in uses for source in use.sources.values()}
-    copies = {use.edge.node for use in uses if use.call is None}
+    tracked = {id(source.root) for use in uses for source in use.sources.values()}
     return any(
-        id(node.variable) not in tracked
-        for node in nodes_of(graph)
-        if hasattr(node, "variable") and node not in copies
+        id(node.variable) not in tracked for node in nodes_of(graph) if hasattr(node, "variable")
     )
 
 
@@ -74,7 +71,7 @@ def visit_output_gradients(
     # a second pass
     twice = retain or _has_other_leaves(graph, uses)
     # the first pass asks for b of the uses whose input requires no gradient; hooks see other uses
-    first = {i for i, use in enumerate(uses) if use.is_first()}
+    first = {i for i, use in enumerate(uses) if use.is_first}
     unmet = set(range(len(uses))) - first
 
     def meet(i: int, b: Tensor | None) -> None:
@@ -104,14 +101,11 @@ def visit_output_gradients(
 def visit_with_gradients(
     graph: Tensor,
     uses: Sequence[RecordedCall],
-    parameters: Sequence[Tensor],
+    roots: Sequence[Tensor],
     cotangent: Tensor,
     consume: Consumer,
 ) -> list[Tensor | None]:
-    """Autograd's gradients of the parameters, and every b on the way; the graph is kept.
-
-    Copies of parameters are not among the parameters: only their b is computed.
-    """
+    """Autograd's gradients of the roots, and every b on the way; the graph is kept."""
     consume = in_callers_context(consume, graph.device)
     copies = [i for i, use in enumerate(uses) if use.call is None]
 
@@ -126,11 +120,11 @@ def visit_with_gradients(
                         consume(i, gradient)
 
                 hooks.callback(node.register_prehook(meet).remove)
-        leaves: list = [*parameters, *(uses[i].edge for i in copies)]
+        leaves: list = [*roots, *(uses[i].edge for i in copies)]
         gradients = torch.autograd.grad(
             graph, leaves, cotangent, retain_graph=True, allow_unused=True
         )
-    for i, b in zip(copies, gradients[len(parameters) :], strict=True):
+    for i, b in zip(copies, gradients[len(roots) :], strict=True):
         if b is not None:
             consume(i, b)
-    return list(gradients[: len(parameters)])
+    return list(gradients[: len(roots)])

@@ -23,15 +23,17 @@ class Unsupported(Refused):
 
 @dataclass
 class RecordedCall:
-    """One recorded use: a layer call, or (call None) a copy per sample of a parameter's image."""
+    """One recorded use: a call, or (call None) a derived tensor that has entries of its own for
+    every sample (a class token, expanded)."""
 
     call: LayerCall | None
-    sources: dict[str, ParameterSource]  # argument name -> its origin; "value" for a copy
+    sources: dict[str, ParameterSource]  # argument name -> its origin; "value" without a call
     output: GradientEdge | None  # None once the graph is released
     shape: torch.Size
     path: str  # of a parameter in use
-    value: Tensor | None = None  # the tensor that was copied
-    _input: tuple[Tensor, int] | None = None  # layer input and its version when it was used
+    is_first: bool = True  # the backward ends here: no gradient is required of the input
+    in_sum: bool = True  # whether autograd's gradient of the root has this use's part
+    _held: tuple[tuple[Tensor, int], ...] = ()  # inputs that are read again, and their versions
 
     @property
     def edge(self) -> GradientEdge:
@@ -41,40 +43,29 @@ class RecordedCall:
 
     def release(self) -> None:
         """Drop the references to the call and its input."""
-        self.call = self._input = None
-
-    def is_first(self) -> bool:
-        """Whether the backward ends here: no gradient is required of the input."""
-        return self._input is None or not self._input[0].requires_grad
+        self.call, self._held = None, ()
 
     def input_was_changed(self) -> bool:
-        """Whether something wrote into the layer's input after the call."""
-        return self._input is not None and self._input[0]._version != self._input[1]
+        """Whether something wrote into an input after the call."""
+        return any(t._version != version for t, version in self._held)
 
     def output_tangent(self, tangents: Mapping[int, Tensor]) -> Tensor:
-        """The output's tangent for parameter tangents, given by id of the parameter."""
-        images = {n: s.image(tangents[id(s.parameter)]) for n, s in self.sources.items()}
+        """The output's tangent for tangents of the roots, given by id."""
+        images = {n: s.image(tangents[id(s.root)]) for n, s in self.sources.items()}
         return images["value"] if self.call is None else self.call.replay(images)
 
-    def parameter_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, gradient) pairs for the output cotangent b."""
+    def root_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(root, gradient) pairs for the output cotangent b."""
         call = self.call
-        by_name = call.weight_gradients(b) if call is not None else {"value": self._summed(b)}
-        return [(s.parameter, s.pullback(by_name[n])) for n, s in self.sources.items()]
-
-    def _summed(self, b: Tensor) -> Tensor:
-        """The gradient of all copies, in the shape of the copied tensor."""
-        assert self.value is not None
-        if b.ndim == self.value.ndim:
-            return b.sum(0, keepdim=True)
-        return b.sum(list(range(b.ndim - self.value.ndim)))
+        by_name = call.weight_gradients(b) if call is not None else {"value": b}
+        return [(s.root, s.pullback(by_name[n])) for n, s in self.sources.items()]
 
 
 def add_gradients(
     total: dict[Tensor, Tensor], pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[Tensor, Tensor]:
-    """Add (parameter, gradient) pairs to sums by parameter, in its dtype."""
-    for parameter, g in pairs:
-        g = g.to(parameter.dtype)
-        total[parameter] = total[parameter] + g if parameter in total else g
+    """Add (root, gradient) pairs to sums by root, in its dtype."""
+    for root, g in pairs:
+        g = g.to(root.dtype)
+        total[root] = total[root] + g if root in total else g
     return total

@@ -63,6 +63,10 @@ class LayerRule:
     refuses: Callable[[LayerCall], str | None] = _no_reason
     replay_options: ReplayOptions = field(default_factory=dict)
     indexed: bool = False
+    # not of `register_layer`: where the samples may be for `sample_gradients`, given the number of
+    # axes of the output; whether a tangent may be the direction itself, which is the caller's
+    few: Callable[[LayerCall, SampleAxis, int], bool] | None = None
+    keeps_tangent: bool = False
 
 
 @dataclass
@@ -200,8 +204,7 @@ def register_layer(
         replay_options: option name -> (position, value that replays use), or a function of the call
             that gives them: needed for options under which the function writes to its parameters
             (a replay passes the caller's direction in their place) or to a buffer.
-        indexed: its input holds indices into a table, its only parameter, as an embedding's does:
-            an input without a batch axis (positions) then serves all samples.
+        indexed: its input holds indices into a table, its only parameter, as an embedding's does.
 
     Example:
         >>> import torch

@@ -8,7 +8,7 @@ which engines are compared, is right along every axis and shows neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -43,8 +43,8 @@ class Knowledge:
 
     @classmethod
     def before(cls, use: RecordedCall) -> Knowledge:
-        """Every layout is possible, but a copy per sample has its samples first."""
-        return cls((SampleAxis(),) if use.call is None else layouts(use.shape))
+        """Every layout is possible."""
+        return cls(layouts(use.shape))
 
     def axis(self, shape: torch.Size, size: int) -> SampleAxis | None:
         """The one layout that is left for a batch of that shape, or None while it is open."""
@@ -85,12 +85,12 @@ def check_samples(
     graph: Tensor,
     uses: Sequence[RecordedCall],
     knowledge: Sequence[Knowledge],
-    names: dict[Tensor, str] | None,
+    names: Mapping[Tensor, str] | None,
     seed: int,
 ) -> tuple[list[SampleAxis | None], list[Knowledge]]:
     """Where the samples of every use lie in this forward; None where its gradient is exactly 0.
 
-    With `names` of the parameters also whether the recorded uses make up autograd's gradients, and
+    With `names` of the roots also whether the recorded uses make up autograd's gradients, and
     whether every use can be replayed. The graph is kept.
 
     Raises:
@@ -172,17 +172,17 @@ class _Sums:
         self._allowed = 0.0
 
     def add(self, i: int, b: Tensor) -> None:
-        """One use's part; a copy is not in autograd's gradient."""
+        """One use's part, where autograd's gradient has it."""
         use = self._uses[i]
         with failure_named(use):
             _try_replay(use, b)
-            if use.call is not None:
-                add_gradients(self._gradients, use.parameter_gradients(b))
-                add_gradients(self._terms, use.parameter_gradients(b.abs()))
+            if use.in_sum:
+                add_gradients(self._gradients, use.root_gradients(b))
+                add_gradients(self._terms, use.root_gradients(b.abs()))
                 self._allowed = max(self._allowed, rounding_share(b.dtype))
 
-    def missed(self, truth: dict[Tensor, Tensor | None], names: dict[Tensor, str]) -> list[str]:
-        """Parameters whose recorded uses do not make up autograd's gradient."""
+    def missed(self, truth: dict[Tensor, Tensor | None], names: Mapping[Tensor, str]) -> list[str]:
+        """Roots whose recorded uses do not make up autograd's gradient."""
         reasons = []
         for parameter, path in names.items():
             true, ours = truth[parameter], self._gradients.get(parameter)
@@ -202,7 +202,7 @@ def _try_replay(use: RecordedCall, b: Tensor) -> None:
     Raises:
         Unsupported: it writes to its parameters, or gives another shape.
     """
-    tangents = {id(s.parameter): torch.zeros_like(s.parameter) for s in use.sources.values()}
+    tangents = {id(s.root): torch.zeros_like(s.root) for s in use.sources.values()}
     versions = [t._version for t in tangents.values()]
     y = use.output_tangent(tangents)
     if [t._version for t in tangents.values()] != versions:

@@ -17,7 +17,7 @@ def sample_parts(
     """The parts of one use by argument name, for the output cotangent b of sum_i l_i."""
     call = use.call
     if call is None:
-        return {"value": DensePart(b.reshape(size, -1))}
+        return {"value": DensePart(_alone(b, axis, size))}
     rule = call.rule
     if rule.sample_gradients is not None:
         by_name = rule.sample_gradients(call, b, axis, size)
@@ -45,3 +45,11 @@ def _one_by_one(call: LayerCall, b: Tensor, size: int) -> dict[str, GradientPart
         for name, g in one.weight_gradients(b[i : i + 1]).items():
             rows[name].append(g.flatten())
     return {name: DensePart(torch.stack(gradients)) for name, gradients in rows.items()}
+
+
+def _alone(b: Tensor, axis: SampleAxis, size: int) -> Tensor:
+    """[B, entries of b]: b with the entries of one sample alone, and 0 elsewhere."""
+    rows = b.new_zeros(size, *b.shape)
+    for i in range(size):
+        axis.samples(rows[i], size)[i] = axis.samples(b, size)[i]
+    return rows.flatten(1)

@@ -1,36 +1,168 @@
-"""Where a tensor that a layer received comes from: a parameter, behind some linear maps."""
+"""Where a tensor that a layer received comes from: a parameter, or a tensor derived from parameters
+alone, behind some linear maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from mts_fast.hypergradient.refused import Refused
 
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """A parameter and the views that led from it to the tensor in use (chunk, transpose, ...)."""
+    """A root and the views that led from it to the tensor in use (chunk, transpose, ...).
 
-    parameter: Tensor
+    The root is a parameter, or the leaf of a `Derived` tensor.
+    """
+
+    root: Tensor
     maps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def then(self, view: Callable[[Tensor], Tensor]) -> ParameterSource:
         """The same with one view more."""
-        return ParameterSource(self.parameter, (*self.maps, view))
+        return ParameterSource(self.root, (*self.maps, view))
 
     def image(self, tangent: Tensor) -> Tensor:
-        """The tangent of the tensor in use for a tangent of the parameter."""
+        """The tangent of the tensor in use for a tangent of the root."""
         for view in self.maps:
             tangent = view(tangent)
         return tangent
 
     def pullback(self, cotangent: Tensor) -> Tensor:
-        """The parameter's gradient for a gradient of the tensor in use."""
+        """The root's gradient for a gradient of the tensor in use."""
         if not self.maps:
             return cotangent
         with torch.enable_grad():
-            leaf = self.parameter.detach().requires_grad_()
+            leaf = self.root.detach().requires_grad_()
             image = self.image(leaf)
         return torch.autograd.grad(image, leaf, cotangent.to(image.dtype))[0]
+
+
+class Derived:
+    """A tensor computed from parameters and constants alone (1 + w, g v / |v|, a table indexed).
+
+    `value` has the graph that leads to the parameters; the model's layers get `leaf`, the same
+    values cut off from it, so that the graph of the samples can be freed before this one.
+    """
+
+    def __init__(self, value: Tensor, paths: frozenset[str], *, spread: bool) -> None:
+        self.value = value
+        self.paths = paths  # of the parameters
+        self.spread = spread  # whether it may have one entry for every sample
+        self.edge: GradientEdge | None = None  # of the value, from its first use on
+        self._leaf: Tensor | None = None
+
+    @property
+    def path(self) -> str:
+        """The parameters' paths, as reasons name them."""
+        return ", ".join(sorted(self.paths))
+
+    @property
+    def leaf(self) -> Tensor:
+        """What layers get instead of the value."""
+        if self._leaf is None:
+            self.edge = get_gradient_edge(self.value)
+            self._leaf = self.value.detach().requires_grad_()
+        return self._leaf
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a layer got it."""
+        return self._leaf is not None
+
+
+class DerivedTensors:
+    """All derived tensors that the layers of one forward used, and the graph of parameters alone.
+
+    One product with the Jacobian of that graph serves all tangents, one with its transpose all
+    gradients. It has no axis of samples, so that both are cheap.
+    """
+
+    def __init__(self, used: Sequence[Derived], parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self.leaves = [d.leaf for d in used]
+        # whose gradients autograd has; those of the others follow from their uses
+        self.summed = [d.leaf for d in used if not d.spread]
+        self._edges = [d.edge for d in used]
+        self._paths = ", ".join(sorted({d.path for d in used}))
+
+    def tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The tangents of the leaves, by id, for a tangent of every parameter.
+
+        They are the transpose of the transpose: what autograd takes for the gradient decides, also
+        where that is not the derivative (a straight-through estimator).
+
+        Raises:
+            Refused: the graph of the parameters has no second derivative.
+        """
+        if not self.leaves:
+            return {}
+        with torch.enable_grad():
+            cotangents = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.leaves]
+            try:
+                gradients = self._transposed(cotangents, create_graph=True)
+                pairs = [
+                    (g, v.to(g.dtype))
+                    for g, v in zip(gradients, direction, strict=True)
+                    if g is not None and g.requires_grad
+                ]
+                images = torch.autograd.grad(
+                    [g for g, _ in pairs], cotangents, [v for _, v in pairs], allow_unused=True
+                )
+            except RuntimeError as error:
+                first = str(error).strip().splitlines()[:1]
+                why = f"{self._paths}: derived tensors without a second derivative ({first})"
+                raise Refused("ghost", [why]) from error
+        return {
+            id(leaf): torch.zeros_like(leaf) if t is None else t
+            for leaf, t in zip(self.leaves, images, strict=True)
+        }
+
+    def check(self) -> None:
+        """See that tangents and gradients can be had.
+
+        Raises:
+            Refused: they cannot.
+        """
+        self.tangents([torch.zeros_like(p) for p in self._parameters])
+        self.pull_back({leaf: torch.zeros_like(leaf) for leaf in self.leaves})
+
+    def reached(self) -> list[Tensor]:
+        """The parameters behind the leaves."""
+        gradients = self.pull_back({leaf: torch.zeros_like(leaf) for leaf in self.leaves})
+        return [p for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
+
+    def pull_back(self, gradients: Mapping[Tensor, Tensor]) -> list[Tensor | None]:
+        """Each parameter's gradient for gradients of the leaves."""
+        if not any(leaf in gradients for leaf in self.leaves):
+            return [None] * len(self._parameters)
+        cotangents = [
+            torch.zeros_like(leaf) if (g := gradients.get(leaf)) is None else g.to(leaf.dtype)
+            for leaf in self.leaves
+        ]
+        return list(self._transposed(cotangents, create_graph=False))
+
+    def add_pulled_back(self, total: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Sums by root -> sums by parameter."""
+        for parameter, g in zip(self._parameters, self.pull_back(total), strict=True):
+            if g is not None:
+                g = g.to_dense() if g.layout is not torch.strided else g
+                total[parameter] = total[parameter] + g if parameter in total else g
+        return total
+
+    def _transposed(
+        self, cotangents: Sequence[Tensor], *, create_graph: bool
+    ) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            self._edges,
+            self._parameters,
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )

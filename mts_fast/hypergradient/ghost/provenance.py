@@ -1,0 +1,99 @@
+"""Which tensors of a forward hold samples, and which are the same for every batch.
+
+A tensor without a gradient holds samples where it was computed from the batch or from activations.
+It decides what is cheap, not what is right: where a use has its samples is checked on the graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+# functions that repeat entries, as of a class token over the batch
+SPREADS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
+# fmt: off
+_DRAWS = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
+    "bernoulli", "multinomial", "uniform", "exponential", "log_normal", "cauchy", "geometric",
+    "random", "poisson", "binomial", "dropout",
+}
+# fmt: on
+
+
+class Origin(Enum):
+    """What a tensor without a gradient was made of."""
+
+    SAMPLES = "the batch"
+    CONSTANT = "nothing that changes with the batch"
+    SPREAD = "a constant repeated for every sample"
+
+
+class Provenance:
+    """Follows tensors without a gradient through one forward of `size` samples.
+
+    Tensors are held weakly: a forward under no_grad (a teacher) keeps no activation alive for it.
+    """
+
+    def __init__(self, size: int, samples: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
+        self.size = size
+        self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        for t in constants:
+            self._set(t, Origin.CONSTANT)
+        for t in samples:
+            self._set(t, Origin.SAMPLES)
+
+    def of(self, t: Tensor) -> Origin | None:
+        """The origin of a tensor; None of one that came from elsewhere. An activation, which has a
+        gradient, holds samples; a leaf with a gradient that is not tracked is a constant."""
+        if t.requires_grad:
+            return Origin.CONSTANT if t.is_leaf else Origin.SAMPLES
+        known = self._origins.get(id(t))
+        return None if known is None or known[0]() is not t else known[1]
+
+    def may_hold_samples(self, t: Tensor) -> tuple[bool, bool]:
+        """Whether it holds samples, and whether that is a guess by its first axis."""
+        origin = self.of(t)
+        if origin is None:
+            guess = t.ndim > 0 and t.shape[0] == self.size
+            return guess, guess
+        return origin is Origin.SAMPLES, False
+
+    def note(
+        self, name: str, args: Iterable[Tensor], results: Iterable[Tensor], written: Tensor | None
+    ) -> None:
+        """A call: what its results without a gradient, and what it wrote to, are made of."""
+        made = [t for t in results if not t.requires_grad]
+        if written is not None and not written.requires_grad:
+            made.append(written)
+        if not made or name in _DRAWS:
+            return
+        origins = [self.of(t) for t in args]
+        if Origin.SAMPLES in origins:
+            origin = Origin.SAMPLES
+        elif None in origins:
+            return
+        elif Origin.SPREAD in origins:
+            origin = Origin.SPREAD
+        else:
+            origin = Origin.CONSTANT
+        for t in made:
+            grown = origin is Origin.CONSTANT and name in SPREADS and self.is_spread(t.shape)
+            self._set(t, Origin.SPREAD if grown else origin)
+
+    def is_spread(self, shape: torch.Size) -> bool:
+        """Whether repeated entries of that shape may be one for every sample."""
+        return self.size > 1 and any(n == self.size for n in shape)
+
+    def _set(self, t: Tensor, origin: Origin) -> None:
+        key, origins = id(t), self._origins
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            entry = origins.get(key)
+            if entry is not None and entry[0] is reference:
+                del origins[key]
+
+        origins[key] = weakref.ref(t, forget), origin
