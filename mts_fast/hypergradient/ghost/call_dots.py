@@ -46,5 +46,5 @@ def call_dots(
             return b.reshape(size, -1) @ tangent.reshape(-1)  # one for all samples
     # the replayed output is a temporary and may be overwritten. Other tangents are views of v,
     # which must not be overwritten
-    overwrite = call is not None and not call.rule.keeps_tangent
+    overwrite = call is not None and call.rule.reads_input
     return axis.dot(tangent, b, size, overwrite=overwrite)

@@ -154,7 +154,8 @@ class Capture(FunctionMode):
         """A call without tracked tensors."""
         result = call.run()
         self._watch(call, result)
-        self._provenance.note(call.name, call.tensors, tensors_in(result), call.written)
+        given = [t for t in call.tensors if id(t) not in self._sources]
+        self._provenance.note(call.name, given, tensors_in(result), call.written)
         return result
 
     def _name_coupling(self, call: Call) -> None:
@@ -186,7 +187,17 @@ class Capture(FunctionMode):
             and call.args[0] is first
         ):
             return self._view(call, source)
+        if isinstance(source, ParameterSource) and len(used) == 1:
+            layer = self._adjusted_layer(call, first)
+            if layer is not None:
+                rows = call.run()
+                (name,) = layer.sources
+                self._track(rows, source.then(lambda t: layer.replay({name: t}), by_rule=True))
+                return rows
         entries = [self._sources[id(t)] for t in used]
+        if any(isinstance(e, ParameterSource) and e.by_rule for e in entries):
+            path = ", ".join(sorted(path for t in used for path in self._paths(t)))
+            self._uses.reasons.append(f"{path}: its gradient is scaled, and {call.name} follows")
         paths = frozenset(path for t in used for path in self._paths(t))
         spread = any(isinstance(e, Derived) and e.spread for e in entries) or any(
             self._provenance.of(t) is Origin.SPREAD
@@ -195,7 +206,8 @@ class Capture(FunctionMode):
         )
         result = call.run()
         made = tensors_in(result)
-        self._provenance.note(call.name, call.tensors, made, None)
+        given = [t for t in call.tensors if id(t) not in self._sources]
+        self._provenance.note(call.name, given, made, None)
         written = call.written
         if written is None:
             made = [t for t in made if all(t is not u for u in used)]
@@ -207,6 +219,18 @@ class Capture(FunctionMode):
                 grown = grown and self._provenance.is_spread(t.shape)
                 self._track(t, Derived(t, paths, spread=spread or grown))
         return result
+
+    def _adjusted_layer(self, call: Call, parameter: Tensor) -> LayerCall | None:
+        """A layer whose gradient torch adjusts in a way that it does not differentiate again."""
+        rule = rule_of(call.function)
+        if rule is None or rule.adjusts is None:
+            return None
+        layer = LayerCall(rule, call.args, call.kwargs)
+        name = next((n for n in rule.parameters if layer.argument(n) is parameter), None)
+        if name is None or not rule.adjusts(layer):
+            return None
+        layer.sources[name] = ParameterSource(parameter)
+        return layer
 
     def _track(self, tensor: Tensor, entry: ParameterSource | Derived) -> None:
         self._sources[id(tensor)] = entry

@@ -48,9 +48,9 @@ class Provenance:
 
     def of(self, t: Tensor) -> Origin | None:
         """The origin of a tensor; None of one that came from elsewhere. An activation, which has a
-        gradient, holds samples; a leaf with a gradient that is not tracked is a constant."""
-        if t.requires_grad:
-            return Origin.CONSTANT if t.is_leaf else Origin.SAMPLES
+        graph, holds samples."""
+        if t.requires_grad and not t.is_leaf:
+            return Origin.SAMPLES
         known = self._origins.get(id(t))
         return None if known is None or known[0]() is not t else known[1]
 

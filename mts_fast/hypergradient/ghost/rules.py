@@ -62,11 +62,12 @@ class LayerRule:
     adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None
     refuses: Callable[[LayerCall], str | None] = _no_reason
     replay_options: ReplayOptions = field(default_factory=dict)
-    indexed: bool = False
+    adjusts: Callable[[LayerCall], bool] | None = None
     # not of `register_layer`: where the samples may be for `sample_gradients`, given the number of
-    # axes of the output; whether a tangent may be the direction itself, which is the caller's
+    # axes of the output; whether replays need the input. Where they do not (x + W), a tangent may
+    # be the direction itself, which is the caller's
     few: Callable[[LayerCall, SampleAxis, int], bool] | None = None
-    keeps_tangent: bool = False
+    reads_input: bool = True
 
 
 @dataclass
@@ -171,7 +172,7 @@ def register_layer(
     adjusted: Callable[[LayerCall, Tensor], Tensor] | None = None,
     refuses: Callable[[LayerCall], str | None] | None = None,
     replay_options: ReplayOptions | None = None,
-    indexed: bool = False,
+    adjusts: Callable[[LayerCall], bool] | None = None,
 ) -> None:
     """Register a function that is linear in its parameters with the ghost engine.
 
@@ -199,12 +200,12 @@ def register_layer(
             linear in its parameters but whose tangent is known.
         adjusted: (call, replayed output) -> the output, where autograd drops or scales entries of
             the gradient.
+        adjusts: (call) -> whether it scales them in a way that torch does not differentiate again.
         refuses: (call) -> why the function is not linear in its parameters with the options of this
             call (`call.option(name, position, default)`), or None.
         replay_options: option name -> (position, value that replays use), or a function of the call
             that gives them: needed for options under which the function writes to its parameters
             (a replay passes the caller's direction in their place) or to a buffer.
-        indexed: its input holds indices into a table, its only parameter, as an embedding's does.
 
     Example:
         >>> import torch
@@ -225,7 +226,7 @@ def register_layer(
         adjusted,
         refuses or _no_reason,
         replay_options or {},
-        indexed,
+        adjusts,
     )
 
 

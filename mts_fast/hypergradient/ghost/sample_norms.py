@@ -92,8 +92,7 @@ def _square(parts: list[tuple[ParameterSource, GradientPart]], path: str) -> Ten
         return total
     # views: where no entry of the parameter is used twice, the parts are orthogonal
     uses_of_entries = sum(
-        source.pullback(torch.ones_like(source.image(source.root.detach())))
-        for source, _ in parts
+        source.pullback(torch.ones_like(source.image(source.root.detach()))) for source, _ in parts
     )
     if float(torch.as_tensor(uses_of_entries).max()) <= 1:
         return sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())

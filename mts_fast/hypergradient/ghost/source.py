@@ -22,10 +22,11 @@ class ParameterSource:
 
     root: Tensor
     maps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    by_rule: bool = False  # one of the maps is a layer's replay, of which autograd knows nothing
 
-    def then(self, view: Callable[[Tensor], Tensor]) -> ParameterSource:
+    def then(self, view: Callable[[Tensor], Tensor], *, by_rule: bool = False) -> ParameterSource:
         """The same with one view more."""
-        return ParameterSource(self.root, (*self.maps, view))
+        return ParameterSource(self.root, (*self.maps, view), self.by_rule or by_rule)
 
     def image(self, tangent: Tensor) -> Tensor:
         """The tangent of the tensor in use for a tangent of the root."""

@@ -66,7 +66,7 @@ class Uses:
         `path_of` names a tensor; `watch` sees calls that have no rule, and their results.
         """
         used = [t for t in call.tensors if id(t) in entries]
-        path = ", ".join(sorted({path for t in used for path in path_of(t)}))
+        path = ", ".join(sorted(path_of(used[0])))
         twins: dict[int, Tensor] = {}
         tracked: dict[int, ParameterSource] = {}
         for t in used:
@@ -95,6 +95,7 @@ class Uses:
             return self._record(call, layer, tracked, path, given.run(), in_sum=in_sum)
         result = call.run()
         watch(call, result)
+        path = ", ".join(sorted({path for t in used for path in path_of(t)}))
         why = self._no_function(call, result)
         if why is not None:
             self.reasons.append(f"{path} {why}")
@@ -154,7 +155,7 @@ class Uses:
             return None
         source = next(iter(tracked.values()))
         layer = elementwise_call(call.name, call.args, call.kwargs, position, source, self.size)
-        overwritten = call.written is not None and layer is not None and layer.args[0] is not None
+        overwritten = call.written is not None and layer is not None and layer.rule.reads_input
         return None if overwritten else layer
 
     def _no_function(self, call: Call, result: Any) -> str | None:
@@ -190,7 +191,7 @@ class Uses:
             # an in-place activation on a view would cut this node out of the graph
             y = torch.ops.aten._unsafe_view(y, y.shape)
         others = [t for t in call.tensors if id(t) not in tracked]
-        read = others if layer.args[0] is not None else []
+        read = others if layer.rule.reads_input else []
         self.recorded.append(
             RecordedCall(
                 layer,

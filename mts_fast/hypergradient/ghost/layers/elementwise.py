@@ -93,7 +93,7 @@ def _rule(function: Callable[..., Any]) -> LayerRule:
         tangent=_tangent,
         weight_gradient=_weight_gradient,
         sample_parts=_sample_parts,
-        keeps_tangent=function is add,
+        reads_input=function is not add,
     )
 
 

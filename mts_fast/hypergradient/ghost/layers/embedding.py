@@ -66,7 +66,7 @@ register_layer(
         "scale_grad_by_freq": (5, False),
         "sparse": (6, False),
     },
-    indexed=True,
+    adjusts=_scaled_by_frequency,
 )
 register_layer(
     F.embedding_bag,
