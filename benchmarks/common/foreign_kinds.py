@@ -283,14 +283,19 @@ enter_many(
         "qwen2": continues("Qwen2", llama_like),
         "qwen3": continues("Qwen3", llama_like),
         "phi": continues("Phi", llama_like),
-        "falcon": continues("Falcon", llama_like, alibi=False),
+        "falcon": continues(
+            "Falcon",
+            lambda s: {
+                "vocab_size": s.vocabulary,
+                "hidden_size": s.width,
+                "num_hidden_layers": s.layers,
+                "num_attention_heads": s.heads,
+                "use_cache": False,
+            },
+        ),
         "gemma": continues("Gemma", llama_like),
         "gemma2": continues("Gemma2", llama_like, attn_implementation="eager", sliding_window=8),
-        "gemma3": continues("Gemma3", llama_like, task="ForCausalLM", sliding_window=8)
-        if False
-        else continues("Gemma3Text", llama_like, task="Model")
-        if False
-        else continues("Cohere", llama_like),
+        "cohere": continues("Cohere", llama_like),
         "olmo2": continues("Olmo2", llama_like),
         "stablelm": continues("StableLm", llama_like),
         "nemotron": continues("Nemotron", llama_like),
@@ -309,7 +314,13 @@ enter_many(
 enter_many(
     "mixture of experts",
     {
-        "mixtral": continues("Mixtral", llama_like, num_local_experts=4, num_experts_per_tok=2),
+        "mixtral": continues(
+            "Mixtral",
+            llama_like,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            experts_implementation="eager",
+        ),
         "qwen2_moe": continues(
             "Qwen2Moe",
             llama_like,
@@ -317,11 +328,18 @@ enter_many(
             num_experts_per_tok=2,
             moe_intermediate_size=32,
             shared_expert_intermediate_size=32,
+            experts_implementation="eager",
         ),
         "switch_transformers": translates(
             "SwitchTransformers", t5_like, num_experts=2, num_sparse_encoder_layers=1
         ),
-        "olmoe": continues("Olmoe", llama_like, num_experts=4, num_experts_per_tok=2),
+        "olmoe": continues(
+            "Olmoe",
+            llama_like,
+            num_experts=4,
+            num_experts_per_tok=2,
+            experts_implementation="eager",
+        ),
     },
 )
 
@@ -378,7 +396,7 @@ enter_many(
     "vision",
     {
         "vit": sees("ViT", vit_like),
-        "deit": sees("Deit" if False else "DeiT", vit_like),
+        "deit": sees("DeiT", vit_like),
         "beit": sees(
             "Beit",
             vit_like,

@@ -23,7 +23,7 @@ class ParameterUse:
 
     path: str
     shape: tuple[int, ...]
-    seen_as: str  # "linear", "conv2d x2", "copy per sample", or the module that owns it
+    seen_as: str  # "linear", "conv2d x2", "derived, linear", or the module that owns it
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_bare_parameters_and_repeated_layers():
             return self.layer(self.layer(x + self.shift))
 
     assert uses(Model()) == {
-        "shift": "copy per sample",
+        "shift": "add",
         "layer.weight": "linear x2",
         "layer.bias": "linear x2",
     }
@@ -156,8 +156,6 @@ REFUSED = {
         "1: BatchNorm1d in train mode mixes the samples",
         "forward_mode",
     ),
-    "sine": (Sine, "layer.weight is used by sin, which the engine cannot replay", "forward_mode"),
-    "patched": (patched, "0.weight is used by exp, which the engine cannot replay", "forward_mode"),
     "lstm": (lstm, "rnn.weight_ih_l0.* is used by lstm", "double_backward"),
     "checkpoint": (lambda: Checkpointed(True), "re-entrant activation checkpointing", "none"),
     "compiled": (
@@ -169,6 +167,8 @@ REFUSED = {
 SERVED = {
     "batchnorm_in_eval_mode": lambda: batchnorm().eval(),
     "patched_but_right": patched_but_right,
+    "sine": Sine,
+    "patched": patched,
     "checkpoint": lambda: Checkpointed(False),
     "sequence_first": SequenceFirst,
 }

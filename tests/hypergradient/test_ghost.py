@@ -349,22 +349,22 @@ def test_bf16_is_five_times_as_exact_as_differences(case):
     assert errors[0] < 0.05
 
 
-class Monkeypatched(nn.Module):
-    """Reads its weight where no function call shows it."""
+class Noisy(nn.Module):
+    """A parameter is added to activations by a function that draws random numbers."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(12, 5)
+        self.layer, self.slope = nn.Linear(12, 5), nn.Parameter(torch.ones(12))
 
     def forward(self, x):
-        return torch.einsum("bi,oi->bo", x, self.layer.weight.sin())
+        return self.layer(nn.functional.gumbel_softmax(self.slope + x, tau=self.slope.mean()))
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)), "BatchNorm"),
-        (Monkeypatched(), "layer.weight is used by sin"),
+        (Noisy(), "slope is used by .*, which cannot be run again"),
     ],
 )
 def test_refusals_name_the_parameter(model, reason):

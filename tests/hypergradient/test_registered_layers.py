@@ -82,7 +82,7 @@ def registered(monkeypatch):
         as_product=as_product,
         sample_parts=outer_parts,
     )
-    register_layer(lookup, {"table": 1}, nullable=(), sample_parts=table_parts, indexed=True)
+    register_layer(lookup, {"table": 1}, nullable=(), sample_parts=table_parts)
     register_layer(
         squared_linear,
         {"weight": 1},
@@ -203,20 +203,17 @@ class Places(nn.Module):
         return self.head((x + moded_lookup(torch.arange(5), self.table, self.mode)).mean(1).tanh())
 
 
-def test_shared_rows_are_refused_where_the_layer_is(monkeypatch):
+def test_rows_for_all_samples_are_derived_where_the_layer_would_refuse(monkeypatch):
     monkeypatch.setitem(_rules, moded_lookup, None)
-    register_layer(
-        moded_lookup, {"table": 1}, nullable=(), indexed=True, refuses=squares_only_in("square")
-    )
+    register_layer(moded_lookup, {"table": 1}, nullable=(), refuses=squares_only_in("square"))
     batch = LabelledBatch(torch.randn(6, 5, 6).double(), torch.arange(6) % 3)
-    for mode, reason in (("plain", None), ("square", "table: not linear")):
+    for mode in ("plain", "square"):
         model = Places(mode).double()
-        engine = Ghost(Objective(model), list(model.parameters()))
-        if reason is None:
-            engine.linearize(batch)
-            continue
-        with pytest.raises(Unsupported, match=reason):
-            engine.linearize(batch)
+        parameters = list(model.parameters())
+        direction = [torch.randn_like(p) for p in parameters]
+        losses = reference.cross_entropy(model(batch.inputs), batch.labels)
+        truth = reference.hypergradient_dots(losses, parameters, direction)
+        assert relative(Ghost(Objective(model), parameters).dots(batch, direction), truth) < EXACT
 
 
 class Sum(nn.Module):

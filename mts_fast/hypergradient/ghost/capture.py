@@ -25,6 +25,7 @@ from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
 from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.provenance import SPREADS, Origin, Provenance
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
+from mts_fast.hypergradient.ghost.routed_rows import RoutedRows
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Derived, ParameterSource
 from mts_fast.hypergradient.ghost.uses import Uses
@@ -89,6 +90,7 @@ class Capture(FunctionMode):
         self._alive: list[Any] = []  # an id is unique only while its tensor exists
         self._ranges: set[int] = set()  # ids of the results of torch.arange
         self._provenance = Provenance(batch_size, samples, constants)
+        self._routed = RoutedRows(batch_size)
         # autograd functions that were given tracked tensors: paths, and whether samples were, too
         self._functions: dict[FunctionCtx, tuple[set[str], bool]] = {}
         self._adopted: set[FunctionCtx] = set()
@@ -147,7 +149,7 @@ class Capture(FunctionMode):
             return self._run(call)
         if self._meets_samples(call):
             entries = {id(t): sources[id(t)] for t in used}
-            return self._uses.run(call, entries, self._paths, self._watch)
+            return self._uses.run(call, entries, self._paths, self._watch, self._routed)
         return self._derive(call, used)
 
     def _run(self, call: Call) -> Any:
@@ -261,6 +263,9 @@ class Capture(FunctionMode):
         if call.function is torch.arange:
             self._ranges.add(id(result))
             self._alive.append(result)
+        tracked = [id(t) for t in call.tensors if id(t) in self._sources]
+        if self._routed.follow(call, result, tracked):
+            return
         changed = call.args[:1] if call.name == "__setitem__" else result
         if not any(t.requires_grad for t in tensors_in(changed)):
             self._watch_inside(call)

@@ -150,7 +150,7 @@ class Ghost(Engine):
             _WrongGuess: a tensor of B entries may be one for all samples.
         """
         uses, size = capture.recorded, len(graph)
-        axes = [k.axis(use.shape, size) for use, k in zip(uses, history.knowledge, strict=True)]
+        axes = [k.axis(use, size) for use, k in zip(uses, history.knowledge, strict=True)]
         due = history.check_is_due()
         unsettled = [use for use, axis in zip(uses, axes, strict=True) if axis is None]
         if not due and not capture.may_mix and not unsettled:

@@ -104,11 +104,9 @@ def _sample_parts(
     """Each sample's gradient with the others' b at 0: B backward passes of the function."""
     leaves, y = _leaves_and_output(call)
     rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
-    alone = torch.zeros_like(b, dtype=y.dtype)
     for i in range(size):
-        axis.samples(alone, size)[i] = axis.samples(b, size)[i]
+        alone = axis.alone(b, i, size).to(y.dtype)
         gradients = torch.autograd.grad(y, list(leaves.values()), alone, retain_graph=True)
-        axis.samples(alone, size)[i] = 0
         for name, g in zip(leaves, gradients, strict=True):
             rows[name].append(g.flatten())
     return {name: DensePart(torch.stack(gradients)) for name, gradients in rows.items()}

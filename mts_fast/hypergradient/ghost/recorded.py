@@ -33,6 +33,7 @@ class RecordedCall:
     path: str  # of a parameter in use
     is_first: bool = True  # the backward ends here: no gradient is required of the input
     in_sum: bool = True  # whether autograd's gradient of the root has this use's part
+    rows: Tensor | None = None  # the sample [n] of every row of the output, where it was routed
     _held: tuple[tuple[Tensor, int], ...] = ()  # inputs that are read again, and their versions
 
     @property

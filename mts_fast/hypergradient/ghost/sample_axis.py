@@ -58,6 +58,12 @@ class SampleAxis:
             return moved.unflatten(0, (-1, batch_size)).transpose(0, 1)
         return moved.unflatten(0, (batch_size, -1))
 
+    def alone(self, values: Tensor, sample: int, batch_size: int) -> Tensor:
+        """The values with 0 at the entries of all other samples; a copy."""
+        kept = torch.zeros_like(values)
+        self.samples(kept, batch_size)[sample] = self.samples(values, batch_size)[sample]
+        return kept
+
     def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
         """<x, y> per sample [B], accumulated in float32 or wider; x may broadcast to y.
 
@@ -73,6 +79,59 @@ class SampleAxis:
         return self.samples(product, batch_size).flatten(1).sum(1, dtype=dtype)
 
 
+class SampleRows(SampleAxis):
+    """The rows of axis 0 are of these samples [n], in any order: tokens routed to an expert."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "rows", rows)
+
+    rows: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def fits(self, shape: torch.Size, batch_size: int) -> bool:
+        """Whether a tensor of that shape can have these rows."""
+        return len(shape) > 0 and shape[0] == len(self.rows)
+
+    def simplest(self, shape: torch.Size, batch_size: int) -> SampleAxis:
+        """Itself."""
+        return self
+
+    def samples(self, values: Tensor, batch_size: int) -> Tensor:
+        """[B, r, ...] with r the most rows of one sample, filled up with 0; a copy."""
+        order = torch.argsort(self.rows, stable=True)
+        counts = torch.bincount(self.rows, minlength=batch_size)
+        starts = counts.cumsum(0) - counts
+        of_sample = self.rows[order]
+        place = torch.arange(len(order), device=order.device) - starts[of_sample]
+        most = int(counts.max()) if len(order) else 0
+        filled = values.new_zeros(batch_size, most, *values.shape[1:])
+        filled[of_sample, place] = values[order]
+        return filled
+
+    def alone(self, values: Tensor, sample: int, batch_size: int) -> Tensor:
+        """The values with 0 in the rows of all other samples; a copy."""
+        own = (self.rows == sample).view(-1, *[1] * (values.ndim - 1))
+        return torch.where(own, values, torch.zeros_like(values))
+
+    def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
+        """<x, y> per sample [B], accumulated in float32 or wider."""
+        if x.dtype is torch.float16 or x.dtype != y.dtype:
+            x, y = x.float(), y.float()
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        rows = (x * y).flatten(1).sum(1, dtype=dtype)
+        return rows.new_zeros(batch_size).index_add_(0, self.rows, rows)
+
+    def spread(self, per_sample: Tensor) -> Tensor:
+        """[n] values of the rows' samples."""
+        return per_sample[self.rows]
+
+
 class Spread:
     """Values per sample [B], as tensors that broadcast against layers' outputs; each length of
     axis and dtype is made once."""
@@ -83,6 +142,9 @@ class Spread:
 
     def over(self, axis: SampleAxis, like: Tensor) -> Tensor:
         """The values at the entries of each sample in `like`, whose samples lie on `axis`."""
+        if isinstance(axis, SampleRows):
+            rows = axis.spread(self.per_sample).to(like.dtype)
+            return rows.view(-1, *[1] * (like.ndim - 1))
         length = like.shape[axis.axis]
         times = length // len(self.per_sample)
         key = length, axis.interleaved and times > 1, like.dtype

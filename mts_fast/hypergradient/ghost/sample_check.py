@@ -22,6 +22,7 @@ from mts_fast.hypergradient.ghost.passes import (
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import (
     SampleAxis,
+    SampleRows,
     agrees,
     distinct,
     factor_rounds,
@@ -46,9 +47,11 @@ class Knowledge:
         """Every layout is possible."""
         return cls(layouts(use.shape))
 
-    def axis(self, shape: torch.Size, size: int) -> SampleAxis | None:
-        """The one layout that is left for a batch of that shape, or None while it is open."""
-        left = distinct(self.candidates, shape, size)
+    def axis(self, use: RecordedCall, size: int) -> SampleAxis | None:
+        """The one layout that is left for a batch of that size, or None while it is open."""
+        if use.rows is not None:
+            return SampleRows(use.rows) if self.seen else None
+        left = distinct(self.candidates, use.shape, size)
         return left[0] if self.seen and len(left) == 1 else None
 
 
@@ -100,7 +103,9 @@ def check_samples(
     looks = []
     for i, (use, known) in enumerate(zip(uses, knowledge, strict=True)):
         options = distinct(known.candidates, use.shape, size)
-        if not options:  # no candidate that is left fits this size
+        if use.rows is not None:
+            options = [SampleRows(use.rows)]
+        elif not options:  # no candidate that is left fits this size
             options = distinct(Knowledge.before(use).candidates, use.shape, size)
         looks.append(_Look(use, options, seed + SEED_STRIDE * i))
     sums = _Sums(uses)
@@ -152,6 +157,8 @@ def _learned(look: _Look, known: Knowledge, size: int) -> Knowledge:
     """The candidates that are left after a check; NaN and infinity rule nothing out."""
     if not bool(torch.stack(look.finite).all()):
         return known
+    if look.use.rows is not None:
+        return Knowledge(known.candidates, seen=True)
     shape = look.use.shape
     candidates = known.candidates
     if not distinct(candidates, shape, size):

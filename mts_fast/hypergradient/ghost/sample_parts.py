@@ -49,7 +49,4 @@ def _one_by_one(call: LayerCall, b: Tensor, size: int) -> dict[str, GradientPart
 
 def _alone(b: Tensor, axis: SampleAxis, size: int) -> Tensor:
     """[B, entries of b]: b with the entries of one sample alone, and 0 elsewhere."""
-    rows = b.new_zeros(size, *b.shape)
-    for i in range(size):
-        axis.samples(rows[i], size)[i] = axis.samples(b, size)[i]
-    return rows.flatten(1)
+    return torch.stack([axis.alone(b, i, size).flatten() for i in range(size)])

@@ -13,6 +13,7 @@ from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.function_call import FunctionCall
 from mts_fast.hypergradient.ghost.layers.elementwise import elementwise_call
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
+from mts_fast.hypergradient.ghost.routed_rows import RoutedRows
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
 from mts_fast.hypergradient.ghost.source import Derived, ParameterSource
 
@@ -60,10 +61,12 @@ class Uses:
         entries: Mapping[int, ParameterSource | Derived],
         path_of: Callable[[Tensor], Collection[str]],
         watch: Callable[[Call, Any], None],
+        routed: RoutedRows,
     ) -> Any:
         """Run a call with tracked tensors, which `entries` has by id, and record it.
 
-        `path_of` names a tensor; `watch` sees calls that have no rule, and their results.
+        `path_of` names a tensor; `watch` sees calls that have no rule, and their results; `routed`
+        follows rows that an index gathered.
         """
         used = [t for t in call.tensors if id(t) in entries]
         path = ", ".join(sorted(path_of(used[0])))
@@ -84,7 +87,7 @@ class Uses:
             return result
         layer = self._layer(call, tracked, path)
         if layer is not None:
-            return self._record(call, layer, tracked, path, call.run())
+            return self._record(call, layer, tracked, path, call.run(), routed)
         layer = self._elementwise(call, tracked)
         if layer is not None:
             x = next(t for t in call.tensors if id(t) not in tracked)
@@ -92,7 +95,7 @@ class Uses:
             if self._cut and x.requires_grad:
                 constants = {id(t): t.detach() for t in call.tensors if id(t) in tracked}
                 given, in_sum = call.with_others(constants), False
-            return self._record(call, layer, tracked, path, given.run(), in_sum=in_sum)
+            return self._record(call, layer, tracked, path, given.run(), routed, in_sum=in_sum)
         result = call.run()
         watch(call, result)
         path = ", ".join(sorted({path for t in used for path in path_of(t)}))
@@ -102,7 +105,8 @@ class Uses:
             return result
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
-        return self._record(call, FunctionCall.of(call, tracked), tracked, path, result)
+        layer = FunctionCall.of(call, tracked)
+        return self._record(call, layer, tracked, path, result, routed)
 
     def _enter(
         self,
@@ -178,6 +182,7 @@ class Uses:
         tracked: Mapping[int, ParameterSource],
         path: str,
         y: Tensor,
+        routed: RoutedRows,
         *,
         in_sum: bool = True,
     ) -> Tensor:
@@ -190,6 +195,8 @@ class Uses:
         if y._is_view():
             # an in-place activation on a view would cut this node out of the graph
             y = torch.ops.aten._unsafe_view(y, y.shape)
+        routed.follow(call, y, tracked.keys())
+        rows = routed.of(y)
         others = [t for t in call.tensors if id(t) not in tracked]
         read = others if layer.rule.reads_input else []
         self.recorded.append(
@@ -201,6 +208,7 @@ class Uses:
                 path,
                 is_first=not any(t.requires_grad for t in others),
                 in_sum=in_sum,
+                rows=rows[0] if rows is not None and rows[1] == 0 else None,
                 _held=tuple((t, t._version) for t in read if t is not y),
             )
         )

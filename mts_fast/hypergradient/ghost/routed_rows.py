@@ -1,0 +1,160 @@
+"""Rows of activations that an index gathered (tokens routed to an expert), followed from call to
+call: which sample each row is of.
+
+x[index] has rows in another order, or not all of them; functions that treat every row alike keep
+it. Where rows of one order meet those of another, samples might be mixed, and the forward is
+checked on its graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mts_fast.hypergradient.ghost.calls import Call, tensors_in
+from mts_fast.hypergradient.ghost.watch import may_mix, move_of
+
+_GATHERS = {"__getitem__", "index_select"}
+_SCATTERS = {"index_add", "index_copy", "__setitem__"}
+_SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+
+
+class RoutedRows:
+    """The routed tensors of one forward of `size` samples; they are held weakly."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._samples: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+
+    def of(self, t: Tensor) -> tuple[Tensor, int] | None:
+        """The sample [n] of every row of a routed tensor, and the axis of the rows."""
+        known = self._samples.get(id(t))
+        return None if known is None or known[0]() is not t else known[1:]
+
+    def follow(self, call: Call, result: Any, parameters: Collection[int] = ()) -> bool:
+        """Whether a call is understood: it keeps rows of different samples apart.
+
+        `parameters` are the ids of arguments that hold no samples. A call that has them is taken
+        for a layer that treats every row alike; the check of the forward sees where it does not.
+        """
+        if self.size == 1:
+            return False
+        if call.name in _GATHERS and self._gather(call, result, parameters):
+            return True
+        if call.name == "sort":
+            self._sort(call, result)
+        if not self._samples:
+            return False
+        if call.name in _SCATTERS:
+            return self._scatter(call)
+        return self._keep(call, result, parameters)
+
+    def _sort(self, call: Call, result: Any) -> None:
+        """The entries of a list, one for every row, in another order."""
+        x = call.args[0] if call.args else None
+        if isinstance(x, Tensor) and x.ndim == 1 and not x.requires_grad:
+            samples = self._rows(x)
+            if samples is not None:
+                for t in (result[0], result[1]):
+                    self._set(t, samples[result[1]], 0)
+
+    def _gather(self, call: Call, result: Any, parameters: Collection[int]) -> bool:
+        """x[index], the rows of x in the order of an index or a mask."""
+        x, rest = call.args[0], call.args[1:]
+        if call.name == "index_select":
+            axis, index = (*rest, call.kwargs.get("dim"), call.kwargs.get("index"))[:2]
+            items: tuple[Any, ...] = (index,) if axis == 0 else ()
+        else:
+            items = rest[0] if isinstance(rest[0], tuple) else rest[:1]
+        added = bool(items) and items[0] is None  # x[None, index]: an axis before the rows
+        items = items[added:]
+        if not items or not isinstance(items[0], Tensor) or items[0].ndim != 1:
+            return False
+        if any(isinstance(i, Tensor) and i.ndim != 1 for i in items):
+            return False
+        if id(x) in parameters:  # a row of a table for every entry of the index
+            known = self.of(items[0])
+            rows = None if known is None else known[0]
+        else:
+            samples = self._rows(x)
+            rows = None if samples is None else samples[items[0].to(samples.device)]
+        if rows is None or not result.requires_grad or not result.ndim > added:
+            return False
+        if result.shape[int(added)] != len(rows):
+            return False
+        self._set(result, rows, int(added))
+        return True
+
+    def _scatter(self, call: Call) -> bool:
+        """Rows are written, or added, to rows of the same samples."""
+        x = call.args[0]
+        if call.name == "__setitem__":
+            index, source = call.args[1], call.args[2]
+        else:
+            arguments = [*call.args[1:], *(call.kwargs.get(n) for n in ("dim", "index", "source"))]
+            given = [a for a in arguments if a is not None]
+            if len(given) < 3 or given[0] != 0:
+                return False
+            index, source = given[1], given[2]
+        samples = self._rows(x)
+        if samples is None or not isinstance(index, Tensor) or index.ndim != 1:
+            return False
+        known = self.of(source) if isinstance(source, Tensor) else None
+        return known is not None and known[1] == 0 and torch.equal(samples[index], known[0])
+
+    def _keep(self, call: Call, result: Any, parameters: Collection[int]) -> bool:
+        """A function that treats every row alike."""
+        tensors = [t for t in call.tensors if t.requires_grad and id(t) not in parameters]
+        routed = [(t, known) for t in tensors if (known := self.of(t)) is not None]
+        if not routed:
+            return False
+        x, (samples, axis) = routed[0]
+        for t in tensors:
+            if t is x or t.is_leaf:
+                continue
+            other = self.of(t)
+            if other is None or not (other[1] == axis and torch.equal(other[0], samples)):
+                return False
+        made = tensors_in(result)
+        if call.name in _SHAPES:
+            for t in made:
+                if axis == 1 and x.shape[0] == 1 and t.ndim and t.shape[0] == len(samples):
+                    self._set(t, samples, 0)
+                elif t.ndim > axis and t.shape[axis] == len(samples):
+                    self._set(t, samples, axis)
+            return all(self.of(t) is not None for t in made)
+        if axis or move_of(call.name, call.args, call.kwargs) is not None:
+            return False
+        n = len(samples)
+        args, kwargs = call.args, call.kwargs
+        if not parameters and may_mix(call.name, args, kwargs, n, lambda index: False):
+            return False
+        if not all(t.ndim and t.shape[0] == n for t in made):
+            return False
+        for t in made:
+            self._set(t, samples, 0)
+        return True
+
+    def _rows(self, x: Tensor) -> Tensor | None:
+        """The sample of every row of x; of a tensor that is not routed, in order."""
+        known = self.of(x)
+        if known is not None:
+            return known[0] if known[1] == 0 else None
+        if not x.ndim or not x.shape[0] or x.shape[0] % self.size:
+            return None
+        samples = torch.arange(self.size, device=x.device)
+        return samples.repeat_interleave(x.shape[0] // self.size)
+
+    def _set(self, t: Tensor, samples: Tensor, axis: int) -> None:
+        key, routed = id(t), self._samples
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            entry = routed.get(key)
+            if entry is not None and entry[0] is reference:
+                del routed[key]
+
+        routed[key] = weakref.ref(t, forget), samples, axis
