@@ -170,7 +170,7 @@ class Capture(FunctionMode):
     def _meets_samples(self, call: Call) -> bool:
         """Whether a call of tracked tensors has others that hold samples."""
         tensors = call.tensors[:1] if call.name in LIKE_OTHERS else call.tensors
-        others = [t for t in tensors if id(t) not in self._sources]
+        others = [t for t in tensors if id(t) not in self._sources and not _picks(call, t)]
         held = [self._provenance.may_hold_samples(t) for t in others]
         if any(holds and not guessed for holds, guessed in held):
             return True
@@ -184,7 +184,7 @@ class Capture(FunctionMode):
         if (
             isinstance(source, ParameterSource)
             and call.name in VIEWS
-            and len(call.tensors) == 1
+            and all(t is first or _picks(call, t) for t in call.tensors)
             and call.args
             and call.args[0] is first
         ):
@@ -330,6 +330,12 @@ class Capture(FunctionMode):
         """
         with self, mock.patch.object(F, "has_torch_function", return_value=False):
             return F.multi_head_attention_forward(*args, **kwargs)
+
+
+def _picks(call: Call, t: Tensor) -> bool:
+    """Whether a tensor is the number of one entry, as of an expert: its use is the same for all
+    samples."""
+    return call.name == "__getitem__" and not t.ndim and not t.is_floating_point()
 
 
 def _surrounding_function() -> FunctionCtx | None:
