@@ -256,9 +256,7 @@ class Bilinear(nn.Module):
 
 def test_a_layer_registered_by_the_user(device, monkeypatch):
     model, x, y = Bilinear().to(device), X.to(device), Y.to(device)
-    assert "used by bilinear, which the engine cannot replay" in str(
-        mts_fast.explain_engine(model, x, y)
-    )
+    assert mts_fast.explain_engine(model, x, y).choice == "ghost"  # by torch's own derivatives
     # what monkeypatch sets it also takes back
     monkeypatch.setitem(_rules, F.bilinear, None)
     mts_fast.hypergradient.register_layer(F.bilinear, {"weight": 2, "bias": 3})

@@ -9,7 +9,7 @@ checked on its graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from mts_fast.hypergradient.ghost.watch import may_mix, move_of
 
 _GATHERS = {"__getitem__", "index_select"}
 _SCATTERS = {"index_add", "index_copy", "__setitem__"}
+_PARTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_JOINS = {"cat", "concat", "concatenate"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
@@ -51,6 +53,8 @@ class RoutedRows:
             return False
         if call.name in _SCATTERS:
             return self._scatter(call)
+        if call.name in _JOINS and self._join(call, result):
+            return True
         return self._keep(call, result, parameters)
 
     def _sort(self, call: Call, result: Any) -> None:
@@ -130,13 +134,35 @@ class RoutedRows:
         if axis or move_of(call.name, call.args, call.kwargs) is not None:
             return False
         n = len(samples)
-        args, kwargs = call.args, call.kwargs
-        if not parameters and may_mix(call.name, args, kwargs, n, lambda index: False):
-            return False
+        if not parameters and self._may_mix(call, n):
+            return self._parted(call, made, samples)
         if not all(t.ndim and t.shape[0] == n for t in made):
             return False
         for t in made:
             self._set(t, samples, 0)
+        return True
+
+    @staticmethod
+    def _may_mix(call: Call, n: int) -> bool:
+        return may_mix(call.name, call.args, call.kwargs, n, lambda index: False, first_axis=True)
+
+    def _parted(self, call: Call, made: Sequence[Tensor], samples: Tensor) -> bool:
+        """x.split(sizes): the rows, part after part."""
+        if call.name not in _PARTS or sum(t.shape[0] for t in made) != len(samples):
+            return False
+        lengths = [t.shape[0] for t in made]
+        for t, rows in zip(made, samples.split(lengths), strict=True):
+            self._set(t, rows, 0)
+        return True
+
+    def _join(self, call: Call, result: Any) -> bool:
+        """torch.cat of rows: one list after the other."""
+        parts = call.args[0] if call.args else call.kwargs.get("tensors", ())
+        axis = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)
+        known = [self.of(t) for t in parts]
+        if axis != 0 or not known or any(k is None or k[1] for k in known):
+            return False
+        self._set(result, torch.cat([k[0] for k in known if k is not None]), 0)
         return True
 
     def _rows(self, x: Tensor) -> Tensor | None:

@@ -127,8 +127,12 @@ def may_mix(
     kwargs: dict[str, Any],
     size: int,
     in_order: Callable[[Any], bool],
+    *,
+    first_axis: bool = False,
 ) -> bool:
     """Whether a call may bring entries of several of the B samples together, or in another order.
+
+    With `first_axis` the samples are the rows of axis 0 and no other axis counts.
 
     `in_order` says of an index whether it is known to be 0, 1, 2, ... An axis counts as one of
     samples where it has B entries, the first also where it has a multiple. True for functions that
@@ -143,6 +147,8 @@ def may_mix(
     def holds_samples(axis: int) -> bool:
         if not x.ndim:
             return False
+        if first_axis:
+            return axis % x.ndim == 0
         length = x.shape[axis]
         return length == size or (axis % x.ndim == 0 and length % size == 0)
 
@@ -151,7 +157,8 @@ def may_mix(
     if name in _ALONG:
         return any(map(holds_samples, _axes(name, args, kwargs, x.ndim)))
     if name in _PRODUCTS:
-        return _product_may_mix([a for a in args if isinstance(a, Tensor)], size)
+        operands = [a for a in args if isinstance(a, Tensor)]
+        return _product_may_mix(operands, 0 if first_axis else size)
     if name in _LAYERS:
         return any(map(_is_activation, args[1:]))
     if name == "scaled_dot_product_attention":
@@ -214,7 +221,8 @@ def _is_mask(item: Any) -> bool:
 def _product_may_mix(operands: list[Tensor], size: int) -> bool:
     """False where the operands share a leading batch axis; else by the axis that is summed."""
     left, right = operands[-2:] if len(operands) > 1 else (operands[0], operands[0])
-    if min(left.ndim, right.ndim) >= 3 and not (left.shape[0] % size or right.shape[0] % size):
+    batched = size > 0 and min(left.ndim, right.ndim) >= 3
+    if batched and not (left.shape[0] % size or right.shape[0] % size):
         return False
     both = _is_activation(left) and _is_activation(right)
     return both or left.ndim == 0 or left.shape[-1] == size
