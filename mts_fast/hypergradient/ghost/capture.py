@@ -10,7 +10,7 @@ encoder) is not recorded: it adds nothing to autograd's gradient.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -254,7 +254,7 @@ class Capture(FunctionMode):
                 self._track(result, source.then(apply))
         return results
 
-    def _paths(self, tensor: Tensor) -> Iterable[str]:
+    def _paths(self, tensor: Tensor) -> Collection[str]:
         entry = self._sources[id(tensor)]
         return entry.paths if isinstance(entry, Derived) else {self.names[entry.root]}
 

@@ -89,7 +89,7 @@ class DerivedTensors:
         self.leaves = [d.leaf for d in used]
         # whose gradients autograd has; those of the others follow from their uses
         self.summed = [d.leaf for d in used if not d.spread]
-        self._edges = [d.edge for d in used]
+        self._edges = [d.edge for d in used if d.edge is not None]
         self._paths = ", ".join(sorted({d.path for d in used}))
 
     def tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:

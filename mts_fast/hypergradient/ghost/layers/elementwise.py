@@ -126,6 +126,7 @@ def elementwise_call(
     if not isinstance(x, Tensor) or isinstance(scale, Tensor):
         return None
     first = position == 0
+    function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     if name in _ADDS:
         function, arguments = add, (None, weight, 1 if first else scale)
