@@ -29,7 +29,9 @@ ALLOWED = 1e-5
 def _plain(model, optimizer, loss, inputs, labels):
     def step():
         optimizer.zero_grad()
-        loss(model(**inputs) if isinstance(inputs, dict) else model(inputs), labels).mean().backward()
+        loss(
+            model(**inputs) if isinstance(inputs, dict) else model(inputs), labels
+        ).mean().backward()
         optimizer.step()
 
     return step
@@ -72,9 +74,7 @@ def bench_foreign_models(benchmark, name):
     features = torch.randn(BATCH, 1)
 
     def exact():
-        return step(
-            inputs, labels, features=features, val_inputs=val_inputs, val_labels=val_labels
-        )
+        return step(inputs, labels, features=features, val_inputs=val_inputs, val_labels=val_labels)
 
     for _ in range(WARM_UP - 1):
         served = exact().engine

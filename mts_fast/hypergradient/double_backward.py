@@ -7,7 +7,8 @@ be replayed, and d_i is autograd's gradient also where that is not the derivativ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mts_fast import reference
 from mts_fast.hypergradient.engine import Engine, Linearization, dense
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
-from mts_fast.hypergradient.objective import LabelledBatch
+from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.precision import is_low_precision
 from mts_fast.hypergradient.serving import eager, serving
+
+
+@contextmanager
+def twice_differentiable(objective: Objective) -> Iterator[None]:
+    """Forwards inside take no kernel without a second derivative: no fused attention, no recurrent
+    layer of cuDNN."""
+    recurrent = any(isinstance(m, nn.RNNBase) for m in objective.world.modules)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
+        FrequencyTables(objective).differentiable(),
+    ):
+        yield
 
 
 class DoubleBackward(Engine):
@@ -46,14 +60,7 @@ class DoubleBackwardLinearization(Linearization):
         # of 20 % were seen, so in 16 bits the gradient to train on is taken without it
         self._coarse = is_low_precision(engine.parameters)
         objective = engine.objective
-        # fused attention and cuDNN's recurrent layers have no second derivative
-        recurrent = any(isinstance(m, nn.RNNBase) for m in objective.world.modules)
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent),
-            eager(objective),
-            FrequencyTables(objective).differentiable(),
-        ):
+        with twice_differentiable(objective), eager(objective):
             self._graph: Tensor | None = objective.losses(batch)
         self._losses = self._graph.detach()
 

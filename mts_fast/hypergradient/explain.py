@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,16 @@ class EngineExplanation:
     reasons: dict[str, list[str]]
     parameters: list[ParameterUse] = field(default_factory=list)
     with_batch: bool = False
+    # parameters that ghost leaves to the second derivative of the graph, and why
+    left_over: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ghost_share(self) -> float:
+        """The share of the parameters' entries that ghost serves itself; 0 where it refuses."""
+        if self.reasons.get("ghost"):
+            return 0.0
+        entries = {p.path: math.prod(p.shape) for p in self.parameters}
+        return 1 - sum(entries[path] for path in self.left_over) / sum(entries.values())
 
     def __str__(self) -> str:
         width = max((len(p.path) for p in self.parameters), default=0)
@@ -44,6 +55,13 @@ class EngineExplanation:
         for engine, why in self.reasons.items():
             lines.append(f"{engine}: {'cannot serve' if why else 'serves'}")
             lines += [f"  - {reason}" for reason in why]
+            if engine == "ghost" and self.left_over:
+                share = 100 * self.ghost_share
+                lines.append(
+                    f"  {share:.1f} % of the entries; the rest by double backward on the same"
+                    " graph, which costs up to 3 forwards more (register_layer would serve it):"
+                )
+                lines += [f"  - {why}" for why in sorted(set(self.left_over.values()))]
         if not self.with_batch:
             lines.append("what a forward shows is not known: give inputs and labels")
         return "\n".join(["trainable parameters", *lines, f"engine='auto' takes {self.choice}"])
@@ -95,9 +113,11 @@ def explain_engine(
     ghost = Ghost(objective, parameters)
     why = ghost.reasons()
     seen, final = _owners(model), False
+    left: dict[str, str] = {}
     if labels is not None:
         batch = LabelledBatch(inputs, labels)
         calls, more, final = _uses(ghost, batch)
+        left = {ghost.names[p]: reason for p, reason in ghost.left.items()}
         seen |= calls
         refused = {reason.partition(":")[0] for reason in why}  # modules: what they call is moot
         why = sorted({*why, *(r for r in more if r.partition(":")[0] not in refused)})
@@ -109,7 +129,7 @@ def explain_engine(
             reasons[name] = _tried(engine, LabelledBatch(inputs, labels))
     uses = [ParameterUse(n, tuple(p.shape), seen.get(n, "not used")) for n, p in named.items()]
     choice = next((name for name, against in reasons.items() if not against), "none")
-    return EngineExplanation(choice, reasons, uses, labels is not None)
+    return EngineExplanation(choice, reasons, uses, labels is not None, left)
 
 
 def _tried(engine: Engine, batch: LabelledBatch) -> list[str]:
@@ -140,8 +160,8 @@ def _uses(ghost: Ghost, batch: LabelledBatch) -> tuple[dict[str, str], list[str]
         try:
             with capture:
                 ghost.objective.losses(batch)
-            reasons = list(capture.reasons)
-            if not reasons and not ghost.reasons():
+            reasons = list(capture.reasons) if ghost.reasons() else []
+            if not ghost.reasons():
                 ghost.linearize(batch, gradients=0)
         except Refused as refused:
             reasons = [*capture.reasons, *refused.reasons]

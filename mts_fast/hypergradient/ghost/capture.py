@@ -24,6 +24,7 @@ from mts_fast._ambient import FunctionMode
 from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
 from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.provenance import SPREADS, Origin, Provenance
+from mts_fast.hypergradient.ghost.reasons import Reason
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.routed_rows import RoutedRows
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
@@ -109,7 +110,7 @@ class Capture(FunctionMode):
     def reasons(self) -> list[str]:
         """Why this forward is not served."""
         inside = [
-            f"{', '.join(sorted(paths))} is used inside {type(f).__name__.removesuffix('Backward')}"
+            Reason(paths, f" is used inside {type(f).__name__.removesuffix('Backward')}")
             for f, (paths, _) in self._functions.items()
             if f not in self._adopted
         ]
@@ -120,10 +121,11 @@ class Capture(FunctionMode):
         """The derived tensors that layers used."""
         return [d for d in self._derived if d.is_used]
 
-    def roots(self) -> dict[Tensor, str]:
-        """Parameters and leaves whose gradients autograd has, and their paths."""
+    def roots(self) -> dict[Tensor, frozenset[str]]:
+        """Parameters and leaves whose gradients autograd has, and the paths behind them."""
         spread = self._uses.spread
-        return {**self.names, **{d.leaf: d.path for d in self.derived if id(d.leaf) not in spread}}
+        leaves = {d.leaf: d.paths for d in self.derived if id(d.leaf) not in spread}
+        return {p: frozenset((path,)) for p, path in self.names.items()} | leaves
 
     def layout(self) -> Layout:
         """Identifies the forwards for which a check of this one is valid."""
@@ -197,10 +199,10 @@ class Capture(FunctionMode):
                 self._track(rows, source.then(lambda t: layer.replay({name: t}), by_rule=True))
                 return rows
         entries = [self._sources[id(t)] for t in used]
-        if any(isinstance(e, ParameterSource) and e.by_rule for e in entries):
-            path = ", ".join(sorted(path for t in used for path in self._paths(t)))
-            self._uses.reasons.append(f"{path}: its gradient is scaled, and {call.name} follows")
         paths = frozenset(path for t in used for path in self._paths(t))
+        if any(isinstance(e, ParameterSource) and e.by_rule for e in entries):
+            text = f": its gradient is scaled by frequency, and {call.name} follows"
+            self._uses.reasons.append(Reason(paths, text))
         spread = any(isinstance(e, Derived) and e.spread for e in entries) or any(
             self._provenance.of(t) is Origin.SPREAD
             for t in call.tensors

@@ -4,6 +4,7 @@ once more with v in place of its weights. No second derivative, no differences."
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from mts_fast._isolation import (
     preserved_rng,
     restored_on_error,
 )
+from mts_fast.hypergradient.double_backward import twice_differentiable
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
@@ -20,7 +22,8 @@ from mts_fast.hypergradient.ghost.linearization import (
     LowMemoryLinearization,
     StoredLinearization,
 )
-from mts_fast.hypergradient.ghost.recorded import Unsupported
+from mts_fast.hypergradient.ghost.reasons import Unsupported
+from mts_fast.hypergradient.ghost.remainder import Remainder, left_over
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import (
     Knowledge,
@@ -71,6 +74,8 @@ class Ghost(Engine):
         paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
         self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
         self._histories: dict[Layout, _History] = {}
+        # parameters whose uses are served by the second derivative of the graph, and why
+        self.left: dict[Tensor, str] = {}
         self._shared: set[int] = set()  # guesses that turned out wrong, see Capture
         self._checks = 0
 
@@ -88,26 +93,39 @@ class Ghost(Engine):
         """
         if not dots and (gradients == 1 or self.memory == "low"):
             return RetainedGraph(self, batch, gradients)
+        left = self.left
+        while True:
+            try:
+                return self._guessed(batch, gradients, left)
+            except Unsupported as refused:
+                left = left_over(refused.reasons, self.names, left)
+                if not left:
+                    raise
+
+    def _guessed(
+        self, batch: LabelledBatch, gradients: int, left: dict[Tensor, str]
+    ) -> GhostLinearization:
         world = self.objective.world
         try:
             with restored_on_error(world):
-                return self._captured(batch, gradients, self._shared)
+                return self._captured(batch, gradients, self._shared, left)
         except _WrongGuess as refused:
             try:
                 with restored_on_error(world):
-                    return self._captured(batch, gradients, self._shared | refused.turns)
+                    return self._captured(batch, gradients, self._shared | refused.turns, left)
             except Unsupported:
                 raise Unsupported(refused.reasons) from None
 
     def _captured(
-        self, batch: LabelledBatch, gradients: int, shared: set[int]
+        self, batch: LabelledBatch, gradients: int, shared: set[int], left: dict[Tensor, str]
     ) -> GhostLinearization:
-        capture = self.capture(batch, shared, cut=self.memory == "fast" and gradients > 0)
-        with capture:
+        cut = self.memory == "fast" and gradients > 0
+        capture = self.capture(batch, shared, left, cut=cut)
+        with capture, twice_differentiable(self.objective) if left else nullcontext():
             graph = self.objective.losses(batch)
         reasons = [*self.reasons(), *capture.reasons]
         reasons += [
-            f"{use.path}: its layer's input was changed in place after use"
+            use.refused("its layer's input was changed in place after use")
             for use in capture.recorded
             if use.input_was_changed()
         ]
@@ -119,10 +137,11 @@ class Ghost(Engine):
         history = self._histories.get(layout)
         if history is None:
             history = _History([Knowledge.before(use) for use in capture.recorded])
-        axes = self._axes(graph, capture, history)
+        remainder = Remainder(list(left))
+        axes = self._axes(graph, capture, history, remainder)
         # nothing below raises, so the history may be updated
         history.forwards += 1
-        self._shared = shared
+        self._shared, self.left = shared, left
         self._histories[layout] = history
         if len(self._histories) > MOST_LAYOUTS:
             del self._histories[next(iter(self._histories))]
@@ -130,19 +149,28 @@ class Ghost(Engine):
         derived = DerivedTensors(capture.derived, self.parameters)
         # dots alone need each b once
         if self.memory == "low" or not gradients:
-            return LowMemoryLinearization(self, batch, gradients, graph, uses, derived)
-        return StoredLinearization(self, batch, gradients, graph, uses, derived)
+            return LowMemoryLinearization(self, batch, gradients, graph, uses, derived, remainder)
+        return StoredLinearization(self, batch, gradients, graph, uses, derived, remainder)
 
     def capture(
-        self, batch: LabelledBatch, shared: Collection[int] = (), *, cut: bool = False
+        self,
+        batch: LabelledBatch,
+        shared: Collection[int] = (),
+        left: Collection[Tensor] = (),
+        *,
+        cut: bool = False,
     ) -> Capture:
-        """A watch over a forward of this batch."""
+        """A watch over a forward of this batch; parameters that are left over are not tracked."""
+        without = {id(p) for p in left}
+        names = {p: path for p, path in self.names.items() if id(p) not in without}
         samples = [*batch.tensors(), *leaves(batch.labels)]
         buffers = self.objective.world.buffers()
         frozen = (p for p in self.objective.world.parameters() if not p.requires_grad)
-        return Capture(self.names, len(batch), samples, (*buffers, *frozen), shared, cut=cut)
+        return Capture(names, len(batch), samples, (*buffers, *frozen), shared, cut=cut)
 
-    def _axes(self, graph: Tensor, capture: Capture, history: _History) -> list[SampleAxis | None]:
+    def _axes(
+        self, graph: Tensor, capture: Capture, history: _History, remainder: Remainder
+    ) -> list[SampleAxis | None]:
         """The sample axis of every use; None where the gradient is exactly 0 in this forward.
 
         Raises:
@@ -169,6 +197,7 @@ class Ghost(Engine):
                 )
                 if due:
                     DerivedTensors(capture.derived, self.parameters).check()
+                    remainder.check(graph)
             except Unsupported as refused:
                 turns = {
                     turn

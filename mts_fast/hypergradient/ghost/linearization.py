@@ -15,6 +15,7 @@ from mts_fast.hypergradient.engine import Engine, Linearization
 from mts_fast.hypergradient.ghost.call_dots import call_dots
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
+from mts_fast.hypergradient.ghost.remainder import Remainder
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis, Spread
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.ghost.source import DerivedTensors, ParameterSource
@@ -39,9 +40,11 @@ class GhostLinearization(Linearization):
         graph: Tensor,
         uses: list[tuple[RecordedCall, SampleAxis | None]],
         derived: DerivedTensors,
+        remainder: Remainder,
     ) -> None:
         super().__init__(engine, batch, gradients)
         self.derived = derived
+        self.remainder = remainder
         self._graph: Tensor | None = graph
         self._losses = graph.detach()
         self._uses = uses
@@ -153,11 +156,15 @@ class StoredLinearization(GhostLinearization):
         if self._p is None:
             return self._backward(p)
         ratio = self._over_p(p)
+        left: dict[Tensor, Tensor] = {}
+        if self.remainder:
+            assert self._graph is not None
+            left = self.remainder.gradient(self._graph, p, retain=self._gradients_left > 0)
         total = add_gradients({}, self._few.scaled_gradients(ratio))
         spread = Spread(ratio)
         for record in self._consumed():
             add_gradients(total, record.scaled_gradients(spread))
-        self.derived.add_pulled_back(total)
+        total = self.derived.add_pulled_back(total) | left
         return [total.get(p) for p in self.engine.parameters]
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
@@ -170,13 +177,19 @@ class StoredLinearization(GhostLinearization):
             for record in self._consumed():
                 if record.b is not None and record.axis is not None:
                     parts.append(self._dots(record.use, record.axis, record.b, tangents))
-            return self._over_p(torch.stack(parts).sum(0))
+            dots = self._over_p(torch.stack(parts).sum(0))
+        left = self.remainder.dots(tangents)
+        return dots if left is None else dots + left
 
     def _backward(self, p: Tensor) -> list[Tensor | None]:
         p = torch.maximum(p, p.max() * SMALLEST_SHARE)
         roots = self._roots()
-        graph, self._graph = self._graph, None
+        graph = self._graph
         assert graph is not None
+        keep = bool(self.remainder) and self._gradients_left > 0
+        if not keep:
+            self._graph = None
+        self.remainder.prepare(graph, p)
         records = [Record(use, axis) for use, axis in self._uses]
         few = [r for r in records if self._keeps_sample_gradients(r)]
         rest = [r for r in records if not self._keeps_sample_gradients(r)]
@@ -184,7 +197,9 @@ class StoredLinearization(GhostLinearization):
             for r in few:
                 hooks.callback(r.use.edge.node.register_prehook(self._keeper(r)).remove)
             edges: list = [r.use.edge for r in rest]
-            gradients = torch.autograd.grad(graph, [*roots, *edges], p, allow_unused=True)
+            gradients = torch.autograd.grad(
+                graph, [*roots, *edges], p, retain_graph=keep, allow_unused=True
+            )
         for r, b in zip(rest, gradients[len(roots) :], strict=True):
             r.b = b
         for r in records:
@@ -270,6 +285,12 @@ class LowMemoryLinearization(GhostLinearization):
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         tangents = self._tangents(direction)
         total = torch.zeros_like(self._losses)  # [B]
+        if self.remainder:
+            assert self._graph is not None
+            self.remainder.prepare(self._graph, torch.ones_like(self._losses))
+            left = self.remainder.dots(tangents)
+            assert left is not None
+            total += left
         self.visit(lambda use, axis, b: total.add_(self._dots(use, axis, b, tangents)))
         return total
 

@@ -1,4 +1,4 @@
-"""One recorded use of a parameter in a forward, and the error for forwards that are refused."""
+"""One recorded use of a parameter in a forward, and its part of the results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from mts_fast.hypergradient.ghost.reasons import Reason
 from mts_fast.hypergradient.ghost.rules import LayerCall
 from mts_fast.hypergradient.ghost.source import ParameterSource
-from mts_fast.hypergradient.refused import Refused
-
-
-class Unsupported(Refused):
-    """The ghost engine cannot serve this forward; `reasons` say why."""
-
-    def __init__(self, reasons: Iterable[str]) -> None:
-        super().__init__("ghost", list(reasons))
 
 
 @dataclass
@@ -31,6 +24,7 @@ class RecordedCall:
     output: GradientEdge | None  # None once the graph is released
     shape: torch.Size
     path: str  # of a parameter in use
+    paths: frozenset[str]  # of all of them
     is_first: bool = True  # the backward ends here: no gradient is required of the input
     in_sum: bool = True  # whether autograd's gradient of the root has this use's part
     rows: Tensor | None = None  # the sample [n] of every row of the output, where it was routed
@@ -45,6 +39,10 @@ class RecordedCall:
     def release(self) -> None:
         """Drop the references to the call and its input."""
         self.call, self._held = None, ()
+
+    def refused(self, text: str) -> Reason:
+        """A reason that names its parameter."""
+        return Reason(self.paths, f": {text}", self.path)
 
     def input_was_changed(self) -> bool:
         """Whether something wrote into an input after the call."""

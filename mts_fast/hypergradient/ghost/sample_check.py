@@ -19,7 +19,8 @@ from mts_fast.hypergradient.ghost.passes import (
     visit_output_gradients,
     visit_with_gradients,
 )
-from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported, add_gradients
+from mts_fast.hypergradient.ghost.reasons import Reason, Unsupported
+from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
 from mts_fast.hypergradient.ghost.sample_axis import (
     SampleAxis,
     SampleRows,
@@ -88,7 +89,7 @@ def check_samples(
     graph: Tensor,
     uses: Sequence[RecordedCall],
     knowledge: Sequence[Knowledge],
-    names: Mapping[Tensor, str] | None,
+    names: Mapping[Tensor, frozenset[str]] | None,
     seed: int,
 ) -> tuple[list[SampleAxis | None], list[Knowledge]]:
     """Where the samples of every use lie in this forward; None where its gradient is exactly 0.
@@ -137,12 +138,13 @@ def check_samples(
                 look.plain = [p for p, fit in zip(look.plain, fits, strict=True) if fit]
         if all(len(look.options) <= 1 or not look.agreement for look in looks):
             break
-    axes, learned, reasons = [], [], []
+    axes, learned = [], []
+    reasons: list[str] = []
     for look, known in zip(looks, knowledge, strict=True):
         nonzero = bool(look.nonzero) and bool(torch.stack(look.nonzero).any())
         if nonzero and not look.options:
             reasons.append(
-                f"{look.use.path}: samples are mixed in, or after, the layer that uses it"
+                look.use.refused("samples are mixed in, or after, the layer that uses it")
             )
         axes.append(look.options[0] if nonzero and look.options else None)
         learned.append(_learned(look, known, size) if nonzero else known)
@@ -188,18 +190,22 @@ class _Sums:
                 add_gradients(self._terms, use.root_gradients(b.abs()))
                 self._allowed = max(self._allowed, rounding_share(b.dtype))
 
-    def missed(self, truth: dict[Tensor, Tensor | None], names: Mapping[Tensor, str]) -> list[str]:
+    def missed(
+        self, truth: dict[Tensor, Tensor | None], names: Mapping[Tensor, frozenset[str]]
+    ) -> list[str]:
         """Roots whose recorded uses do not make up autograd's gradient."""
-        reasons = []
-        for parameter, path in names.items():
+        reasons: list[str] = []
+        for parameter, paths in names.items():
+            path = ", ".join(sorted(paths))
             true, ours = truth[parameter], self._gradients.get(parameter)
             if (true is None) != (ours is None):
-                reasons.append(f"{path} is used in a way that was not seen")
+                reasons.append(Reason(paths, " is used in a way that was not seen", path))
             elif true is not None and ours is not None:
                 true = true.to_dense() if true.layout is not torch.strided else true
                 size = torch.maximum(true.norm(), self._terms[parameter].norm())
                 if (true - ours).norm() > self._allowed * size:
-                    reasons.append(f"{path}: the calls that were seen do not make up its gradient")
+                    text = ": the calls that were seen do not make up its gradient"
+                    reasons.append(Reason(paths, text, path))
         return reasons
 
 
@@ -213,9 +219,9 @@ def _try_replay(use: RecordedCall, b: Tensor) -> None:
     versions = [t._version for t in tangents.values()]
     y = use.output_tangent(tangents)
     if [t._version for t in tangents.values()] != versions:
-        raise Unsupported([f"{use.path}: its layer writes to it (see replay_options)"])
+        raise Unsupported([use.refused("its layer writes to it (see replay_options)")])
     if torch.broadcast_shapes(y.shape, b.shape) != b.shape:
-        raise Unsupported([f"{use.path}: its replay has another shape than its output"])
+        raise Unsupported([use.refused("its replay has another shape than its output")])
 
 
 @contextmanager
@@ -226,7 +232,8 @@ def failure_named(use: RecordedCall) -> Iterator[None]:
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Unsupported([f"{use.path}: its layer cannot be replayed ({_line(error)})"]) from error
+        why = f"its layer cannot be replayed ({_line(error)})"
+        raise Unsupported([use.refused(why)]) from error
 
 
 @contextmanager

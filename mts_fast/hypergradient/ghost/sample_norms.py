@@ -10,7 +10,8 @@ from torch import Tensor
 from mts_fast.hypergradient.ghost.engine import Ghost
 from mts_fast.hypergradient.ghost.linearization import LowMemoryLinearization
 from mts_fast.hypergradient.ghost.parts import DensePart, GradientPart, inner
-from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported
+from mts_fast.hypergradient.ghost.reasons import Unsupported
+from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import failure_named
 from mts_fast.hypergradient.ghost.sample_parts import sample_parts
@@ -32,6 +33,8 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
     """
     linearization = engine.linearize(batch, gradients=0)
     assert isinstance(linearization, LowMemoryLinearization)
+    if linearization.remainder:
+        raise Unsupported(engine.left.values())
     derived = linearization.derived
     leaves = {id(leaf) for leaf in derived.leaves}
     behind = {id(p) for p in derived.reached()}

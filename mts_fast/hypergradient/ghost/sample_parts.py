@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.ghost.parts import DensePart, GradientPart
-from mts_fast.hypergradient.ghost.recorded import RecordedCall, Unsupported
+from mts_fast.hypergradient.ghost.reasons import Unsupported
+from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.rules import LayerCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 

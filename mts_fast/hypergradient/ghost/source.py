@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from mts_fast.hypergradient.refused import Refused
+from mts_fast.hypergradient.ghost.reasons import Reason, Unsupported
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class DerivedTensors:
         # whose gradients autograd has; those of the others follow from their uses
         self.summed = [d.leaf for d in used if not d.spread]
         self._edges = [d.edge for d in used if d.edge is not None]
-        self._paths = ", ".join(sorted({d.path for d in used}))
+        self.paths = frozenset(path for d in used for path in d.paths)
 
     def tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
         """The tangents of the leaves, by id, for a tangent of every parameter.
@@ -99,7 +99,7 @@ class DerivedTensors:
         where that is not the derivative (a straight-through estimator).
 
         Raises:
-            Refused: the graph of the parameters has no second derivative.
+            Unsupported: the graph of the parameters has no second derivative.
         """
         if not self.leaves:
             return {}
@@ -117,8 +117,8 @@ class DerivedTensors:
                 )
             except RuntimeError as error:
                 first = str(error).strip().splitlines()[:1]
-                why = f"{self._paths}: derived tensors without a second derivative ({first})"
-                raise Refused("ghost", [why]) from error
+                text = f": no second derivative of a tensor made of them ({first})"
+                raise Unsupported([Reason(self.paths, text)]) from error
         return {
             id(leaf): torch.zeros_like(leaf) if t is None else t
             for leaf, t in zip(self.leaves, images, strict=True)
@@ -128,7 +128,7 @@ class DerivedTensors:
         """See that tangents and gradients can be had.
 
         Raises:
-            Refused: they cannot.
+            Unsupported: they cannot.
         """
         self.tangents([torch.zeros_like(p) for p in self._parameters])
         self.pull_back({leaf: torch.zeros_like(leaf) for leaf in self.leaves})

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.function_call import FunctionCall
 from mts_fast.hypergradient.ghost.layers.elementwise import elementwise_call
+from mts_fast.hypergradient.ghost.reasons import Reason
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.routed_rows import RoutedRows
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
@@ -38,7 +39,7 @@ class Uses:
     def __init__(self, size: int, shared: Collection[int], *, cut: bool) -> None:
         self.size = size
         self.recorded: list[RecordedCall] = []
-        self.reasons: list[str] = []
+        self.reasons: list[str] = []  # those that concern some parameters are `Reason`
         # uses whose tensors hold samples by their shape alone: position in `recorded` -> number
         self.guesses: dict[int, int] = {}
         self.spread: set[int] = set()  # ids of the leaves that have entries for every sample
@@ -69,6 +70,7 @@ class Uses:
         follows rows that an index gathered.
         """
         used = [t for t in call.tensors if id(t) in entries]
+        paths = frozenset(path for t in used for path in path_of(t))
         path = ", ".join(sorted(path_of(used[0])))
         twins: dict[int, Tensor] = {}
         tracked: dict[int, ParameterSource] = {}
@@ -77,7 +79,8 @@ class Uses:
         call = call.with_others(twins)
         written = call.written
         if written is not None and (id(written) in tracked or id(written) in self.spread):
-            self.reasons.append(f"{path} is changed in place by samples in {call.name}")
+            text = f" is changed in place by samples in {call.name}"
+            self.reasons.append(Reason(paths, text, path))
             return Call(
                 call.function, (written.detach().clone(), *call.args[1:]), call.kwargs
             ).run()
@@ -87,7 +90,7 @@ class Uses:
             return result
         layer = self._layer(call, tracked, path)
         if layer is not None:
-            return self._record(call, layer, tracked, path, call.run(), routed)
+            return self._record(call, layer, tracked, paths, path, call.run(), routed)
         layer = self._elementwise(call, tracked)
         if layer is not None:
             x = next(t for t in call.tensors if id(t) not in tracked)
@@ -95,18 +98,19 @@ class Uses:
             if self._cut and x.requires_grad:
                 constants = {id(t): t.detach() for t in call.tensors if id(t) in tracked}
                 given, in_sum = call.with_others(constants), False
-            return self._record(call, layer, tracked, path, given.run(), routed, in_sum=in_sum)
+            return self._record(
+                call, layer, tracked, paths, path, given.run(), routed, in_sum=in_sum
+            )
         result = call.run()
         watch(call, result)
-        path = ", ".join(sorted({path for t in used for path in path_of(t)}))
         why = self._no_function(call, result)
         if why is not None:
-            self.reasons.append(f"{path} {why}")
+            self.reasons.append(Reason(paths, f" {why}"))
             return result
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
         layer = FunctionCall.of(call, tracked)
-        return self._record(call, layer, tracked, path, result, routed)
+        return self._record(call, layer, tracked, paths, path, result, routed)
 
     def _enter(
         self,
@@ -130,7 +134,9 @@ class Uses:
         self.spread.add(id(leaf))
         edge = get_gradient_edge(leaf)
         self.recorded.append(
-            RecordedCall(None, {"value": source}, edge, leaf.shape, entry.path, in_sum=False)
+            RecordedCall(
+                None, {"value": source}, edge, leaf.shape, entry.path, entry.paths, in_sum=False
+            )
         )
 
     def _layer(
@@ -180,6 +186,7 @@ class Uses:
         call: Call,
         layer: LayerCall,
         tracked: Mapping[int, ParameterSource],
+        paths: frozenset[str],
         path: str,
         y: Tensor,
         routed: RoutedRows,
@@ -190,7 +197,7 @@ class Uses:
             return y
         why = layer.unsupported()
         if why is not None:
-            self.reasons.append(f"{path}: {why}")
+            self.reasons.append(Reason(paths, f": {why}", path))
             return y
         if y._is_view():
             # an in-place activation on a view would cut this node out of the graph
@@ -206,6 +213,7 @@ class Uses:
                 get_gradient_edge(y),
                 y.shape,
                 path,
+                paths,
                 is_first=not any(t.requires_grad for t in others),
                 in_sum=in_sum,
                 rows=rows[0] if rows is not None and rows[1] == 0 else None,
