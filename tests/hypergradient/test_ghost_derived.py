@@ -281,7 +281,10 @@ def test_gradient_norms_are_exact(name):
         for loss in losses
     ]
     torch.testing.assert_close(
-        gradient_norms(engine, batch), torch.tensor(truth).double(), rtol=EXACT, atol=EXACT
+        gradient_norms(engine, batch),
+        torch.tensor(truth, dtype=torch.float64),
+        rtol=EXACT,
+        atol=EXACT,
     )
 
 

@@ -60,7 +60,9 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
 
     linearization.visit(add)
     for parameter, rows in _pulled_through(derived, of_leaves, engine, len(batch)).items():
-        several[parameter].append((ParameterSource(parameter), DensePart(rows.flatten(1))))
+        several[parameter].append(
+            (ParameterSource(parameter), DensePart(rows.reshape(len(rows), -1)))
+        )
     for parameter, parts in several.items():
         squares += _square(parts, engine.names[parameter]).to(squares.dtype)
     return squares.clamp(min=0).sqrt()
@@ -100,7 +102,7 @@ def _square(parts: list[tuple[ParameterSource, GradientPart]], path: str) -> Ten
     if float(torch.as_tensor(uses_of_entries).max()) <= 1:
         return sum((part.squares() for _, part in parts[1:]), parts[0][1].squares())
     _check_size(len(parts[0][1].squares()) * parts[0][0].root.numel(), path)
-    return _pulled_back(parts).square().flatten(1).sum(1)
+    return _pulled_back(parts).square().reshape(len(parts[0][1].squares()), -1).sum(1)
 
 
 def _pulled_back(parts: list[tuple[ParameterSource, GradientPart]]) -> Tensor:

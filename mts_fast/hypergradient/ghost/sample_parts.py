@@ -22,7 +22,7 @@ def sample_parts(
     rule = call.rule
     if rule.sample_gradients is not None:
         by_name = rule.sample_gradients(call, b, axis, size)
-        return {name: DensePart(g.flatten(1)) for name, g in by_name.items()}
+        return {name: DensePart(g.reshape(size, -1)) for name, g in by_name.items()}
     if rule.sample_parts is not None:
         parts = rule.sample_parts(call, b, axis, size)
         if isinstance(parts, str):
