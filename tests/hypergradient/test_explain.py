@@ -118,12 +118,6 @@ def bare_batchnorm():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
 
 
-def patched():
-    model = nn.Sequential(nn.Linear(4, 3))
-    model[0].forward = lambda x: F.linear(x, model[0].weight.exp())
-    return model
-
-
 def patched_but_right():
     model = nn.Sequential(nn.Linear(4, 3))
     model[0].forward = types.MethodType(
@@ -168,7 +162,6 @@ SERVED = {
     "batchnorm_in_eval_mode": lambda: batchnorm().eval(),
     "patched_but_right": patched_but_right,
     "sine": Sine,
-    "patched": patched,
     "checkpoint": lambda: Checkpointed(False),
     "sequence_first": SequenceFirst,
 }

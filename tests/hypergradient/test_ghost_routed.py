@@ -126,8 +126,10 @@ class Exchange(Mixture):
 
 
 def test_rows_that_come_back_to_other_samples_are_seen():
-    with pytest.raises(Unsupported, match="samples are mixed"):
-        engine_of(Exchange().double()).linearize(batch_of(SIZE, STEPS, WIDTH))
+    engine = engine_of(Exchange().double())
+    assert_exact(engine, batch_of(SIZE, STEPS, WIDTH))
+    assert {engine.names[p] for p in engine.left} == {"body.weight", "body.bias"}
+    assert all("samples are mixed" in why for why in engine.left.values())
 
 
 class Scale(torch.autograd.Function):

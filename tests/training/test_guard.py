@@ -118,7 +118,7 @@ def clones(model):
 
 # model -> (engine that "auto" picks, explicit engines that the check refuses)
 WRONG = {
-    Ternary: ("forward_mode", ["finite_difference"]),
+    Ternary: ("ghost", ["finite_difference"]),
     Adversarial: ("double_backward", ["finite_difference"]),
     Target: ("forward_mode", ["finite_difference"]),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from worlds.derived_layers import DERIVED_LAYERS
 from worlds.layer import Context, Function, Layer, Wrapped, _trained
 from worlds.traps import BatchCentred, Detached, Domain, Mixup, RunningCentre, TernaryLinear
 from worlds.world import STEPS, WIDTH, Options
@@ -368,6 +369,7 @@ def build_layer(o: Options, source: str, time_first: bool) -> nn.Module:
         "positions": lambda: Positions(time_first, o.get("by_index", False)),
         "class_token": ClassToken,
         "over_time": OverTime,
+        **DERIVED_LAYERS,
     }
     layer = makers[o["kind"]]()
     if o.get("frozen"):

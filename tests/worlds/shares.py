@@ -23,6 +23,10 @@ ANYWHERE = {
     "running_centre": 10,
     "unused": 5,
     "checkpoint": 7,
+    "merged": 8,
+    "routed": 10,
+    "one_plus": 6,
+    "weight_norm": 6,
 }
 IMAGES = {
     "conv": 40,
@@ -49,10 +53,12 @@ LAYERS: dict[str, dict[str, int]] = {
         "positions": 26,
         "causal_attention": 12,
         "over_time": 15,
+        "decay": 12,
+        "relative_bias": 14,
     },
 }
 LAYERS["tokens"] = LAYERS["sequence"]
-# layers that ghost hands to another engine, for the odd worlds
+# layers for the odd worlds: weights made of parameters, couplings, recurrent layers
 ODD_ANYWHERE = {
     "exp_scale": 45,
     "one_plus": 39,
@@ -74,7 +80,8 @@ ODD["tokens"] = ODD["sequence"]
 # layers with parameters that a plain step trains
 TRAINED = {
     "linear", "mlp", "matmul", "einsum", "addmm", "tied", "experts", "attention", "encoder",
-    "causal_attention", "conv", "conv_residual", "conv_transpose", "gru", "lstm", "over_time",
+    "causal_attention", "merged", "conv", "conv_residual", "conv_transpose", "gru", "lstm",
+    "over_time",
 }  # fmt: skip
 # layers after which autograd's gradient is not the derivative of the forward
 ESTIMATORS = {"ternary", "reversal", "detach"}

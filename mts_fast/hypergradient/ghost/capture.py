@@ -79,8 +79,7 @@ class Capture(FunctionMode):
         super().__init__()
         self.names = names
         self.batch_size = batch_size
-        # whether a call might exchange entries of samples, depending on values
-        self.may_mix = False
+        self._may_mix_samples = False
         self._shared = frozenset(shared)
         self._uses = Uses(batch_size, self._shared, cut=cut)
         self._moves: list[object] = []
@@ -91,7 +90,7 @@ class Capture(FunctionMode):
         self._alive: list[Any] = []  # an id is unique only while its tensor exists
         self._ranges: set[int] = set()  # ids of the results of torch.arange
         self._provenance = Provenance(batch_size, samples, constants)
-        self._routed = RoutedRows(batch_size)
+        self._routed = RoutedRows(batch_size, self._ranges)
         # autograd functions that were given tracked tensors: paths, and whether samples were, too
         self._functions: dict[FunctionCtx, tuple[set[str], bool]] = {}
         self._adopted: set[FunctionCtx] = set()
@@ -100,6 +99,11 @@ class Capture(FunctionMode):
     def recorded(self) -> list[RecordedCall]:
         """Every use, in the order of the forward."""
         return self._uses.recorded
+
+    @property
+    def may_mix(self) -> bool:
+        """Whether a call might exchange entries of samples, depending on values."""
+        return self._may_mix_samples or self._routed.unclear
 
     @property
     def guesses(self) -> dict[int, int]:
@@ -126,6 +130,10 @@ class Capture(FunctionMode):
         spread = self._uses.spread
         leaves = {d.leaf: d.paths for d in self.derived if id(d.leaf) not in spread}
         return {p: frozenset((path,)) for p, path in self.names.items()} | leaves
+
+    def end(self, losses: Tensor) -> None:
+        """The forward gave these losses [B]."""
+        self._routed.end(losses)
 
     def layout(self) -> Layout:
         """Identifies the forwards for which a check of this one is valid."""
@@ -275,18 +283,18 @@ class Capture(FunctionMode):
         move = move_of(call.name, call.args, call.kwargs)
         if move is not None:
             self._moves.append(move)
-        elif not self.may_mix:
-            self.may_mix = self._may_mix(call)
+        elif not self._may_mix_samples:
+            self._may_mix_samples = self._may_mix(call)
 
     def _watch_inside(self, call: Call) -> None:
         """The same for calls inside an autograd function's forward, whose results have no graph."""
         if (
-            not self.may_mix
+            not self._may_mix_samples
             and not torch.is_grad_enabled()
             and any(t.requires_grad for t in call.tensors)
             and self._may_mix(call)
         ):
-            self.may_mix = _surrounding_function() is not None
+            self._may_mix_samples = _surrounding_function() is not None
 
     def _may_mix(self, call: Call) -> bool:
         ranges, size = self._ranges, self.batch_size

@@ -16,6 +16,7 @@ from mts_fast._isolation import (
 )
 from mts_fast.hypergradient.double_backward import twice_differentiable
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
+from mts_fast.hypergradient.frequency import frequency_reasons
 from mts_fast.hypergradient.ghost.capture import Capture, Layout
 from mts_fast.hypergradient.ghost.linearization import (
     GhostLinearization,
@@ -94,13 +95,17 @@ class Ghost(Engine):
         if not dots and (gradients == 1 or self.memory == "low"):
             return RetainedGraph(self, batch, gradients)
         left = self.left
+        reasons: list[str] = []
         while True:
             try:
                 return self._guessed(batch, gradients, left)
             except Unsupported as refused:
-                left = left_over(refused.reasons, self.names, left)
+                reasons += refused.reasons
+                before, left = left, {}
+                if not frequency_reasons(self.objective):
+                    left = left_over(refused.reasons, self.names, before)
                 if not left:
-                    raise
+                    raise Unsupported(reasons) from refused.__cause__
 
     def _guessed(
         self, batch: LabelledBatch, gradients: int, left: dict[Tensor, str]
@@ -123,6 +128,7 @@ class Ghost(Engine):
         capture = self.capture(batch, shared, left, cut=cut)
         with capture, twice_differentiable(self.objective) if left else nullcontext():
             graph = self.objective.losses(batch)
+        capture.end(graph)
         reasons = [*self.reasons(), *capture.reasons]
         reasons += [
             use.refused("its layer's input was changed in place after use")

@@ -26,10 +26,16 @@ _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
 class RoutedRows:
-    """The routed tensors of one forward of `size` samples; they are held weakly."""
+    """The routed tensors of one forward of `size` samples; they are held weakly.
 
-    def __init__(self, size: int) -> None:
+    `unclear` says that rows were lost sight of, met those of another order, or came from a tensor
+    that may have its samples elsewhere: the forward has to be checked.
+    """
+
+    def __init__(self, size: int, ranges: Collection[int]) -> None:
         self.size = size
+        self.unclear = False
+        self._ranges = ranges  # ids of indices that are 0, 1, 2, ...
         self._samples: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
 
     def of(self, t: Tensor) -> tuple[Tensor, int] | None:
@@ -38,7 +44,7 @@ class RoutedRows:
         return None if known is None or known[0]() is not t else known[1:]
 
     def follow(self, call: Call, result: Any, parameters: Collection[int] = ()) -> bool:
-        """Whether a call is understood: it keeps rows of different samples apart.
+        """Whether a call is understood: it gathers rows, or keeps those of different samples apart.
 
         `parameters` are the ids of arguments that hold no samples. A call that has them is taken
         for a layer that treats every row alike; the check of the forward sees where it does not.
@@ -49,13 +55,22 @@ class RoutedRows:
             return True
         if call.name == "sort":
             self._sort(call, result)
-        if not self._samples:
+        if not any(self.of(t) for t in call.tensors if t.requires_grad):
             return False
         if call.name in _SCATTERS:
-            return self._scatter(call)
-        if call.name in _JOINS and self._join(call, result):
-            return True
-        return self._keep(call, result, parameters)
+            known = self._scatter(call)
+        else:
+            known = call.name in _JOINS and self._join(call, result)
+            known = known or self._keep(call, result, parameters)
+        self.unclear = self.unclear or not known
+        return known
+
+    def end(self, losses: Tensor) -> None:
+        """The forward has ended: its losses have to be in the order of the samples."""
+        known = self.of(losses)
+        if known is not None:
+            in_order = torch.arange(self.size, device=known[0].device)
+            self.unclear = self.unclear or not torch.equal(known[0], in_order)
 
     def _sort(self, call: Call, result: Any) -> None:
         """The entries of a list, one for every row, in another order."""
@@ -80,6 +95,8 @@ class RoutedRows:
             return False
         if any(isinstance(i, Tensor) and i.ndim != 1 for i in items):
             return False
+        if id(items[0]) in self._ranges and self.of(x) is None:
+            return False  # the rows stay where they are
         if id(x) in parameters:  # a row of a table for every entry of the index
             known = self.of(items[0])
             rows = None if known is None else known[0]
@@ -90,6 +107,9 @@ class RoutedRows:
             return False
         if result.shape[int(added)] != len(rows):
             return False
+        if id(x) not in parameters and self.of(x) is None:
+            # x may have its samples on another axis
+            self.unclear = self.unclear or x.ndim > 2 or self.size in x.shape[1:]
         self._set(result, rows, int(added))
         return True
 

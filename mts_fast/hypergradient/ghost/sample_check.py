@@ -42,6 +42,7 @@ class Knowledge:
 
     candidates: tuple[SampleAxis, ...]
     seen: bool = False
+    routed: bool = False  # its rows are where they were followed to
 
     @classmethod
     def before(cls, use: RecordedCall) -> Knowledge:
@@ -50,8 +51,8 @@ class Knowledge:
 
     def axis(self, use: RecordedCall, size: int) -> SampleAxis | None:
         """The one layout that is left for a batch of that size, or None while it is open."""
-        if use.rows is not None:
-            return SampleRows(use.rows) if self.seen else None
+        if use.rows is not None and self.routed:
+            return SampleRows(use.rows)
         left = distinct(self.candidates, use.shape, size)
         return left[0] if self.seen and len(left) == 1 else None
 
@@ -104,10 +105,10 @@ def check_samples(
     looks = []
     for i, (use, known) in enumerate(zip(uses, knowledge, strict=True)):
         options = distinct(known.candidates, use.shape, size)
-        if use.rows is not None:
-            options = [SampleRows(use.rows)]
-        elif not options:  # no candidate that is left fits this size
+        if not options:  # no candidate that is left fits this size
             options = distinct(Knowledge.before(use).candidates, use.shape, size)
+        if use.rows is not None:
+            options = [SampleRows(use.rows), *options]
         looks.append(_Look(use, options, seed + SEED_STRIDE * i))
     sums = _Sums(uses)
 
@@ -159,8 +160,8 @@ def _learned(look: _Look, known: Knowledge, size: int) -> Knowledge:
     """The candidates that are left after a check; NaN and infinity rule nothing out."""
     if not bool(torch.stack(look.finite).all()):
         return known
-    if look.use.rows is not None:
-        return Knowledge(known.candidates, seen=True)
+    if look.options and isinstance(look.options[0], SampleRows):
+        return Knowledge(known.candidates, seen=known.seen, routed=True)
     shape = look.use.shape
     candidates = known.candidates
     if not distinct(candidates, shape, size):
