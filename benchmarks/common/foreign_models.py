@@ -126,17 +126,6 @@ FOREIGN: dict[str, Callable[[Scale], Foreign]] = {}
 FAMILY: dict[str, str] = {}
 
 
-def foreign(family: str) -> Callable[[Callable[[Scale], Foreign]], Callable[[Scale], Foreign]]:
-    """Enters a function into FOREIGN under its own name."""
-
-    def enter(make: Callable[[Scale], Foreign]) -> Callable[[Scale], Foreign]:
-        FOREIGN[make.__name__] = make
-        FAMILY[make.__name__] = family
-        return make
-
-    return enter
-
-
 def enter_many(family: str, kinds: dict[str, Callable[[Scale], Foreign]]) -> None:
     """Enters functions into FOREIGN by name."""
     for name, make in kinds.items():

@@ -176,13 +176,13 @@ def _compared(
 
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy; of tensors with a graph that modules keep (weight_norm's) their values alone."""
-    kept = {
+    with_graph = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(model, kept)
+    return copy.deepcopy(model, with_graph)
 
 
 def _first_line(error: Exception) -> str:

@@ -345,8 +345,8 @@ def test_the_graph_of_the_parameters_is_released(monkeypatch):
     line = engine.linearize(batch_of(SIZE, STEPS, WIDTH))
     line.gradient(torch.ones(SIZE).double())
     line.dots([torch.ones_like(p) for p in engine.parameters])
-    kept = [weakref.ref(leaf) for leaf in line.derived.leaves]
+    references = [weakref.ref(leaf) for leaf in line.derived.leaves]
     line.gradient(torch.ones(SIZE).double())
     del line
     gc.collect()
-    assert kept and all(reference() is None for reference in kept)
+    assert references and all(reference() is None for reference in references)

@@ -166,8 +166,8 @@ class Capture(FunctionMode):
         """A call without tracked tensors."""
         result = call.run()
         self._watch(call, result)
-        given = [t for t in call.tensors if id(t) not in self._sources]
-        self._provenance.note(call.name, given, tensors_in(result), call.written)
+        untracked = [t for t in call.tensors if id(t) not in self._sources]
+        self._provenance.note(call.name, untracked, tensors_in(result), call.written)
         return result
 
     def _name_coupling(self, call: Call) -> None:
@@ -218,8 +218,8 @@ class Capture(FunctionMode):
         )
         result = call.run()
         made = tensors_in(result)
-        given = [t for t in call.tensors if id(t) not in self._sources]
-        self._provenance.note(call.name, given, made, None)
+        untracked = [t for t in call.tensors if id(t) not in self._sources]
+        self._provenance.note(call.name, untracked, made, None)
         written = call.written
         if written is None:
             made = [t for t in made if all(t is not u for u in used)]

@@ -23,10 +23,10 @@ from mts_fast.hypergradient.ghost.source import ParameterSource
 
 @dataclass
 class FunctionCall(LayerCall):
-    """A call without a rule of its own; `given` and `named` are its arguments, detached."""
+    """A call without a rule of its own; `positional` and `keywords` are its arguments, detached."""
 
-    given: Sequence[Any] = ()
-    named: Mapping[str, Any] = field(default_factory=dict)
+    positional: Sequence[Any] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, call: Call, tracked: Mapping[int, ParameterSource]) -> FunctionCall:
@@ -43,7 +43,7 @@ class FunctionCall(LayerCall):
                     used[id(t)] = twins[id(t)]
             return twins[id(t)]
 
-        given, named = swapped(list(call.args), held), swapped(call.kwargs, held)
+        positional, keywords = swapped(list(call.args), held), swapped(call.kwargs, held)
         positions = {name: int(name) for name in sources}
         rule = LayerRule(
             call.function,
@@ -52,7 +52,7 @@ class FunctionCall(LayerCall):
             weight_gradient=_weight_gradient,
             sample_parts=_sample_parts,
         )
-        return cls(rule, tuple(used.values()), {}, sources, given, named)
+        return cls(rule, tuple(used.values()), {}, sources, positional, keywords)
 
     def run(self, replaced: Mapping[str, Tensor | None]) -> Tensor:
         """The function with other tensors in place of its parameters."""
@@ -62,8 +62,11 @@ class FunctionCall(LayerCall):
             other = others.get(id(t))
             return t if other is None else other
 
-        given, named = swapped(list(self.given), held), swapped(dict(self.named), held)
-        return self.rule.function(*given, **named)
+        positional, keywords = (
+            swapped(list(self.positional), held),
+            swapped(dict(self.keywords), held),
+        )
+        return self.rule.function(*positional, **keywords)
 
     def unsupported(self) -> str | None:
         """Why it cannot be run again, or None."""

@@ -120,10 +120,10 @@ class RoutedRows:
             index, source = call.args[1], call.args[2]
         else:
             arguments = [*call.args[1:], *(call.kwargs.get(n) for n in ("dim", "index", "source"))]
-            given = [a for a in arguments if a is not None]
-            if len(given) < 3 or given[0] != 0:
+            present = [a for a in arguments if a is not None]
+            if len(present) < 3 or present[0] != 0:
                 return False
-            index, source = given[1], given[2]
+            index, source = present[1], present[2]
         samples = self._rows(x)
         if samples is None or not isinstance(index, Tensor) or index.ndim != 1:
             return False

@@ -60,9 +60,9 @@ class SampleAxis:
 
     def alone(self, values: Tensor, sample: int, batch_size: int) -> Tensor:
         """The values with 0 at the entries of all other samples; a copy."""
-        kept = torch.zeros_like(values)
-        self.samples(kept, batch_size)[sample] = self.samples(values, batch_size)[sample]
-        return kept
+        alone = torch.zeros_like(values)
+        self.samples(alone, batch_size)[sample] = self.samples(values, batch_size)[sample]
+        return alone
 
     def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
         """<x, y> per sample [B], accumulated in float32 or wider; x may broadcast to y.
@@ -116,8 +116,8 @@ class SampleRows(SampleAxis):
 
     def alone(self, values: Tensor, sample: int, batch_size: int) -> Tensor:
         """The values with 0 in the rows of all other samples; a copy."""
-        own = (self.rows == sample).view(-1, *[1] * (values.ndim - 1))
-        return torch.where(own, values, torch.zeros_like(values))
+        of_sample = (self.rows == sample).view(-1, *[1] * (values.ndim - 1))
+        return torch.where(of_sample, values, torch.zeros_like(values))
 
     def dot(self, x: Tensor, y: Tensor, batch_size: int, *, overwrite: bool) -> Tensor:
         """<x, y> per sample [B], accumulated in float32 or wider."""

@@ -94,12 +94,12 @@ class Uses:
         layer = self._elementwise(call, tracked)
         if layer is not None:
             x = next(t for t in call.tensors if id(t) not in tracked)
-            given, in_sum = call, True
+            runs, in_sum = call, True
             if self._cut and x.requires_grad:
                 constants = {id(t): t.detach() for t in call.tensors if id(t) in tracked}
-                given, in_sum = call.with_others(constants), False
+                runs, in_sum = call.with_others(constants), False
             return self._record(
-                call, layer, tracked, paths, path, given.run(), routed, in_sum=in_sum
+                call, layer, tracked, paths, path, runs.run(), routed, in_sum=in_sum
             )
         result = call.run()
         watch(call, result)
