@@ -202,7 +202,14 @@ enter_many(
     {
         "mamba": continues("Mamba", mamba_like),
         "mamba2": continues(
-            "Mamba2", mamba_like, num_heads=8, head_dim=8, n_groups=2, chunk_size=8
+            "Mamba2",
+            lambda s: {
+                **mamba_like(s),
+                "num_heads": s.width // 4,
+                "head_dim": 8,
+                "n_groups": 2,
+                "chunk_size": 8,
+            },
         ),
         "falcon_mamba": continues("FalconMamba", mamba_like),
         "rwkv": continues(

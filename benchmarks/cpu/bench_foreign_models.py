@@ -19,8 +19,10 @@ from mts_fast.tuning.timing import interleaved
 ROUNDS = 5
 # calls of MTSStep before those that are timed: the last of them is checked, the next is the 16th
 WARM_UP = 8
-CHECKED, TIMED = Scale(), Scale(width=64, length=32, pixels=64, frames=128, layers=2)
-BATCH, VALIDATION = 32, 4
+CHECKED = Scale()
+TIMED = Scale(width=256, length=64, pixels=64, frames=256, layers=2)
+# no other axis is as long as the batch: forwards would be checked in every call
+BATCH, VALIDATION = 24, 3
 # relative errors in float64: exact engines round (observed at most 4e-15), and 1e-6 where a model
 # makes float32 numbers in a way that the check cannot see
 ALLOWED = 1e-5
@@ -62,7 +64,7 @@ def bench_foreign_models(benchmark, name):
     val_inputs, val_labels = foreign.batch(VALIDATION)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-    selector = mts_fast.Selector(features=1, classes=2)
+    selector = mts_fast.Selector(1, 1)
     step = mts_fast.MTSStep(
         model,
         optimizer,
@@ -71,10 +73,17 @@ def bench_foreign_models(benchmark, name):
         loss=loss,
         online_features=False,
     )
-    features = torch.randn(BATCH, 1)
+    features, classes = torch.randn(BATCH, 1), torch.zeros(BATCH).long()
 
     def exact():
-        return step(inputs, labels, features=features, val_inputs=val_inputs, val_labels=val_labels)
+        return step(
+            inputs,
+            labels,
+            features=features,
+            classes=classes,
+            val_inputs=val_inputs,
+            val_labels=val_labels,
+        )
 
     for _ in range(WARM_UP - 1):
         served = exact().engine
