@@ -83,6 +83,35 @@ def worlds_table(_: str) -> str:
     return f"{head}\n|---|{'---:|' * len(columns)}\n| | {' | '.join(shares)} |"
 
 
+def foreign_table(_: str) -> str:
+    """Kinds of models by family: engine, share of ghost, error, cost of an exact step."""
+    models = {name: run["rows"] for name, run in _runs("foreign_models", "bench_foreign").items()}
+    lines = [
+        "| family | model | engine | served by ghost | error | exact step / plain |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for name, row in models.items():
+        lines.append(
+            f"| {row['family']} | {name} | {row['engine']} | {100 * row['ghost share']:.0f} % "
+            f"| {row['error']:.0e} | {row['step / plain']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def foreign_summary(_: str) -> str:
+    """How many kinds ghost serves wholly, their largest error, and the cost by quartiles."""
+    rows = [run["rows"] for run in _runs("foreign_models", "bench_foreign").values()]
+    wholly = sum(row["ghost share"] == 1 for row in rows)
+    costs = sorted(row["step / plain"] for row in rows)
+    quartiles = [costs[round(q * (len(costs) - 1))] for q in (0.25, 0.5, 0.75)]
+    return (
+        f"`ghost` serves {wholly} of {len(rows)} kinds wholly. The largest error is "
+        f"{max(row['error'] for row in rows):.0e}; an exact step costs {quartiles[1]:.2f} times a "
+        f"plain one in the median (quartiles {quartiles[0]:.2f} and {quartiles[2]:.2f}, "
+        f"{costs[0]:.2f} to {costs[-1]:.2f})."
+    )
+
+
 def gradient_norm_table(_: str) -> str:
     """Times of the implementations over that of mts_fast, by model."""
     models = _runs("gradient_norm", "bench_gradient_norm")
@@ -171,6 +200,8 @@ TABLES = {
         "step-memory": step_table("peak_mib"),
         "step-compared": compared_table,
         "worlds": worlds_table,
+        "foreign-summary": foreign_summary,
+        "foreign-models": foreign_table,
         "gradient-norm": gradient_norm_table,
         "neighbor-statistics": neighbor_table("ratios"),
         "neighbor-memory": neighbor_table("peak_mib"),
