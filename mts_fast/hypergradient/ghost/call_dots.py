@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.backends.precision import like_convolutions
+from mts_fast.hypergradient.ghost.function_call import FunctionCall
 from mts_fast.hypergradient.ghost.layers.convolution import CONVOLUTIONS
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
@@ -46,5 +47,5 @@ def call_dots(
             return b.reshape(size, -1) @ tangent.reshape(-1)  # one for all samples
     # the replayed output is a temporary and may be overwritten. Other tangents are views of v,
     # which must not be overwritten
-    overwrite = call is not None and call.rule.reads_input
+    overwrite = call is not None and call.rule.reads_input and not isinstance(call, FunctionCall)
     return axis.dot(tangent, b, size, overwrite=overwrite)

@@ -24,7 +24,7 @@ from mts_fast._ambient import FunctionMode
 from mts_fast.hypergradient.ghost import layers  # noqa: F401, registers them
 from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.provenance import SPREADS, Origin, Provenance
-from mts_fast.hypergradient.ghost.reasons import Reason
+from mts_fast.hypergradient.ghost.reasons import Reason, Unsupported
 from mts_fast.hypergradient.ghost.recorded import RecordedCall
 from mts_fast.hypergradient.ghost.routed_rows import RoutedRows
 from mts_fast.hypergradient.ghost.rules import LayerCall, rule_of
@@ -38,6 +38,7 @@ VIEWS = {
     "chunk", "split", "unbind", "select", "narrow", "__getitem__", "contiguous", "view_as",
     "to", "float", "double", "bfloat16", "half", "type_as", "T", "mT", "H", "mH",
 }  # fmt: skip
+GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 # functions that read no more than the shape or the dtype of their other tensors
 LIKE_OTHERS = {"type_as", "view_as", "expand_as", "reshape_as", "to"}
 
@@ -148,7 +149,11 @@ class Capture(FunctionMode):
         call, sources = Call(func, args, kwargs), self._sources
         if self._functions:
             self._adopt(call.tensors)
-        used = [t for t in call.tensors if id(t) in sources]
+        if func in GRADIENTS:
+            why = "the forward takes gradients itself, which the engine cannot follow"
+            raise Unsupported([why])
+        tensors = call.tensors[:1] if call.name in LIKE_OTHERS else call.tensors
+        used = [t for t in tensors if id(t) in sources]
         if not torch.is_grad_enabled():
             if used:
                 self._without_gradient(used, call.tensors)

@@ -171,8 +171,9 @@ class Ghost(Engine):
         names = {p: path for p, path in self.names.items() if id(p) not in without}
         samples = [*batch.tensors(), *leaves(batch.labels)]
         buffers = self.objective.world.buffers()
-        frozen = (p for p in self.objective.world.parameters() if not p.requires_grad)
-        return Capture(names, len(batch), samples, (*buffers, *frozen), shared, cut=cut)
+        tracked = {id(p) for p in names}
+        others = (p for p in self.objective.world.parameters() if id(p) not in tracked)
+        return Capture(names, len(batch), samples, (*buffers, *others), shared, cut=cut)
 
     def _axes(
         self, graph: Tensor, capture: Capture, history: _History, remainder: Remainder

@@ -6,7 +6,6 @@ Its tangent is a forward-mode product, its gradient a backward one, both with th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,9 @@ from mts_fast.hypergradient.ghost.parts import DensePart, GradientPart
 from mts_fast.hypergradient.ghost.rules import LayerCall, LayerRule
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.source import ParameterSource
+
+# a parameter without a gradient (its dtype alone is read) has one of 0
+_UNUSED: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
 
 
 @dataclass
@@ -77,10 +79,20 @@ def _tangent(call: LayerCall, directions: Mapping[str, Tensor]) -> Tensor:
     """By forward mode; by two backward passes where the function has none."""
     parameters = {name: call.argument(name) for name in directions}
     tangents = {name: v.to(parameters[name].dtype) for name, v in directions.items()}
-    with suppress(NotImplementedError, RuntimeError), torch.no_grad(), forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(parameters[n], v) for n, v in tangents.items()}
-        y, tangent = forward_ad.unpack_dual(call.run(duals))
-        return torch.zeros_like(y) if tangent is None else tangent
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(parameters[n], v) for n, v in tangents.items()}
+            y, tangent = forward_ad.unpack_dual(call.run(duals))
+            return torch.zeros_like(y) if tangent is None else tangent
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):
+        return _twice_transposed(call, parameters, tangents)
+
+
+def _twice_transposed(
+    call: LayerCall, parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> Tensor:
     with torch.enable_grad():
         leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
         y = call.run(leaves)
@@ -97,7 +109,7 @@ def _leaves_and_output(call: LayerCall) -> tuple[dict[str, Tensor], Tensor]:
 
 def _weight_gradient(call: LayerCall, b: Tensor) -> dict[str, Tensor]:
     leaves, y = _leaves_and_output(call)
-    gradients = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype))
+    gradients = torch.autograd.grad(y, list(leaves.values()), b.to(y.dtype), **_UNUSED)
     return dict(zip(leaves, gradients, strict=True))
 
 
@@ -109,7 +121,9 @@ def _sample_parts(
     rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
     for i in range(size):
         alone = axis.alone(b, i, size).to(y.dtype)
-        gradients = torch.autograd.grad(y, list(leaves.values()), alone, retain_graph=True)
+        gradients = torch.autograd.grad(
+            y, list(leaves.values()), alone, retain_graph=True, **_UNUSED
+        )
         for name, g in zip(leaves, gradients, strict=True):
             rows[name].append(g.flatten())
     return {name: DensePart(torch.stack(gradients)) for name, gradients in rows.items()}

@@ -164,7 +164,7 @@ class StoredLinearization(GhostLinearization):
         spread = Spread(ratio)
         for record in self._consumed():
             add_gradients(total, record.scaled_gradients(spread))
-        total = self.derived.add_pulled_back(total) | left
+        total = add_gradients(self.derived.add_pulled_back(total), left.items())
         return [total.get(p) for p in self.engine.parameters]
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:

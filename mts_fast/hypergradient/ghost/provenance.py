@@ -7,7 +7,7 @@ It decides what is cheap, not what is right: where a use has its samples is chec
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 import torch
@@ -41,7 +41,9 @@ class Provenance:
     def __init__(self, size: int, samples: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
         self.size = size
         self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self._trained = False  # whether a constant requires a gradient
         for t in constants:
+            self._trained = self._trained or t.requires_grad
             self._set(t, Origin.CONSTANT)
         for t in samples:
             self._set(t, Origin.SAMPLES)
@@ -49,10 +51,10 @@ class Provenance:
     def of(self, t: Tensor) -> Origin | None:
         """The origin of a tensor; None of one that came from elsewhere. An activation, which has a
         graph, holds samples."""
-        if t.requires_grad and not t.is_leaf:
-            return Origin.SAMPLES
         known = self._origins.get(id(t))
-        return None if known is None or known[0]() is not t else known[1]
+        if known is not None and known[0]() is t:
+            return known[1]
+        return Origin.SAMPLES if t.requires_grad and not t.is_leaf else None
 
     def may_hold_samples(self, t: Tensor) -> tuple[bool, bool]:
         """Whether it holds samples, and whether that is a guess by its first axis."""
@@ -63,10 +65,14 @@ class Provenance:
         return origin is Origin.SAMPLES, False
 
     def note(
-        self, name: str, args: Iterable[Tensor], results: Iterable[Tensor], written: Tensor | None
+        self, name: str, args: Sequence[Tensor], results: Iterable[Tensor], written: Tensor | None
     ) -> None:
         """A call: what its results without a gradient, and what it wrote to, are made of."""
+        results = list(results)
         made = [t for t in results if not t.requires_grad]
+        with_graph = self._trained and len(made) < len(results)
+        if with_graph and all(self.of(t) in (Origin.CONSTANT, Origin.SPREAD) for t in args):
+            made = results  # of parameters that nobody tracks
         if written is not None and not written.requires_grad:
             made.append(written)
         if not made or name in _DRAWS:

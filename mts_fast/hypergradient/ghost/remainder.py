@@ -82,9 +82,16 @@ class Remainder:
         Raises:
             Unsupported: a function on the way has no second derivative.
         """
+        if not self.parameters:
+            return
         try:
             self.prepare(graph, torch.ones_like(graph))
+            assert self._first is not None
+            if any(g is not None and not g.requires_grad and g.any() for g in self._first[1]):
+                raise RuntimeError("its gradient has no graph")
             self.dots({id(p): torch.zeros_like(p) for p in self.parameters})
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             first = str(error).strip().splitlines()[:1]
             raise Unsupported([f"no second derivative for what is left over ({first})"]) from error

@@ -21,6 +21,7 @@ from mts_fast.hypergradient.ghost.watch import may_mix, move_of
 _GATHERS = {"__getitem__", "index_select"}
 _SCATTERS = {"index_add", "index_copy", "__setitem__"}
 _PARTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_STACKS = {"stack", "hstack", "vstack", "dstack"}
 _JOINS = {"cat", "concat", "concatenate"}
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
@@ -154,6 +155,9 @@ class RoutedRows:
         if axis or move_of(call.name, call.args, call.kwargs) is not None:
             return False
         n = len(samples)
+        broadcast = len(tensors) > 1 and any(m.ndim > t.ndim for m in made for t in tensors)
+        if broadcast or call.name in _STACKS:
+            return False
         if not parameters and self._may_mix(call, n):
             return self._parted(call, made, samples)
         if not all(t.ndim and t.shape[0] == n for t in made):

@@ -124,7 +124,7 @@ class SampleRows(SampleAxis):
         if x.dtype is torch.float16 or x.dtype != y.dtype:
             x, y = x.float(), y.float()
         dtype = torch.promote_types(y.dtype, torch.float32)
-        rows = (x * y).flatten(1).sum(1, dtype=dtype)
+        rows = (x * y).reshape(len(self.rows), -1).sum(1, dtype=dtype)
         return rows.new_zeros(batch_size).index_add_(0, self.rows, rows)
 
     def spread(self, per_sample: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class Knowledge:
 
     def axis(self, use: RecordedCall, size: int) -> SampleAxis | None:
         """The one layout that is left for a batch of that size, or None while it is open."""
-        if use.rows is not None and self.routed:
-            return SampleRows(use.rows)
+        if use.rows is not None:
+            return SampleRows(use.rows) if self.routed else None
         left = distinct(self.candidates, use.shape, size)
         return left[0] if self.seen and len(left) == 1 else None
 

@@ -20,7 +20,7 @@ def sample_parts(
     if call is None:
         return {"value": DensePart(_alone(b, axis, size))}
     rule = call.rule
-    if rule.sample_gradients is not None:
+    if rule.sample_gradients is not None and (rule.few is None or rule.few(call, axis, b.ndim)):
         by_name = rule.sample_gradients(call, b, axis, size)
         return {name: DensePart(g.reshape(size, -1)) for name, g in by_name.items()}
     if rule.sample_parts is not None:

@@ -3,6 +3,7 @@ alone, behind some linear maps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class ParameterSource:
             leaf = self.root.detach().requires_grad_()
             image = self.image(leaf)
         return torch.autograd.grad(image, leaf, cotangent.to(image.dtype))[0]
+
+
+# <c, J v> and <J^T c, v> of right products differed by less than this many roots of eps of their
+# terms, and of wrong ones, where a part has no second derivative, by its share
+ADJOINT = 1.0
 
 
 class Derived:
@@ -115,6 +121,8 @@ class DerivedTensors:
                 images = torch.autograd.grad(
                     [g for g, _ in pairs], cotangents, [v for _, v in pairs], allow_unused=True
                 )
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 first = str(error).strip().splitlines()[:1]
                 text = f": no second derivative of a tensor made of them ({first})"
@@ -130,8 +138,19 @@ class DerivedTensors:
         Raises:
             Unsupported: they cannot.
         """
-        self.tangents([torch.zeros_like(p) for p in self._parameters])
-        self.pull_back({leaf: torch.zeros_like(leaf) for leaf in self.leaves})
+        v = [torch.randn_like(p) for p in self._parameters]
+        c = {leaf: torch.randn_like(leaf) for leaf in self.leaves}
+        tangents, gradients = self.tangents(v), self.pull_back(c)
+        pairs = [(c[leaf], tangents[id(leaf)]) for leaf in self.leaves]
+        others = [(g.to_dense(), t) for g, t in zip(gradients, v, strict=True) if g is not None]
+        forward, backward = (
+            sum((x.double() * y.double()).sum() for x, y in terms) for terms in (pairs, others)
+        )
+        size = sum(float(x.double().norm() * y.double().norm()) for x, y in pairs + others)
+        eps = max((torch.finfo(leaf.dtype).eps for leaf in self.leaves), default=0.0)
+        if abs(float(forward) - float(backward)) > ADJOINT * math.sqrt(eps) * size:
+            text = ": the backward of a tensor made of them leaves out its own derivative"
+            raise Unsupported([Reason(self.paths, text)])
 
     def reached(self) -> list[Tensor]:
         """The parameters behind the leaves."""
@@ -159,11 +178,18 @@ class DerivedTensors:
     def _transposed(
         self, cotangents: Sequence[Tensor], *, create_graph: bool
     ) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            self._edges,
-            self._parameters,
-            cotangents,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        try:
+            return torch.autograd.grad(
+                self._edges,
+                self._parameters,
+                cotangents,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[:1]
+            text = f": a tensor made of them cannot be differentiated ({first})"
+            raise Unsupported([Reason(self.paths, text)]) from error

@@ -84,22 +84,34 @@ class Uses:
             return Call(
                 call.function, (written.detach().clone(), *call.args[1:]), call.kwargs
             ).run()
+        others = [t for t in call.tensors if id(t) not in tracked]
+        is_first = not any(t.requires_grad for t in others)  # before something is written to them
         if not tracked:
             result = call.run()
             watch(call, result)
             return result
         layer = self._layer(call, tracked, path)
         if layer is not None:
-            return self._record(call, layer, tracked, paths, path, call.run(), routed)
+            return self._record(
+                call, layer, tracked, paths, path, call.run(), routed, is_first=is_first
+            )
         layer = self._elementwise(call, tracked)
         if layer is not None:
             x = next(t for t in call.tensors if id(t) not in tracked)
             runs, in_sum = call, True
-            if self._cut and x.requires_grad:
+            if self._cut and x.requires_grad and call.written is None and not _is_packed():
                 constants = {id(t): t.detach() for t in call.tensors if id(t) in tracked}
                 runs, in_sum = call.with_others(constants), False
             return self._record(
-                call, layer, tracked, paths, path, runs.run(), routed, in_sum=in_sum
+                call,
+                layer,
+                tracked,
+                paths,
+                path,
+                runs.run(),
+                routed,
+                is_first=is_first,
+                in_sum=in_sum,
             )
         result = call.run()
         watch(call, result)
@@ -110,7 +122,7 @@ class Uses:
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
         layer = FunctionCall.of(call, tracked)
-        return self._record(call, layer, tracked, paths, path, result, routed)
+        return self._record(call, layer, tracked, paths, path, result, routed, is_first=is_first)
 
     def _enter(
         self,
@@ -191,11 +203,17 @@ class Uses:
         y: Tensor,
         routed: RoutedRows,
         *,
+        is_first: bool,
         in_sum: bool = True,
     ) -> Tensor:
         if not y.requires_grad:
             return y
         why = layer.unsupported()
+        if y.is_complex() or any(t.is_complex() for t in call.tensors):
+            why = "its use has complex numbers"
+        elif call.written is not None and y._is_view():
+            # the base goes on by another node than this one
+            why = f"its {call.name} writes to a view"
         if why is not None:
             self.reasons.append(Reason(paths, f": {why}", path))
             return y
@@ -214,10 +232,16 @@ class Uses:
                 y.shape,
                 path,
                 paths,
-                is_first=not any(t.requires_grad for t in others),
+                is_first=is_first,
                 in_sum=in_sum,
                 rows=rows[0] if rows is not None and rows[1] == 0 else None,
                 _held=tuple((t, t._version) for t in read if t is not y),
             )
         )
         return y
+
+
+def _is_packed() -> bool:
+    """Whether what autograd saves is kept in another way, as by checkpointing, whose second forward
+    has to save the same tensors."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

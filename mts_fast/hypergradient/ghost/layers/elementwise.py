@@ -80,9 +80,10 @@ def _sample_gradients(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -
 
 def _sample_parts(
     call: LayerCall, b: Tensor, axis: SampleAxis, size: int
-) -> dict[str, GradientPart] | None:
+) -> dict[str, GradientPart]:
     if not serves_all_samples(call, axis, b.ndim):
-        return None
+        alone = [_weight_gradient(call, axis.alone(b, i, size))["weight"] for i in range(size)]
+        return {"weight": DensePart(torch.stack([g.flatten() for g in alone]))}
     return {"weight": DensePart(_sample_gradients(call, b, axis, size)["weight"].reshape(size, -1))}
 
 
