@@ -142,17 +142,8 @@ def test_an_input_that_is_added_to_in_place_hides_no_branch(memory):
         assert_exact(engine, batch_of(SIZE, STEPS, WIDTH), seed=call)
     batch = batch_of(SIZE, STEPS, WIDTH)
     losses = engine.objective.losses(batch)
-    truth = torch.stack(
-        [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(loss, trainable(model), retain_graph=True)
-                ]
-            ).norm()
-            for loss in losses
-        ]
-    )
+    jacobian = [torch.autograd.grad(x, trainable(model), retain_graph=True) for x in losses]
+    truth = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in jacobian])
     torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)
 
 

@@ -88,9 +88,9 @@ class Remainder:
             self.prepare(graph, torch.ones_like(graph))
             assert self._first is not None
             if any(g is not None and not g.requires_grad and g.any() for g in self._first[1]):
-                raise RuntimeError("its gradient has no graph")
+                raise Unsupported(["no second derivative for what is left over (no graph)"])
             self.dots({id(p): torch.zeros_like(p) for p in self.parameters})
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Unsupported):
             raise
         except RuntimeError as error:
             first = str(error).strip().splitlines()[:1]
