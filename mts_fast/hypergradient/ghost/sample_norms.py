@@ -51,7 +51,7 @@ def gradient_norms(engine: Ghost, batch: LabelledBatch) -> Tensor:
             root = source.root
             if id(root) in leaves:
                 _check_size(len(batch) * root.numel(), use.path)
-                rows = part.dense().view(-1, *root.shape)
+                rows = _pulled_back([(source, part)])
                 of_leaves[root] = of_leaves[root] + rows if root in of_leaves else rows
             elif times[root] > 1 or source.maps or id(root) in behind:
                 several[root].append((source, part))

@@ -113,6 +113,11 @@ class Uses:
                 is_first=is_first,
                 in_sum=in_sum,
             )
+        call = self._with_masks_per_sample(call, tracked, paths, path)
+        if not any(id(t) in tracked for t in call.tensors):
+            result = call.run()
+            watch(call, result)
+            return result
         result = call.run()
         watch(call, result)
         why = self._no_function(call, result)
@@ -179,6 +184,41 @@ class Uses:
         layer = elementwise_call(call.name, call.args, call.kwargs, position, source, self.size)
         overwritten = call.written is not None and layer is not None and layer.rule.reads_input
         return None if overwritten else layer
+
+    def _with_masks_per_sample(
+        self,
+        call: Call,
+        tracked: Mapping[int, ParameterSource],
+        paths: frozenset[str],
+        path: str,
+    ) -> Call:
+        """Attention whose mask is made of parameters gets one for every sample: its backward has
+        their gradients before they are summed."""
+        mask = call.kwargs.get("attn_mask")
+        if call.name != "scaled_dot_product_attention" or not isinstance(mask, Tensor):
+            return call
+        shape = (self.size, *mask.shape[1:])
+        if (
+            id(mask) not in tracked
+            or mask.ndim != 4
+            or mask.shape[0] != 1
+            or call.args[0].shape[:1] != (self.size,)
+        ):
+            return call
+        copies = mask.detach().expand(shape).requires_grad_()
+        source = tracked[id(mask)].then(lambda t: t.expand(shape))
+        self.recorded.append(
+            RecordedCall(
+                None,
+                {"value": source},
+                get_gradient_edge(copies),
+                copies.shape,
+                path,
+                paths,
+                in_sum=False,
+            )
+        )
+        return call.with_others({id(mask): copies})
 
     def _no_function(self, call: Call, result: Any) -> str | None:
         """Why a call without a rule cannot be run again for its derivatives."""

@@ -81,8 +81,10 @@ _ALONG: dict[str, tuple[int, int | None]] = {
             scatter_reduce index_add index_copy index_fill""",
         (2, 0): "chunk split tensor_split split_with_sizes",
         (2, 1): "normalize cosine_similarity",
-        (2, -1): "topk kthvalue vecdot linalg_vecdot",
-        (2, None): "norm roll renorm vector_norm linalg_vector_norm linalg_norm",
+        (2, -1): """topk kthvalue vecdot linalg_vecdot fft_fft fft_ifft fft_rfft fft_irfft fft_hfft
+            fft_ihfft""",
+        (2, None): """fft_fftn fft_ifftn fft_rfftn fft_irfftn norm roll renorm vector_norm
+            linalg_vector_norm linalg_norm""",
         (4, -1): "gumbel_softmax",
     }.items()
     for name in _words(names)
