@@ -85,7 +85,7 @@ def worlds_table(_: str) -> str:
 
 def foreign_table(_: str) -> str:
     """Kinds of models by family: engine, share of ghost, error, cost of an exact step."""
-    models = {name: run["rows"] for name, run in _runs("foreign_models", "bench_foreign").items()}
+    models = _runs("foreign_models", "bench_foreign")
     lines = [
         "| family | model | engine | served by ghost | error | exact step / plain |",
         "|---|---|---|---:|---:|---:|",
@@ -93,16 +93,16 @@ def foreign_table(_: str) -> str:
     for name, row in models.items():
         lines.append(
             f"| {row['family']} | {name} | {row['engine']} | {100 * row['ghost share']:.0f} % "
-            f"| {row['error']:.0e} | {row['step / plain']:.2f} |"
+            f"| {row['error']:.0e} | {row['ratios']['exact step']:.2f} |"
         )
     return "\n".join(lines)
 
 
 def foreign_summary(_: str) -> str:
     """How many kinds ghost serves wholly, their largest error, and the cost by quartiles."""
-    rows = [run["rows"] for run in _runs("foreign_models", "bench_foreign").values()]
+    rows = _runs("foreign_models", "bench_foreign").values()
     wholly = sum(row["ghost share"] == 1 for row in rows)
-    costs = sorted(row["step / plain"] for row in rows)
+    costs = sorted(row["ratios"]["exact step"] for row in rows)
     quartiles = [costs[round(q * (len(costs) - 1))] for q in (0.25, 0.5, 0.75)]
     return (
         f"`ghost` serves {wholly} of {len(rows)} kinds wholly. The largest error is "

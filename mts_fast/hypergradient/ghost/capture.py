@@ -150,8 +150,7 @@ class Capture(FunctionMode):
         if self._functions:
             self._adopt(call.tensors)
         if func in GRADIENTS:
-            why = "the forward takes gradients itself, which the engine cannot follow"
-            raise Unsupported([why])
+            return self._gradients(call)
         tensors = call.tensors[:1] if call.name in LIKE_OTHERS else call.tensors
         used = [t for t in tensors if id(t) in sources]
         if not torch.is_grad_enabled():
@@ -173,6 +172,20 @@ class Capture(FunctionMode):
         self._watch(call, result)
         untracked = [t for t in call.tensors if id(t) not in self._sources]
         self._provenance.note(call.name, untracked, tensors_in(result), call.written)
+        return result
+
+    def _gradients(self, call: Call) -> Any:
+        """Gradients inside the forward, of this model or of another: numbers, unless they have a
+        graph of their own."""
+        why = "the forward takes gradients itself, which the engine cannot follow"
+        try:
+            result = self._run(call)
+        except RuntimeError as error:
+            if all(use.in_sum for use in self.recorded):
+                raise
+            raise Unsupported([why]) from error  # a parameter may be a constant here
+        if any(t.requires_grad for t in tensors_in(result)):
+            self._uses.reasons.append(why)
         return result
 
     def _name_coupling(self, call: Call) -> None:
