@@ -45,6 +45,13 @@ def assert_exact(engine, batch, seed=0):
                 torch.testing.assert_close(g, t, rtol=EXACT, atol=EXACT)
 
 
+def true_norms(engine, batch):
+    """||grad l_i|| [B], one backward per sample."""
+    losses = engine.objective.losses(batch)
+    rows = [torch.autograd.grad(loss, engine.parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in rows])
+
+
 def step_on(model):
     with torch.no_grad():
         for p in trainable(model):

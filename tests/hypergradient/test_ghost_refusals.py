@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ghost_engines import EXACT, SequenceFirst, assert_exact, batch_of, engine_of
+from ghost_engines import EXACT, SequenceFirst, assert_exact, batch_of, engine_of, true_norms
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -167,16 +167,5 @@ def test_gradient_norms_along_the_right_axis():
     engine = engine_of(model)
     for size in (1, 8, 8):
         batch = batch_of(size, 16, 5)
-        losses = engine.objective.losses(batch)
-        truth = torch.stack(
-            [
-                torch.cat(
-                    [
-                        g.flatten()
-                        for g in torch.autograd.grad(loss, engine.parameters, retain_graph=True)
-                    ]
-                ).norm()
-                for loss in losses
-            ]
-        )
+        truth = true_norms(engine, batch)
         torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)

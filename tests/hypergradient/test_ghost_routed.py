@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ghost_engines import EXACT, assert_exact, batch_of, engine_of, step_on
+from ghost_engines import EXACT, assert_exact, batch_of, engine_of, step_on, true_norms
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,18 +98,7 @@ def test_routed_rows_that_are_followed_cost_no_check(way):
 def test_norms_of_experts_are_exact(way):
     model, batch = Mixture(way).double(), batch_of(SIZE, STEPS, WIDTH)
     engine = engine_of(model)
-    losses = engine.objective.losses(batch)
-    truth = torch.stack(
-        [
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(loss, engine.parameters, retain_graph=True)
-                ]
-            ).norm()
-            for loss in losses
-        ]
-    )
+    truth = true_norms(engine, batch)
     torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mts_fast.hypergradient.engine import Engine, Linearization
+from mts_fast.hypergradient.engine import Engine, Linearization, dense
 from mts_fast.hypergradient.ghost.call_dots import call_dots
 from mts_fast.hypergradient.ghost.passes import in_callers_context, visit_output_gradients
 from mts_fast.hypergradient.ghost.recorded import RecordedCall, add_gradients
@@ -78,9 +78,8 @@ class GhostLinearization(Linearization):
 
         All are dense, as gradients computed from b are.
         """
-        for root, g in zip(self._roots(), autograds, strict=True):
+        for root, g in zip(self._roots(), dense(autograds), strict=True):
             if g is not None:
-                g = g.to_dense() if g.layout is not torch.strided else g
                 others[root] = others[root] + g if root in others else g
         total = self.derived.add_pulled_back(others)
         return [total.get(p) for p in self.engine.parameters]

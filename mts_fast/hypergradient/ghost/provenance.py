@@ -6,12 +6,13 @@ It decides what is cheap, not what is right: where a use has its samples is chec
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+from mts_fast.hypergradient.ghost.weak_table import WeakTable
 
 # functions that repeat entries, as of a class token over the batch
 SPREADS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
@@ -40,20 +41,20 @@ class Provenance:
 
     def __init__(self, size: int, samples: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
         self.size = size
-        self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
+        self._origins: WeakTable[Origin] = WeakTable()
         self._trained = False  # whether a constant requires a gradient
         for t in constants:
             self._trained = self._trained or t.requires_grad
-            self._set(t, Origin.CONSTANT)
+            self._origins.set(t, Origin.CONSTANT)
         for t in samples:
-            self._set(t, Origin.SAMPLES)
+            self._origins.set(t, Origin.SAMPLES)
 
     def of(self, t: Tensor) -> Origin | None:
         """The origin of a tensor; None of one that came from elsewhere. An activation, which has a
         graph, holds samples."""
-        known = self._origins.get(id(t))
-        if known is not None and known[0]() is t:
-            return known[1]
+        known = self._origins.get(t)
+        if known is not None:
+            return known
         return Origin.SAMPLES if t.requires_grad and not t.is_leaf else None
 
     def may_hold_samples(self, t: Tensor) -> tuple[bool, bool]:
@@ -88,18 +89,8 @@ class Provenance:
             origin = Origin.CONSTANT
         for t in made:
             grown = origin is Origin.CONSTANT and name in SPREADS and self.is_spread(t.shape)
-            self._set(t, Origin.SPREAD if grown else origin)
+            self._origins.set(t, Origin.SPREAD if grown else origin)
 
     def is_spread(self, shape: torch.Size) -> bool:
         """Whether repeated entries of that shape may be one for every sample."""
         return self.size > 1 and any(n == self.size for n in shape)
-
-    def _set(self, t: Tensor, origin: Origin) -> None:
-        key, origins = id(t), self._origins
-
-        def forget(reference: weakref.ref[Tensor]) -> None:
-            entry = origins.get(key)
-            if entry is not None and entry[0] is reference:
-                del origins[key]
-
-        origins[key] = weakref.ref(t, forget), origin

@@ -8,7 +8,6 @@ checked on its graph.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mts_fast.hypergradient.ghost.calls import Call, tensors_in
 from mts_fast.hypergradient.ghost.watch import may_mix, move_of
+from mts_fast.hypergradient.ghost.weak_table import WeakTable
 
 _GATHERS = {"__getitem__", "index_select"}
 _SCATTERS = {"index_add", "index_copy", "__setitem__"}
@@ -37,12 +37,11 @@ class RoutedRows:
         self.size = size
         self.unclear = False
         self._ranges = ranges  # ids of indices that are 0, 1, 2, ...
-        self._samples: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        self._samples: WeakTable[tuple[Tensor, int]] = WeakTable()
 
     def of(self, t: Tensor) -> tuple[Tensor, int] | None:
         """The sample [n] of every row of a routed tensor, and the axis of the rows."""
-        known = self._samples.get(id(t))
-        return None if known is None or known[0]() is not t else known[1:]
+        return self._samples.get(t)
 
     def follow(self, call: Call, result: Any, parameters: Collection[int] = ()) -> bool:
         """Whether a call is understood: it gathers rows, or keeps those of different samples apart.
@@ -80,7 +79,7 @@ class RoutedRows:
             samples = self._rows(x)
             if samples is not None:
                 for t in (result[0], result[1]):
-                    self._set(t, samples[result[1]], 0)
+                    self._samples.set(t, (samples[result[1]], 0))
 
     def _gather(self, call: Call, result: Any, parameters: Collection[int]) -> bool:
         """x[index], the rows of x in the order of an index or a mask."""
@@ -111,7 +110,7 @@ class RoutedRows:
         if id(x) not in parameters and self.of(x) is None:
             # x may have its samples on another axis
             self.unclear = self.unclear or x.ndim > 2 or self.size in x.shape[1:]
-        self._set(result, rows, int(added))
+        self._samples.set(result, (rows, int(added)))
         return True
 
     def _scatter(self, call: Call) -> bool:
@@ -148,9 +147,9 @@ class RoutedRows:
         if call.name in _SHAPES:
             for t in made:
                 if axis == 1 and x.shape[0] == 1 and t.ndim and t.shape[0] == len(samples):
-                    self._set(t, samples, 0)
+                    self._samples.set(t, (samples, 0))
                 elif t.ndim > axis and t.shape[axis] == len(samples):
-                    self._set(t, samples, axis)
+                    self._samples.set(t, (samples, axis))
             return all(self.of(t) is not None for t in made)
         if axis or move_of(call.name, call.args, call.kwargs) is not None:
             return False
@@ -163,7 +162,7 @@ class RoutedRows:
         if not all(t.ndim and t.shape[0] == n for t in made):
             return False
         for t in made:
-            self._set(t, samples, 0)
+            self._samples.set(t, (samples, 0))
         return True
 
     @staticmethod
@@ -176,7 +175,7 @@ class RoutedRows:
             return False
         lengths = [t.shape[0] for t in made]
         for t, rows in zip(made, samples.split(lengths), strict=True):
-            self._set(t, rows, 0)
+            self._samples.set(t, (rows, 0))
         return True
 
     def _join(self, call: Call, result: Any) -> bool:
@@ -186,7 +185,8 @@ class RoutedRows:
         known = [self.of(t) for t in parts]
         if axis != 0 or not known or any(k is None or k[1] for k in known):
             return False
-        self._set(result, torch.cat([k[0] for k in known if k is not None]), 0)
+        rows = torch.cat([k[0] for k in known if k is not None])
+        self._samples.set(result, (rows, 0))
         return True
 
     def _rows(self, x: Tensor) -> Tensor | None:
@@ -198,13 +198,3 @@ class RoutedRows:
             return None
         samples = torch.arange(self.size, device=x.device)
         return samples.repeat_interleave(x.shape[0] // self.size)
-
-    def _set(self, t: Tensor, samples: Tensor, axis: int) -> None:
-        key, routed = id(t), self._samples
-
-        def forget(reference: weakref.ref[Tensor]) -> None:
-            entry = routed.get(key)
-            if entry is not None and entry[0] is reference:
-                del routed[key]
-
-        routed[key] = weakref.ref(t, forget), samples, axis

@@ -78,7 +78,7 @@ def _pulled_through(
         for parameter, g in zip(engine.parameters, of_sample, strict=True):
             if g is not None:
                 _check_size(size * parameter.numel(), engine.names[parameter])
-                rows[parameter].append(g.to_dense() if g.layout is not torch.strided else g)
+                rows[parameter].append(g)
     return {parameter: torch.stack(gradients) for parameter, gradients in rows.items()}
 
 

@@ -4,13 +4,15 @@ alone, behind some linear maps."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from mts_fast.hypergradient.engine import dense
 from mts_fast.hypergradient.ghost.reasons import Reason, Unsupported
 
 
@@ -111,22 +113,16 @@ class DerivedTensors:
             return {}
         with torch.enable_grad():
             cotangents = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.leaves]
-            try:
-                gradients = self._transposed(cotangents, create_graph=True)
-                pairs = [
-                    (g, v.to(g.dtype))
-                    for g, v in zip(gradients, direction, strict=True)
-                    if g is not None and g.requires_grad
-                ]
+            gradients = self._transposed(cotangents, create_graph=True)
+            pairs = [
+                (g, v.to(g.dtype))
+                for g, v in zip(gradients, direction, strict=True)
+                if g is not None and g.requires_grad
+            ]
+            with self._named("no second derivative of a tensor made of them"):
                 images = torch.autograd.grad(
                     [g for g, _ in pairs], cotangents, [v for _, v in pairs], allow_unused=True
                 )
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                first = str(error).strip().splitlines()[:1]
-                text = f": no second derivative of a tensor made of them ({first})"
-                raise Unsupported([Reason(self.paths, text)]) from error
         return {
             id(leaf): torch.zeros_like(leaf) if t is None else t
             for leaf, t in zip(self.leaves, images, strict=True)
@@ -142,7 +138,7 @@ class DerivedTensors:
         c = {leaf: torch.randn_like(leaf) for leaf in self.leaves}
         tangents, gradients = self.tangents(v), self.pull_back(c)
         pairs = [(c[leaf], tangents[id(leaf)]) for leaf in self.leaves]
-        others = [(g.to_dense(), t) for g, t in zip(gradients, v, strict=True) if g is not None]
+        others = [(g, t) for g, t in zip(gradients, v, strict=True) if g is not None]
         forward, backward = (
             sum((x.double() * y.double()).sum() for x, y in terms) for terms in (pairs, others)
         )
@@ -165,20 +161,19 @@ class DerivedTensors:
             torch.zeros_like(leaf) if (g := gradients.get(leaf)) is None else g.to(leaf.dtype)
             for leaf in self.leaves
         ]
-        return list(self._transposed(cotangents, create_graph=False))
+        return dense(self._transposed(cotangents, create_graph=False))
 
     def add_pulled_back(self, total: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Sums by root -> sums by parameter."""
         for parameter, g in zip(self._parameters, self.pull_back(total), strict=True):
             if g is not None:
-                g = g.to_dense() if g.layout is not torch.strided else g
                 total[parameter] = total[parameter] + g if parameter in total else g
         return total
 
     def _transposed(
         self, cotangents: Sequence[Tensor], *, create_graph: bool
     ) -> Sequence[Tensor | None]:
-        try:
+        with self._named("a tensor made of them cannot be differentiated"):
             return torch.autograd.grad(
                 self._edges,
                 self._parameters,
@@ -187,9 +182,14 @@ class DerivedTensors:
                 create_graph=create_graph,
                 allow_unused=True,
             )
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Errors of torch inside become a reason; out of memory is raised as it is."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             first = str(error).strip().splitlines()[:1]
-            text = f": a tensor made of them cannot be differentiated ({first})"
-            raise Unsupported([Reason(self.paths, text)]) from error
+            raise Unsupported([Reason(self.paths, f": {what} ({first})")]) from error
