@@ -1,5 +1,7 @@
 """Ghost where layers get what parameters and constants were made into, and any function of both."""
 
+import gc
+
 import pytest
 import torch
 from ghost_engines import EXACT, assert_exact, batch_of, engine_of, step_on, trainable, true_norms
@@ -334,3 +336,26 @@ def test_the_graph_of_the_parameters_is_released(monkeypatch):
     del line
     gc.collect()
     assert references and all(reference() is None for reference in references)
+
+
+def test_nothing_of_a_step_outlives_it():
+    """Tangents and graphs of derived tensors are freed when the linearization is."""
+    model = OffsetNorm().double()
+    engine, batch = engine_of(model), batch_of(SIZE, STEPS, WIDTH)
+    direction = [torch.randn_like(p) for p in trainable(model)]
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    def call():
+        line = engine.linearize(batch)
+        line.gradient(torch.ones(SIZE).double())
+        return line, line.dots(direction)
+
+    call()
+    before = tensors()
+    line, d = call()
+    held = tensors()
+    del line, d
+    assert tensors() == before < held

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import mts_fast
 from mts_fast.hypergradient.ghost import Unsupported
 from mts_fast.hypergradient.ghost.sample_norms import gradient_norms
+from mts_fast.hypergradient.objective import LabelledBatch
 
 SIZE, STEPS, WIDTH, EXPERTS = 6, 5, 8, 3
 
@@ -100,6 +101,49 @@ def test_norms_of_experts_are_exact(way):
     engine = engine_of(model)
     truth = true_norms(engine, batch)
     torch.testing.assert_close(gradient_norms(engine, batch), truth, rtol=EXACT, atol=EXACT)
+
+
+class Grouped(Mixture):
+    """The experts' products of all rows in one call, as Hugging Face's mixtures have them."""
+
+    def __init__(self):
+        super().__init__("grouped")
+
+    def grouped(self, x, index, share):
+        order = index.flatten().argsort(stable=True)
+        token = order // 2
+        ends = index.flatten().bincount(minlength=EXPERTS).cumsum(0).to(torch.int32)
+        rows = F.grouped_mm(self.norm(x)[token], self.up.transpose(1, 2), offs=ends)
+        a, b = rows.chunk(2, -1)
+        rows = F.grouped_mm(F.silu(a) * b, self.down.transpose(1, 2), offs=ends)
+        rows = rows * share.flatten()[order][:, None]
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_grouped_products_are_right_in_float32(memory):
+    torch.manual_seed(4)
+    grouped = Grouped()
+    looped = Mixture("gathered").double()
+    looped.load_state_dict(grouped.state_dict())
+    with torch.no_grad():
+        looped.shift.zero_()  # not used by the grouped products
+    engine, exact = engine_of(grouped, memory), engine_of(looped)
+    batch = batch_of(SIZE, STEPS, WIDTH)
+    single = LabelledBatch(batch.inputs.float(), batch.labels)
+    direction = [torch.randn_like(p) for p in grouped.parameters()]
+    direction[[n for n, _ in grouped.named_parameters()].index("shift")].zero_()
+    p = torch.rand(SIZE)
+    line, truth = engine.linearize(single), exact.linearize(batch)
+    for g, t in zip(line.gradient(p), truth.gradient(p.double()), strict=True):
+        if g is not None:
+            torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-6)
+    d = line.dots(direction)
+    torch.testing.assert_close(
+        d.double(), truth.dots([v.double() for v in direction]), rtol=1e-4, atol=1e-6
+    )
+    assert not engine.left
 
 
 class Exchange(Mixture):

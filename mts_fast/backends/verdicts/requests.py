@@ -163,8 +163,9 @@ def record_requests(path: str | os.PathLike[str]) -> Iterator[None]:
         has its own code for them. What is recorded are sizes, strides and dtypes, no values.
 
     Example:
-        >>> import torch, mts_fast
-        >>> with mts_fast.record_requests("requests.json"):
+        >>> import tempfile, torch, mts_fast
+        >>> folder = tempfile.mkdtemp()
+        >>> with mts_fast.record_requests(f"{folder}/requests.json"):
         ...     loss = mts_fast.weighted_cross_entropy(
         ...         torch.zeros(2, 3), torch.tensor([0, 1]), torch.ones(2)
         ...     )
