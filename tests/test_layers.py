@@ -16,6 +16,7 @@ ROWS = (
     ("cli",),
     ("demo", "pipeline"),
     ("training",),
+    ("distributed",),
     ("selection",),
     ("features",),
     ("hypergradient", "diagnostics", "sampling", "tuning"),

@@ -65,7 +65,7 @@ class EngineChoice:
     memory: str = "fast"
     micro_batch: int | None = None
     op: str = "MTSStep"
-    _engines: dict[str, Engine] = field(default_factory=dict)
+    _engines: dict[str, Streamed] = field(default_factory=dict)
     _choices: dict[str, Choice] = field(default_factory=dict)  # by digest of the layout
     _pending: dict[str, Choice] = field(default_factory=dict)  # of the call that is under way
 
@@ -158,6 +158,12 @@ class EngineChoice:
         return EngineChoice(
             self.objective, parameters, self.name, self.memory, self.micro_batch, self.op
         )
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """Take that many samples at a time from now on."""
+        self.micro_batch = micro_batch
+        for engine in self._engines.values():
+            engine.micro_batch = micro_batch
 
     def dots(self, batch: LabelledBatch, direction: Sequence[Tensor]) -> Tensor:
         """d_i = <direction, grad l_i> [B] by the first engine that can; leaves no trace."""

@@ -101,6 +101,28 @@ def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return nest
 
 
+def join_nests(nests: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """Nests of one structure as one, each tensor joined with those in its place.
+
+    Raises:
+        TypeError, ValueError: nests of different structure.
+    """
+    first = nests[0]
+    if any(type(n) is not type(first) for n in nests):
+        got = sorted({type(n).__name__ for n in nests})
+        raise TypeError(f"nests must be of one type, got {got}; pass the same in every call")
+    if isinstance(first, Tensor):
+        return join(nests)
+    if isinstance(first, Mapping):
+        if any(n.keys() != first.keys() for n in nests):
+            raise ValueError(f"keys must be {list(first)}, got others; pass the same in every call")
+        return {name: join_nests([n[name] for n in nests], join) for name in first}
+    if isinstance(first, tuple | list):
+        values = [join_nests(column, join) for column in zip(*nests, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else values
+    return first
+
+
 class Objective:
     """Per-sample losses of a model.
 

@@ -14,6 +14,7 @@ from mts_fast import ops
 from mts_fast._check import check_finite, fail
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
+from mts_fast.distributed import Ranks, Sums
 from mts_fast.hypergradient import EngineChoice, Objective, Refused
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.guard import (
@@ -24,7 +25,7 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
-from mts_fast.training.batch import CheckedBatch, CheckedValidation
+from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
     Plan,
@@ -32,71 +33,24 @@ from mts_fast.training.batch_run import (
     check_losses,
     check_weights,
 )
+from mts_fast.training.call import Call, Outcome, Prepared
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
-from mts_fast.training.sampled.compute import ComputeChoice, Costs
-from mts_fast.training.sampled.part import Part, Sampled
+from mts_fast.training.sampled.compute import ComputeChoice
+from mts_fast.training.sampled.part import Sampled
+from mts_fast.training.selector_inputs import OfflineFeatures
 from mts_fast.training.selector_trainer import SelectorUpdate
-from mts_fast.training.validation import validation_gradient
+from mts_fast.training.validation import VirtualClassifier
 
 OP = "MTSStep"
-
-
-@dataclass(frozen=True)
-class Call:
-    """Inputs of one call of the step, and what the call does."""
-
-    batch: CheckedBatch
-    selector_batch: CheckedBatch | None  # the selector's own batch, where it has one
-    validation: CheckedValidation
-    updates_selector: bool
-    weighted: bool  # False during warm-up
-    schedule: str
-    computed: int | None  # how many samples of a batch are run; None: all, in one stage
-    costs: Costs
-    check_values: bool  # read values to check them, which waits for a GPU
-
-    @property
-    def reuses_gradient(self) -> bool:
-        """Whether the classifier's step uses the gradient of row 3 again."""
-        return self.updates_selector and self.schedule == "reuse" and self.weighted
-
-    @property
-    def updates_on_training_batch(self) -> bool:
-        """Whether the selector learns from the training batch."""
-        return self.updates_selector and self.selector_batch is None
-
-
-@dataclass
-class Prepared:
-    """Results of rows 1 to 6: what the selector's update needs, before anything is written."""
-
-    run: Run
-    gradient: list[Tensor | None] | None = None  # row 3, unscaled
-    update: SelectorUpdate | None = None
-    learned: Part | None = None  # of the batch that the selector learns from
-    val_loss: Tensor | None = None
-    gap: Tensor | None = None  # [], of the sum rule; see `invariant_gap`
-    allowed: Tensor | None = None  # [], the largest gap of right dots
-    guarded: bool = False  # the guard has checked the dots
-    masked: Tensor | None = None  # [], entries of kappa set to 0
-    engine: str = ""
-    overflow: bool = False  # loss scaling has pushed a gradient beyond float16
-
-
-@dataclass
-class Outcome:
-    """The gradient of row 9, and what to report."""
-
-    gradient: list[Tensor | None]
-    result: StepResult
 
 
 @dataclass
 class Algorithm:
     """Rows 1 to 9, and the objects that they work with."""
 
+    ranks: Ranks
     objective: Objective
     validation: Objective  # the model with the loss of the validation samples
     optimizer: torch.optim.Optimizer
@@ -123,17 +77,14 @@ class Algorithm:
         """
         world = self.objective.world
         engine = self.engines.engine_for(layout)
-        probing = call.updates_selector and self.engines.is_probing(layout)
+        probing = call.probing
         # finite differences are also checked with random signs, which takes one more gradient
         signed = probing and engine.name == FiniteDifference.name
         on_training_batch = call.updates_on_training_batch
         start = RngState.capture(world)
         # before a forward moves running statistics; otherwise stage 1 gives features, too
         observes = call.computed is None or bool(batch_norms(world))
-        self.runner.features.observe_validation(
-            call.validation.inputs,
-            call.selector_batch if call.updates_selector and observes else None,
-        )
+        self._observe_validation(call, call.updates_selector and observes)
         # the only forward whose changes to the model's buffers and generators remain
         plan = Plan(
             engine,
@@ -154,11 +105,18 @@ class Algorithm:
             return prepared
         # row 3
         linearization = run.linearization
-        scaled = linearization.gradient(scaling.scaled(run.part.weights(run.p)))
-        computed = scaling.unscaled(scaled)
+        reports_loss = call.reuses_gradient or scaling.active  # row 9 may bring none
+
+        def row_3() -> Sums:
+            weights = run.part.weights(run.p)
+            gradient = scaling.unscaled(linearization.gradient(scaling.scaled(weights)))
+            if call.check_values and not scaling.active:
+                check_losses(linearization)
+            return gradient, [self._loss(call, run, run.p)] if reports_loss else []
+
+        computed, sums = self.ranks.summed(self.parameters, int(reports_loss), row_3)
+        prepared.loss = sums[0] if reports_loss else None
         prepared.gradient = run.part.completed(computed, run.p)
-        if call.check_values and not scaling.active:
-            check_losses(linearization)
         prepared.overflow = scaling.overflowed(prepared.gradient)
         if prepared.overflow:
             return prepared
@@ -169,18 +127,23 @@ class Algorithm:
         with preserved_rng(world), buffers:
             # rows 4, 5
             virtual = ops.virtual_update(self.optimizer, prepared.gradient)
-            prepared.val_loss, v = validation_gradient(
+            classifier = VirtualClassifier(
                 self.validation,
                 self.parameters,
                 virtual.parameters,
-                call.validation,
-                train_mode=self.validation_mode == "train",
-                objective_name=self.val_objective,
-                micro_batch=self.micro_batch,
-                scaling=scaling,
+                self.validation_mode == "train",
+                self.micro_batch,
             )
-            if call.check_values:
-                self._check_validation_loss(call, prepared, virtual.parameters)
+            name = self.val_objective
+            q = classifier.shares(self.ranks, call.validation, name)
+
+            def row_5() -> Sums:
+                gradient, loss = classifier.gradient(call.validation, name, q, scaling)
+                if call.check_values:
+                    self._check_validation_loss(loss, prepared, virtual.parameters)
+                return gradient, [loss]
+
+            v, (prepared.val_loss,) = self.ranks.summed(self.parameters, 1, row_5)
             prepared.overflow = scaling.overflowed(v)
             if prepared.overflow:
                 return prepared
@@ -207,34 +170,84 @@ class Algorithm:
                 learned = self.runner.run(batch, plan)
                 after_scoring = learned.after_scoring
             prepared.learned = learned.part
-            weights = learned.part.weights(learned.p)
+            here, weights = (f(learned.p) for f in (learned.part.weights, learned.part.all_weights))
             # J^T p of the samples that were run, to compare the dots with
             compared = computed if learned is run else []
             with preserved_buffers(world) if learned is not run else nullcontext():
                 if learned is not run and probing:
-                    compared = learned.linearization.gradient(weights)
-                dots = learned.linearization.dots(direction).to(learned.z.dtype)
+                    compared = self._gradient(learned, here)
+                dots, losses = self._dots(call, learned, batch, direction, bool(compared))
             if compared:
                 prepared.gap = invariant_gap(weights, dots, compared, direction)
-                losses = learned.linearization.losses
                 prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
                 signs = random_signs(weights, self.engines.calls(layout))
                 with preserved_buffers(world):
-                    by_signs = learned.linearization.gradient(weights * signs)
+                    by_signs = self._gradient(learned, batch.shard.mine(weights * signs))
         after_scoring.restore()
-        if call.check_values:
-            hint = "lower the learning rate, or look for overflow in the model"
-            check_finite(OP, "the hypergradient dot of every sample", dots, hint)
         if probing:
             self._guard(prepared, weights, dots, compared, direction)
             prepared.guarded = True
         if signed:
             self._guard(prepared, weights * signs, dots, by_signs, direction)
         spread = learned.part.spread(dots, direction, learned.p, learned.z)
-        prepared.update = SelectorUpdate(batch, learned.features, learned.z, learned.p, spread)
+        prepared.update = SelectorUpdate(
+            learned.rows, learned.features, learned.z, learned.p, spread
+        )
+        prepared.shard = batch.shard
         self.engines.served(layout)
         return prepared
+
+    def _observe_validation(self, call: Call, with_selector_batch: bool) -> None:
+        """Features of the validation batch, where the selector has features that refer to it."""
+        features = self.runner.features
+        if isinstance(features, OfflineFeatures):
+            return
+        selector_batch = call.selector_batch if with_selector_batch else None
+
+        def of_validation() -> list[Tensor]:
+            computed = features.of_validation(call.validation, selector_batch)
+            if call.check_values and self.ranks.size > 1:  # the others could not tell whose it is
+                hint = "val_inputs, or the model in eval mode, are broken"
+                check_finite(OP, "the penultimate features of val_inputs", computed, hint)
+            return [computed]
+
+        (features.validation,) = self.ranks.rows(
+            "features of the validation batch",
+            call.validation.shard,
+            of_validation,
+        )
+
+    def _gradient(self, run: Run, weights: Tensor) -> list[Tensor | None]:
+        """sum p grad l over the samples of all ranks, for the weights of those here."""
+        compute = run.linearization.gradient
+        return self.ranks.summed(self.parameters, 0, lambda: (compute(weights), []))[0]
+
+    def _dots(
+        self,
+        call: Call,
+        run: Run,
+        batch: CheckedBatch,
+        direction: Sequence[Tensor],
+        with_losses: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Row 6 for the samples that all ranks have run, and their losses (else dots again, since
+        reading losses may cost a forward)."""
+
+        def rows() -> list[Tensor]:
+            dots = run.linearization.dots(direction).to(run.z.dtype)
+            if call.check_values:
+                hint = "lower the learning rate, or look for overflow in the model"
+                check_finite(OP, "the hypergradient dot of every sample", dots, hint)
+            return [dots, run.linearization.losses] if with_losses else [dots]
+
+        name = "dots and losses" if with_losses else "dots"
+        dots, *losses = self.ranks.rows(name, batch.shard, rows)
+        return dots, losses[0] if losses else dots
+
+    def _loss(self, call: Call, run: Run, p: Tensor) -> Tensor:
+        """sum p l [] over the samples here."""
+        return (call.batch.shard.mine(p) * run.losses).sum()
 
     def finish(self, call: Call, prepared: Prepared, scaling: GradientScaling) -> Outcome:
         """Rows 7 to 9, without the step of the classifier's optimizer."""
@@ -246,7 +259,7 @@ class Algorithm:
             # rows 7, 8
             if self.track_gsnr:
                 arguments = self.runner.scorer.arguments(
-                    prepared.update.batch, prepared.update.features
+                    prepared.update.rows, prepared.update.features
                 )
                 gsnr = selector_gsnr(
                     self.runner.scorer.selector, arguments, prepared.update.cotangent()
@@ -258,42 +271,51 @@ class Algorithm:
                     preserved_rng(self.runner.scorer.world, run.before_scoring),
                     preserved_buffers(self.runner.scorer.world),
                 ):
-                    z, p = self.runner.trainer.forward(call.batch, run.features, updates=False)
+                    z, p = self.runner.trainer.forward(run.rows, run.features, updates=False)
                 if call.check_values:
                     hint = "its own step made it diverge: lower the learning rate of the selector"
                     check_finite(OP, "selector's output after its step", z, hint)
         if not call.weighted:
-            p = self.runner.scorer.unweighted(call.batch, z)
+            p = self.runner.scorer.unweighted(run.rows, z)
         if call.check_values:
             check_weights(p, self.runner.scorer.class_weight)
+        loss = prepared.loss
         if prepared.overflow:
             pass  # the overflow in the gradient of row 3 makes the scaler skip this step
         elif not call.reuses_gradient:
-            scaled = scaling.scaled(p)
-            gradient = run.linearization.gradient(run.part.weights(scaled))
-            gradient = run.part.completed(gradient, scaled)
-            if not scaling.active and call.check_values:
-                check_losses(run.linearization)
-                self._check_gradient(gradient)
+
+            def row_9() -> Sums:
+                scaled = scaling.scaled(p)
+                gradient = run.linearization.gradient(run.part.weights(scaled))
+                gradient = run.part.completed(gradient, scaled)
+                if not scaling.active and call.check_values:
+                    check_losses(run.linearization)
+                    self._check_gradient(gradient)
+                return gradient, [self._loss(call, run, p)]
+
+            gradient, (loss,) = self.ranks.summed(self.parameters, 1, row_9)
         else:
             assert gradient is not None
             gradient = scaling.scaled_again(gradient)
-        assert gradient is not None
+        assert gradient is not None and loss is not None
         z = z.detach()
-        losses = run.losses
+        mine = call.batch.shard.mine
+        w = self.runner.scorer.weights(run.rows, z)
+        update = prepared.update
         result = StepResult(
-            losses=losses,
-            loss=(p * losses).sum(),
-            logits=z,
-            weights=self.runner.scorer.weights(call.batch, z),
-            normalized_weights=p,
+            losses=run.losses,
+            loss=loss,
+            logits=mine(z),
+            weights=mine(w),
+            normalized_weights=mine(p),
             val_loss=prepared.val_loss,
-            dots=None if prepared.update is None else prepared.update.dots,
+            dots=None if update is None else prepared.shard.mine(update.dots),
             self_check=prepared.gap,
             gsnr=gsnr,
             engine=prepared.engine,
             masked_entries=prepared.masked,
             sampling=self._note_draw(prepared, p),
+            of_all_ranks=None if self.ranks.size == 1 else (w, p),
         )
         return Outcome(gradient, result)
 
@@ -335,10 +357,10 @@ class Algorithm:
             ],
         )
 
-    def _check_validation_loss(self, call: Call, prepared: Prepared, theta: list[Tensor]) -> None:
+    def _check_validation_loss(self, loss: Tensor, prepared: Prepared, theta: list[Tensor]) -> None:
         """Raise for the first quantity of rows 3 to 5 that is not finite."""
-        assert prepared.val_loss is not None and prepared.gradient is not None
-        if math.isfinite(prepared.val_loss):
+        assert prepared.gradient is not None
+        if math.isfinite(loss):
             return
         self._check_gradient(prepared.gradient)
         for i, tensor in enumerate(theta):
@@ -346,7 +368,7 @@ class Algorithm:
             name = f"the virtual parameter {self._name(i)}"
             check_finite(OP, name, tensor, hint)
         hint = "the validation batch, or the model in its mode for it, is broken"
-        check_finite(OP, "the validation loss", prepared.val_loss, hint)
+        check_finite(OP, "the validation loss", loss, hint)
 
     def _check_gradient(self, gradient: list[Tensor | None]) -> None:
         """Raise for the first gradient that is not finite. Waits for the device."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,15 +20,11 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.backends.registry import BACKENDS
+from mts_fast.distributed import check_wrappers
 from mts_fast.ops.update_rules import check_optimizer
 from mts_fast.training.validation import VALIDATION_OBJECTIVES
 
 OP = "MTSStep"
-# wrappers whose hooks torch.autograd.grad does not run, by class name: importing the classes would
-# import torch.distributed
-DISTRIBUTED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-
-
 CHOICES = {
     "schedule": ("exact", "reuse"),
     "backend": BACKENDS,
@@ -37,7 +32,8 @@ CHOICES = {
     "val_objective": VALIDATION_OBJECTIVES,
     "check": ("auto", "always", "never"),
 }
-COUNTS = {"selector_every": 1, "online_k": 1, "warmup_steps": 0}  # smallest value of each
+# smallest value of each
+COUNTS = {"accumulate": 1, "selector_every": 1, "online_k": 1, "warmup_steps": 0}
 FLAGS = ("online_features", "track_gsnr")
 # bounds of numbers that may be None
 NUMBERS: dict[str, dict[str, float]] = {
@@ -93,7 +89,8 @@ def check_parts(
     """Refuse what cannot be trained, or could not be undone when a step raises."""
     module = check_module(OP, "model", model)
     selector_module = check_module(OP, "selector", selector)
-    check_not_distributed(module)
+    check_wrappers(OP, "model", module)
+    check_wrappers(OP, "selector", selector_module)
     for arg, part in (("model", module), ("selector", selector_module)):
         _check_initialised(arg, part)
     if module is selector_module:
@@ -117,26 +114,6 @@ def check_parts(
         fail(ValueError, OP, "selector_optimizer", "apart from optimizer", got, hint)
     if selector_scheduler is not None:
         check_scheduler(selector_scheduler, second)
-
-
-def check_not_distributed(model: nn.Module) -> None:
-    """Refuse data-parallel wrappers and process groups: a step does not synchronise ranks."""
-    for path, module in model.named_modules():
-        names = {cls.__name__ for cls in type(module).__mro__}
-        for name in DISTRIBUTED:
-            if name in names:
-                where = f" at {path!r}" if path else ""
-                hint = "train on one device for now: pass the module inside"
-                expected = "free of data-parallel wrappers over processes"
-                fail(RuntimeError, OP, "model", expected, f"{name}{where}", hint)
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    ranks = distributed.get_world_size()
-    if ranks > 1:
-        hint = "gradients are not reduced over ranks: run one process"
-        got = f"a process group of {ranks} ranks (DistributedDataParallel and the like)"
-        fail(RuntimeError, OP, "model", "trained by one process", got, hint)
 
 
 def _check_initialised(arg: str, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mts_fast._check import (
     describe,
     fail,
 )
+from mts_fast.distributed import Ranks, Shard
 from mts_fast.hypergradient import LabelledBatch
 from mts_fast.hypergradient.objective import IGNORED
 
@@ -44,30 +45,48 @@ class SelectorBatch:
 
 
 @dataclass(frozen=True)
+class SelectorRows:
+    """What a selector reads beside the features, of the samples of all ranks."""
+
+    classes: Tensor  # int64 [B]
+    is_synthetic: Tensor  # bool [B]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
 class CheckedBatch(LabelledBatch):
     """A batch after validation, on the labels' device; only `features` may be missing."""
 
     features: Tensor | None  # [B, F]
     is_synthetic: Tensor  # bool [B]
     classes: Tensor  # int64 [B]
+    shard: Shard = field(default=Shard(), kw_only=True)  # of the ranks' joined batch
 
 
 @dataclass(frozen=True)
 class CheckedValidation(LabelledBatch):
-    """The validation batch after validation."""
+    """The validation batch after validation; weights and groups are those of all ranks."""
 
     weights: Tensor | None  # [V], >= 0
     groups: Tensor | None  # int64 [V], numbered from 0 without gaps
+    shard: Shard = field(default=Shard(), kw_only=True)
 
 
 def check_batch(
-    batch: SelectorBatch, num_classes: int | None, *, check_values: bool, prefix: str = ""
+    batch: SelectorBatch,
+    num_classes: int | None,
+    *,
+    check_values: bool,
+    prefix: str = "",
+    may_be_empty: bool = False,
 ) -> CheckedBatch:
     """Validate one batch; `check_values` also reads the values, which waits for a GPU."""
     if not isinstance(batch, SelectorBatch):
         hint = "make it with mts_fast.SelectorBatch(inputs, labels, ...)"
         fail(TypeError, OP, prefix.rstrip("."), "a SelectorBatch", describe(batch), hint)
-    labels = check_pair(batch.inputs, batch.labels, prefix)
+    labels = check_pair(batch.inputs, batch.labels, prefix, may_be_empty=may_be_empty)
     size = len(labels)
     features = batch.features
     if features is not None:
@@ -116,9 +135,11 @@ def check_validation(
     needs_groups: bool,
     custom_loss: bool,
     check_values: bool,
+    may_be_empty: bool = False,
 ) -> CheckedValidation:
     """Validate the validation batch; `custom_loss`: a function of the user's takes the labels."""
-    tensor = check_pair(inputs, labels, "val_")
+    tensor = check_pair(inputs, labels, "val_", may_be_empty=may_be_empty)
+    check_values = check_values and len(tensor) > 0
     if not custom_loss:
         check_integer(OP, "val_labels", tensor)
         if check_values and bool((tensor == IGNORED).all()):
@@ -142,14 +163,27 @@ def check_validation(
         numbers = check_integer(OP, "val_groups", groups, ndim=1)
         check_length(OP, "val_groups", numbers, len(tensor))
         check_device(OP, "val_groups", numbers, tensor.device, "val_labels")
-        groups = numbers.unique(return_inverse=True)[1] if needs_groups else None
+        groups = numbers.long() if needs_groups else None
     return CheckedValidation(inputs, tensor, weights, groups, name="val_labels")
 
 
-def check_pair(inputs: Any, labels: object, prefix: str) -> Tensor:
-    """Inputs and labels of the same, positive length; returns the labels."""
+def joined(ranks: Ranks, batch: CheckedValidation, shard: Shard) -> CheckedValidation:
+    """The validation batch with the weights and group numbers of all ranks."""
+    weights, groups = batch.weights, batch.groups
+    present = [t for t in (weights, groups) if t is not None]
+    if present:
+        rows = iter(ranks.rows("val_weights and val_groups", shard, lambda: present))
+        weights = None if weights is None else next(rows)
+        groups = None if groups is None else next(rows).unique(return_inverse=True)[1]
+    return replace(batch, weights=weights, groups=groups, shard=shard)
+
+
+def check_pair(inputs: Any, labels: object, prefix: str, *, may_be_empty: bool = False) -> Tensor:
+    """Inputs and labels of the same length, positive but on one of several ranks; returns the
+    labels."""
     tensor = check_tensor(OP, f"{prefix}labels", labels)
-    check_not_empty(OP, f"{prefix}labels", tensor)
+    if not may_be_empty or not tensor.ndim:
+        check_not_empty(OP, f"{prefix}labels", tensor)
     check_readable(OP, f"{prefix}labels", tensor)
     leaves = LabelledBatch(inputs, tensor).tensors()
     if not leaves:

@@ -1,5 +1,7 @@
 """Rows 1 and 2 and the training forward of a batch: in one stage, or in two where it is sampled.
 
+Each rank runs its own samples; the selector scores those of all ranks, on each of them.
+
 One stage: the forward of all samples, which gives the online features, too; then the weights. Two:
 a forward of all candidates without a graph, the weights, a draw, and the forward of the drawn.
 """
@@ -7,8 +9,8 @@ a forward of all candidates without a graph, the weights, a draw, and the forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +25,10 @@ from mts_fast._isolation import (
     preserved_buffers,
     preserved_rng,
 )
+from mts_fast.distributed import Ranks
 from mts_fast.hypergradient import Engine, LabelledBatch, Linearization, Objective
-from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.batch import CheckedBatch, SelectorRows
+from mts_fast.training.no_samples import NoSamples
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.candidates import find_head, look
 from mts_fast.training.sampled.checks import check_divisible, check_independent
@@ -43,6 +47,8 @@ class Run:
     part: Part  # the samples that were run
     linearization: Linearization  # of these
     candidate_losses: Tensor | None  # [B] of stage 1, where there was one
+    # of the samples of all ranks
+    rows: SelectorRows
     features: Tensor  # h [B, F]
     z: Tensor  # [B]
     p: Tensor  # [B]
@@ -51,7 +57,7 @@ class Run:
 
     @property
     def losses(self) -> Tensor:
-        """[B]."""
+        """[B here]."""
         losses = self.candidate_losses
         return self.linearization.losses if losses is None else losses
 
@@ -79,6 +85,7 @@ class Plan:
 class BatchRunner:
     """Runs the batches of one call."""
 
+    ranks: Ranks
     objective: Objective
     features: OnlineFeatures | OfflineFeatures
     scorer: Scorer
@@ -94,15 +101,38 @@ class BatchRunner:
         return self._in_two_stages(batch, plan, plan.computed)
 
     def _in_one_stage(self, batch: CheckedBatch, plan: Plan) -> Run:
-        with self._masks(plan):
-            with self.features.beside_forward(batch) as forward:
-                linearization = self._linearize(batch, plan)
-                forward.ran(linearization)
-            h = forward.features(update=plan.updates)
-        if plan.check_values and plan.forward_from is None and not math.isfinite(h.detach().sum()):
-            check_losses(linearization)
-        before, z, p = self._score(batch, h, plan)
-        return self._run(Whole(batch), linearization, None, h, z, p, before)
+        linearization: Linearization = NoSamples(plan.engine, batch)
+
+        def forward() -> Tensor:
+            nonlocal linearization
+            with self._masks(plan):
+                with self.features.beside_forward(batch) as forward:
+                    linearization = self._linearize(batch, plan)
+                    forward.ran(linearization)
+                h = forward.columns()
+            broken = plan.check_values and not math.isfinite(h.detach().sum())
+            if broken and plan.forward_from is None:
+                check_losses(linearization)
+            return h
+
+        rows, h = self._joined(batch, plan, forward)
+        before, z, p = self._score(rows, h, plan)
+        return self._run(Whole(batch), linearization, None, rows, h, z, p, before)
+
+    def _joined(
+        self, batch: CheckedBatch, plan: Plan, columns: Callable[[], Tensor]
+    ) -> tuple[SelectorRows, Tensor]:
+        """What the selector reads of the samples of all ranks; `columns` of those here, which are
+        not asked for where there are none."""
+
+        def parts() -> list[Tensor]:
+            h = columns() if len(batch) else batch.labels.new_empty(0, 0)
+            if plan.check_values:
+                check_finite(OP, "the selector's input", h, ONLINE_HINT)
+            return [h, batch.classes, batch.is_synthetic]
+
+        h, classes, flags = self.ranks.rows("the selector's input", batch.shard, parts)
+        return SelectorRows(classes, flags), self.features.standardized(h, update=plan.updates)
 
     def _in_two_stages(self, batch: CheckedBatch, plan: Plan, k: int) -> Run:
         if self.objective.is_compiled and batch_norms(self._world):
@@ -131,11 +161,11 @@ class BatchRunner:
             )
         if penultimate is None:
             penultimate = candidates.penultimate
-        h = self.features.features(batch, penultimate, update=plan.updates)
-        before, z, p = self._score(batch, h, plan)
+        rows, h = self._joined(batch, plan, lambda: self.features.columns(batch, penultimate))
+        before, z, p = self._score(rows, h, plan)
         drawn_by = p
         if not plan.weighted:  # row 9 weights by class alone
-            drawn_by = (p + self.scorer.unweighted(batch, z)) / 2
+            drawn_by = (p + self.scorer.unweighted(rows, z)) / 2
         part = Sampled(candidates, batch, drawn_by, k)
         after_scoring = RngState.capture(self._world)
         # where stage 1 has moved the buffers, stage 2 begins as it did and leaves what it left
@@ -147,7 +177,7 @@ class BatchRunner:
             linearization.run()
         if plan.probes:
             check_independent(self.objective, part, linearization, before_forward)
-        run = self._run(part, linearization, candidates.losses, h, z, p, before)
+        run = self._run(part, linearization, candidates.losses, rows, h, z, p, before)
         if plan.forward_from is not None:
             run.after_scoring = after_scoring
         return run
@@ -179,26 +209,29 @@ class BatchRunner:
         part: Part,
         linearization: Linearization,
         losses: Tensor | None,
+        rows: SelectorRows,
         h: Tensor,
         z: Tensor,
         p: Tensor,
         before: RngState,
     ) -> Run:
-        return Run(part, linearization, losses, h, z, p, before, RngState.capture(self._world))
+        after = RngState.capture(self._world)
+        return Run(part, linearization, losses, rows, h, z, p, before, after)
 
-    def _score(self, batch: CheckedBatch, h: Tensor, plan: Plan) -> tuple[RngState, Tensor, Tensor]:
+    def _score(self, rows: SelectorRows, h: Tensor, plan: Plan) -> tuple[RngState, Tensor, Tensor]:
         """Generators before, z [B] and p [B]: rows 1 and 2. Of the selector's forwards in a call,
         only the one on the batch that it learns from changes its buffers and the generators."""
-        if plan.check_values:
-            check_finite(OP, "the selector's input", h, ONLINE_HINT)
         if plan.scoring_from is not None:
             plan.scoring_from.restore()
-        before = RngState.capture(self.scorer.world)
-        if plan.scores_apart:
-            with preserved_rng(self.scorer.world), preserved_buffers(self.scorer.world):
-                z, p = self.trainer.forward(batch, h, updates=plan.updates)
-        else:
-            z, p = self.trainer.forward(batch, h, updates=plan.updates)
+        with ExitStack() as stack:
+            if self.ranks.size > 1:  # every rank draws the selector's masks of all samples
+                stack.enter_context(preserved_rng(self.scorer.world))
+                self.ranks.seed()
+            before = RngState.capture(self.scorer.world)
+            if plan.scores_apart:
+                stack.enter_context(preserved_rng(self.scorer.world))
+                stack.enter_context(preserved_buffers(self.scorer.world))
+            z, p = self.trainer.forward(rows, h, updates=plan.updates)
         if plan.check_values:
             hint = "the selector has diverged or its features are extreme: lower its learning rate"
             check_finite(OP, "selector's output", z.detach(), hint)

@@ -43,15 +43,27 @@ LATER_OPTIONS = {
 }  # fmt: skip
 
 
+def check_complete(step: StepParts) -> None:
+    """Refuse a state in the middle of a step.
+
+    Raises:
+        RuntimeError: batches wait for the rest of their step.
+    """
+    if step._waiting:
+        hint = "save after the call that returns a result"
+        got = f"{len(step._waiting)} of {step.accumulate} calls that make a step"
+        fail(RuntimeError, "MTSStep.state_dict", "the step", "complete", got, hint)
+
+
 def state_of(step: StepParts) -> dict[str, Any]:
     """All that a resumed run needs."""
     scheduler, scaler = step.selector_scheduler, step.scaler
     return {
         "version": VERSION,
-        "model": step.model.state_dict(),
+        "model": step._objective.model.state_dict(),
         "optimizer": step.optimizer.state_dict(),
         "optimizer_class": type(step.optimizer).__name__,
-        "selector": step.selector.state_dict(),
+        "selector": step._scorer.selector.state_dict(),
         "selector_optimizer": step.selector_optimizer.state_dict(),
         "selector_optimizer_class": type(step.selector_optimizer).__name__,
         "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -71,8 +83,8 @@ def state_of(step: StepParts) -> dict[str, Any]:
 def load_state(step: StepParts, state: object) -> None:
     """Check a state, then load it; where loading fails, the old state is restored."""
     entries = copy.deepcopy(check_state(state, has_scheduler=step.selector_scheduler is not None))
-    check_module_state("model", step.model, entries["model"])
-    check_module_state("selector", step.selector, entries["selector"])
+    check_module_state("model", step._objective.model, entries["model"])
+    check_module_state("selector", step._scorer.selector, entries["selector"])
     for arg in ("optimizer", "selector_optimizer"):
         optimizer: torch.optim.Optimizer = getattr(step, arg)
         check_optimizer_state(arg, optimizer, entries[arg], entries.get(f"{arg}_class"))
@@ -88,6 +100,8 @@ def load_state(step: StepParts, state: object) -> None:
         _write(step, old)
         raise
     step._torn = ""
+    step._was_compared = False
+    step._waiting.clear()
     step._gap = None
 
 
@@ -104,9 +118,9 @@ def _compare_verdicts(step: StepParts, saved: list[str]) -> None:
 
 
 def _write(step: StepParts, entries: dict[str, Any]) -> None:
-    step.model.load_state_dict(entries["model"])
+    step._objective.model.load_state_dict(entries["model"])
     step.optimizer.load_state_dict(entries["optimizer"])
-    step.selector.load_state_dict(entries["selector"])
+    step._scorer.selector.load_state_dict(entries["selector"])
     step.selector_optimizer.load_state_dict(entries["selector_optimizer"])
     if step.selector_scheduler is not None:
         step.selector_scheduler.load_state_dict(entries["selector_scheduler"])

@@ -22,16 +22,17 @@ def set_gradients(
         for parameter in group["params"]:
             if id(parameter) not in taking_part:
                 parameter.grad = None
-    used: set[int] = set()
+    used: dict[int, tuple[int, int]] = {}  # storage -> the entries up to now, a hull
     shared = []
     for i, g in enumerate(gradients):
         if g is not None:
             # autograd may return one tensor twice, views of one tensor, or an expanded one;
-            # clipping and unscaling write in place
-            storage = g.untyped_storage().data_ptr()
-            if storage in used or not _is_dense(g):
+            # clipping and unscaling write in place. Sums over ranks lie side by side in a bucket
+            storage, (start, stop) = g.untyped_storage().data_ptr(), _extent(g)
+            first, end = used.get(storage, (stop, start))
+            if not _is_dense(g) or (start < end and first < stop):
                 shared.append(i)
-            used.add(storage)
+            used[storage] = min(first, start), max(end, stop)
     values = [g.contiguous() for i in shared if (g := gradients[i]) is not None]
     copied = dict(zip(shared, copies(values), strict=True))
     for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
@@ -43,3 +44,10 @@ def _is_dense(tensor: Tensor) -> bool:
     return all(
         step != 0 or size == 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first entry of its storage that a tensor has, and the one behind its last."""
+    start = tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(start), int(start) + 1 + sum(int((size - 1) * step) for size, step in steps)

@@ -11,7 +11,8 @@ from mts_fast.diagnostics import SamplingStatistics, WeightStatistics, weight_st
 
 @dataclass(frozen=True, repr=False)
 class StepResult:
-    """Tensors of one step, detached. B is the training batch, B2 the selector's batch.
+    """Tensors of one step, detached. B is the training batch, B2 the selector's batch; over several
+    ranks those of this rank, and sums, means and `statistics` are those of all.
 
     val_loss, dots and self_check are None in a step that does not update the selector;
     self_check also where the selector had a batch of its own.
@@ -34,6 +35,8 @@ class StepResult:
     # of a step that computed a part of its batch (`compute`): losses are of stage 1, and dots the
     # estimates of the regression, up to a constant
     sampling: SamplingStatistics | None = None
+    # w and p of the samples of all ranks; None where they are those above
+    of_all_ranks: tuple[Tensor, Tensor] | None = None
     skipped: bool = False  # a gradient overflowed under loss scaling: no parameter has moved
 
     def __repr__(self) -> str:
@@ -45,7 +48,8 @@ class StepResult:
     @property
     def statistics(self) -> WeightStatistics:
         """Concentration of the classifier's weights (the paper's Figure 2)."""
-        statistics = weight_statistics(self.weights, self.normalized_weights)
+        w, p = self.of_all_ranks or (self.weights, self.normalized_weights)
+        statistics = weight_statistics(w, p)
         computed = None if self.sampling is None else self.sampling.computed
         return replace(statistics, masked_entries=self.masked_entries, computed=computed)
 

@@ -14,11 +14,12 @@ from mts_fast import ops
 from mts_fast._check import fail
 from mts_fast._interrupts import HeldInterrupts
 from mts_fast._isolation import run_to_completion
+from mts_fast.distributed import check_ranks
 from mts_fast.hypergradient import Refused
 from mts_fast.ops.update_rules import check_optimizer
-from mts_fast.training.algorithm import Algorithm, Call
-from mts_fast.training.arguments import check_not_distributed
+from mts_fast.training.algorithm import Algorithm
 from mts_fast.training.batch_run import BatchRunner
+from mts_fast.training.call import Call
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.gradients import set_gradients
 from mts_fast.training.pending_gap import PendingGap
@@ -45,7 +46,8 @@ OWN_SCALE, OWN_BACKOFF = 2.0**16, 16.0
 
 
 def check_can_run(step: StepParts) -> None:
-    """Refuse nested calls, half-stepped parameters, disabled gradients and several processes."""
+    """Refuse nested calls, half-stepped parameters, disabled gradients and other ranks than those
+    that the step was built for."""
     if step._running is not None:
         hint = "build one MTSStep for each thread or inner loop"
         got = "a call from inside another (a hook?), or from a second thread"
@@ -56,7 +58,7 @@ def check_can_run(step: StepParts) -> None:
         hint = "leave torch.no_grad() or torch.inference_mode() around the call"
         got = "a call without gradients"
         fail(RuntimeError, OP, "the call", "made with gradients enabled", got, hint)
-    check_not_distributed(step.model)
+    check_ranks(OP, step.model, step.process_group, step._ranks)
 
 
 def run_call(step: StepParts, call: Call) -> StepResult:
@@ -77,8 +79,6 @@ def _ended(step: StepParts, call: Call) -> None:
 
 
 def _run(step: StepParts, call: Call) -> StepResult:
-    refresh_worlds(step)
-    _follow_parameters(step)
     _adopt_scaler(step)
     # an optimizer may have stepped since autocast last cast the weights
     torch.clear_autocast_cache()
@@ -116,8 +116,7 @@ def _transaction(step: StepParts) -> Transaction:
 def _by_graph(step: StepParts, graph: StepGraph, call: Call) -> StepResult | None:
     """The step by replay of its recording; None where it has to run without one."""
     layout = step._engines.layout_of(call.batch)
-    probing = call.updates_selector and step._engines.is_probing(layout)
-    if probing or not step._knows_writes:
+    if call.probing or not step._knows_writes:
         return None
     kind = graph.kind_of(step, call, layout)
     if not graph.replays(step, kind):
@@ -192,7 +191,7 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
             prepared = algorithm.prepare(call, layout, scaling)
         except Refused as refused:
             transaction.rewind()
-            engines.refuse(layout, refused)
+            _next_engine(step, layout, refused)
             continue
         scale = _own_scale(step) if prepared.overflow else 1.0
         if scale > 1.0:
@@ -201,9 +200,10 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
             _take_own_scaler(step, max(1.0, scale / OWN_BACKOFF))
             continue
         written = transaction.written_parameters()
-        if not written:
+        if not (written if step._knows_writes else step._ranks.any(bool(written))):
             break
-        _note_written(step, written)
+        if written:
+            _note_written(step, written)
         transaction.rewind()
     transaction.forget_parameters()
     step._knows_writes = True
@@ -223,6 +223,16 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     result = outcome.result if stepped else outcome.result.as_skipped()
     transaction.committed = True
     return result
+
+
+def _next_engine(step: StepParts, layout: str, refused: Refused) -> None:
+    """Go on to an engine that may serve, on every rank."""
+
+    def choose() -> None:
+        step._engines.refuse(layout, refused)
+        step._engines.engine_for(layout)
+
+    step._ranks.together(choose)
 
 
 def _note_written(step: StepParts, parameters: list[Tensor]) -> None:
@@ -271,8 +281,10 @@ def _torn_message(moved: str) -> str:
     )
 
 
-def _follow_parameters(step: StepParts) -> None:
-    """Take over parameters that were frozen, unfrozen or added since the last call."""
+def follow_changes(step: StepParts) -> None:
+    """Take over modules that were added or replaced, and parameters that were frozen, unfrozen or
+    added, since the last call."""
+    refresh_worlds(step)
     check_optimizer(step.optimizer, op=OP)
     present = ops.trainable_parameters(step.optimizer)
     before = step._engines.parameters
@@ -302,6 +314,7 @@ def _own_scale(step: StepParts) -> float:
 
 def _algorithm(step: StepParts) -> Algorithm:
     runner = BatchRunner(
+        step._ranks,
         step._objective,
         step._features,
         step._scorer,
@@ -311,6 +324,7 @@ def _algorithm(step: StepParts) -> Algorithm:
         step.candidate_dtype,
     )
     return Algorithm(
+        step._ranks,
         step._objective,
         step._validation,
         step.optimizer,

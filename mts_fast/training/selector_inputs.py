@@ -1,5 +1,7 @@
 """Builds the selector's input: online features, then the caller's.
 
+`columns` are those of the samples at hand; `standardized` works on those of all ranks.
+
 Online features need an eval-mode forward. Where the training forward gives the same penultimate
 features (compared once per combination of module modes), it is used instead.
 """
@@ -29,7 +31,7 @@ class OfflineForward:
     def ran(self, linearization: Linearization) -> None:
         """Nothing is read of the forward."""
 
-    def features(self, *, update: bool) -> Tensor:
+    def columns(self) -> Tensor:
         """[B, F]."""
         return _offline(self._batch)
 
@@ -43,19 +45,18 @@ class OfflineFeatures:
         """No layer is read."""
         raise AssertionError("nothing is watched")
 
-    def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
-        """Nothing is read of the validation batch."""
-
     @contextmanager
     def beside_forward(self, batch: CheckedBatch) -> Iterator[OfflineForward]:
         """Inside, the training forward of the batch is run."""
         yield OfflineForward(batch)
 
-    def features(
-        self, batch: CheckedBatch, penultimate: Tensor | None = None, *, update: bool = False
-    ) -> Tensor:
+    def columns(self, batch: CheckedBatch, penultimate: Tensor | None = None) -> Tensor:
         """[B, F]."""
         return _offline(batch)
+
+    def standardized(self, columns: Tensor, *, update: bool) -> Tensor:
+        """As they are."""
+        return columns
 
     def tensors(self) -> list[Tensor]:
         """No state."""
@@ -96,12 +97,9 @@ class OnlineForward:
             self._eval_features = training
         return same
 
-    def features(self, *, update: bool) -> Tensor:
-        """[B, k + 1 + F]; `update` moves running statistics."""
-        features = self._eval_features
-        if features is None:
-            features = self._owner.penultimate(self._batch)
-        return self._owner.join(self._batch, features, update=update)
+    def columns(self) -> Tensor:
+        """[B, k + 1 + F]."""
+        return self._owner.columns(self._batch, self._eval_features)
 
 
 class OnlineFeatures:
@@ -118,25 +116,30 @@ class OnlineFeatures:
         self._objective = objective
         self.watched = PenultimateFeatures(objective.model, layer)
         self._k = k
-        self._micro_batch = micro_batch
+        self.micro_batch = micro_batch
         self._standardizer = OnlineStandardizer(momentum)
-        self._val_features: Tensor | None = None  # [V, D]
+        self.validation: Tensor | None = None  # [V, D], of the validation batch of all ranks
         self._precomputed: tuple[CheckedBatch, Tensor] | None = None  # a batch and its [B, D]
         # modes of all modules -> whether a training forward gives the features, too
         self._shared: dict[tuple[bool, ...], bool] = {}
 
-    def observe_validation(self, val_inputs: Any, selector_batch: CheckedBatch | None) -> None:
-        """Compute features of the validation batch with the current parameters and buffers.
+    def of_validation(
+        self, validation: LabelledBatch, selector_batch: CheckedBatch | None
+    ) -> Tensor:
+        """Features [V, D] of validation samples, with the current parameters and buffers.
 
-        Those of the selector's batch, too, unless its own forward will give them.
+        Those of the selector's batch are computed, too, unless its own forward will give them.
         """
-        if val_inputs is None:
+        if validation.inputs is None:
             hint = "pass validation inputs, or make the step with online_features=False"
             fail(TypeError, "MTSStep", "val_inputs", "given for online features", "None", hint)
-        self._val_features = self._in_eval_mode([val_inputs])
+        features = validation.labels.new_empty(0, 0)  # of an empty shard
+        if len(validation):
+            features = self._in_eval_mode([validation.inputs])
         self._precomputed = None
-        if selector_batch is not None and not self._shared.get(self._objective.world.modes()):
+        if selector_batch and not self._shared.get(self._objective.world.modes()):
             self._precomputed = selector_batch, self.penultimate(selector_batch)
+        return features
 
     @contextmanager
     def beside_forward(self, batch: CheckedBatch) -> Iterator[OnlineForward]:
@@ -157,22 +160,11 @@ class OnlineFeatures:
             yield forward
         self._shared[modes] = forward.compare(before.unchanged())
 
-    def features(
-        self, batch: CheckedBatch, penultimate: Tensor | None = None, *, update: bool = False
-    ) -> Tensor:
-        """[B, k + 1 + F], of penultimate features [B, D] in eval mode where they are known.
-
-        `update` moves running statistics.
-        """
-        if penultimate is None:
-            penultimate = self.penultimate(batch)
-        return self.join(batch, penultimate, update=update)
-
     def penultimate(self, batch: LabelledBatch) -> Tensor:
         """Penultimate features [B, D] in eval mode; of a batch that was observed, as of then."""
         if self._precomputed is not None and self._precomputed[0] is batch:
             return self._precomputed[1]
-        return self._in_eval_mode([part.inputs for part in batch.split(self._micro_batch)])
+        return self._in_eval_mode([part.inputs for part in batch.split(self.micro_batch)])
 
     def _in_eval_mode(self, parts: list[Any]) -> Tensor:
         world = self._objective.world
@@ -187,28 +179,37 @@ class OnlineFeatures:
                 self._objective.forward(inputs)
             return capture.taken()
 
-    def join(self, batch: CheckedBatch, features: Tensor, *, update: bool) -> Tensor:
-        """[B, k + 1 + F]: cosines to the validation batch, standardised, then the caller's."""
-        assert self._val_features is not None
+    def columns(self, batch: CheckedBatch, penultimate: Tensor | None = None) -> Tensor:
+        """[B, k + 1 + F]: cosines to the validation batch, then the caller's.
+
+        penultimate: [B, D] in eval mode, where they are known.
+        """
+        assert self.validation is not None
+        features = self.penultimate(batch) if penultimate is None else penultimate
         if len(features) != len(batch):
             hint = "name a layer whose input has the batch first, with feature_layer="
             expected = f"[{len(batch)}, D]"
             got = tuple(features.shape)
             fail(ValueError, "MTSStep", "penultimate features", expected, got, hint)
-        available = len(self._val_features)
+        available = len(self.validation)
         if self._k > available:
             hint = "use a larger validation batch or a smaller online_k"
             expected = f"at most the validation batch ({available})"
             fail(ValueError, "MTSStep", "online_k", expected, self._k, hint)
         # a sampled step may look at its candidates in 16 bit
-        features = features.to(self._val_features.dtype)
-        nearest, centroid = online_features(features, self._val_features, k=self._k)
-        columns = [
+        features = features.to(self.validation.dtype)
+        nearest, centroid = online_features(features, self.validation, k=self._k)
+        return torch.cat([nearest, centroid, _offline(batch).to(nearest.dtype)], dim=1)
+
+    def standardized(self, columns: Tensor, *, update: bool) -> Tensor:
+        """Columns [B, k + 1 + F] with standardised cosines; `update` moves running statistics."""
+        nearest, centroid, offline = columns.tensor_split((self._k, self._k + 1), dim=1)
+        parts = [
             self._standardizer("nearest", nearest, update=update),
             self._standardizer("centroid", centroid, update=update),
-            _offline(batch),
+            offline,
         ]
-        return torch.cat([c.to(nearest.dtype) for c in columns], dim=1)
+        return torch.cat([p.to(columns.dtype) for p in parts], dim=1)
 
     def tensors(self) -> list[Tensor]:
         """Running statistics, in the memory that a call writes to."""

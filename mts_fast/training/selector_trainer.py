@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mts_fast import ops, reference
 from mts_fast._check import describe, fail
 from mts_fast._isolation import World
-from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.batch import SelectorRows
 
 OP = "MTSStep"
 
@@ -27,10 +27,10 @@ class Scorer:
     def __post_init__(self) -> None:
         self.world = World(self.selector)
 
-    def logits(self, batch: CheckedBatch, h: Tensor) -> Tensor:
+    def logits(self, rows: SelectorRows, h: Tensor) -> Tensor:
         """z [B], in float32 at least: autocast would round p to 3 digits."""
-        z = self.selector(*self.arguments(batch, h))
-        expected = (len(batch),)
+        z = self.selector(*self.arguments(rows, h))
+        expected = (len(rows),)
         shapes = f"floating-point logits {expected} or {(*expected, 1)}"
         if not isinstance(z, Tensor) or not z.is_floating_point():
             hint = "return one logit per sample, before the sigmoid"
@@ -45,34 +45,34 @@ class Scorer:
             fail(ValueError, OP, "selector's output", expected_graph, got, hint)
         return z.reshape(expected).to(torch.promote_types(z.dtype, torch.float32))
 
-    def arguments(self, batch: CheckedBatch, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def arguments(self, rows: SelectorRows, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The selector's arguments: features in its dtype, classes, is_synthetic."""
         dtype = next((p.dtype for p in self.selector.parameters()), h.dtype)
-        return h.to(dtype), batch.classes, batch.is_synthetic
+        return h.to(dtype), rows.classes, rows.is_synthetic
 
-    def weights(self, batch: CheckedBatch, z: Tensor) -> Tensor:
+    def weights(self, rows: SelectorRows, z: Tensor) -> Tensor:
         """w [B]."""
-        return reference.log_weights(z, self._class_weight(batch)).exp()
+        return reference.log_weights(z, self._class_weight(rows)).exp()
 
-    def normalized(self, batch: CheckedBatch, z: Tensor) -> Tensor:
+    def normalized(self, rows: SelectorRows, z: Tensor) -> Tensor:
         """p [B]."""
-        return ops.normalize_weights(z.detach(), class_weight=self._class_weight(batch))
+        return ops.normalize_weights(z.detach(), class_weight=self._class_weight(rows))
 
-    def unweighted(self, batch: CheckedBatch, z: Tensor) -> Tensor:
+    def unweighted(self, rows: SelectorRows, z: Tensor) -> Tensor:
         """p [B] of equal logits: class weights alone count."""
-        return self.normalized(batch, torch.zeros_like(z))
+        return self.normalized(rows, torch.zeros_like(z))
 
-    def _class_weight(self, batch: CheckedBatch) -> Tensor | None:
+    def _class_weight(self, rows: SelectorRows) -> Tensor | None:
         """The class weight of each sample [B]."""
         if self.class_weight is None:
             return None
-        return self.class_weight.to(batch.classes.device)[batch.classes]
+        return self.class_weight.to(rows.classes.device)[rows.classes]
 
 
 class SelectorUpdate(NamedTuple):
-    """Inputs of the selector's step: a batch as it was scored, and the dots of row 6."""
+    """Inputs of the selector's step: samples as they were scored, and the dots of row 6."""
 
-    batch: CheckedBatch
+    rows: SelectorRows
     features: Tensor  # h [B, F]
     logits: Tensor  # z [B], with the selector's graph
     p: Tensor  # [B]
@@ -86,8 +86,8 @@ class SelectorUpdate(NamedTuple):
 class SelectorTrainer(Protocol):
     """Scores batches and takes the selector's steps."""
 
-    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
-        """(z [B], p [B]) of a batch with features h; `updates` where a `step` follows."""
+    def forward(self, rows: SelectorRows, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
+        """(z [B], p [B]) of samples with features h; `updates` where a `step` follows."""
 
     def step(self, update: SelectorUpdate) -> None:
         """One step of the selector's optimizer."""
@@ -100,11 +100,11 @@ class EagerSelectorTrainer:
     scorer: Scorer
     optimizer: torch.optim.Optimizer
 
-    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: SelectorRows, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
         """(z [B], p [B])."""
         with torch.set_grad_enabled(updates):
-            z = self.scorer.logits(batch, h)
-        return z, self.scorer.normalized(batch, z)
+            z = self.scorer.logits(rows, h)
+        return z, self.scorer.normalized(rows, z)
 
     def step(self, update: SelectorUpdate) -> None:
         """Backward with the closed-form cotangent, and the optimizer's step."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
-from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.batch import SelectorRows
 from mts_fast.training.capturing import (
     DEVICE_TYPES,
     EAGER_CALLS,
@@ -87,26 +87,26 @@ class GraphedSelectorTrainer:
         self._forward = Replayed(self._forward_tensors, self._state, recorder)
         self._step = Replayed(self._step_tensors, self._state, recorder)
 
-    def forward(self, batch: CheckedBatch, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: SelectorRows, h: Tensor, *, updates: bool) -> tuple[Tensor, Tensor]:
         """(z [B], p [B]); `step` computes z again, with its graph."""
-        z, p = self._forward(*self._scorer.arguments(batch, h))
+        z, p = self._forward(*self._scorer.arguments(rows, h))
         return z, p
 
     def step(self, update: SelectorUpdate) -> None:
         """One step of the selector's optimizer."""
-        self._step(*self._scorer.arguments(update.batch, update.features), update.dots)
+        self._step(*self._scorer.arguments(update.rows, update.features), update.dots)
 
     def _forward_tensors(self, h: Tensor, classes: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
         with autocast_without_cache(h.device.type):
-            return self._eager.forward(_batch(classes, flags), h, updates=False)
+            return self._eager.forward(SelectorRows(classes, flags), h, updates=False)
 
     def _step_tensors(
         self, h: Tensor, classes: Tensor, flags: Tensor, dots: Tensor
     ) -> tuple[Tensor, ...]:
-        batch = _batch(classes, flags)
+        rows = SelectorRows(classes, flags)
         with autocast_without_cache(h.device.type):
-            z, p = self._eager.forward(batch, h, updates=True)
-            self._eager.step(SelectorUpdate(batch, h, z, p, dots))
+            z, p = self._eager.forward(rows, h, updates=True)
+            self._eager.step(SelectorUpdate(rows, h, z, p, dots))
         return ()
 
     def _state(self) -> object:
@@ -117,11 +117,6 @@ class GraphedSelectorTrainer:
         pointers.append(0 if weight is None else weight.data_ptr())
         casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in DEVICE_TYPES]
         return pointers, scalars, casts, self._scorer.selector.training
-
-
-def _batch(classes: Tensor, flags: Tensor) -> CheckedBatch:
-    """The part of a batch that the selector reads."""
-    return CheckedBatch(None, classes, None, flags, classes)
 
 
 def _check(scorer: Scorer, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:

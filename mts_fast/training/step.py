@@ -11,21 +11,15 @@ from torch import Tensor, nn
 from mts_fast import ops
 from mts_fast._check import check_finite
 from mts_fast._isolation import World, preserved_buffers, preserved_rng
-from mts_fast.hypergradient import EngineChoice, Loss, Objective
-from mts_fast.training.algorithm import Call
+from mts_fast.distributed import ranks_of, unwrapped
+from mts_fast.hypergradient import EngineChoice, LabelledBatch, Loss, Objective
+from mts_fast.training.accumulated import Arguments
 from mts_fast.training.arguments import check_options, check_parts
-from mts_fast.training.batch import (
-    CheckedBatch,
-    CheckedValidation,
-    SelectorBatch,
-    check_batch,
-    check_validation,
-)
-from mts_fast.training.checkpoint import load_state, state_of
+from mts_fast.training.batch import SelectorBatch, SelectorRows, check_batch
+from mts_fast.training.checked_call import checked_call, checks_values, num_classes
+from mts_fast.training.checkpoint import check_complete, load_state, state_of
 from mts_fast.training.result import StepResult
-from mts_fast.training.running import check_can_run, refresh_worlds, run_call
-from mts_fast.training.sampled.batch_statistics import batch_norms
-from mts_fast.training.sampled.compute import Costs
+from mts_fast.training.running import refresh_worlds, run_call
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
@@ -66,6 +60,9 @@ class MTSStep(StepParts):
         micro_batch: run that many samples at a time; peak memory follows it. The result is that of
             the whole batch where samples are independent; BatchNorm in train mode sees each
             micro-batch, as under data parallelism.
+        accumulate: how many calls make a step: those before the last keep their batch (inputs, not
+            activations) and return None, the last runs all of them as one batch, each call's
+            samples as a micro-batch unless micro_batch says otherwise.
         backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
             `use_backend` and MTS_FAST_BACKEND around the call.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default;
@@ -106,6 +103,10 @@ class MTSStep(StepParts):
             cannot hold, run without one, and the log says why.
         check: "auto" checks values (finite, in range) where tensors are on the CPU; "always"
             also on a GPU, which waits for it; "never".
+        process_group: the torch.distributed group whose ranks take each step together, each with
+            its own part of every batch (docs/scaling.md). "auto": that of a model wrapped in
+            DistributedDataParallel, else all ranks where torch.distributed is initialised; None:
+            this process alone.
 
     Notes:
         A call leaves BatchNorm buffers and random generators bitwise as one plain weighted step
@@ -152,6 +153,7 @@ class MTSStep(StepParts):
         compute: int | float | str | None = None,
         candidate_dtype: torch.dtype | None = None,
         micro_batch: int | None = None,
+        accumulate: int = 1,
         backend: str = "auto",
         loss: Loss | None = None,
         val_loss: Loss | None = None,
@@ -172,6 +174,7 @@ class MTSStep(StepParts):
         track_gsnr: bool = False,
         cuda_graph: bool | str = False,
         check: str = "auto",
+        process_group: Any = "auto",
     ) -> None:
         check_options(
             {
@@ -186,6 +189,7 @@ class MTSStep(StepParts):
                 "online_k": online_k,
                 "online_momentum": online_momentum,
                 "feature_layer": feature_layer,
+                "accumulate": accumulate,
                 "selector_every": selector_every,
                 "warmup_steps": warmup_steps,
                 "max_grad_norm": max_grad_norm,
@@ -197,7 +201,7 @@ class MTSStep(StepParts):
                 "candidate_dtype": candidate_dtype,
             }
         )
-        objective = Objective(model, loss) if isinstance(model, nn.Module) else None
+        objective = Objective(unwrapped(model), loss) if isinstance(model, nn.Module) else None
         losses = [] if objective is None else list(objective.world.roots[1:])
         check_parts(model, optimizer, selector, selector_optimizer, selector_scheduler, losses)
         assert objective is not None
@@ -218,9 +222,11 @@ class MTSStep(StepParts):
         self.atomic = atomic
         self.track_gsnr = track_gsnr
         self.check = check
+        self.process_group = process_group
+        self._ranks = ranks_of(OP, model, process_group)
         self.steps = 0
         self.skipped_steps = 0
-        self._scorer = Scorer(selector, None)
+        self._scorer = Scorer(unwrapped(selector), None)
         self.class_weight = class_weight
         self._trainer = EagerSelectorTrainer(self._scorer, selector_optimizer)
         self._graph = None
@@ -232,11 +238,16 @@ class MTSStep(StepParts):
                 self._scorer, selector_optimizer, scheduled=scheduled
             )
         self._objective = objective
-        self._validation = objective if val_loss is None else Objective(model, val_loss)
+        self._validation = objective if val_loss is None else Objective(objective.model, val_loss)
         self._world = World(
-            *dict.fromkeys((*objective.world.roots, *self._validation.world.roots, selector))
+            *dict.fromkeys(
+                (*objective.world.roots, *self._validation.world.roots, self._scorer.selector)
+            )
         )
         self._micro_batch = micro_batch
+        self.accumulate = accumulate
+        self._waiting = []
+        self._streams_calls = micro_batch is None and accumulate > 1
         self.compute = compute
         self.candidate_dtype = candidate_dtype
         parameters = ops.trainable_parameters(optimizer)
@@ -251,6 +262,7 @@ class MTSStep(StepParts):
         self._knows_writes = False
         self._running = None
         self._torn = ""
+        self._was_compared = False
 
     def __call__(
         self,
@@ -266,7 +278,7 @@ class MTSStep(StepParts):
         val_weights: Tensor | None = None,
         val_groups: Tensor | None = None,
     ) -> StepResult:
-        """Take one step.
+        """Take one step; with accumulate=n, None in the calls before its n-th.
 
         Args:
             inputs: the training batch: a tensor [B, ...], a tuple or a dict of them.
@@ -286,37 +298,16 @@ class MTSStep(StepParts):
             RuntimeError: an explicit backend or engine that cannot serve, with every reason; a
                 call without gradients enabled, or after a step that was torn (see `atomic`).
         """
-        check_can_run(self)
-        check_values = self._checks_values(labels)
-        num_classes = self._num_classes()
-        first = SelectorBatch(inputs, labels, features, is_synthetic, classes)
-        batch = check_batch(first, num_classes, check_values=check_values)
-        second = None
-        if selector_batch is not None:
-            second = check_batch(
-                selector_batch, num_classes, check_values=check_values, prefix="selector_batch."
-            )
-        validation = check_validation(
-            val_inputs,
-            val_labels,
-            val_weights,
-            val_groups,
-            needs_groups=self.val_objective != "mean",
-            custom_loss=self._validation.loss is not None,
-            check_values=check_values,
+        samples = SelectorBatch(inputs, labels, features, is_synthetic, classes)
+        call = checked_call(
+            self,
+            Arguments(samples, selector_batch, val_inputs, val_labels, val_weights, val_groups),
         )
-        call = Call(
-            batch,
-            second,
-            validation,
-            updates_selector=self.steps % self.selector_every == 0,
-            weighted=self.steps >= self.warmup_steps,
-            schedule=self.schedule,
-            computed=self._compute.number(len(batch)),
-            costs=self._costs(batch, validation),
-            check_values=check_values,
-        )
-        return run_call(self, call)
+        if call is None:
+            return None  # type: ignore[return-value]
+        result = run_call(self, call)
+        self._waiting.clear()
+        return result
 
     @torch.no_grad()
     def weights(
@@ -336,17 +327,20 @@ class MTSStep(StepParts):
         depends on the batch it is scored in.
         """
         samples = SelectorBatch(inputs, labels, features, is_synthetic, classes)
-        check_values = self._checks_values(labels)
-        batch = check_batch(samples, self._num_classes(), check_values=check_values)
+        check_values = checks_values(self, labels)
+        batch = check_batch(samples, num_classes(self), check_values=check_values)
         refresh_worlds(self)
         with preserved_rng(self._world), preserved_buffers(self._world):
-            self._features.observe_validation(val_inputs, None)
-            h = self._features.features(batch)
-            z = self._scorer.logits(batch, h)
+            if isinstance(self._features, OnlineFeatures):
+                inputs = LabelledBatch(val_inputs, batch.labels)
+                self._features.validation = self._features.of_validation(inputs, None)
+            h = self._features.standardized(self._features.columns(batch), update=False)
+            rows = SelectorRows(batch.classes, batch.is_synthetic)
+            z = self._scorer.logits(rows, h)
             if check_values:
                 check_finite(OP, "features of the samples", h, "inputs, val_inputs or the model")
                 check_finite(OP, "selector's output", z, "the selector has diverged")
-            return self._scorer.weights(batch, z)
+            return self._scorer.weights(rows, z)
 
     def __repr__(self) -> str:
         backend = ops.current_backend() if self.backend == "auto" else self.backend
@@ -356,24 +350,13 @@ class MTSStep(StepParts):
             f" steps={self.steps}): {self._engines}"
         )
 
-    def _costs(self, batch: CheckedBatch, validation: CheckedValidation) -> Costs:
-        """What the price of a sampled step of this batch depends on."""
-        reads_features = self._features.watched is not None
-        passes = 2 if reads_features and batch_norms(self._objective.world) else 1
-        return Costs(passes, len(validation) / len(batch))
-
-    def _num_classes(self) -> int | None:
-        """Number of classes of the selector, else of the class weights; None where neither says."""
-        known = getattr(self.selector, "num_classes", None)
-        weights = self.class_weight
-        return len(weights) if known is None and weights is not None else known
-
-    def _checks_values(self, labels: object) -> bool:
-        on_gpu = isinstance(labels, Tensor) and labels.is_cuda
-        return self.check == "always" or (self.check == "auto" and not on_gpu)
-
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs but the data order and the global random generators."""
+        """Everything a resumed run needs but the data order and the global random generators.
+
+        Raises:
+            RuntimeError: batches wait for the rest of their step (accumulate=).
+        """
+        check_complete(self)
         return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

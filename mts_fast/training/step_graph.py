@@ -26,8 +26,8 @@ from mts_fast.backends.precision import allows_tf32
 from mts_fast.hypergradient.double_backward import DoubleBackward
 from mts_fast.hypergradient.ghost import Ghost
 from mts_fast.ops import current_backend
-from mts_fast.training.algorithm import Call
 from mts_fast.training.batch_run import Run as BatchRun
+from mts_fast.training.call import Call
 from mts_fast.training.capturing import (
     DEVICE_TYPES,
     EAGER_CALLS,
@@ -278,7 +278,7 @@ def _parts(call: Call) -> dict[str, dict[str, Any]]:
         "validation": call.validation,
     }
     return {
-        name: {f.name: getattr(batch, f.name) for f in fields(batch)}
+        name: {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "shard"}
         for name, batch in batches.items()
         if batch is not None
     }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mts_fast._isolation import World
+from mts_fast.distributed import Ranks
 from mts_fast.hypergradient import EngineChoice, Objective
-from mts_fast.training.algorithm import Call
+from mts_fast.training.accumulated import Arguments
 from mts_fast.training.arguments import check_class_weight
+from mts_fast.training.call import Call
 from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.sampled.compute import ComputeChoice
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
@@ -32,6 +34,7 @@ class StepParts:
     hypergradient_lr: float | None
     validation_mode: str
     val_objective: str
+    accumulate: int
     selector_every: int
     warmup_steps: int
     selector_scheduler: torch.optim.lr_scheduler.LRScheduler | None
@@ -41,6 +44,7 @@ class StepParts:
     track_gsnr: bool
     candidate_dtype: torch.dtype | None
     check: str
+    process_group: Any
     steps: int  # completed calls
     skipped_steps: int  # of these, calls whose gradient overflowed
     _scorer: Scorer
@@ -57,6 +61,10 @@ class StepParts:
     _owns_scaler: bool
     _knows_writes: bool  # whether it is known which parameters a forward writes to
     _running: Call | None
+    _ranks: Ranks
+    _waiting: list[Arguments]  # of the calls that wait for the rest of their step
+    _streams_calls: bool  # whether each of these is a micro-batch
+    _was_compared: bool  # whether ranks have compared the values of their parameters
     _torn: str  # a tensor that an optimizer had changed before it raised
 
     @property

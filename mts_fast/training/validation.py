@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from mts_fast._isolation import (
     replaced_parameters,
     training_mode,
 )
-from mts_fast.hypergradient import Objective
+from mts_fast.distributed import Ranks
+from mts_fast.hypergradient import LabelledBatch, Objective
 from mts_fast.hypergradient.engine import dense
 from mts_fast.training.batch import CheckedValidation
 from mts_fast.training.gradient_scaling import GradientScaling
@@ -22,51 +25,82 @@ from mts_fast.training.gradient_scaling import GradientScaling
 VALIDATION_OBJECTIVES = ("mean", "group_balanced", "worst_group")
 
 
-def validation_gradient(
-    objective: Objective,
-    parameters: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    batch: CheckedValidation,
-    *,
-    train_mode: bool,
-    objective_name: str = "mean",
-    micro_batch: int | None = None,
-    scaling: GradientScaling,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(L_val [], its gradient per parameter) at theta', micro_batch samples at a time.
+@dataclass(frozen=True)
+class VirtualClassifier:
+    """The model at theta', as the validation loss sees it.
 
-    L_val = sum_i q_i l_i with the shares q of `shares`. BatchNorm uses the current running
-    statistics, or in train mode those of each micro-batch; the running statistics do not change.
-    The generators advance where the model draws from them.
+    BatchNorm uses the current running statistics, or in train mode those of each micro-batch; the
+    running statistics do not change.
     """
-    world = objective.world
-    total = None
-    v: list[Tensor | None] = [None] * len(parameters)
-    parts = batch.split(micro_batch)
-    with (
-        training_mode(world, train_mode),
-        preserved_buffers(world),
-        replaced_parameters(parameters, theta),
-    ):
-        q = None
-        if objective_name == "worst_group" and len(parts) > 1:
-            # losses alone, under the dropout masks that the passes below will draw
-            with torch.no_grad(), preserved_rng(world):
-                q = shares(batch, torch.cat([objective.losses(p) for p in parts]), objective_name)
-        start = 0
-        for part in parts:
-            losses = objective.losses(part)
-            if q is None:
-                q = shares(batch, losses.detach(), objective_name)
-            loss = (q[start : start + len(part)] * losses).sum()
-            start += len(part)
-            scaled_loss = scaling.scaled(loss)
-            scaled_gradients = torch.autograd.grad(scaled_loss, parameters, allow_unused=True)
-            gradients = scaling.unscaled(dense(scaled_gradients))
-            v = [_sum(old, g) for old, g in zip(v, gradients, strict=True)]
-            total = _sum(total, loss.detach())
-    assert total is not None
-    return total, v
+
+    objective: Objective  # with the loss of the validation samples
+    parameters: Sequence[Tensor]
+    theta: Sequence[Tensor]
+    train_mode: bool
+    micro_batch: int | None = None  # how many samples are run at a time
+
+    @contextmanager
+    def _put(self) -> Iterator[None]:
+        """Inside, the model is that one."""
+        world = self.objective.world
+        with (
+            training_mode(world, self.train_mode),
+            preserved_buffers(world),
+            replaced_parameters(self.parameters, self.theta),
+        ):
+            yield
+
+    def _parts(self, batch: CheckedValidation) -> list[LabelledBatch]:
+        """None for an empty shard."""
+        return batch.split(self.micro_batch) if len(batch) else []
+
+    def shares(self, ranks: Ranks, batch: CheckedValidation, objective_name: str) -> Tensor | None:
+        """The shares [V] of all samples where they depend on losses that `gradient` does not see
+        together: then by a pass under the dropout masks that `gradient` will draw."""
+        parts = self._parts(batch)
+        if objective_name != "worst_group" or (len(parts) == 1 and ranks.size == 1):
+            return None
+
+        def losses() -> list[Tensor]:
+            world = self.objective.world
+            with self._put(), torch.no_grad(), preserved_rng(world):
+                computed = [self.objective.losses(part) for part in parts]
+                return [torch.cat(computed) if parts else batch.labels.new_empty(0)]
+
+        (of_all,) = ranks.rows("validation losses", batch.shard, losses)
+        return shares(batch, of_all, objective_name)
+
+    def gradient(
+        self,
+        batch: CheckedValidation,
+        objective_name: str,
+        q: Tensor | None,
+        scaling: GradientScaling,
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """This rank's part of the gradient of L_val per parameter, and of L_val [].
+
+        L_val = sum_i q_i l_i with the shares q of `shares`. The generators advance where the model
+        draws from them.
+        """
+        total = None
+        v: list[Tensor | None] = [None] * len(self.parameters)
+        with self._put():
+            start = 0
+            for part in self._parts(batch):
+                losses = self.objective.losses(part)
+                if q is None:
+                    q = shares(batch, losses.detach(), objective_name)
+                mine = batch.shard.mine(q)
+                loss = (mine[start : start + len(part)] * losses).sum()
+                start += len(part)
+                scaled_loss = scaling.scaled(loss)
+                scaled_gradients = torch.autograd.grad(
+                    scaled_loss, self.parameters, allow_unused=True
+                )
+                gradients = scaling.unscaled(dense(scaled_gradients))
+                v = [_sum(old, g) for old, g in zip(v, gradients, strict=True)]
+                total = _sum(total, loss.detach())
+        return v, batch.labels.new_zeros((), dtype=torch.float32) if total is None else total
 
 
 def shares(batch: CheckedValidation, losses: Tensor, objective_name: str) -> Tensor:
@@ -75,9 +109,9 @@ def shares(batch: CheckedValidation, losses: Tensor, objective_name: str) -> Ten
     "mean": proportional to the samples' weights. "group_balanced": the same within each group, and
     every group that occurs counts alike. "worst_group": the group of the largest (weighted) mean
     loss alone, whose gradient is a subgradient of the maximum over groups. `losses` must be of
-    all samples for "worst_group", and may be of any part of them otherwise.
+    all samples of all ranks for "worst_group", and may be of any part of them otherwise.
     """
-    weights = losses.new_ones(len(batch))
+    weights = losses.new_ones(batch.shard.total)
     if batch.weights is not None:
         weights = batch.weights.to(losses.dtype)
     if objective_name == "mean":

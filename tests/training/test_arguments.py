@@ -334,7 +334,7 @@ def test_a_call_without_gradients(mode, model):
     assert not differences(whole_state(run), whole_state(other))
 
 
-def test_wrappers_over_processes_are_refused(monkeypatch):
+def test_wrappers_inside_the_model_are_refused():
     class DistributedDataParallel(nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -342,12 +342,14 @@ def test_wrappers_over_processes_are_refused(monkeypatch):
 
     arguments = parts()
     arguments["model"] = nn.Sequential(DistributedDataParallel(arguments["model"]))
-    with pytest.raises(RuntimeError, match=r"model must be free of data-parallel.* at '0'"):
+    with pytest.raises(RuntimeError, match=r"model must be free of sharded .* at '0'"):
         mts_fast.MTSStep(**arguments)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="got a process group of 2 ranks"):
-        mts_fast.MTSStep(**parts())
+
+
+@pytest.mark.parametrize("group", ["ranks", 3, nn.Linear(2, 2)])
+def test_what_is_no_process_group_is_refused(group):
+    with pytest.raises(TypeError, match="process_group must be a process group"):
+        mts_fast.MTSStep(**parts(), process_group=group)
 
 
 @pytest.mark.parametrize("kind", ["unfreeze", "freeze", "add"])

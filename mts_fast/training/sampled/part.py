@@ -37,7 +37,10 @@ class Part(Protocol):
         """The samples that are run."""
 
     def weights(self, p: Tensor) -> Tensor:
-        """The weights of the samples that are run, for weights p of the batch."""
+        """The weights of the samples that are run here, for weights p of the batch."""
+
+    def all_weights(self, p: Tensor) -> Tensor:
+        """The same for the samples that all ranks run."""
 
     def completed(self, gradient: list[Tensor | None], p: Tensor) -> list[Tensor | None]:
         """The gradient of sum p l over the batch, from that of the weighted samples."""
@@ -53,6 +56,10 @@ class Whole:
     batch: CheckedBatch
 
     def weights(self, p: Tensor) -> Tensor:
+        """Those of this rank."""
+        return self.batch.shard.mine(p)
+
+    def all_weights(self, p: Tensor) -> Tensor:
         """p."""
         return p
 
@@ -128,6 +135,10 @@ class Sampled:
     def weights(self, p: Tensor) -> Tensor:
         """c p [k]."""
         return self.draw.weights(p)
+
+    def all_weights(self, p: Tensor) -> Tensor:
+        """c p [k]: one rank draws."""
+        return self.weights(p)
 
     def completed(self, gradient: list[Tensor | None], p: Tensor) -> list[Tensor | None]:
         """The last layer's part by the difference estimator: plus sum_j r_j e_j h_j^T."""

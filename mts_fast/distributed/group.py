@@ -1,0 +1,266 @@
+"""The ranks of a torch.distributed process group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mts_fast.distributed.buckets import Buckets
+from mts_fast.distributed.failure import Failure, raise_first
+from mts_fast.distributed.lost import leave_word, silent_ranks
+from mts_fast.distributed.packing import Layout
+from mts_fast.distributed.ranks import Header, Opened, Sums
+from mts_fast.distributed.shard import Shard
+
+T = TypeVar("T")
+GOOD, FAILED, OTHERWISE = 0, 1, 2  # of a rank in an exchange: OTHERWISE sends another layout
+
+
+class Group:
+    """All ranks of a group; `device` is that of the tensors that they exchange.
+
+    On the CPU what is decided travels with the data. On a GPU it goes by a group of the hosts
+    (gloo), so that nothing has to wait for the device.
+    """
+
+    def __init__(
+        self, op: str, group: dist.ProcessGroup | None, device: torch.device, *, in_band: bool
+    ) -> None:
+        self._op = op
+        self._group = group
+        self._device = device
+        self._in_band = in_band
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+        self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
+        self._layouts: dict[str, Layout] = {}
+        self._buckets: tuple[list[Tensor], Buckets] | None = None
+        self._exchanges = 0
+        self._seed: int | None = None
+        self._lost = ""  # who did not take part in an exchange; the group is broken since then
+
+    def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
+        """Begin a call, of equal headers on all ranks."""
+        if self._lost:
+            raise RuntimeError(_message(self._op, self._lost))
+        checked, told, error = None, None, None
+        try:
+            checked = check()
+            told = header(checked)
+        except Exception as e:
+            error = e
+        same = {} if told is None else {k: repr(v) for k, v in told.same.items()}
+        status = GOOD if error is None else FAILED
+        sizes = () if told is None else told.sizes
+        probing = told is not None and told.probing
+        # of the most sizes that a call has
+        numbers = [status, probing, _digest(same), len(sizes), *sizes, *[0] * (4 - len(sizes))]
+        said = self._agreed(numbers)
+        if any(s[0] != GOOD for s in said):
+            self._raise_together(error)
+        if any(s[2] != said[0][2] for s in said):
+            self._raise_together(self._difference(same))
+        assert checked is not None
+        shards = tuple(
+            Shard(tuple(int(s[4 + i]) for s in said), self.index) for i in range(len(sizes))
+        )
+        return checked, Opened(shards, any(s[1] for s in said))
+
+    def rows(
+        self, name: str, shard: Shard, compute: Callable[[], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Each tensor of `compute` as that of all ranks."""
+        tensors: list[Tensor] = []
+        error = None
+        try:
+            tensors = [t.detach() for t in compute()]
+        except Exception as e:
+            error = e
+        layout = self._layouts.get(name)
+        while True:
+            if layout is None:
+                layout = self._layouts[name] = self._agreed_layout(name, shard, tensors, error)
+            status = GOOD
+            if error is not None:
+                status = FAILED
+            elif len(shard) and Layout.of(tensors) != layout:
+                status = OTHERWISE
+            packed = layout.packed(tensors if status == GOOD and len(shard) else [], self._device)
+            gathered, statuses = self._gathered(packed, max(shard.sizes), status)
+            if not any(statuses):
+                return layout.unpacked(torch.cat(shard.joined(gathered)))
+            layout = None
+
+    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
+        """Gradients and numbers, summed over ranks."""
+        gradients: list[Tensor | None] = [None] * len(like)
+        numbers: list[Tensor] = []
+        error = None
+        try:
+            gradients, numbers = compute()
+        except Exception as e:
+            error = e
+        buckets = self._buckets_of(like)
+        told = [float(error is not None), *(float(g is not None) for g in gradients)]
+        sent = [n.detach().to(buckets.number_dtype).reshape(1) for n in numbers]
+        sent += [torch.zeros(1, dtype=buckets.number_dtype, device=self._device)] * (
+            extra - len(numbers)
+        )
+        if self._in_band:
+            sent.insert(0, torch.tensor(told, dtype=buckets.number_dtype))
+            counts: list[float] = []
+        else:
+            counts = [float(sum(c)) for c in zip(*self._agreed(list(map(int, told))), strict=True)]
+            if counts[0]:
+                self._raise_together(error)
+        tail = torch.cat([t.to(self._device) for t in sent]) if sent else torch.zeros(0)
+        with self._watched():
+            sums, tail = buckets.summed(self._group, gradients, tail)
+        if self._in_band:
+            counts, tail = tail[: len(told)].tolist(), tail[len(told) :]
+            if counts[0]:
+                self._raise_together(error)
+        total = [s if count else None for s, count in zip(sums, counts[1:], strict=True)]
+        return total, list(tail.unbind())
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Work after which all ranks go on, or none."""
+        result, error = None, None
+        try:
+            result = compute()
+        except Exception as e:
+            error = e
+        if any(s[0] for s in self._agreed([error is not None])):
+            self._raise_together(error)
+        return result  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on one of the ranks."""
+        return any(s[0] for s in self._agreed([flag]))
+
+    def seed(self) -> None:
+        """Seed torch's default generators by a number that all ranks have."""
+        if self._seed is None:
+            self._seed = self._told(torch.initial_seed())[0]
+        torch.manual_seed((self._seed + self._exchanges) % 2**63)
+
+    def _agreed(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of every rank."""
+        mine = torch.tensor(list(map(int, numbers)), dtype=torch.int64)
+        said = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._watched():
+            dist.all_gather(said, mine, group=self._hosts)
+        return [s.tolist() for s in said]
+
+    def _gathered(self, packed: Tensor, most: int, status: int) -> tuple[list[Tensor], list[int]]:
+        """Packed rows [most, bytes] of every rank, and how it sees the exchange."""
+        if not self._in_band:
+            statuses = [s[0] for s in self._agreed([status])]
+            if any(statuses):
+                return [], statuses
+        # one row more than the samples, for the status
+        mine = torch.zeros(most + 1, packed.shape[1], dtype=torch.uint8, device=self._device)
+        mine[: len(packed)] = packed
+        mine[most, 0] = status
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._watched():
+            dist.all_gather(parts, mine, group=self._group)
+        if self._in_band:
+            statuses = [int(part[most, 0]) for part in parts]
+        return parts, statuses
+
+    def _agreed_layout(
+        self, name: str, shard: Shard, tensors: list[Tensor], error: Exception | None
+    ) -> Layout:
+        """The layout that all ranks with rows have."""
+        mine = Layout.of(tensors) if len(shard) and error is None else None
+        said = self._told((Failure.of(error), mine))
+        raise_first(self._op, [f for f, _ in said], self.index, error)
+        layouts = {rank: layout for rank, (_, layout) in enumerate(said) if layout is not None}
+        first_rank, first = next(iter(layouts.items()))
+        for rank, layout in layouts.items():
+            if layout != first:
+                raise ValueError(
+                    f"{self._op}: {name} must be of one dtype and width on every rank, got {layout}"
+                    f" on rank {rank} and {first} on rank {first_rank}; pass the same columns"
+                )
+        return first
+
+    def _buckets_of(self, like: Sequence[Tensor]) -> Buckets:
+        cached = self._buckets
+        if cached is None or len(cached[0]) != len(like) or not all(map(is_, cached[0], like)):
+            cached = self._buckets = list(like), Buckets(like)
+        return cached[1]
+
+    def _difference(self, same: dict[str, str]) -> ValueError:
+        """The error of ranks that do not agree."""
+        said = self._told(same)
+        for name in dict.fromkeys(n for s in said for n in s):
+            values = [s.get(name, "nothing") for s in said]
+            for rank, value in enumerate(values):
+                if value != values[0]:
+                    return ValueError(
+                        f"{self._op}: {name} must be the same on every rank, got {value[:300]} on"
+                        f" rank {rank} and {values[0][:300]} on rank 0; build and call the step"
+                        " alike on every rank"
+                    )
+        raise AssertionError("the digests differ and the values do not")
+
+    def _told(self, thing: T) -> list[T]:
+        """An object of every rank."""
+        said: list[Any] = [None] * self.size
+        with self._watched():
+            dist.all_gather_object(said, thing, group=self._hosts)
+        return said
+
+    def _raise_together(self, error: Exception | None) -> NoReturn:
+        """Every rank is here, and one of them has failed."""
+        raise_first(self._op, self._told(Failure.of(error)), self.index, error)
+        raise AssertionError("no rank has failed")
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, ranks wait for each other; where one does not come, it is named."""
+        self._exchanges += 1
+        try:
+            yield
+        except RuntimeError as error:
+            self._lost = self._who(error)
+            raise RuntimeError(_message(self._op, self._lost)) from error
+        except BaseException as error:
+            leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
+            raise
+
+    def _who(self, error: RuntimeError) -> str:
+        """Who is missing in an exchange that failed."""
+        ranks = dist.get_process_group_ranks(self._group)
+        silent, said = silent_ranks(ranks, dist.get_rank(), self._exchanges)
+        stopped = [f"rank {rank} {text}" for rank, text in said.items() if text != "waiting"]
+        stopped += [f"rank {rank}, which does not answer" for rank in silent]
+        return ", ".join(stopped) or str(error).strip().splitlines()[0]
+
+
+def _message(op: str, lost: str) -> str:
+    return (
+        f"{op}: every rank must take part in the call, got {lost}; the process group is broken:"
+        " start the ranks again from the last checkpoint"
+    )
+
+
+def _digest(same: dict[str, str]) -> int:
+    """A number that differs where the values do, of 63 bits."""
+    digest = hashlib.blake2b(repr(sorted(same.items())).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The same ranks over gloo; every rank of the group calls it."""
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

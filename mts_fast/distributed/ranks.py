@@ -1,0 +1,105 @@
+"""What a step asks of the processes that take it together, and the answer of a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from mts_fast.distributed.shard import Shard
+
+T = TypeVar("T")
+# gradients, None where there is none, and further sums [] each
+Sums = tuple[list[Tensor | None], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What ranks tell each other at the start of a call.
+
+    sizes: rows of each of the call's batches here.
+    same: what must be equal on all ranks, by the name that an error says.
+    probing: whether this rank's dots are to be checked in this call; one suffices.
+    """
+
+    sizes: tuple[int, ...]
+    same: Mapping[str, object] = field(default_factory=dict)
+    probing: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A call that all ranks have begun."""
+
+    shards: tuple[Shard, ...]  # one for each size of the header
+    probing: bool
+
+
+class Ranks(Protocol):
+    """Processes that take a step together.
+
+    Work that may fail is passed as a function: a rank that fails still enters the exchange that the
+    others wait in, and all of them raise.
+    """
+
+    size: int
+    index: int
+
+    def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
+        """Begin a call: `check` makes its arguments, `header` what the others are told of them."""
+
+    def rows(
+        self, name: str, shard: Shard, compute: Callable[[], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Each tensor [rows here, ...] of `compute`, as that of all ranks [total, ...].
+
+        `name` is that of the exchange: one kind of tensors each.
+        """
+
+    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
+        """Gradients of the parameters `like`, and `extra` further numbers, summed over ranks."""
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """Work after which no rank goes on alone."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on one of the ranks."""
+
+    def seed(self) -> None:
+        """Seed torch's default generators alike on all ranks, anew at each call."""
+
+
+class Alone:
+    """One process."""
+
+    size = 1
+    index = 0
+
+    def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
+        """Nobody is told."""
+        checked = check()
+        told = header(checked)
+        return checked, Opened(tuple(map(Shard.whole, told.sizes)), told.probing)
+
+    def rows(
+        self, name: str, shard: Shard, compute: Callable[[], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """The tensors themselves."""
+        return list(compute())
+
+    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
+        """The sums themselves."""
+        return compute()
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """The work itself."""
+        return compute()
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def seed(self) -> None:
+        """One process has one stream of numbers."""

@@ -1,0 +1,202 @@
+"""Checks the arguments of one call, and tells the other ranks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mts_fast._check import fail
+from mts_fast.distributed import Header, Opened
+from mts_fast.training.accumulated import Arguments
+from mts_fast.training.accumulated import joined as joined_calls
+from mts_fast.training.batch import (
+    CheckedBatch,
+    CheckedValidation,
+    check_batch,
+    check_validation,
+    joined,
+)
+from mts_fast.training.call import Call
+from mts_fast.training.running import check_can_run, follow_changes
+from mts_fast.training.sampled.batch_statistics import batch_norms
+from mts_fast.training.sampled.compute import Costs
+from mts_fast.training.selector_inputs import OnlineFeatures
+from mts_fast.training.step_parts import StepParts
+
+OP = "MTSStep"
+# attributes of a step that decide what ranks ask of each other
+OPTIONS = (
+    *("schedule", "validation_mode", "val_objective", "selector_every", "warmup_steps"),
+    *("hypergradient_lr", "max_grad_norm", "track_gsnr"),
+)
+
+
+def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
+    """The call, begun on every rank; None where its batch waits for others (accumulate=).
+
+    Raises:
+        Exception: what is wrong here, or that another rank has failed.
+    """
+    if len(step._waiting) + 1 < step.accumulate:
+        step._ranks.together(lambda: _checked_alone(step, arguments))
+        step._waiting.append(arguments)
+        return None
+
+    def check() -> Call:
+        if step.accumulate > 1:
+            _checked_alone(step, arguments)
+        else:
+            check_can_run(step)
+            follow_changes(step)
+        calls = [*step._waiting, arguments]
+        if step._streams_calls:
+            _stream(step, max(len(c.batch.labels) for c in calls))
+        return _checked(step, joined_calls(calls))
+
+    call, opened = step._ranks.open(check, lambda call: _header(step, call))
+    step._was_compared = True
+    return _with_shards(step, call, opened)
+
+
+def checks_values(step: StepParts, labels: object) -> bool:
+    """Whether values are read to check them."""
+    on_gpu = isinstance(labels, Tensor) and labels.is_cuda
+    return step.check == "always" or (step.check == "auto" and not on_gpu)
+
+
+def num_classes(step: StepParts) -> int | None:
+    """Number of classes of the selector, else of the class weights; None where neither says."""
+    known = getattr(step.selector, "num_classes", None)
+    weights = step.class_weight
+    return len(weights) if known is None and weights is not None else known
+
+
+def _stream(step: StepParts, micro_batch: int) -> None:
+    """Take that many samples at a time."""
+    step._micro_batch = micro_batch
+    step._engines.set_micro_batch(micro_batch)
+    if isinstance(step._features, OnlineFeatures):
+        step._features.micro_batch = micro_batch
+
+
+def _checked_alone(step: StepParts, arguments: Arguments) -> None:
+    """One of the calls that make a step: what is wrong is named where it comes in."""
+    check_can_run(step)
+    follow_changes(step)
+    _checked(step, arguments)
+    joined_calls([*step._waiting, arguments])
+
+
+def _checked(step: StepParts, arguments: Arguments) -> Call:
+    batch, selector_batch = arguments.batch, arguments.selector_batch
+    check_values = checks_values(step, batch.labels)
+    classes = num_classes(step)
+    several = step._ranks.size > 1  # where one rank may have no samples
+    first = check_batch(batch, classes, check_values=check_values, may_be_empty=several)
+    second = None
+    if selector_batch is not None:
+        second = check_batch(
+            selector_batch,
+            classes,
+            check_values=check_values,
+            prefix="selector_batch.",
+            may_be_empty=several,
+        )
+    validation = check_validation(
+        arguments.val_inputs,
+        arguments.val_labels,
+        arguments.val_weights,
+        arguments.val_groups,
+        needs_groups=step.val_objective != "mean",
+        custom_loss=step._validation.loss is not None,
+        check_values=check_values,
+        may_be_empty=several,
+    )
+    computed = step._compute.number(len(first))
+    if computed is not None and several:
+        hint = "leave compute= out: every sample of every rank is computed"
+        fail(RuntimeError, OP, "compute", "None over several ranks", computed, hint)
+    updates_selector = step.steps % step.selector_every == 0
+    layout = step._engines.layout_of(first)
+    return Call(
+        first,
+        second,
+        validation,
+        updates_selector=updates_selector,
+        weighted=step.steps >= step.warmup_steps,
+        schedule=step.schedule,
+        computed=computed,
+        costs=_costs(step, first, validation),
+        probing=updates_selector and step._engines.is_probing(layout),
+        check_values=check_values,
+    )
+
+
+def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
+    """The call with what the ranks have told each other."""
+    shards = opened.shards
+    batch = replace(call.batch, shard=shards[0])
+    validation = joined(step._ranks, call.validation, shards[1])
+    second = call.selector_batch
+    if second is not None:
+        second = replace(second, shard=shards[2])
+    return replace(
+        call, batch=batch, validation=validation, selector_batch=second, probing=opened.probing
+    )
+
+
+def _header(step: StepParts, call: Call) -> Header:
+    """What the other ranks are told; a process alone compares nothing."""
+    batches = [call.batch, call.validation, call.selector_batch]
+    sizes = tuple(len(b) for b in batches if b is not None)
+    if step._ranks.size == 1:
+        return Header(sizes, probing=call.probing)
+    engines = step._engines
+    same: dict[str, object] = {
+        "the number of completed steps": step.steps,
+        "the options": {name: getattr(step, name) for name in OPTIONS},
+        "the trainable parameters": _described(step),
+        "the engine": engines.engine_for(engines.layout_of(call.batch)).name,
+        "the arguments": [
+            name
+            for name, value in (
+                ("selector_batch", call.selector_batch),
+                ("val_weights", call.validation.weights),
+                ("val_groups", call.validation.groups),
+            )
+            if value is not None
+        ],
+    }
+    number = step.steps + 1
+    if not step._was_compared or number & (number - 1) == 0:
+        same |= {
+            "the values of the model's parameters": _checksums(step._engines.parameters),
+            "the values of the selector's parameters": _checksums(step.selector.parameters()),
+        }
+    return Header(sizes, same, call.probing)
+
+
+def _described(step: StepParts) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of each."""
+    names = {id(p): name for name, p in step._objective.model.named_parameters()}
+    return [
+        (names.get(id(p), "of the loss"), tuple(p.shape), str(p.dtype))
+        for p in step._engines.parameters
+    ]
+
+
+def _checksums(parameters: Iterable[Tensor]) -> list[int]:
+    """A number for each tensor that changes with any bit of it. Waits for a GPU."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [p.detach().contiguous().view(kinds[p.element_size()]) for p in parameters]
+    return [int(b.sum(dtype=torch.int64)) for b in bits]
+
+
+def _costs(step: StepParts, batch: CheckedBatch, validation: CheckedValidation) -> Costs:
+    """What the price of a sampled step of this batch depends on."""
+    reads_features = step._features.watched is not None
+    passes = 2 if reads_features and batch_norms(step._objective.world) else 1
+    return Costs(passes, len(validation) / max(1, len(batch)))

@@ -1,0 +1,35 @@
+"""What a step sends, against the one reduction of all gradients of plain data parallelism."""
+
+import pytest
+import rank_jobs
+from rank_pool import RankPool
+
+MOST = {"exact": 3.1, "reuse": 2.1}  # times the bytes of all gradients
+# the header, the selector's input, the dots; with online features those of the validation batch
+GATHERS = {False: 3, True: 4}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("schedule", list(MOST))
+def test_bytes_and_messages_of_a_step(ranks, schedule, online):
+    options = {"schedule": schedule, "online": online, "model": "large"}
+    for calls, sizes, gradients in ranks.results(rank_jobs.count_messages, 2, options):
+        assert set(calls) == {"all_reduce", "all_gather"}, calls  # no barrier, no broadcast
+        assert calls["all_gather"] == GATHERS[online]
+        assert sum(sizes.values()) <= MOST[schedule] * gradients
+        # every reduction is one of all gradients: none is small
+        assert calls["all_reduce"] == int(MOST[schedule])
+
+
+def test_a_step_without_the_selector_sends_what_plain_training_does(ranks):
+    options = {"selector_every": 100, "online": False, "model": "large"}
+    for calls, sizes, gradients in ranks.results(rank_jobs.count_messages, 2, options):
+        assert calls["all_reduce"] == 1 and calls["all_gather"] == 2
+        assert sum(sizes.values()) <= 1.05 * gradients

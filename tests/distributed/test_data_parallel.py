@@ -1,0 +1,94 @@
+"""Ranks that take a step together give what one process gives on their joined batch."""
+
+import pytest
+import torch
+from rank_jobs import train
+from rank_pool import RankPool
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64; observed 1e-15
+CALLS = 10
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+def joined(results, call, name):
+    """Each rank's rows of one result, as one."""
+    return torch.cat([r["results"][call][name] for r in results])
+
+
+def assert_equals_one_process(pool, size, options, sizes=None, val_sizes=None, **tolerance):
+    sizes, val_sizes = sizes or (12 // size,) * size, val_sizes or (8 // size,) * size
+    several = pool.results(train, size, options, sizes, val_sizes, CALLS)
+    alone = train(None, options, (sum(sizes),), (sum(val_sizes),), CALLS)
+    tolerance = EXACT | tolerance
+    for rank in several:
+        for part in ("model", "selector", "momentum"):
+            torch.testing.assert_close(rank[part], alone[part], **tolerance)
+            assert_same_bits(rank[part], several[0][part])
+    for call in range(CALLS):
+        of_one = alone["results"][call]
+        for name in ("losses", "weights", "normalized_weights", "dots"):
+            if of_one[name] is not None:
+                of_all = joined(several, call, name)
+                torch.testing.assert_close(of_all, of_one[name], **tolerance)
+        for rank in several:
+            of_rank = rank["results"][call]
+            assert of_rank["engine"] == of_one["engine"]
+            for name in ("loss", "val_loss", "gsnr", "statistics"):
+                torch.testing.assert_close(of_rank[name], of_one[name], **tolerance)
+    return several, alone
+
+
+def assert_same_bits(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+ENGINES = ("ghost", "double_backward", "forward_mode", "finite_difference")
+
+
+@pytest.mark.parametrize("wrapped", [None, {}, {"gradient_as_bucket_view": True}])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine(ranks, engine, size, wrapped):
+    near = {"rtol": 1e-4, "atol": 1e-6} if engine == "finite_difference" else {}
+    assert_equals_one_process(ranks, size, {"engine": engine, "wrapped": wrapped}, **near)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "reuse", "optimizer": "adamw"},
+        {"schedule": "reuse", "online": False},
+        {"optimizer": "adamw", "class_weight": True, "memory": "low"},
+        {"micro_batch": 2, "online_momentum": 0.9},
+        {"selector_batch": True},
+        {"selector_batch": True, "engine": "double_backward", "online": False},
+        {"val_objective": "group_balanced", "val_weights": True},
+        {"val_objective": "worst_group", "micro_batch": 2},
+        {"val_weights": True, "validation_mode": "train"},
+        {"selector_every": 3, "warmup_steps": 2, "max_grad_norm": 0.5},
+        {"track_gsnr": True},
+        {"model": "norm"},
+        {"model": "unused", "wrapped": {"find_unused_parameters": True}},
+        {"wrapped": {"static_graph": True}},
+    ],
+    ids=str,
+)
+def test_every_option(ranks, options):
+    assert_equals_one_process(ranks, 2, options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "val_sizes"),
+    [((7, 2, 1, 2), (2, 2, 2, 3)), ((6, 0, 3, 3), (5, 0, 0, 3)), ((5, 4, 0, 3), (0, 4, 2, 1))],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"selector_batch": True}, {"val_objective": "worst_group"}]
+)
+def test_uneven_and_empty_shards(ranks, sizes, val_sizes, options):
+    assert_equals_one_process(ranks, 4, options, sizes, val_sizes)

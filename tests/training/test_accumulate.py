@@ -1,0 +1,112 @@
+"""Several calls that make one step."""
+
+import pytest
+import torch
+from small_steps import CLASSES, plain_model, step_of
+
+import mts_fast
+
+EACH, CALLS = 6, 3
+
+
+def parts(seed, *, validation=4):
+    """The arguments of the calls of one step."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "inputs": torch.randn(EACH, 4, generator=g, dtype=torch.float64),
+            "labels": torch.randint(CLASSES, (EACH,), generator=g),
+            "val_inputs": torch.randn(validation, 4, generator=g, dtype=torch.float64),
+            "val_labels": torch.randint(CLASSES, (validation,), generator=g),
+        }
+        for _ in range(CALLS)
+    ]
+
+
+def whole(calls):
+    return {name: torch.cat([c[name] for c in calls]) for name in calls[0]}
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a.state_dict()["model"], b.state_dict()["model"])
+    torch.testing.assert_close(a.state_dict()["selector"], b.state_dict()["selector"])
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "reuse"}, {"engine": "double_backward"}])
+def test_the_calls_of_a_step_are_one_batch(options):
+    several = step_of(plain_model(), accumulate=CALLS, **options)
+    one = step_of(plain_model(), **options)
+    for seed in range(4):
+        calls = parts(seed)
+        results = [several(**c) for c in calls]
+        assert results[:-1] == [None] * (CALLS - 1)
+        expected = one(**whole(calls))
+        torch.testing.assert_close(results[-1].dots, expected.dots)
+        torch.testing.assert_close(results[-1].loss, expected.loss)
+    assert several.steps == 4
+    assert_same(several, one)
+
+
+def test_memory_is_that_of_one_call():
+    step = step_of(plain_model(), accumulate=CALLS)
+    sizes = []
+    step.model.register_forward_hook(lambda m, args, y: sizes.append(len(args[0])))
+    for call in parts(0):
+        step(**call)
+    assert max(sizes) == EACH
+
+
+def test_all_arguments_are_joined():
+    torch.manual_seed(0)
+    options = {"val_objective": "group_balanced", "class_weight": torch.tensor([1.0, 2.0, 0.5])}
+    selectors = [mts_fast.Selector(2, CLASSES, hidden=(8,)).double() for _ in range(2)]
+    selectors[1].load_state_dict(selectors[0].state_dict())
+    several = step_of(plain_model(), selector=selectors[0], accumulate=CALLS, **options)
+    one = step_of(plain_model(), selector=selectors[1], **options)
+    for seed in range(2):
+        calls = parts(seed)
+        for call in calls:
+            call["features"] = torch.randn(EACH, 2).double()
+            call["is_synthetic"] = torch.rand(EACH) < 0.5
+            call["val_groups"] = torch.randint(3, (4,))
+            call["val_weights"] = torch.rand(4).double() + 0.1
+            call["inputs"] = (call["inputs"],)  # a nest
+        for call in calls:
+            several(**call)
+        joined = {k: [c[k] for c in calls] for k in calls[0]}
+        joined["inputs"] = [x for (x,) in joined["inputs"]]
+        one(**{k: torch.cat(v) for k, v in joined.items()})
+    assert_same(several, one)
+
+
+def test_a_bad_call_is_not_taken_and_the_others_wait():
+    several, one = step_of(plain_model(), accumulate=CALLS), step_of(plain_model())
+    calls = parts(0)
+    several(**calls[0])
+    with pytest.raises(ValueError, match="labels must be in"):
+        several(**calls[1] | {"labels": calls[1]["labels"] + 9})
+    with pytest.raises(ValueError, match="val_weights must be given alike in every call"):
+        several(**calls[1], val_weights=torch.ones(4))
+    several(**calls[1])
+    with pytest.raises(ValueError, match="finite"):
+        several(**calls[2] | {"inputs": calls[2]["inputs"] * torch.nan})
+    several(**calls[2])
+    one(**whole(calls))
+    assert_same(several, one)
+
+
+def test_a_state_in_the_middle_of_a_step_is_refused():
+    step, calls = step_of(plain_model(), accumulate=CALLS), parts(0)
+    state = step.state_dict()
+    step(**calls[0])
+    with pytest.raises(RuntimeError, match="must be complete, got 1 of 3 calls"):
+        step.state_dict()
+    step.load_state_dict(state)  # drops what waits
+    assert step(**calls[0]) is None and step(**calls[1]) is None
+    assert step(**calls[2]) is not None
+
+
+@pytest.mark.parametrize("value", [0, 1.5, True, None])
+def test_bad_numbers_of_calls(value):
+    with pytest.raises((TypeError, ValueError), match="accumulate must be"):
+        step_of(plain_model(), accumulate=value)
