@@ -287,14 +287,30 @@ class restored_on_error:
         self._rng.restore()
 
 
-def replaced_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Restoring:
-    """Run with other parameter values, then put the old ones back by copy, bitwise."""
+def replaced_parameters(
+    parameters: Sequence[Tensor],
+    values: Sequence[Tensor],
+    written: Callable[[], object] | None = None,
+) -> Restoring:
+    """Run with other parameter values, then put the old ones back by copy, bitwise.
+
+    `written` is called after both.
+    """
     saved = copies(parameters)
-    return Restoring(lambda: _overwrite(parameters, saved), lambda: _overwrite(parameters, values))
+    return Restoring(
+        lambda: _overwrite(parameters, saved, written),
+        lambda: _overwrite(parameters, values, written),
+    )
 
 
-def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _overwrite(
+    parameters: Sequence[Tensor],
+    values: Sequence[Tensor],
+    written: Callable[[], object] | None,
+) -> None:
     overwrite(parameters, values)
+    if written is not None:
+        written()
     # autocast's cached low-precision weights are stale after the copy
     torch.clear_autocast_cache()
 

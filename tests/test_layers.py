@@ -25,7 +25,7 @@ ROWS = (
     ("reference",),
     (
         *("_ambient", "_check", "_files", "_interrupts", "_isolation"),
-        *("_multi_tensor", "_outputs", "_process", "_version"),
+        *("_multi_tensor", "_outputs", "_process", "_sharding", "_version"),
     ),
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}

@@ -26,11 +26,14 @@ class _Bucket:
 
 
 class Buckets:
-    """The layout of sums of these tensors, and of numbers beside them."""
+    """The layout of sums of these tensors, and of numbers beside them.
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
+    numbers_alone: the tensors are summed elsewhere.
+    """
+
+    def __init__(self, like: Sequence[Tensor], *, numbers_alone: bool = False) -> None:
         self._shapes = [t.shape for t in like]
-        self._buckets = list(_planned(like))
+        self._buckets = [] if numbers_alone else _planned(like)
         # a number keeps its digits, which a bucket of 16-bit gradients would cut
         dtypes = [t.dtype for t in like]
         self.number_dtype = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mts_fast.distributed.buckets import Buckets
 from mts_fast.distributed.failure import Failure, raise_first
-from mts_fast.distributed.lost import leave_word, silent_ranks
+from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.packing import Layout
 from mts_fast.distributed.ranks import Header, Opened, Sums
 from mts_fast.distributed.shard import Shard
@@ -26,17 +26,28 @@ GOOD, FAILED, OTHERWISE = 0, 1, 2  # of a rank in an exchange: OTHERWISE sends a
 class Group:
     """All ranks of a group; `device` is that of the tensors that they exchange.
 
+    Where the model is sharded, forwards and backwards have exchanges of their own.
+    An error in the middle of one leaves the other ranks there: it is raised at once, and left as
+    word for them.
+
     On the CPU what is decided travels with the data. On a GPU it goes by a group of the hosts
     (gloo), so that nothing has to wait for the device.
     """
 
     def __init__(
-        self, op: str, group: dist.ProcessGroup | None, device: torch.device, *, in_band: bool
+        self,
+        op: str,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        in_band: bool,
+        sharded: bool = False,
     ) -> None:
         self._op = op
         self._group = group
         self._device = device
         self._in_band = in_band
+        self._sharded = sharded  # gradients come summed from a backward
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
         self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
@@ -55,7 +66,7 @@ class Group:
             checked = check()
             told = header(checked)
         except Exception as e:
-            error = e
+            error = self._caught(e)
         same = {} if told is None else {k: repr(v) for k, v in told.same.items()}
         status = GOOD if error is None else FAILED
         sizes = () if told is None else told.sizes
@@ -82,7 +93,7 @@ class Group:
         try:
             tensors = [t.detach() for t in compute()]
         except Exception as e:
-            error = e
+            error = self._caught(e)
         layout = self._layouts.get(name)
         while True:
             if layout is None:
@@ -106,7 +117,7 @@ class Group:
         try:
             gradients, numbers = compute()
         except Exception as e:
-            error = e
+            error = self._caught(e)
         buckets = self._buckets_of(like)
         told = [float(error is not None), *(float(g is not None) for g in gradients)]
         sent = [n.detach().to(buckets.number_dtype).reshape(1) for n in numbers]
@@ -127,6 +138,8 @@ class Group:
             counts, tail = tail[: len(told)].tolist(), tail[len(told) :]
             if counts[0]:
                 self._raise_together(error)
+        if self._sharded:
+            return gradients, list(tail.unbind())
         total = [s if count else None for s, count in zip(sums, counts[1:], strict=True)]
         return total, list(tail.unbind())
 
@@ -136,7 +149,7 @@ class Group:
         try:
             result = compute()
         except Exception as e:
-            error = e
+            error = self._caught(e)
         if any(s[0] for s in self._agreed([error is not None])):
             self._raise_together(error)
         return result  # type: ignore[return-value]
@@ -150,6 +163,18 @@ class Group:
         if self._seed is None:
             self._seed = self._told(torch.initial_seed())[0]
         torch.manual_seed((self._seed + self._exchanges) % 2**63)
+
+    def _caught(self, error: Exception) -> Exception:
+        """An error that all ranks can be told of in the next exchange; another one is raised."""
+        if not getattr(error, "_mts_fast_in_flight", False):
+            return error
+        self._exchanges += 1
+        if is_communication(error):
+            self._lost = self._who(error)
+            raise RuntimeError(_message(self._op, self._lost)) from error
+        self._lost = "an error in the middle of a forward or backward here"
+        leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}: {error}")
+        raise error
 
     def _agreed(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank."""
@@ -196,7 +221,7 @@ class Group:
     def _buckets_of(self, like: Sequence[Tensor]) -> Buckets:
         cached = self._buckets
         if cached is None or len(cached[0]) != len(like) or not all(map(is_, cached[0], like)):
-            cached = self._buckets = list(like), Buckets(like)
+            cached = self._buckets = list(like), Buckets(like, numbers_alone=self._sharded)
         return cached[1]
 
     def _difference(self, same: dict[str, str]) -> ValueError:
@@ -238,7 +263,7 @@ class Group:
             leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
             raise
 
-    def _who(self, error: RuntimeError) -> str:
+    def _who(self, error: Exception) -> str:
         """Who is missing in an exchange that failed."""
         ranks = dist.get_process_group_ranks(self._group)
         silent, said = silent_ranks(ranks, dist.get_rank(), self._exchanges)

@@ -61,3 +61,8 @@ def _store() -> dist.Store | None:
     except (AttributeError, RuntimeError, ValueError):
         return None
     return store
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether an error is of an exchange that broke off: NCCL's have a class, gloo's a path."""
+    return isinstance(error, dist.DistBackendError) or "/gloo/" in str(error)

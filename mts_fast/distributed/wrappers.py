@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mts_fast._check import describe, fail
+from mts_fast._sharding import Sharding
 from mts_fast.distributed.ranks import Alone, Ranks
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # by class name: importing the classes would import all of torch.distributed
 DATA_PARALLEL = "DistributedDataParallel"
-SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+OLD_SHARDED = "FullyShardedDataParallel"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -28,23 +29,26 @@ def check_wrappers(op: str, arg: str, model: nn.Module) -> None:
     """Refuse wrappers that a step cannot serve.
 
     Raises:
-        RuntimeError: sharded modules, or a data-parallel wrapper inside the model.
+        RuntimeError: FullyShardedDataParallel, or a data-parallel wrapper inside the model.
     """
     for path, module in model.named_modules():
-        for name in (DATA_PARALLEL, *SHARDED):
-            if _is_a(module, name) and (path or name != DATA_PARALLEL):
-                where = f" at {path!r}" if path else ""
-                hint = "wrap the whole model, and in DistributedDataParallel alone"
-                expected = "free of sharded and of inner data-parallel modules"
-                fail(RuntimeError, op, arg, expected, f"{name}{where}", hint)
+        where = f" at {path!r}" if path else ""
+        if _is_a(module, OLD_SHARDED):
+            hint = "call torch.distributed.fsdp.fully_shard(model) in its place"
+            fail(RuntimeError, op, arg, "sharded by fully_shard", f"{OLD_SHARDED}{where}", hint)
+        if path and _is_a(module, DATA_PARALLEL):
+            hint = "wrap all of it, compiled or not: DistributedDataParallel(torch.compile(model))"
+            expected = "free of data-parallel wrappers inside"
+            fail(RuntimeError, op, arg, expected, f"{DATA_PARALLEL}{where}", hint)
 
 
-def ranks_of(op: str, model: nn.Module, group: Any) -> Ranks:
+def ranks_of(op: str, model: nn.Module, group: Any, sharding: Sharding | None = None) -> Ranks:
     """The ranks that train a model.
 
     Args:
         op: what errors name.
         model: as the user has it, wrapped or not.
+        sharding: of that model.
         group: "auto": the wrapper's group, else the default one where it is initialised, else
             this process alone; None: this process alone; or a process group.
 
@@ -52,14 +56,15 @@ def ranks_of(op: str, model: nn.Module, group: Any) -> Ranks:
         TypeError, ValueError: no process group; one that this process is not of.
         RuntimeError: a wrapped model and another group than the wrapper's.
     """
-    group = _group(op, model, group)
+    group = _group(op, model, group, sharding)
     if group is None:
         return Alone()
     from mts_fast.distributed.group import Group
 
     device = next((p.device for p in model.parameters()), None)
     assert device is not None
-    return Group(op, group, device, in_band=device.type == "cpu")
+    sharded = sharding is not None
+    return Group(op, group, device, in_band=device.type == "cpu", sharded=sharded)
 
 
 def check_ranks(op: str, model: nn.Module, group: Any, ranks: Ranks) -> None:
@@ -69,15 +74,19 @@ def check_ranks(op: str, model: nn.Module, group: Any, ranks: Ranks) -> None:
         RuntimeError: wrappers that are not served, or a process group that was initialised since.
     """
     check_wrappers(op, "model", model)
-    if ranks.size == 1 and group is not None and _group(op, model, group) is not None:
+    if ranks.size == 1 and group is not None and _group(op, model, group, None) is not None:
         hint = "build the step after torch.distributed.init_process_group"
         got = "a process group that is younger than the step"
         fail(RuntimeError, op, "process_group", "that of the step's construction", got, hint)
 
 
-def _group(op: str, model: nn.Module, group: Any) -> dist.ProcessGroup | None:
+def _group(
+    op: str, model: nn.Module, group: Any, sharding: Sharding | None
+) -> dist.ProcessGroup | None:
     """The group of more than one rank; None for a process alone."""
     wrapper = getattr(model, "process_group", None) if _is_a(model, DATA_PARALLEL) else None
+    if sharding is not None:
+        wrapper = sharding.group
     if group == "auto":
         group = wrapper if wrapper is not None else _default_group()
     elif group is None and wrapper is not None:

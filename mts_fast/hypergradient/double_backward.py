@@ -19,7 +19,7 @@ from mts_fast.hypergradient.engine import Engine, Linearization, dense
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.precision import is_low_precision
-from mts_fast.hypergradient.serving import eager, serving
+from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
 
 
 @contextmanager
@@ -41,7 +41,7 @@ class DoubleBackward(Engine):
     name = "double_backward"
 
     def reasons(self) -> list[str]:
-        return frequency_reasons(self.objective)
+        return frequency_reasons(self.objective) + sharded_reasons(self.objective)
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,12 +89,11 @@ class RetainedGraph(Linearization):
         self._count_gradient()
         assert self._graph is not None
         with self.batch.around_forward():  # parts that are checkpointed run again
-            gradient = torch.autograd.grad(
+            gradient = self.engine.objective.gradients(
                 self._graph,
                 self.engine.parameters,
                 p.to(self._graph.dtype),
                 retain_graph=self._gradients_left > 0,
-                allow_unused=True,
             )
         if not self._gradients_left:
             self._graph = None
@@ -124,6 +123,10 @@ class Engine(ABC):
 
         Reasons that only a forward shows are raised by `linearize`.
         """
+
+    def tangents(self, direction: Sequence[Tensor]) -> Mapping[int, Tensor]:
+        """Those of the tensors that layers get, by id, for a direction along the parameters."""
+        return {id(p): v for p, v in zip(self.parameters, direction, strict=True)}
 
     @abstractmethod
     def linearize(

@@ -12,7 +12,6 @@ from mts_fast._isolation import (
     RngState,
     preserved_buffers,
     preserved_rng,
-    replaced_parameters,
 )
 from mts_fast.hypergradient.buffer_writes import RecordedWrites, ReplayedWrites, Written
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
@@ -38,6 +37,9 @@ class FiniteDifference(Engine):
         reasons = [f"differences of losses drown in rounding with {d} parameters" for d in coarse]
         if low_precision_autocast(self.parameters):
             reasons.append("differences of losses drown in rounding under 16-bit autocast")
+        sharding = self.objective.sharding
+        if sharding is not None and sharding.precision in (torch.bfloat16, torch.float16):
+            reasons.append(f"differences drown where FSDP casts to {sharding.precision}")
         return reasons + frequency_reasons(self.objective)
 
     def linearize(
@@ -72,6 +74,9 @@ class FiniteDifference(Engine):
         """d [B] by a step of length h, buffers held at what the training forward wrote."""
         # the norm stays a tensor: no host synchronisation. A zero direction gives dots of zero.
         norm = global_norm(direction)
+        sharding = self.objective.sharding
+        if sharding is not None:
+            norm = sharding.total(norm.square()).sqrt()
         epsilon = h / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
         world = self.objective.world
         here = [p.detach() for p in self.parameters]
@@ -82,7 +87,7 @@ class FiniteDifference(Engine):
                 torch.no_grad(),
                 preserved_rng(world, rng),
                 preserved_buffers(world),
-                replaced_parameters(self.parameters, moved),
+                self.objective.replaced(self.parameters, moved),
                 ReplayedWrites(world, writes) if writes else nullcontext(),
                 tables.replaying(),
             ):

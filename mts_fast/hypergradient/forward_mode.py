@@ -19,7 +19,7 @@ from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.fused_tangents import FusedTangents, LinearCall, RecordedOutputs
 from mts_fast.hypergradient.objective import LabelledBatch
-from mts_fast.hypergradient.serving import eager, serving
+from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
 
 
 class ForwardMode(Engine):
@@ -34,7 +34,7 @@ class ForwardMode(Engine):
             for path, module in self.objective.model.named_modules()
             if isinstance(module, nn.RNNBase)
         ]
-        reasons += frequency_reasons(self.objective)
+        reasons += frequency_reasons(self.objective) + sharded_reasons(self.objective)
         known = {id(p) for p in self.objective.model.parameters()}
         if any(id(p) not in known for p in self.parameters):
             reasons.append("the optimizer holds parameters that are not the model's")

@@ -7,7 +7,7 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,11 +27,20 @@ ROUNDINGS = 64
 
 
 def invariant_gap(
-    p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+    p: Tensor,
+    dots: Tensor,
+    gradient: Sequence[Tensor | None],
+    direction: Sequence[Tensor],
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """|sum p d - <u, g>| / max(sum p |d|, |<u, g>|) [], u = kappa v; 0 where both sides are 0."""
+    """|sum p d - <u, g>| / max(sum p |d|, |<u, g>|) [], u = kappa v; 0 where both sides are 0.
+
+    `total` sums a number over the ranks that have shards of gradient and direction.
+    """
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
     expected = inner_product([g for g, _ in pairs], [u for _, u in pairs], dots.dtype)
+    if total is not None:
+        expected = total(expected)
     gap = ((p * dots).sum() - expected).abs()
     scale = (p * dots).abs().sum().maximum(expected.abs())
     return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
@@ -57,15 +66,21 @@ def saturation(p: Tensor, losses: Tensor, eps: float, *, logarithmic: bool) -> T
 
 
 def is_rounding(
-    p: Tensor, dots: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]
+    p: Tensor,
+    dots: Tensor,
+    gradient: Sequence[Tensor | None],
+    direction: Sequence[Tensor],
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> bool:
     """Whether rounding of the two sums explains a gap, as where all of d is noise; waits for the
-    device."""
+    device. `total` as for `invariant_gap`."""
     pairs = [(g, u) for g, u in zip(gradient, direction, strict=True) if g is not None]
-    terms = [p * dots, *(g * u for g, u in pairs)]
-    total, *along = [t.double().sum() for t in terms]
-    size = torch.stack([t.double().norm() for t in terms]).norm()
-    gap = (total - torch.stack(along).sum()).abs()
+    products = [(g * u).double() for g, u in pairs]
+    sums = torch.stack([torch.stack([t.sum(), t.square().sum()]) for t in products]).sum(0)
+    along, squares = sums if total is None else total(sums)
+    here = (p * dots).double()
+    size = (squares + here.square().sum()).sqrt()
+    gap = (here.sum() - along).abs()
     return bool(gap <= ROUNDINGS * torch.finfo(dots.dtype).eps * size)
 
 

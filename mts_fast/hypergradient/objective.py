@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from mts_fast import ops
 from mts_fast._check import check_integer, check_range, describe, fail
-from mts_fast._isolation import World
+from mts_fast._isolation import Restoring, World, replaced_parameters
+from mts_fast._sharding import Sharding
 from mts_fast.hypergradient.refused import Refused
 
 # (model output, labels) -> per-sample losses [B]
@@ -123,6 +125,16 @@ def join_nests(nests: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor])
     return first
 
 
+@contextlib.contextmanager
+def _marked_in_flight() -> Iterator[None]:
+    """Mark errors that leave other ranks waiting in the middle of a sharded forward or backward."""
+    try:
+        yield
+    except Exception as error:
+        error._mts_fast_in_flight = True  # type: ignore[attr-defined]
+        raise
+
+
 class Objective:
     """Per-sample losses of a model.
 
@@ -140,9 +152,46 @@ class Objective:
         self.op = op  # as errors name the caller
         inside = set(model.modules())
         self.world = World(model, *(m for m in _modules_of(loss) if m not in inside))
+        # where the model is sharded, parameters are shards in all that is said of them
+        self.sharding = Sharding.of(op, model)
         # modes and grad mode -> whether the arguments of a forward are written to
         self._writes: dict[object, bool] = {}
         self._inspected: set[object] = set()
+
+    def tensors_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that stand for parameters: themselves, or their shards here."""
+        return list(parameters) if self.sharding is None else self.sharding.local(parameters)
+
+    @property
+    def gradients_of_a_graph(self) -> float:
+        """How many gradients one forward gives, beside dots; for others it is run again."""
+        if self.sharding is not None:
+            return 0
+        return 1 if self.is_compiled else math.inf
+
+    def gradients(
+        self,
+        outputs: Tensor,
+        parameters: Sequence[Tensor],
+        cotangent: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+    ) -> list[Tensor | None]:
+        """J^T cotangent per parameter, None where the outputs do not depend on it; of a sharded
+        model summed over ranks."""
+        if self.sharding is not None:
+            with _marked_in_flight():
+                return self.sharding.gradients(parameters, outputs, cotangent)
+        return list(
+            torch.autograd.grad(
+                outputs, parameters, cotangent, retain_graph=retain_graph, allow_unused=True
+            )
+        )
+
+    def replaced(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Restoring:
+        """Inside, the parameters have other values."""
+        written = None if self.sharding is None else self.sharding.reshard
+        return replaced_parameters(parameters, values, written)
 
     def with_model(self, model: nn.Module) -> Objective:
         """The same of a stand-in for the model, which writes to what the model writes to."""
@@ -155,7 +204,8 @@ class Objective:
         if torch.is_grad_enabled():
             # after a forward without gradients the cache may hold casts that have no graph
             torch.clear_autocast_cache()
-        return self._on_copies("inputs", self._call, inputs)
+        with _marked_in_flight() if self.sharding is not None else contextlib.nullcontext():
+            return self._on_copies("inputs", self._call, inputs)
 
     def losses(self, batch: LabelledBatch) -> Tensor:
         """Per-sample losses [B]."""

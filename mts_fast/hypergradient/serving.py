@@ -42,6 +42,13 @@ def _raised_by_the_caller(error: BaseException) -> bool:
     return operation == "RAISE_VARARGS" and not code.co_filename.startswith(TORCH)
 
 
+def sharded_reasons(objective: Objective) -> list[str]:
+    """Why an engine that differentiates parameters themselves cannot serve a sharded model."""
+    if objective.sharding is None:
+        return []
+    return ["the model is sharded (fully_shard), whose gradients come from a backward alone"]
+
+
 def eager(objective: Objective) -> AbstractContextManager[None]:
     """Runs a compiled model as it was written: compiled code has no further derivatives."""
     if not objective.is_compiled:

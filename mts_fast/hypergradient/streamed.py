@@ -1,7 +1,7 @@
 """A batch in micro-batches: the same results, memory for one micro-batch at a time.
 
-A compiled model's graph cannot be differentiated twice: its whole batch goes the same way, as one
-micro-batch whose forward is run again.
+The graph of a compiled or sharded model cannot be differentiated twice: its whole batch goes the
+same way, as one micro-batch whose forward is run again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Streamed(Engine):
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
     ) -> Linearization:
         whole = self.micro_batch is None or len(batch) <= self.micro_batch
-        if whole and (gradients < 2 or not self.objective.is_compiled):
+        if whole and gradients <= self.objective.gradients_of_a_graph:
             return self.inner.linearize(batch, gradients=gradients, dots=dots)
         return StreamedLinearization(self, batch, gradients)
 

@@ -124,6 +124,7 @@ class VirtualUpdate:
     _before: list[Tensor]
     _gradients: list[Tensor | None]
     _states: list[State]
+    _most: Tensor | None = None  # max |g|, where these gradients are a part of all
 
     def scale(
         self, direction: Sequence[Tensor | None], hypergradient_lr: float | None = None
@@ -142,7 +143,8 @@ class VirtualUpdate:
         if moved:
             columns = (self._before, self._gradients, direction)
             p, g, v = (_select(moved, column) for column in columns)
-            largest = _largest(self._states, self._gradients)
+            most = self._most
+            largest = _largest(self._states, self._gradients) if most is None else most
             states = _select(moved, self._states)
             run = resolve(DIRECTION, [*p, *g, *v], rules_of(states))
             kappa_v, counts = run(p, g, states, v, hypergradient_lr, largest)
@@ -157,6 +159,7 @@ def virtual_update(
     *,
     along: Sequence[Tensor | None] | None = None,
     hypergradient_lr: float | None = None,
+    largest: Tensor | None = None,
 ) -> VirtualUpdate:
     """One optimizer step out of place: theta' = U(theta, gradients; live optimizer state).
 
@@ -168,6 +171,8 @@ def virtual_update(
             shape; None where a parameter had none (it stays as it is, as in torch).
         along: v, likewise; asks for kappa * v from the same pass.
         hypergradient_lr: replaces the learning rate in kappa only (the paper's pseudo_lr).
+        largest: [], max |g| of the whole model where these gradients are shards of it; by default
+            their own.
 
     Returns:
         VirtualUpdate: `.parameters`, theta' as new tensors; `.scale(v, hypergradient_lr)`,
@@ -223,9 +228,9 @@ def virtual_update(
     _check_lr(hypergradient_lr)
     states = list(optimizer_states(optimizer).values())
     before = [p.detach() for p in parameters]
-    after, direction = _run(before, gradients, states, along, hypergradient_lr)
+    after, direction = _run(before, gradients, states, along, hypergradient_lr, largest)
     # `before` and `states` are not copies: `.scale` has to be called before the real step
-    return VirtualUpdate(after, direction, before, list(gradients), states)
+    return VirtualUpdate(after, direction, before, list(gradients), states, largest)
 
 
 @torch.no_grad()
@@ -235,6 +240,7 @@ def _run(
     states: list[State],
     along: Sequence[Tensor | None] | None,
     hypergradient_lr: float | None,
+    most: Tensor | None,
 ) -> tuple[list[Tensor], ScaledDirection | None]:
     """(theta', kappa along): in one pass where `along` is given, theta' alone elsewhere."""
     detached = [_detached(g) for g in gradients]
@@ -252,7 +258,7 @@ def _run(
             after[i] = tensor
     if both:
         p, g, w = (_select(both, column) for column in (before, detached, v))
-        largest = _largest(states, detached)
+        largest = _largest(states, detached) if most is None else most
         rows = _select(both, states)
         run = resolve(ALONG, [*p, *g, *w], rules_of(rows))
         *pair, counts = run(p, g, rows, w, hypergradient_lr, largest)

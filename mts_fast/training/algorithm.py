@@ -126,7 +126,7 @@ class Algorithm:
         buffers = nullcontext() if call.selector_batch is None else preserved_buffers(world)
         with preserved_rng(world), buffers:
             # rows 4, 5
-            virtual = ops.virtual_update(self.optimizer, prepared.gradient)
+            virtual = self._virtual_update(prepared.gradient)
             classifier = VirtualClassifier(
                 self.validation,
                 self.parameters,
@@ -149,7 +149,7 @@ class Algorithm:
                 return prepared
             # row 6
             direction = virtual.scale(v, self.hypergradient_lr)
-            prepared.masked = direction.masked_entries
+            prepared.masked = self._total(direction.masked_entries)
             learned, batch = run, call.batch
             if call.selector_batch is not None:
                 batch = call.selector_batch
@@ -178,7 +178,7 @@ class Algorithm:
                     compared = self._gradient(learned, here)
                 dots, losses = self._dots(call, learned, batch, direction, bool(compared))
             if compared:
-                prepared.gap = invariant_gap(weights, dots, compared, direction)
+                prepared.gap = invariant_gap(weights, dots, compared, direction, self._total)
                 prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
                 signs = random_signs(weights, self.engines.calls(layout))
@@ -197,6 +197,21 @@ class Algorithm:
         prepared.shard = batch.shard
         self.engines.served(layout)
         return prepared
+
+    def _virtual_update(self, gradient: list[Tensor | None]) -> ops.VirtualUpdate:
+        """Row 4."""
+        sharding = self.objective.sharding
+        if sharding is None:
+            return ops.virtual_update(self.optimizer, gradient)
+        present = [g.abs().max() for g in gradient if g is not None and g.numel()]
+        zero = torch.zeros((), dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+        largest = sharding.largest(torch.stack([zero, *present]).max())
+        return ops.virtual_update(sharding.optimizer(self.optimizer), gradient, largest=largest)
+
+    def _total(self, number: Tensor) -> Tensor:
+        """A sum over entries of parameters, of all shards."""
+        sharding = self.objective.sharding
+        return number if sharding is None else sharding.total(number)
 
     def _observe_validation(self, call: Call, with_selector_batch: bool) -> None:
         """Features of the validation batch, where the selector has features that refer to it."""
@@ -345,9 +360,9 @@ class Algorithm:
     ) -> None:
         """Refuse dots that miss the invariant for these weights. Waits for the device."""
         assert prepared.allowed is not None
-        gap = float(invariant_gap(p, dots, gradient, direction))
+        gap = float(invariant_gap(p, dots, gradient, direction, self._total))
         allowed = float(prepared.allowed)
-        if gap <= allowed or is_rounding(p, dots, gradient, direction):
+        if gap <= allowed or is_rounding(p, dots, gradient, direction, self._total):
             return
         raise Refused(
             prepared.engine,

@@ -24,6 +24,7 @@ from mts_fast.training.running import check_can_run, follow_changes
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.compute import Costs
 from mts_fast.training.selector_inputs import OnlineFeatures
+from mts_fast.training.sharded import check_sharded_call
 from mts_fast.training.step_parts import StepParts
 
 OP = "MTSStep"
@@ -138,6 +139,8 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
 def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     """The call with what the ranks have told each other."""
     shards = opened.shards
+    if step._objective.sharding is not None:
+        check_sharded_call(step, shards)
     batch = replace(call.batch, shard=shards[0])
     validation = joined(step._ranks, call.validation, shards[1])
     second = call.selector_batch
@@ -172,10 +175,9 @@ def _header(step: StepParts, call: Call) -> Header:
     }
     number = step.steps + 1
     if not step._was_compared or number & (number - 1) == 0:
-        same |= {
-            "the values of the model's parameters": _checksums(step._engines.parameters),
-            "the values of the selector's parameters": _checksums(step.selector.parameters()),
-        }
+        same["the values of the selector's parameters"] = _checksums(step.selector.parameters())
+        if step._objective.sharding is None:
+            same["the values of the model's parameters"] = _checksums(step._trainable)
     return Header(sizes, same, call.probing)
 
 
@@ -183,8 +185,7 @@ def _described(step: StepParts) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and dtype of each."""
     names = {id(p): name for name, p in step._objective.model.named_parameters()}
     return [
-        (names.get(id(p), "of the loss"), tuple(p.shape), str(p.dtype))
-        for p in step._engines.parameters
+        (names.get(id(p), "of the loss"), tuple(p.shape), str(p.dtype)) for p in step._trainable
     ]
 
 

@@ -104,12 +104,14 @@ def _run(step: StepParts, call: Call) -> StepResult:
 
 
 def _transaction(step: StepParts) -> Transaction:
+    sharding = step._objective.sharding
     return Transaction(
         step._world,
         step.optimizer,
         step.selector_optimizer,
         lambda: _counters(step),
         lambda saved: _restore_counters(step, saved),
+        lambda: None if sharding is None else sharding.reshard(),
     )
 
 
@@ -208,7 +210,11 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     transaction.forget_parameters()
     step._knows_writes = True
     outcome = algorithm.finish(call, prepared, scaling)
-    set_gradients(step.optimizer, engines.parameters, outcome.gradient)
+    sharding = step._objective.sharding
+    if sharding is None:
+        set_gradients(step.optimizer, engines.parameters, outcome.gradient)
+    else:
+        sharding.spread(engines.parameters, outcome.gradient)
     if step.selector_scheduler is not None:
         step.selector_scheduler.step()
     stepped = _step_optimizer(step, scaling, transaction, overflow=prepared.overflow)
@@ -260,8 +266,7 @@ def _step_optimizer(
     else:
         versions = Versions(step.optimizer, {p: n for n, p in step.model.named_parameters()})
     try:
-        parameters = step._engines.parameters
-        return scaling.step(step.optimizer, parameters, step.max_grad_norm, overflow=overflow)
+        return scaling.step(step.optimizer, step._trainable, step.max_grad_norm, overflow=overflow)
     except BaseException as error:
         moved = [] if versions is None else versions.moved()
         if not moved:
@@ -287,10 +292,11 @@ def follow_changes(step: StepParts) -> None:
     refresh_worlds(step)
     check_optimizer(step.optimizer, op=OP)
     present = ops.trainable_parameters(step.optimizer)
-    before = step._engines.parameters
+    before = step._trainable
     if len(present) == len(before) and all(map(operator.is_, present, before)):
         return
-    step._engines = step._engines.with_parameters(present)
+    step._trainable = present
+    step._engines = step._engines.with_parameters(step._objective.tensors_of(present))
 
 
 def _adopt_scaler(step: StepParts) -> None:

@@ -23,6 +23,7 @@ from mts_fast.training.running import refresh_worlds, run_call
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import EagerSelectorTrainer, Scorer
 from mts_fast.training.selector_trainer_graph import GraphedSelectorTrainer
+from mts_fast.training.sharded import check_sharded
 from mts_fast.training.step_graph import StepGraph
 from mts_fast.training.step_parts import StepParts
 
@@ -223,7 +224,9 @@ class MTSStep(StepParts):
         self.track_gsnr = track_gsnr
         self.check = check
         self.process_group = process_group
-        self._ranks = ranks_of(OP, model, process_group)
+        if objective.sharding is not None:
+            check_sharded(objective.sharding, optimizer, scaler)
+        self._ranks = ranks_of(OP, model, process_group, objective.sharding)
         self.steps = 0
         self.skipped_steps = 0
         self._scorer = Scorer(unwrapped(selector), None)
@@ -250,7 +253,8 @@ class MTSStep(StepParts):
         self._streams_calls = micro_batch is None and accumulate > 1
         self.compute = compute
         self.candidate_dtype = candidate_dtype
-        parameters = ops.trainable_parameters(optimizer)
+        self._trainable = ops.trainable_parameters(optimizer)
+        parameters = objective.tensors_of(self._trainable)
         self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
         self._features = OfflineFeatures()
         if online_features:

@@ -54,6 +54,7 @@ class StepParts:
     _world: World  # of the model, both losses and the selector
     _micro_batch: int | None
     _compute: ComputeChoice
+    _trainable: list[Tensor]  # the optimizer's trainable parameters
     _engines: EngineChoice
     _features: OnlineFeatures | OfflineFeatures
     _graph: StepGraph | None  # the recordings of the whole step, where they are asked for

@@ -19,6 +19,7 @@ from mts_fast._isolation import (
     restore_open,
 )
 from mts_fast._multi_tensor import copies
+from mts_fast._sharding import is_sharded
 
 
 class SavedOptimizer:
@@ -127,8 +128,11 @@ class Transaction:
         selector_optimizer: torch.optim.Optimizer,
         counters: Callable[[], Any],
         restore_counters: Callable[[Any], None],
+        reshard: Callable[[], None],
     ) -> None:
         self.committed = False
+        self._reshard = reshard
+        reshard()  # modules hold their shards where they are looked at
         self._open = open_count()
         self._ambient = Ambient.capture()
         self._modes = [(module, module.training) for module in world.modules]
@@ -158,7 +162,7 @@ class Transaction:
         values are compared, too: version counters miss writes through `.data`."""
         known = {id(p) for p in self._world.written}
         seen = {id(p) for p, version in self._versions if p._version != version}
-        seen |= {id(p) for p, before in self._parameters if not torch.equal(p, before)}
+        seen |= {id(p) for p, before in self._parameters if not _equal(p, before)}
         return [p for p, _ in self._versions if id(p) in seen - known]
 
     def forget_parameters(self) -> None:
@@ -173,6 +177,7 @@ class Transaction:
         """Back to the start, so that the rows up to the selector's step can be run again."""
         self._ambient.restore()
         restore_open(self._open)
+        self._reshard()
         for module, mode in self._modes:
             module.training = mode
         for module, named in self._named:
@@ -193,6 +198,12 @@ class Transaction:
             self._saved.restore()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if is_sharded(a):
+        a, b = a.to_local(), b.to_local()  # type: ignore[attr-defined]
+    return torch.equal(a, b)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from mts_fast._isolation import (
     preserved_buffers,
     preserved_rng,
-    replaced_parameters,
     training_mode,
 )
 from mts_fast.distributed import Ranks
@@ -46,7 +45,7 @@ class VirtualClassifier:
         with (
             training_mode(world, self.train_mode),
             preserved_buffers(world),
-            replaced_parameters(self.parameters, self.theta),
+            self.objective.replaced(self.parameters, self.theta),
         ):
             yield
 
@@ -94,9 +93,7 @@ class VirtualClassifier:
                 loss = (mine[start : start + len(part)] * losses).sum()
                 start += len(part)
                 scaled_loss = scaling.scaled(loss)
-                scaled_gradients = torch.autograd.grad(
-                    scaled_loss, self.parameters, allow_unused=True
-                )
+                scaled_gradients = self.objective.gradients(scaled_loss, self.parameters)
                 gradients = scaling.unscaled(dense(scaled_gradients))
                 v = [_sum(old, g) for old, g in zip(v, gradients, strict=True)]
                 total = _sum(total, loss.detach())

@@ -2,18 +2,10 @@
 
 import pytest
 import rank_jobs
-from rank_pool import RankPool
 
 MOST = {"exact": 3.1, "reuse": 2.1}  # times the bytes of all gradients
 # the header, the selector's input, the dots; with online features those of the validation batch
 GATHERS = {False: 3, True: 4}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("online", [False, True])

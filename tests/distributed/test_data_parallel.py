@@ -3,17 +3,10 @@
 import pytest
 import torch
 from rank_jobs import train
-from rank_pool import RankPool
+from rank_pool import SLOW
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64; observed 1e-15
 CALLS = 10
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 def joined(results, call, name):
@@ -51,8 +44,16 @@ def assert_same_bits(a, b):
 ENGINES = ("ghost", "double_backward", "forward_mode", "finite_difference")
 
 
-@pytest.mark.parametrize("wrapped", [None, {}, {"gradient_as_bucket_view": True}])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"gradient_as_bucket_view": True},
+        pytest.param({}, marks=SLOW),
+        pytest.param(None, marks=SLOW),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine(ranks, engine, size, wrapped):
     near = {"rtol": 1e-4, "atol": 1e-6} if engine == "finite_difference" else {}
@@ -85,7 +86,11 @@ def test_every_option(ranks, options):
 
 @pytest.mark.parametrize(
     ("sizes", "val_sizes"),
-    [((7, 2, 1, 2), (2, 2, 2, 3)), ((6, 0, 3, 3), (5, 0, 0, 3)), ((5, 4, 0, 3), (0, 4, 2, 1))],
+    [
+        ((6, 0, 3, 3), (5, 0, 0, 3)),
+        pytest.param((7, 2, 1, 2), (2, 2, 2, 3), marks=SLOW),
+        pytest.param((5, 4, 0, 3), (0, 4, 2, 1), marks=SLOW),
+    ],
 )
 @pytest.mark.parametrize(
     "options", [{}, {"selector_batch": True}, {"val_objective": "worst_group"}]

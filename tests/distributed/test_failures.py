@@ -1,17 +1,9 @@
 """A rank that fails, disagrees or dies stops all of them, by name, and nothing is lost."""
 
 import pytest
-import rank_jobs
+import rank_failures
 import torch
-from rank_pool import Raised, RankPool
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
+from rank_pool import SLOW, Raised, RankPool
 
 FAILURES = {
     "labels out of range": ("labels must be in", "ValueError on rank 1"),
@@ -31,7 +23,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", list(FAILURES))
 def test_all_ranks_raise_and_go_on(ranks, failure):
-    results = ranks.results(rank_jobs.fail_once, 3, failure)
+    results = ranks.results(rank_failures.fail_once, 3, failure)
     here, elsewhere = FAILURES[failure]
     for rank, (kind, text, unchanged, continued) in enumerate(results):
         assert (here if rank == 1 else elsewhere) in text, f"rank {rank}: {kind}: {text}"
@@ -40,7 +32,7 @@ def test_all_ranks_raise_and_go_on(ranks, failure):
 
 
 def test_an_engine_that_one_rank_refuses_is_refused_by_all(ranks):
-    engines = ranks.results(rank_jobs.refuse_on_one_rank, 3)
+    engines = ranks.results(rank_failures.refuse_on_one_rank, 3)
     assert engines == [["ghost", "double_backward", "double_backward"]] * 3
 
 
@@ -57,32 +49,32 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("difference", list(DIFFERENCES))
 def test_ranks_that_disagree_are_named(ranks, difference):
-    results = ranks.results(rank_jobs.disagree, 3, difference)
+    results = ranks.results(rank_failures.disagree, 3, difference)
     for text in results:
         assert DIFFERENCES[difference] in text and "on rank 2" in text, text
 
 
 def test_a_process_group_that_is_younger_than_the_step_is_refused(ranks):
-    for text in ranks.results(rank_jobs.step_before_the_group, 3):
+    for text in ranks.results(rank_failures.step_before_the_group, 3):
         assert "process_group must be that of the step's construction" in text
 
 
 def test_sampled_steps_are_refused(ranks):
-    for text in ranks.results(rank_jobs.sampled_step, 3):
+    for text in ranks.results(rank_failures.sampled_step, 3):
         assert "compute must be None over several ranks, got 2" in text
 
 
 def test_a_selector_with_dropout_draws_alike(ranks):
-    first, *others = ranks.results(rank_jobs.train_with_dropout, 3)
+    first, *others = ranks.results(rank_failures.train_with_dropout, 3)
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["killed", "hangs"])
+@pytest.mark.parametrize("way", ["killed", pytest.param("hangs", marks=SLOW)])
 def test_a_rank_that_goes_is_named_within_the_time_out(way):
     pool = RankPool(3, time_out=6)
     try:
-        results = pool.run(rank_jobs.lose_a_rank, 3, way)
+        results = pool.run(rank_failures.lose_a_rank, 3, way)
         if way == "killed":
             assert results[1] is None
         for rank in (0, 2):

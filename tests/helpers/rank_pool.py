@@ -7,9 +7,14 @@ import tempfile
 import traceback
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
+# what takes long, beside a part of it that always runs
+SLOW = pytest.mark.skipif(
+    os.environ.get("MTS_FAST_TEST_ALL") != "1", reason="takes long; MTS_FAST_TEST_ALL=1 runs it"
+)
 TIME_OUT = 30  # seconds, of every exchange
 
 

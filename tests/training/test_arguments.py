@@ -342,7 +342,17 @@ def test_wrappers_inside_the_model_are_refused():
 
     arguments = parts()
     arguments["model"] = nn.Sequential(DistributedDataParallel(arguments["model"]))
-    with pytest.raises(RuntimeError, match=r"model must be free of sharded .* at '0'"):
+    with pytest.raises(RuntimeError, match=r"model must be free of data-parallel .* at '0'"):
+        mts_fast.MTSStep(**arguments)
+
+
+def test_the_older_sharding_is_refused():
+    class FullyShardedDataParallel(nn.Sequential):
+        """As it is named; torch's own needs a GPU."""
+
+    arguments = parts()
+    arguments["model"] = FullyShardedDataParallel(arguments["model"])
+    with pytest.raises(RuntimeError, match="model must be sharded by fully_shard, got Fully"):
         mts_fast.MTSStep(**arguments)
 
 

@@ -3,7 +3,7 @@ once more with v in place of its weights. No second derivative, no differences."
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,16 +14,18 @@ from mts_fast._isolation import (
     preserved_rng,
     restored_on_error,
 )
+from mts_fast._sharding import Sharding
 from mts_fast.hypergradient.double_backward import twice_differentiable
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.frequency import frequency_reasons
 from mts_fast.hypergradient.ghost.capture import Capture, Layout
+from mts_fast.hypergradient.ghost.function_call import FunctionCall
 from mts_fast.hypergradient.ghost.linearization import (
     GhostLinearization,
     LowMemoryLinearization,
     StoredLinearization,
 )
-from mts_fast.hypergradient.ghost.reasons import Unsupported
+from mts_fast.hypergradient.ghost.reasons import Reason, Unsupported
 from mts_fast.hypergradient.ghost.remainder import Remainder, left_over
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
 from mts_fast.hypergradient.ghost.sample_check import (
@@ -52,6 +54,26 @@ class _History:
         return number & (number - 1) == 0
 
 
+class Gathered(Mapping[int, Tensor]):
+    """Tangents of the roots of a sharded model, by id: each is gathered when it is asked for, so
+    that no more than one is whole at a time."""
+
+    def __init__(
+        self, sharding: Sharding, roots: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._sharding = sharding
+        self._pairs = {id(root): pair for root, pair in zip(roots, pairs, strict=True)}
+
+    def __getitem__(self, root: int) -> Tensor:
+        return self._sharding.gathered(*self._pairs[root])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
 class Ghost(Engine):
     """d_i = sum over all layer calls of <f(a_i; v), b_i>; exact where samples are independent.
 
@@ -72,16 +94,43 @@ class Ghost(Engine):
     ) -> None:
         super().__init__(objective, parameters)
         self.memory = memory
-        paths: dict[Tensor, str] = {p: n for n, p in objective.model.named_parameters()}
-        self.names = {p: paths.get(p, f"parameter {i}") for i, p in enumerate(self.parameters)}
+        self._names: dict[Tensor, str] = {}
         self._histories: dict[Layout, _History] = {}
         # parameters whose uses are served by the second derivative of the graph, and why
         self.left: dict[Tensor, str] = {}
         self._shared: set[int] = set()  # guesses that turned out wrong, see Capture
         self._checks = 0
 
+    @property
+    def roots(self) -> list[Tensor]:
+        """The tensors that layers get for the parameters."""
+        sharding = self.objective.sharding
+        return self.parameters if sharding is None else sharding.whole(self.parameters)
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Their dotted paths."""
+        if not self._names:
+            roots, sharding = self.roots, self.objective.sharding
+            originals = self.parameters if sharding is None else sharding.originals(self.parameters)
+            paths: dict[Tensor, str] = {p: n for n, p in self.objective.model.named_parameters()}
+            self._names = {
+                root: paths.get(p, f"parameter {i}")
+                for i, (root, p) in enumerate(zip(roots, originals, strict=True))
+            }
+        return self._names
+
+    def tangents(self, direction: Sequence[Tensor]) -> Mapping[int, Tensor]:
+        pairs = list(zip(self.parameters, direction, strict=True))
+        if self.objective.sharding is None:
+            return {id(p): v for p, v in pairs}
+        return Gathered(self.objective.sharding, self.roots, pairs)
+
     def reasons(self) -> list[str]:
-        return [*coupling(self.objective.model), *_compiled(self.objective)]
+        return [
+            *coupling(self.objective.model),
+            *_compiled(self.objective),
+        ]
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True
@@ -102,7 +151,7 @@ class Ghost(Engine):
             except Unsupported as refused:
                 reasons += refused.reasons
                 before, left = left, {}
-                if not frequency_reasons(self.objective):
+                if not frequency_reasons(self.objective) and self.objective.sharding is None:
                     left = left_over(refused.reasons, self.names, before)
                 if not left:
                     raise Unsupported(reasons) from refused.__cause__
@@ -135,6 +184,8 @@ class Ghost(Engine):
             for use in capture.recorded
             if use.input_was_changed()
         ]
+        if self.objective.sharding is not None:
+            reasons += needs_values(capture)
         if not graph.requires_grad:
             reasons.append("the losses depend on no parameter, or gradients are switched off")
         if reasons:
@@ -235,6 +286,17 @@ def coupling(model: nn.Module) -> list[str]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and (module.training or module.running_mean is None)
     ]
+
+
+def needs_values(capture: Capture) -> list[Reason]:
+    """Uses whose replay reads parameters, which a sharded model has only within a pass."""
+    text = "needs the values of parameters again, which a sharded model has let go"
+    functions = [
+        use.refused(f"its {use.call.rule.function.__name__} {text}")
+        for use in capture.recorded
+        if isinstance(use.call, FunctionCall)
+    ]
+    return functions + [Reason(d.paths, f": a tensor made of it {text}") for d in capture.derived]
 
 
 def _compiled(objective: Objective) -> list[str]:

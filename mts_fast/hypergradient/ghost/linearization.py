@@ -53,7 +53,9 @@ class GhostLinearization(Linearization):
     def losses(self) -> Tensor:
         return self._losses
 
-    def _dots(self, use: RecordedCall, axis: SampleAxis, b: Tensor, tangents: dict) -> Tensor:
+    def _dots(
+        self, use: RecordedCall, axis: SampleAxis, b: Tensor, tangents: Mapping[int, Tensor]
+    ) -> Tensor:
         """This call's part of d [B], times the cotangent with which b was computed."""
         with failure_named(use):
             dots = call_dots(use, axis, b, tangents, len(self._losses))
@@ -63,10 +65,12 @@ class GhostLinearization(Linearization):
         """How many recorded uses each root has."""
         return Counter(s.root for use, _ in self._uses for s in use.sources.values())
 
-    def _tangents(self, direction: Sequence[Tensor]) -> dict[int, Tensor]:
+    def _tangents(self, direction: Sequence[Tensor]) -> Mapping[int, Tensor]:
         """Tangents of all roots, by id."""
-        tangents = {id(p): v for p, v in zip(self.engine.parameters, direction, strict=True)}
-        return tangents | self.derived.tangents(direction)
+        tangents = self.engine.tangents(direction)
+        if not self.derived.leaves:
+            return tangents
+        return {**tangents, **self.derived.tangents(direction)}
 
     def _roots(self) -> list[Tensor]:
         return [*self.engine.parameters, *self.derived.summed]

@@ -1,0 +1,58 @@
+"""What a step asks of a model under fully_shard, beside what it asks of every model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mts_fast._check import fail
+from mts_fast._sharding import Sharding
+from mts_fast.distributed import Shard
+from mts_fast.ops.virtual_update import optimizer_states
+from mts_fast.reference.update_rules.rule import ElementwiseState
+from mts_fast.training.gradient_scaling import needs_scaler
+from mts_fast.training.step_parts import StepParts
+
+OP = "MTSStep"
+
+
+def check_sharded(
+    sharding: Sharding, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Refuse what shards cannot have.
+
+    Raises:
+        RuntimeError: an optimizer that looks at whole tensors; loss scaling.
+    """
+    if scaler is not None:
+        hint = "take bfloat16, which needs none"
+        fail(RuntimeError, OP, "scaler", "None where the model is sharded", "one", hint)
+    states = optimizer_states(sharding.optimizer(optimizer)).values()
+    if not all(isinstance(state, ElementwiseState) for state in states):
+        hint = "take SGD, Adam, AdamW, RMSprop, NAdam or RAdam, or DistributedDataParallel"
+        expected = "elementwise where the model is sharded"
+        fail(RuntimeError, OP, "optimizer", expected, type(optimizer).__name__, hint)
+
+
+def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:
+    """Refuse batches for which ranks would run another number of forwards.
+
+    Raises:
+        RuntimeError: a rank without samples, or with another number of micro-batches.
+    """
+    if needs_scaler(step._trainable):
+        hint = "take bfloat16"
+        expected = "other than float16 where the model is sharded"
+        fail(RuntimeError, OP, "autocast", expected, "float16", hint)
+    for shard in shards:
+        if 0 in shard.sizes:
+            hint = "spread the samples over all ranks, which gather its parameters together"
+            expected = "given on every rank of a sharded model"
+            fail(RuntimeError, OP, "inputs", expected, f"{shard.sizes} samples", hint)
+        counts = {math.ceil(size / (step._micro_batch or size)) for size in shard.sizes}
+        if len(counts) > 1:
+            hint = "give them as many samples, or leave micro_batch= out"
+            expected = "such that all ranks have as many micro-batches"
+            got = f"{step._micro_batch} for {shard.sizes} samples"
+            fail(RuntimeError, OP, "micro_batch", expected, got, hint)

@@ -1,0 +1,208 @@
+"""What ranks of a pool run where one of them fails, disagrees or dies."""
+
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from rank_jobs import arguments, make_step
+from torch import nn
+
+from mts_fast.hypergradient import Objective
+
+
+def state(step):
+    """Everything that a call may change, as bits."""
+    entries = step.state_dict()
+    tensors = [torch.get_rng_state()]
+    for name in ("model", "selector"):
+        tensors += [t.clone() for t in entries[name].values()]
+    for name in ("optimizer", "selector_optimizer"):
+        for s in entries[name]["state"].values():
+            tensors += [torch.as_tensor(t).clone() for t in s.values() if t is not None]
+    return tensors, entries["steps"]
+
+
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+class Trouble(nn.Module):
+    """Raises in a forward or backward when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_forward = self.in_backward = False
+
+    def forward(self, x):
+        if self.in_forward:
+            raise OSError("no forward here")
+        if self.in_backward and x.requires_grad:
+            x.register_hook(self._raise)
+        return x
+
+    def _raise(self, g):
+        raise OSError("no backward here")
+
+
+def fail_once(group, failure):
+    """(exception, its text, whether nothing changed, losses of the calls after it)."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    step = make_step(group, {})
+    step.model.insert(1, Trouble())
+    trouble, here = step.model[1], rank == 1
+    step(**arguments(0, rank, size))
+    call = arguments(1, rank, size)
+    if here:
+        if failure == "labels out of range":
+            call["labels"] = call["labels"] + 7
+        if failure == "NaN in the features":
+            call["features"] = call["features"] * torch.nan
+        if failure == "NaN in the inputs":
+            call["inputs"] = call["inputs"] * torch.nan
+        if failure == "NaN in the validation batch":
+            call["val_inputs"] = call["val_inputs"] * torch.nan
+        if failure == "the wrong number of features":
+            call["features"] = call["features"][:, :1]
+        trouble.in_forward = failure == "the forward raises"
+        trouble.in_backward = failure == "the backward raises"
+        if failure == "the loss of the validation batch raises":
+            step._validation = Objective(step.model, _no_loss)
+        if failure == "a NaN in the loss of the validation batch":
+            step._validation = Objective(step.model, _nan_loss)
+    before = state(step)
+    kind = text = ""
+    try:
+        step(**call)
+    except Exception as error:
+        kind, text = type(error).__name__, str(error)
+    unchanged = same(before, state(step))
+    trouble.in_forward = trouble.in_backward = False
+    step._validation = step._objective
+    losses = [float(step(**arguments(c, rank, size)).loss) for c in (1, 2)]
+    return kind, text, unchanged, losses
+
+
+def _nan_loss(output, labels):
+    return output.sum(1) * torch.nan
+
+
+def _no_loss(output, labels):
+    raise OSError("no loss here")
+
+
+class Awkward(nn.Module):
+    """x w by a function that ghost cannot see into, where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (
+            nn.Parameter(torch.randn(8, 8, dtype=torch.float64) / 3) for _ in range(2)
+        )
+        self.awkward = False
+
+    def forward(self, x):
+        if self.awkward:
+            return _Product.apply(_Product.apply(x, self.first), self.second)
+        return x @ self.first @ self.second
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, b):
+        x, weight = ctx.saved_tensors
+        return b @ weight.T, x.T @ b
+
+
+def refuse_on_one_rank(group):
+    """The engines of three calls; in the second one rank's ghost cannot serve."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    step = make_step(group, {"model": "mlp"})
+    step.model.insert(1, Awkward())
+    step.optimizer.add_param_group({"params": list(step.model[1].parameters())})
+    engines = []
+    for call in range(3):
+        step.model[1].awkward = rank == 2 and call == 1
+        engines.append(step(**arguments(call, rank, size)).engine)
+    return engines
+
+
+def disagree(group, difference):
+    """The text of the error where rank 2 has something else."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    other = rank == 2
+    options = {}
+    if other and difference == "schedule":
+        options["schedule"] = "reuse"
+    if other and difference == "engine":
+        options["engine"] = "double_backward"
+    step = make_step(group, options)
+    if other and difference == "steps":
+        step.steps = 3
+    if other and difference == "frozen":
+        step.model[2].weight.requires_grad_(False)
+    with torch.no_grad():
+        if other and difference == "model":
+            step.model[0].weight[0, 0] += 1e-12
+        if other and difference == "selector":
+            next(step.selector.parameters())[0, 0] += 1e-12
+    call = arguments(0, rank, size, {"val_weights": other and difference == "weights"})
+    try:
+        step(**call)
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def step_before_the_group(group):
+    """The text of the error of a step that was built before torch.distributed was initialised."""
+    with mock.patch.object(dist, "is_initialized", lambda: False):
+        step = make_step("auto", {})
+    try:
+        step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def sampled_step(group):
+    """The text of the error of a sampled step."""
+    step = make_step(group, {})
+    step.compute = 2
+    try:
+        step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def train_with_dropout(group):
+    """The selector after three calls, with dropout inside; ranks draw different numbers."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(rank)
+    step = make_step(group, {"online": False})
+    step.selector.mlp.insert(1, nn.Dropout(0.5))
+    for call in range(3):
+        step(**arguments(call, rank, size))
+    return {k: v.clone() for k, v in step.selector.state_dict().items()}
+
+
+def lose_a_rank(group, way):
+    """Rank 1 goes in the second call."""
+    import os
+    import time
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    step = make_step(group, {})
+    step(**arguments(0, rank, size))
+    if rank == 1:
+        if way == "killed":
+            os.kill(os.getpid(), 9)
+        time.sleep(20)
+        return None
+    step(**arguments(1, rank, size))
+    return None

@@ -1,0 +1,158 @@
+"""What ranks of a pool run with models under fully_shard."""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from rank_jobs import CLASSES, OPTIMIZERS, WIDTH
+from rank_settings import sharded_arguments
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import mts_fast
+
+
+class Blocks(nn.Module):
+    """Blocks that are sharded one by one, and a norm, a class token and a head of the root."""
+
+    def __init__(self, hidden=14, blocks=2):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(10, hidden), nn.GELU(), nn.Linear(hidden, 10))
+            for _ in range(blocks)
+        )
+        self.norm, self.head = nn.LayerNorm(10), nn.Linear(10, CLASSES)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+def sharded(model, group, options):
+    what = options.get("refused")
+    more = {"mesh": DeviceMesh.from_group(group, "cpu")}
+    if options.get("half"):
+        more["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if what == "offload":
+        more["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if what == "partly":
+        more["ignored_params"] = {model.first.weight}
+    for block in model.blocks:
+        fully_shard(block, **more)
+    return fully_shard(model, **more, **options.get("shard", {}))
+
+
+def sharded_step(group, options):
+    """A step of `Blocks`, sharded where there is a group."""
+    torch.manual_seed(0)
+    wide = options.get("wide")
+    model = (Blocks(wide, 12) if wide else Blocks()).to(options.get("dtype", torch.float64))
+    if group is not None:
+        model = sharded(model, group, options)
+    torch.manual_seed(1)
+    online = options.get("online", True)
+    selector = mts_fast.Selector(2 + 4 * online, CLASSES, hidden=(8,)).double()
+    names = ("engine", "schedule", "micro_batch", "val_objective", "selector_every")
+    more = ("max_grad_norm", "track_gsnr", "accumulate", "compute", "scaler")
+    return mts_fast.MTSStep(
+        model,
+        OPTIMIZERS[options.get("optimizer", "sgd")](model.parameters()),
+        selector,
+        torch.optim.AdamW(selector.parameters(), lr=0.05),
+        online_features=online,
+        process_group="auto" if group is not None else None,
+        **{k: options[k] for k in names + more if k in options},
+    )
+
+
+def arguments(step, call, sizes, rank):
+    """A call's arguments in the model's dtype."""
+    dtype = next(step.model.parameters()).dtype
+    made = sharded_arguments(call, sizes, rank)
+    if step.val_objective != "mean":
+        made["val_groups"] = made["val_labels"]
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
+
+
+def train_sharded(group, options, sizes, calls=10):
+    """What is left after some calls, and the results of all."""
+    rank = 0 if group is None else dist.get_rank(group)
+    step = sharded_step(group, options)
+    results = []
+    each = options.get("accumulate", 1)
+    for call in range(calls):
+        result = step(**arguments(step, call, sizes, rank))
+        if (call + 1) % each:
+            assert result is None
+            continue
+        results.append([result.dots, result.normalized_weights, result.loss, result.val_loss])
+    parameters = {
+        n: p.full_tensor() if hasattr(p, "full_tensor") else p
+        for n, p in step.model.named_parameters()
+    }
+    state = step.state_dict()
+    return {k: v.detach().clone() for k, v in parameters.items()}, state["selector"], results
+
+
+def engine_of(group, options):
+    """The engine that serves two calls."""
+    step = sharded_step(group, options)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    engines = {step(**arguments(step, c, (6,) * size, rank)).engine for c in range(2)}
+    return engines.pop()
+
+
+def refusal(group, options):
+    """The text of the error of what is refused."""
+    what = options.get("refused")
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    sizes = (6,) * size
+    try:
+        if what in ("double_backward", "forward_mode"):
+            options = options | {"engine": what}
+        if what == "muon":
+            options = options | {"optimizer": "muon"}
+        if what == "uneven":
+            options, sizes = options | {"micro_batch": 2}, (2, 6)
+        if what == "empty":
+            sizes = (0, 6)
+        if what == "scaler":
+            options = options | {"scaler": torch.amp.GradScaler("cpu")}
+        if what == "compute":
+            options = options | {"compute": 2}
+        step = sharded_step(group, options)
+        step(**arguments(step, 0, sizes, rank))
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def sharded_bytes(group):
+    """Of all tensors that are alive when v is known: parameters, state, theta' and v."""
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    step = sharded_step(group, {"online": False, "wide": 256})
+    calls = [arguments(step, c, (8 // size,) * size, rank) for c in range(3)]
+    step(**calls[0])
+    seen = {}
+
+    def count(module, args, output):
+        if not module.training:  # the validation forward at theta'
+            gc.collect()
+            alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+            local = [t.to_local() if hasattr(t, "full_tensor") else t for t in alive]
+            local = [t for t in local if t.layout is torch.strided and t.device.type == "cpu"]
+            memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+            seen["bytes"] = sum(memory.values())
+
+    step.model.register_forward_hook(count)
+    step(**calls[1])
+    return seen["bytes"]
+
+
+def bytes_of_one(group):
+    """The same of one process, which is one of the ranks."""
+    return sharded_bytes(None)
