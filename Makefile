@@ -58,7 +58,7 @@ studies: setup
 DOCUMENTS := README.md docs
 
 test: setup
-	$(BIN)/python -m pytest -n 2 tests mts_fast
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests mts_fast
 	$(BIN)/python -m pytest $(DOCUMENTS)
 
 # The tests that the core suite samples, in full: a step interrupted at every operator and at 500
@@ -66,7 +66,7 @@ test: setup
 test-all: setup
 	@mkdir -p build
 	$(BIN)/python -m pytest $(DOCUMENTS)
-	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 tests mts_fast | tee build/test-all.txt
+	MTS_FAST_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests mts_fast | tee build/test-all.txt
 	$(MAKE) worlds
 	tail -n 1 build/test-all.txt > benchmarks/results/test_all.txt
 

@@ -274,7 +274,7 @@ class Group:
 
 def _message(op: str, lost: str) -> str:
     return (
-        f"{op}: every rank must take part in the call, got {lost}; the process group is broken:"
+        f"{op}: every rank must be in the call, got {lost}; the process group is broken:"
         " start the ranks again from the last checkpoint"
     )
 

@@ -16,7 +16,8 @@ from mts_fast.hypergradient.choice import ENGINES
 from mts_fast.hypergradient.engine import dense
 from mts_fast.hypergradient.finite_difference import FiniteDifference
 from mts_fast.hypergradient.in_double import in_double
-from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective, map_tensors
+from mts_fast.hypergradient.nests import map_tensors
+from mts_fast.hypergradient.objective import LabelledBatch, Loss, Objective
 from mts_fast.hypergradient.refused import Refused
 
 # largest errors in float64. Exact engines only round (observed 1e-15). A central difference with

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast.hypergradient.objective import join_nests
+from mts_fast.hypergradient.nests import join_nests
 from mts_fast.training.batch import SelectorBatch
 
 OP = "MTSStep"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mts_fast import ops
-from mts_fast._check import check_finite, fail
+from mts_fast._check import check_finite
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
 from mts_fast.distributed import Ranks, Sums
@@ -34,6 +33,7 @@ from mts_fast.training.batch_run import (
     check_weights,
 )
 from mts_fast.training.call import Call, Outcome, Prepared
+from mts_fast.training.finite import FiniteChecks
 from mts_fast.training.gradient_scaling import GradientScaling
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
@@ -68,6 +68,10 @@ class Algorithm:
     def parameters(self) -> Sequence[Tensor]:
         """The trainable parameters, in the order of gradients and directions."""
         return self.engines.parameters
+
+    @property
+    def _finite(self) -> FiniteChecks:
+        return FiniteChecks(self.objective, self.parameters)
 
     def prepare(self, call: Call, layout: str, scaling: GradientScaling) -> Prepared:
         """Rows 1 to 6.
@@ -140,7 +144,7 @@ class Algorithm:
             def row_5() -> Sums:
                 gradient, loss = classifier.gradient(call.validation, name, q, scaling)
                 if call.check_values:
-                    self._check_validation_loss(loss, prepared, virtual.parameters)
+                    self._finite.check_validation(loss, prepared.gradient, virtual.parameters)
                 return gradient, [loss]
 
             v, (prepared.val_loss,) = self.ranks.summed(self.parameters, 1, row_5)
@@ -305,7 +309,7 @@ class Algorithm:
                 gradient = run.part.completed(gradient, scaled)
                 if not scaling.active and call.check_values:
                     check_losses(run.linearization)
-                    self._check_gradient(gradient)
+                    self._finite.check_gradient(gradient)
                 return gradient, [self._loss(call, run, p)]
 
             gradient, (loss,) = self.ranks.summed(self.parameters, 1, row_9)
@@ -371,38 +375,3 @@ class Algorithm:
                 f" (allowed {allowed:.0e})"
             ],
         )
-
-    def _check_validation_loss(self, loss: Tensor, prepared: Prepared, theta: list[Tensor]) -> None:
-        """Raise for the first quantity of rows 3 to 5 that is not finite."""
-        assert prepared.gradient is not None
-        if math.isfinite(loss):
-            return
-        self._check_gradient(prepared.gradient)
-        for i, tensor in enumerate(theta):
-            hint = "look at the optimizer's learning rate, eps and state"
-            name = f"the virtual parameter {self._name(i)}"
-            check_finite(OP, name, tensor, hint)
-        hint = "the validation batch, or the model in its mode for it, is broken"
-        check_finite(OP, "the validation loss", loss, hint)
-
-    def _check_gradient(self, gradient: list[Tensor | None]) -> None:
-        """Raise for the first gradient that is not finite. Waits for the device."""
-        present = [(i, g) for i, g in enumerate(gradient) if g is not None]
-        # the norm may overflow where all are finite; then they are looked at one by one
-        if math.isfinite(torch.nn.utils.get_total_norm([g for _, g in present])):
-            return
-        for i, g in present:
-            if not torch.isfinite(g).all():
-                got = f"NaN or infinity in that of {self._name(i)}"
-                hint = "losses are finite: look for a derivative that is not (a norm or root at 0)"
-                expected = "finite"
-                fail(ValueError, OP, "the gradient of the training batch", expected, got, hint)
-
-    def _name(self, i: int) -> str:
-        """The dotted path of a parameter."""
-        parameter = self.parameters[i]
-        for root in self.objective.world.roots:
-            for name, candidate in root.named_parameters():
-                if candidate is parameter:
-                    return repr(name)
-        return f"number {i} of the optimizer"

@@ -60,25 +60,28 @@ def test_every_engine(ranks, engine, size, wrapped):
     assert_equals_one_process(ranks, size, {"engine": engine, "wrapped": wrapped}, **near)
 
 
+OPTIONS = [
+    {"schedule": "reuse", "optimizer": "adamw"},
+    {"micro_batch": 2, "online_momentum": 0.9},
+    {"selector_batch": True},
+    {"val_objective": "group_balanced", "val_weights": True},
+    {"model": "unused", "wrapped": {"find_unused_parameters": True}},
+]
+MORE_OPTIONS = [
+    {"schedule": "reuse", "online": False},
+    {"optimizer": "adamw", "class_weight": True, "memory": "low"},
+    {"selector_batch": True, "engine": "double_backward", "online": False},
+    {"val_objective": "worst_group", "micro_batch": 2},
+    {"val_weights": True, "validation_mode": "train"},
+    {"selector_every": 3, "warmup_steps": 2, "max_grad_norm": 0.5},
+    {"track_gsnr": True},
+    {"model": "norm"},
+    {"wrapped": {"static_graph": True}},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"schedule": "reuse", "optimizer": "adamw"},
-        {"schedule": "reuse", "online": False},
-        {"optimizer": "adamw", "class_weight": True, "memory": "low"},
-        {"micro_batch": 2, "online_momentum": 0.9},
-        {"selector_batch": True},
-        {"selector_batch": True, "engine": "double_backward", "online": False},
-        {"val_objective": "group_balanced", "val_weights": True},
-        {"val_objective": "worst_group", "micro_batch": 2},
-        {"val_weights": True, "validation_mode": "train"},
-        {"selector_every": 3, "warmup_steps": 2, "max_grad_norm": 0.5},
-        {"track_gsnr": True},
-        {"model": "norm"},
-        {"model": "unused", "wrapped": {"find_unused_parameters": True}},
-        {"wrapped": {"static_graph": True}},
-    ],
-    ids=str,
+    "options", [*OPTIONS, *(pytest.param(o, marks=SLOW) for o in MORE_OPTIONS)], ids=str
 )
 def test_every_option(ranks, options):
     assert_equals_one_process(ranks, 2, options)

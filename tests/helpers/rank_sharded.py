@@ -49,8 +49,9 @@ def sharded(model, group, options):
 def sharded_step(group, options):
     """A step of `Blocks`, sharded where there is a group."""
     torch.manual_seed(0)
-    wide = options.get("wide")
-    model = (Blocks(wide, 12) if wide else Blocks()).to(options.get("dtype", torch.float64))
+    model = (Blocks(256, 12) if options.get("large") else Blocks()).to(
+        options.get("dtype", torch.float64)
+    )
     if group is not None:
         model = sharded(model, group, options)
     torch.manual_seed(1)
@@ -134,7 +135,7 @@ def refusal(group, options):
 def sharded_bytes(group):
     """Of all tensors that are alive when v is known: parameters, state, theta' and v."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    step = sharded_step(group, {"online": False, "wide": 256})
+    step = sharded_step(group, {"online": False, "large": True})
     calls = [arguments(step, c, (8 // size,) * size, rank) for c in range(3)]
     step(**calls[0])
     seen = {}

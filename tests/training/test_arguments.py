@@ -334,34 +334,6 @@ def test_a_call_without_gradients(mode, model):
     assert not differences(whole_state(run), whole_state(other))
 
 
-def test_wrappers_inside_the_model_are_refused():
-    class DistributedDataParallel(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    arguments = parts()
-    arguments["model"] = nn.Sequential(DistributedDataParallel(arguments["model"]))
-    with pytest.raises(RuntimeError, match=r"model must be free of data-parallel .* at '0'"):
-        mts_fast.MTSStep(**arguments)
-
-
-def test_the_older_sharding_is_refused():
-    class FullyShardedDataParallel(nn.Sequential):
-        """As it is named; torch's own needs a GPU."""
-
-    arguments = parts()
-    arguments["model"] = FullyShardedDataParallel(arguments["model"])
-    with pytest.raises(RuntimeError, match="model must be sharded by fully_shard, got Fully"):
-        mts_fast.MTSStep(**arguments)
-
-
-@pytest.mark.parametrize("group", ["ranks", 3, nn.Linear(2, 2)])
-def test_what_is_no_process_group_is_refused(group):
-    with pytest.raises(TypeError, match="process_group must be a process group"):
-        mts_fast.MTSStep(**parts(), process_group=group)
-
-
 @pytest.mark.parametrize("kind", ["unfreeze", "freeze", "add"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_parameters_that_change_in_mid_run(kind, every):

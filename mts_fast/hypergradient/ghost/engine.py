@@ -34,7 +34,8 @@ from mts_fast.hypergradient.ghost.sample_check import (
     has_gradients,
 )
 from mts_fast.hypergradient.ghost.source import DerivedTensors
-from mts_fast.hypergradient.objective import LabelledBatch, Objective, leaves
+from mts_fast.hypergradient.nests import leaves
+from mts_fast.hypergradient.objective import LabelledBatch, Objective
 
 # layouts with a history. With more of them (layers left out at random) the oldest is dropped, and
 # checked again when it recurs

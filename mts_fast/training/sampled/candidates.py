@@ -22,7 +22,7 @@ from mts_fast._check import check_finite
 from mts_fast._isolation import preserved_buffers, preserved_rng, training_mode
 from mts_fast.features import PenultimateFeatures
 from mts_fast.hypergradient import LabelledBatch, Objective
-from mts_fast.hypergradient.objective import leaves, map_tensors
+from mts_fast.hypergradient.nests import leaves, map_tensors
 from mts_fast.training.sampled.batch_statistics import CandidateStatistics, batch_norms, in_full
 
 OP = "MTSStep"
