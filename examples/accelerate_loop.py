@@ -4,8 +4,8 @@ A loop with accelerate
 
 What of accelerate works around a step of mts_fast, in one process: device placement, mixed
 precision in bfloat16 (float16 has not been run), prepared loaders and schedulers, ``save_state``
-and ``load_state``. What does not: several processes (MTSStep refuses DistributedDataParallel, FSDP
-and process groups of more than one rank), ``accelerator.accumulate`` (take ``micro_batch``) and
+and ``load_state``. Several processes have not been tried with it (``data_parallel.py`` has them by
+torchrun). What does not work: ``accelerator.accumulate`` (take ``accumulate=`` of MTSStep) and
 ``accelerator.clip_grad_norm_`` (take ``max_grad_norm``). ``backward`` and ``optimizer.step`` are
 the step's. Checked with accelerate 1.15.
 """

@@ -1,7 +1,7 @@
 """A step over several ranks of one machine (gloo), against DistributedDataParallel's plain step.
 
-All ranks share this machine's cores; ratios are of arms that took turns in the same processes. Every
-rank has 32 images and 4 of the validation batch.
+All ranks share this machine's cores; ratios are of arms that took turns in the same processes.
+Every rank has 32 images and 4 of the validation batch.
 """
 
 import pytest

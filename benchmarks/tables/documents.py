@@ -168,6 +168,16 @@ def kernel_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def ranks_table(_: str) -> str:
+    """A step over several ranks, over the plain step of as many."""
+    lines = ["| model | ranks | exact / plain | reuse / plain |", "|---|---:|---:|---:|"]
+    for model, run in _runs("data_parallel", "bench_data_parallel").items():
+        for ranks, row in run["rows"].items():
+            number = ranks.partition(" ")[0]
+            lines.append(f"| {model} | {number} | {row['exact']:.2f} | {row['reuse']:.2f} |")
+    return "\n".join(lines)
+
+
 def _runs(noun: str, benchmark: str) -> dict[str, dict]:
     """Model -> the row of one benchmark."""
     rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
@@ -218,6 +228,7 @@ TABLES = {
         "sampled-gradient": gradient_table,
         "sampled-accuracy": accuracy_table,
     },
+    "docs/scaling.md": {"data-parallel": ranks_table},
     "docs/gpu.md": {"triton-resources": resource_table},
 }
 

@@ -6,12 +6,15 @@ selector works on the whole batch on every rank and needs no reduction of its ow
 """
 
 from mts_fast.distributed.ranks import Alone, Header, Opened, Ranks, Sums
+from mts_fast.distributed.sampler import GlobalBatchSampler, IndexedDataset
 from mts_fast.distributed.shard import Shard
 from mts_fast.distributed.wrappers import check_ranks, check_wrappers, ranks_of, unwrapped
 
 __all__ = [
     "Alone",
+    "GlobalBatchSampler",
     "Header",
+    "IndexedDataset",
     "Opened",
     "Ranks",
     "Shard",

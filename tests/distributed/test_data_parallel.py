@@ -87,6 +87,13 @@ def test_every_option(ranks, options):
     assert_equals_one_process(ranks, 2, options)
 
 
+@pytest.mark.parametrize("options", [{}, {"model": "unused", "selector_batch": True}], ids=str)
+def test_decisions_by_hosts(ranks, options):
+    """On a GPU what is decided does not travel with the data."""
+    options = options | {"by_hosts": True}
+    assert_equals_one_process(ranks, 4, options, (6, 0, 3, 3), (5, 0, 0, 3))
+
+
 @pytest.mark.parametrize(
     ("sizes", "val_sizes"),
     [

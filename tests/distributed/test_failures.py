@@ -21,9 +21,10 @@ FAILURES = {
 }
 
 
+@pytest.mark.parametrize("by_hosts", [False, True])
 @pytest.mark.parametrize("failure", list(FAILURES))
-def test_all_ranks_raise_and_go_on(ranks, failure):
-    results = ranks.results(rank_failures.fail_once, 3, failure)
+def test_all_ranks_raise_and_go_on(ranks, failure, by_hosts):
+    results = ranks.results(rank_failures.fail_once, 3, failure, by_hosts)
     here, elsewhere = FAILURES[failure]
     for rank, (kind, text, unchanged, continued) in enumerate(results):
         assert (here if rank == 1 else elsewhere) in text, f"rank {rank}: {kind}: {text}"

@@ -44,10 +44,11 @@ class Trouble(nn.Module):
         raise OSError("no backward here")
 
 
-def fail_once(group, failure):
+def fail_once(group, failure, by_hosts=False):
     """(exception, its text, whether nothing changed, losses of the calls after it)."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     step = make_step(group, {})
+    step._ranks._in_band = not by_hosts
     step.model.insert(1, Trouble())
     trouble, here = step.model[1], rank == 1
     step(**arguments(0, rank, size))

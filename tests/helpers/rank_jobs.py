@@ -111,6 +111,8 @@ def train(group, options, sizes, val_sizes, calls):
     rank = 0 if group is None else dist.get_rank(group)
     torch.manual_seed(5 + rank)  # ranks draw different numbers
     step = make_step(group, options)
+    if options.get("by_hosts") and group is not None:
+        step._ranks._in_band = False  # as on a GPU
     results = []
     for call in range(calls):
         if group is not None:
