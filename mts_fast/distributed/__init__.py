@@ -5,6 +5,7 @@ as the schedule needs it; what is one number per sample (features, dots) is gath
 selector works on the whole batch on every rank and needs no reduction of its own.
 """
 
+from mts_fast.distributed.features import distribution_features
 from mts_fast.distributed.ranks import Alone, Header, Opened, Ranks, Sums
 from mts_fast.distributed.sampler import GlobalBatchSampler, IndexedDataset
 from mts_fast.distributed.shard import Shard
@@ -21,6 +22,7 @@ __all__ = [
     "Sums",
     "check_ranks",
     "check_wrappers",
+    "distribution_features",
     "ranks_of",
     "unwrapped",
 ]

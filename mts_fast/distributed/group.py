@@ -143,6 +143,23 @@ class Group:
         total = [s if count else None for s, count in zip(sums, counts[1:], strict=True)]
         return total, list(tail.unbind())
 
+    def swapped(self, rows: Tensor, to: int, sender: int, size: int) -> Tensor:
+        """Send packed rows to one rank, and receive `size` of another one's; every rank calls it.
+
+        Both are ranks of the group. One row more is sent, since a message must not be empty.
+        """
+        sent = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+        got = torch.empty(size + 1, rows.shape[1], dtype=torch.uint8, device=rows.device)
+        members = dist.get_process_group_ranks(self._group)
+        with self._watched():
+            operations = [
+                dist.P2POp(dist.isend, sent, members[to], self._group),
+                dist.P2POp(dist.irecv, got, members[sender], self._group),
+            ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return got[:size]
+
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which all ranks go on, or none."""
         result, error = None, None

@@ -42,7 +42,7 @@ class Layout:
         """The tensors again."""
         pieces = rows[:, : sum(self.bytes)].split(self.bytes, 1)
         return [
-            piece.clone().view(dtype).view(len(rows), *shape)
+            piece.clone(memory_format=torch.contiguous_format).view(dtype).view(len(rows), *shape)
             if size
             else torch.empty(len(rows), *shape, dtype=dtype, device=rows.device)
             for piece, size, (dtype, shape) in zip(pieces, self.bytes, self.columns, strict=True)

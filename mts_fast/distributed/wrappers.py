@@ -107,6 +107,11 @@ def _group(
     return group if dist.get_world_size(group) > 1 else None
 
 
+def group_of(op: str, group: Any) -> dist.ProcessGroup | None:
+    """The group of more than one rank that an argument means; None for this process alone."""
+    return _group(op, nn.Identity(), group, None)
+
+
 def _default_group() -> dist.ProcessGroup | None:
     """The group of all ranks, where it is initialised."""
     dist = sys.modules.get("torch.distributed")

@@ -83,20 +83,14 @@ class DistributionSweep:
         chunk: int = CHUNK,
     ) -> None:
         size, dimension = _checked_shape(source)
-        for name, value in (("k", k), ("neighbors", neighbors), ("chunk", chunk)):
-            check_positive_int(OP, name, value)
-        check_choice(OP, "small_class", small_class, ("error", "pad"))
-        if neighbors >= size:
-            hint = "a sample is no neighbour of itself"
-            fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors, hint)
-        if k > size:
-            fail(ValueError, OP, "k", f"at most the pool size {size}", k, "no class is so large")
+        check_positive_int(OP, "chunk", chunk)
+        check_sizes(size, k, neighbors, small_class)
         self.source = source
         self.labels, self.is_synthetic = check_pool(OP, labels, is_synthetic, size)
         # the caller's class numbers may be large: tables by class are indexed by 0, 1, ... C - 1
         names, self.labels = self.labels.unique(return_inverse=True)
         if small_class == "error":
-            _check_class_sizes(self.labels, self.is_synthetic, names, k)
+            check_class_sizes(self.labels, self.is_synthetic, names, k)
         self.starts = range(0, size, chunk)
         self.chunk = chunk
         self.done = 0
@@ -269,9 +263,7 @@ class DistributionSweep:
         cosines, distance = centroid_distances(
             self._read(index), self.labels[rows], self._centroids
         )
-        name = "the distance of embeddings to their class's mean"
-        hint = "divide all of them by one number"
-        check_finite(OP, name, distance, hint, first=rows.start)
+        check_distances(distance, rows.start)
         self._cosines[rows], self._distance[rows] = cosines, distance
 
 
@@ -288,7 +280,25 @@ def _checked_shape(source: object) -> tuple[int, int]:
     return shape
 
 
-def _check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:
+def check_sizes(size: int, k: int, neighbors: int, small_class: str) -> None:
+    """Refuse options that do not fit a pool of that many samples."""
+    for name, value in (("k", k), ("neighbors", neighbors)):
+        check_positive_int(OP, name, value)
+    check_choice(OP, "small_class", small_class, ("error", "pad"))
+    if neighbors >= size:
+        hint = "a sample is no neighbour of itself"
+        fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors, hint)
+    if k > size:
+        fail(ValueError, OP, "k", f"at most the pool size {size}", k, "no class is so large")
+
+
+def check_distances(distance: Tensor, first: int = 0) -> None:
+    """Refuse embeddings that are too large to be compared with a mean."""
+    name = "the distance of embeddings to their class's mean"
+    check_finite(OP, name, distance, "divide all of them by one number", first=first)
+
+
+def check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:
     """Refuse a class with k samples of a source or fewer, as a sample is no neighbour of itself.
     `names` [C] are the classes as the caller numbers them."""
     hint = "pass small_class='pad' to accept this"

@@ -125,13 +125,7 @@ def _merge(
     """Offer `candidates` at similarity [chunk, candidates] to the lists of `chunk`."""
     rows = slice(chunk.start, chunk.start + len(chunk.unit))
     cosines, index = top_neighbors(similarity, lists.index.shape[1])
-    cosines = torch.cat([lists.similarity[rows], cosines], dim=1)
-    index = torch.cat([lists.index[rows], index + candidates.start], dim=1)
-    # sorted by index first: the stable sort by similarity then leaves ties in that order.
-    index, by_index = index.sort(dim=1)
-    best, place = top_neighbors(cosines.gather(1, by_index), lists.index.shape[1])
-    lists.similarity[rows] = best
-    lists.index[rows] = index.gather(1, place)
+    _merge_pool(lists, rows, cosines, index + candidates.start)
     same_class = chunk.labels[:, None] == candidates.labels[None, :]
     for best, chosen in (
         (lists.real, ~candidates.is_synthetic),
@@ -139,6 +133,25 @@ def _merge(
     ):
         allowed = similarity.masked_fill(~(same_class & chosen), EXCLUDED)
         best[rows] = torch.cat([best[rows], allowed], dim=1).topk(best.shape[1], dim=1).values
+
+
+def _merge_pool(lists: NeighborLists, rows: slice, cosines: Tensor, index: Tensor) -> None:
+    """Offer samples `index` at `cosines` [n, *] to the neighbours in the pool."""
+    cosines = torch.cat([lists.similarity[rows], cosines], dim=1)
+    index = torch.cat([lists.index[rows], index], dim=1)
+    # sorted by index first: the stable sort by similarity then leaves ties in that order.
+    index, by_index = index.sort(dim=1)
+    best, place = top_neighbors(cosines.gather(1, by_index), lists.index.shape[1])
+    lists.similarity[rows] = best
+    lists.index[rows] = index.gather(1, place)
+
+
+def merge_lists(lists: NeighborLists, others: NeighborLists, start: int) -> None:
+    """Merge other lists of samples start, start + 1, ... into theirs, in place."""
+    rows = slice(start, start + len(others.index))
+    _merge_pool(lists, rows, others.similarity, others.index)
+    for best, more in ((lists.real, others.real), (lists.synthetic, others.synthetic)):
+        best[rows] = torch.cat([best[rows], more], dim=1).topk(best.shape[1], dim=1).values
 
 
 def top_neighbors(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
