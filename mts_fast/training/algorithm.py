@@ -24,6 +24,7 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
+from mts_fast.ops.perturb import global_norm
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
@@ -34,7 +35,7 @@ from mts_fast.training.batch_run import (
 )
 from mts_fast.training.call import Call, Outcome, Prepared
 from mts_fast.training.finite import FiniteChecks
-from mts_fast.training.gradient_scaling import GradientScaling
+from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.compute import ComputeChoice
@@ -254,7 +255,10 @@ class Algorithm:
         reading losses may cost a forward)."""
 
         def rows() -> list[Tensor]:
-            dots = run.linearization.dots(direction).to(run.z.dtype)
+            along, size = self._representable(direction)
+            dots = run.linearization.dots(along).to(run.z.dtype)
+            if size is not None:
+                dots = dots * size
             if call.check_values:
                 hint = "lower the learning rate, or look for overflow in the model"
                 check_finite(OP, "the hypergradient dot of every sample", dots, hint)
@@ -263,6 +267,15 @@ class Algorithm:
         name = "dots and losses" if with_losses else "dots"
         dots, *losses = self.ranks.rows(name, batch.shard, rows)
         return dots, losses[0] if losses else dots
+
+    def _representable(self, direction: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """(direction / size, size); None for 1. Float16 has no numbers below 6e-8, as kappa v may
+        be; of unit length its products with activations are no larger than these."""
+        if not needs_scaler(self.parameters):
+            return direction, None
+        size = global_norm(direction)
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+        return [v / size.to(v.dtype) for v in direction], size
 
     def _loss(self, call: Call, run: Run, p: Tensor) -> Tensor:
         """sum p l [] over the samples here."""

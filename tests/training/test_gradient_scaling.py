@@ -126,3 +126,26 @@ def test_clipping_sees_the_unscaled_gradient(device):
     step = built(model, scaler=scaler, max_grad_norm=1e-3)
     step(x, 2 - y, val_inputs=x[:9], val_labels=y[:9])
     assert abs(gradient(model).norm().item() - 1e-3) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["ghost", "forward_mode", "double_backward"])
+def test_directions_below_float16_keep_their_digits(engine):
+    """kappa v of 1e-9 is no float16 number; the dots are as those of float32."""
+    dots = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        selector = mts_fast.Selector(0, 3, hidden=(4,))
+        step = mts_fast.MTSStep(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-8),
+            selector,
+            torch.optim.SGD(selector.parameters(), lr=0.1),
+            engine=engine,
+            online_features=False,
+        )
+        x, y = torch.randn(12, 6), torch.arange(12) % 3
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            dots.append(step(x, y, val_inputs=x[:6], val_labels=y[:6]).dots)
+    assert torch.cosine_similarity(dots[1], dots[0], dim=0) > 0.999
+    torch.testing.assert_close(dots[1].norm(), dots[0].norm(), rtol=2e-2, atol=0)
