@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -302,6 +303,7 @@ def _digest(same: dict[str, str]) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@functools.cache
 def _group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The same ranks over gloo; every rank of the group calls it."""
     ranks = dist.get_process_group_ranks(group)

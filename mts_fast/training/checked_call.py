@@ -139,6 +139,10 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
 def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     """The call with what the ranks have told each other."""
     shards = opened.shards
+    for name, shard in zip(("labels", "val_labels", "selector_batch.labels"), shards, strict=False):
+        if shard.total == 0:
+            hint = "pass at least one sample on one of them"
+            fail(ValueError, OP, name, "non-empty on some rank", "none on any", hint)
     if step._objective.sharding is not None:
         check_sharded_call(step, shards)
     batch = replace(call.batch, shard=shards[0])

@@ -60,6 +60,11 @@ def test_a_process_group_that_is_younger_than_the_step_is_refused(ranks):
         assert "process_group must be that of the step's construction" in text
 
 
+def test_a_batch_that_no_rank_has_is_refused(ranks):
+    for text in ranks.results(rank_failures.no_samples, 3):
+        assert "labels must be non-empty on some rank" in text
+
+
 def test_sampled_steps_are_refused(ranks):
     for text in ranks.results(rank_failures.sampled_step, 3):
         assert "compute must be None over several ranks, got 2" in text

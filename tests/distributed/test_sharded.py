@@ -3,7 +3,15 @@
 import pytest
 import torch
 from rank_pool import SLOW
-from rank_sharded import bytes_of_one, engine_of, refusal, sharded_bytes, train_sharded
+from rank_sharded import (
+    bytes_of_one,
+    engine_of,
+    refusal,
+    resume_sharded,
+    sharded_bytes,
+    train_sharded,
+    undone,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 # a difference over a step h of 1e-5 loses the digits of h; observed 2e-9
@@ -93,6 +101,16 @@ REFUSED = {
 def test_what_is_refused_by_name(ranks, what):
     for text in ranks.results(refusal, 2, {"refused": what}):
         assert REFUSED[what] in text, text
+
+
+def test_a_saved_state_goes_on(ranks):
+    for straight, resumed in ranks.results(resume_sharded, 2):
+        torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def test_a_call_that_raises_is_undone(ranks):
+    for text, same in ranks.results(undone, 2):
+        assert "features must be finite" in text and same
 
 
 def test_memory_of_a_rank(ranks):

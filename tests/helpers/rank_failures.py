@@ -181,6 +181,18 @@ def sampled_step(group):
     return "no error"
 
 
+def no_samples(group):
+    """The text of the error where no rank has a sample."""
+    step = make_step(group, {"online": False})
+    call = arguments(0, dist.get_rank(group), dist.get_world_size(group))
+    names = ("inputs", "labels", "features", "is_synthetic")
+    try:
+        step(**call | {name: call[name][:0] for name in names})
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def train_with_dropout(group):
     """The selector after three calls, with dropout inside; ranks draw different numbers."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)

@@ -1,5 +1,6 @@
 """What ranks of a pool run with models under fully_shard."""
 
+import copy
 import gc
 
 import torch
@@ -105,6 +106,47 @@ def engine_of(group, options):
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     engines = {step(**arguments(step, c, (6,) * size, rank)).engine for c in range(2)}
     return engines.pop()
+
+
+def resume_sharded(group):
+    """The selector after six calls, straight and from a state saved after three."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    ends = []
+    for resumes in (False, True):
+        step = sharded_step(group, {"optimizer": "adamw"})
+        if not resumes:
+            for call in range(3):
+                step(**arguments(step, call, (6,) * size, rank))
+            state = copy.deepcopy(step.state_dict())
+        else:
+            step.load_state_dict(state)
+        for call in range(3, 6):
+            step(**arguments(step, call, (6,) * size, rank))
+        whole = [p.full_tensor().detach() for p in step.model.parameters()]
+        ends.append((whole, step.state_dict()["selector"], step.steps))
+    return ends
+
+
+def undone(group):
+    """Whether a call that raises on all ranks leaves parameters and state as they were."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    step = sharded_step(group, {"optimizer": "adamw"})
+    step(**arguments(step, 0, (6,) * size, rank))
+    before = copy.deepcopy(step.state_dict())
+    bad = arguments(step, 1, (6,) * size, rank)
+    if rank == 1:
+        bad["features"] = bad["features"] * torch.nan
+    text = ""
+    try:
+        step(**bad)
+    except Exception as error:
+        text = str(error)
+    step(**arguments(step, 1, (6,) * size, rank))
+    other = sharded_step(group, {"optimizer": "adamw"})
+    other.load_state_dict(before)
+    other(**arguments(other, 1, (6,) * size, rank))
+    pairs = zip(step.model.parameters(), other.model.parameters(), strict=True)
+    return text, all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
 
 
 def refusal(group, options):
