@@ -178,6 +178,15 @@ def ranks_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def rank_features_table(_: str) -> str:
+    """Processor time of all ranks over that of one process."""
+    rows = json.loads((RESULTS / "rank_features.json").read_text())["rows"]
+    ratios = {name: ratio for row in rows for name, ratio in row["ratios"].items()}
+    lines = ["| ranks | processor time / one process |", "|---:|---:|"]
+    lines += [f"| {name.split()[2]} | {ratio:.2f} |" for name, ratio in ratios.items()]
+    return "\n".join(lines)
+
+
 def _runs(noun: str, benchmark: str) -> dict[str, dict]:
     """Model -> the row of one benchmark."""
     rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
@@ -228,7 +237,7 @@ TABLES = {
         "sampled-gradient": gradient_table,
         "sampled-accuracy": accuracy_table,
     },
-    "docs/scaling.md": {"data-parallel": ranks_table},
+    "docs/scaling.md": {"data-parallel": ranks_table, "rank-features": rank_features_table},
     "docs/gpu.md": {"triton-resources": resource_table},
 }
 
