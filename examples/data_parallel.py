@@ -47,7 +47,7 @@ def train() -> tuple[torch.nn.Module, float, list[float]]:
         step.load_state_dict(state["step"])
         batches.load_state_dict(state["batches"])
     val_inputs, val_labels = (part.tensor_split(ranks)[rank] for part in digits.validation)
-    while batches.epoch < EPOCHS:
+    while batches.epochs_done < EPOCHS:
         for i, (images, labels) in DataLoader(pool, batch_sampler=batches):
             result = step(
                 images,
@@ -66,7 +66,7 @@ def train() -> tuple[torch.nn.Module, float, list[float]]:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")  # with model and data on a GPU: "nccl"
     model, accuracy, curve = train()
     if int(os.environ.get("RANK", "0")) == 0:
         norm = torch.stack([p.detach().double().norm() for p in model.parameters()]).norm()

@@ -35,12 +35,15 @@ class Sharding:
     """
 
     def __init__(self, op: str, model: nn.Module) -> None:
+        self._op = op
         self._modules: list[Any] = [m for m in model.modules() if _is_sharded_module(m)]
         self._shards: dict[Tensor, Tensor] = {}
         self._meshes: list[Any] = []
         self._paths: dict[Tensor, str] = {}
         self._wholes: dict[int, Tensor] = {}
         self._model = model
+        # whether other ranks may be waiting inside of a forward or backward of this one
+        self.in_pass = False
         for module in self._modules:
             policy = getattr(_parameters_of(module), "offload_policy", None)
             if type(policy).__name__ == "CPUOffloadPolicy":
@@ -57,7 +60,7 @@ class Sharding:
                 expected = "sharded along its first axis over one group of ranks, as all others"
                 fail(RuntimeError, op, f"parameter {path!r}", expected, str(placements), hint)
             self._meshes = [mesh]
-            self._shards[parameter] = parameter.to_local().detach().requires_grad_()  # type: ignore[attr-defined]
+            self._shards[parameter] = parameter.to_local().detach()  # type: ignore[attr-defined]
         self._originals = {id(shard): p for p, shard in self._shards.items()}
 
     @staticmethod
@@ -80,8 +83,19 @@ class Sharding:
         return None
 
     def local(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The shard of each, always the same object."""
-        return [self._shards[p] for p in parameters]
+        """The shard of each, always the same object.
+
+        Raises:
+            RuntimeError: a parameter of something else.
+        """
+        if any(p not in self._shards for p in parameters):
+            hint = "train other parameters, as those of a loss, by an optimizer of their own"
+            expected = "of parameters of the sharded model"
+            fail(RuntimeError, self._op, "optimizer", expected, "one with others", hint)
+        return [self._trainable(p) for p in parameters]
+
+    def _trainable(self, parameter: Tensor) -> Tensor:
+        return self._shards[parameter].requires_grad_(parameter.requires_grad)
 
     def originals(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """The sharded parameter of each."""
@@ -108,6 +122,7 @@ class Sharding:
 
     def reshard(self) -> None:
         """Free what is gathered, so that the next forward gathers the shards as they are now."""
+        self.in_pass = False
         for module in self._modules:
             module.reshard()
 
@@ -116,11 +131,11 @@ class Sharding:
         view = object.__new__(type(optimizer))
         view.__dict__.update(optimizer.__dict__)
         view.param_groups = [
-            {**group, "params": [self._shards.get(p, p) for p in group["params"]]}
+            {**group, "params": [self._trainable(p) for p in group["params"]]}
             for group in optimizer.param_groups
         ]
         view.state = {  # type: ignore[assignment]
-            self._shards.get(p, p): {
+            self._shards[p]: {
                 name: value.to_local() if is_sharded(value) else value
                 for name, value in state.items()
             }
@@ -138,14 +153,20 @@ class Sharding:
         cotangent = torch.ones_like(outputs) if cotangent is None else cotangent
         with self._without_gradients():
             torch.autograd.backward(outputs, cotangent.to(outputs.dtype) * self._divisor())
+            self.in_pass = False
             gradients = [self._originals[id(p)].grad for p in parameters]
             return [None if g is None else g.to_local().detach() for g in gradients]  # type: ignore[attr-defined]
 
-    def spread(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Set `.grad` of the sharded parameters of these shards; of all others it is None."""
+    def spread(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Set `.grad` of the optimizer's parameters from these of shards; of others to None."""
         of_shard = dict(zip(map(id, parameters), gradients, strict=True))
-        for whole, shard in self._shards.items():
-            g = of_shard.get(id(shard))
+        for whole in (p for group in optimizer.param_groups for p in group["params"]):
+            g = of_shard.get(id(self._shards[whole]))
             whole.grad = None if g is None else self._spread(whole, g)
 
     def _spread(self, whole: Tensor, shard: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mts_fast._sharding import Sharding
 from mts_fast.distributed.buckets import Buckets
 from mts_fast.distributed.failure import Failure, raise_first
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
@@ -21,6 +22,7 @@ from mts_fast.distributed.ranks import Header, Opened, Sums
 from mts_fast.distributed.shard import Shard
 
 T = TypeVar("T")
+TOGETHER = 2  # in the place of a header's flag: no header
 GOOD, FAILED, OTHERWISE = 0, 1, 2  # of a rank in an exchange: OTHERWISE sends another layout
 
 
@@ -42,13 +44,13 @@ class Group:
         device: torch.device,
         *,
         in_band: bool,
-        sharded: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         self._op = op
         self._group = group
         self._device = device
         self._in_band = in_band
-        self._sharded = sharded  # gradients come summed from a backward
+        self._sharding = sharding  # of a model whose gradients come summed from a backward
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
         self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
@@ -75,7 +77,12 @@ class Group:
         # of the most sizes that a call has
         numbers = [status, probing, _digest(same), len(sizes), *sizes, *[0] * (4 - len(sizes))]
         said = self._agreed(numbers)
-        if any(s[0] != GOOD for s in said):
+        if any(s[1] == TOGETHER for s in said):
+            error = ValueError(
+                f"{self._op}: calls must be in step on all ranks, got one that goes on where this"
+                " one begins; give every rank the same accumulate= and as many calls"
+            )
+        if error is not None or any(s[0] != GOOD for s in said):
             self._raise_together(error)
         if any(s[2] != said[0][2] for s in said):
             self._raise_together(self._difference(same))
@@ -139,7 +146,7 @@ class Group:
             counts, tail = tail[: len(told)].tolist(), tail[len(told) :]
             if counts[0]:
                 self._raise_together(error)
-        if self._sharded:
+        if self._sharding is not None:
             return gradients, list(tail.unbind())
         total = [s if count else None for s, count in zip(sums, counts[1:], strict=True)]
         return total, list(tail.unbind())
@@ -168,13 +175,20 @@ class Group:
             result = compute()
         except Exception as e:
             error = self._caught(e)
-        if any(s[0] for s in self._agreed([error is not None])):
+        # as long as a header, so that ranks in different places are told apart
+        said = self._agreed([GOOD if error is None else FAILED, TOGETHER, *[0] * 6])
+        if any(s[1] != TOGETHER for s in said):
+            error = ValueError(
+                f"{self._op}: calls must be in step on all ranks, got one that begins where another"
+                " goes on; give every rank the same accumulate= and as many calls"
+            )
+        if error is not None or any(s[0] for s in said):
             self._raise_together(error)
         return result  # type: ignore[return-value]
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is set on one of the ranks."""
-        return any(s[0] for s in self._agreed([flag]))
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """Each set where one of the ranks has it set."""
+        return [any(column) for column in zip(*self._agreed(flags), strict=True)]
 
     def seed(self) -> None:
         """Seed torch's default generators by a number that all ranks have."""
@@ -184,7 +198,7 @@ class Group:
 
     def _caught(self, error: Exception) -> Exception:
         """An error that all ranks can be told of in the next exchange; another one is raised."""
-        if not getattr(error, "_mts_fast_in_flight", False):
+        if self._sharding is None or not self._sharding.in_pass:
             return error
         self._exchanges += 1
         if is_communication(error):
@@ -239,7 +253,10 @@ class Group:
     def _buckets_of(self, like: Sequence[Tensor]) -> Buckets:
         cached = self._buckets
         if cached is None or len(cached[0]) != len(like) or not all(map(is_, cached[0], like)):
-            cached = self._buckets = list(like), Buckets(like, numbers_alone=self._sharded)
+            cached = self._buckets = (
+                list(like),
+                Buckets(like, numbers_alone=self._sharding is not None),
+            )
         return cached[1]
 
     def _difference(self, same: dict[str, str]) -> ValueError:
@@ -271,6 +288,8 @@ class Group:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Inside, ranks wait for each other; where one does not come, it is named."""
+        if self._lost:
+            raise RuntimeError(_message(self._op, self._lost))
         self._exchanges += 1
         try:
             yield
@@ -279,6 +298,7 @@ class Group:
             raise RuntimeError(_message(self._op, self._lost)) from error
         except BaseException as error:
             leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
+            self._lost = f"{type(error).__name__} in the middle of an exchange here"
             raise
 
     def _who(self, error: Exception) -> str:
@@ -307,4 +327,5 @@ def _digest(same: dict[str, str]) -> int:
 def _group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The same ranks over gloo; every rank of the group calls it."""
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    timeout = getattr(getattr(group, "options", None), "_timeout", None)
+    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)

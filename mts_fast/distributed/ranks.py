@@ -64,8 +64,8 @@ class Ranks(Protocol):
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which no rank goes on alone."""
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is set on one of the ranks."""
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """Each set where one of the ranks has it set."""
 
     def seed(self) -> None:
         """Seed torch's default generators alike on all ranks, anew at each call."""
@@ -97,9 +97,9 @@ class Alone:
         """The work itself."""
         return compute()
 
-    def any(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """The flags themselves."""
+        return list(flags)
 
     def seed(self) -> None:
         """One process has one stream of numbers."""

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset, Sampler
 from mts_fast._check import check_bool, check_int, check_mapping, describe, fail
 
 OP = "GlobalBatchSampler"
+# what the batches follow from
+ORDER = ("size", "batch_size", "seed", "shuffle", "drop_last")
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -78,24 +80,34 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The rest of this epoch; the next one follows."""
+        """The rest of this epoch, or the next one where it is over."""
+        if self._position >= len(self):
+            self.set_epoch(self.epoch + 1)
         order = self._order()
         while self._position < len(self):
             start = self._position * self.batch_size
             batch = order[start : start + self.batch_size]
             self._position += 1
             yield batch.tensor_split(self.ranks)[self.rank].tolist()
-        self.set_epoch(self.epoch + 1)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that were given out whole."""
+        return self.epoch + (self._position >= len(self))
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch; an iteration that ends begins the next one by itself."""
+        """Begin an epoch; an iteration after one that has ended begins the next by itself."""
         self.epoch = check_int(OP, "epoch", epoch, low=0)
         self._position = 0
 
     def state_dict(self, batches: int | None = None) -> dict[str, int]:
         """Where the order is; `batches` of this epoch count as used, by default those given out."""
         position = self._position if batches is None else check_int(OP, "batches", batches, low=0)
-        return {"epoch": self.epoch, "position": position, "size": self.size, "seed": self.seed}
+        return {
+            "epoch": self.epoch,
+            "position": position,
+            **{name: int(getattr(self, name)) for name in ORDER},
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches of a state.
@@ -104,8 +116,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             TypeError, ValueError: no state, or one of another data set or order.
         """
         entries = check_mapping(OP, "state", state, "pass what state_dict() gave")
-        for name in ("size", "seed"):
-            if entries.get(name) != getattr(self, name):
+        for name in ORDER:
+            if entries.get(name) != int(getattr(self, name)):
                 hint = "make the sampler as the saved one was made"
                 expected = f"of a sampler with {name} {getattr(self, name)}"
                 fail(ValueError, OP, "state", expected, describe(entries.get(name)), hint)

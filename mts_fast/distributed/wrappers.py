@@ -63,8 +63,7 @@ def ranks_of(op: str, model: nn.Module, group: Any, sharding: Sharding | None = 
 
     device = next((p.device for p in model.parameters()), None)
     assert device is not None
-    sharded = sharding is not None
-    return Group(op, group, device, in_band=device.type == "cpu", sharded=sharded)
+    return Group(op, group, device, in_band=device.type == "cpu", sharding=sharding)
 
 
 def check_ranks(op: str, model: nn.Module, group: Any, ranks: Ranks) -> None:

@@ -65,6 +65,7 @@ class EngineChoice:
     memory: str = "fast"
     micro_batch: int | None = None
     op: str = "MTSStep"
+    across_ranks: bool = False  # batches of one sample are no kind of their own
     _engines: dict[str, Streamed] = field(default_factory=dict)
     _choices: dict[str, Choice] = field(default_factory=dict)  # by digest of the layout
     _pending: dict[str, Choice] = field(default_factory=dict)  # of the call that is under way
@@ -156,7 +157,13 @@ class EngineChoice:
     def with_parameters(self, parameters: Sequence[Tensor]) -> EngineChoice:
         """The same for other parameters: nothing is known of them."""
         return EngineChoice(
-            self.objective, parameters, self.name, self.memory, self.micro_batch, self.op
+            self.objective,
+            parameters,
+            self.name,
+            self.memory,
+            self.micro_batch,
+            self.op,
+            self.across_ranks,
         )
 
     def set_micro_batch(self, micro_batch: int) -> None:
@@ -177,7 +184,12 @@ class EngineChoice:
 
     def layout_of(self, batch: LabelledBatch) -> str:
         """A digest of what the choice depends on."""
-        kind = repr((self.objective.kind(batch.inputs), str(batch.labels.dtype)))
+        kind = repr(
+            (
+                self.objective.kind(batch.inputs, single=not self.across_ranks),
+                str(batch.labels.dtype),
+            )
+        )
         return hashlib.blake2b(kind.encode(), digest_size=8).hexdigest()
 
     def _choice(self, layout: str) -> Choice:

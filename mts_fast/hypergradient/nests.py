@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,10 @@ def join_nests(nests: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor])
         TypeError, ValueError: nests of different structure.
     """
     first = nests[0]
+    if isinstance(first, Tensor) and any(
+        isinstance(n, Tensor) and n.ndim == 0 and not torch.equal(n, first) for n in nests
+    ):
+        raise ValueError("numbers must be equal, got different ones; pass the same in every call")
     if any(type(n) is not type(first) for n in nests):
         got = sorted({type(n).__name__ for n in nests})
         raise TypeError(f"nests must be of one type, got {got}; pass the same in every call")
@@ -49,4 +54,6 @@ def join_nests(nests: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor])
     if isinstance(first, tuple | list):
         values = [join_nests(column, join) for column in zip(*nests, strict=True)]
         return type(first)(*values) if hasattr(first, "_fields") else values
+    if any(n != first for n in nests):
+        raise ValueError(f"others must be {first!r:.60}, got others; pass the same in every call")
     return first

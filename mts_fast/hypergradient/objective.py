@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,16 +82,6 @@ class LabelledBatch:
         return LabelledBatch(inputs, self.labels[samples], name=self.name)
 
 
-@contextlib.contextmanager
-def _marked_in_flight() -> Iterator[None]:
-    """Mark errors that leave other ranks waiting in the middle of a sharded forward or backward."""
-    try:
-        yield
-    except Exception as error:
-        error._mts_fast_in_flight = True  # type: ignore[attr-defined]
-        raise
-
-
 class Objective:
     """Per-sample losses of a model.
 
@@ -103,14 +93,21 @@ class Objective:
     where the model or the loss wrote into them, so does every later one.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None, *, op: str = "MTSStep") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None = None,
+        *,
+        op: str = "MTSStep",
+        sharding: Sharding | None = None,
+    ) -> None:
         self.model = model
         self.loss = loss
         self.op = op  # as errors name the caller
         inside = set(model.modules())
         self.world = World(model, *(m for m in _modules_of(loss) if m not in inside))
         # where the model is sharded, parameters are shards in all that is said of them
-        self.sharding = Sharding.of(op, model)
+        self.sharding = Sharding.of(op, model) if sharding is None else sharding
         # modes and grad mode -> whether the arguments of a forward are written to
         self._writes: dict[object, bool] = {}
         self._inspected: set[object] = set()
@@ -137,8 +134,7 @@ class Objective:
         """J^T cotangent per parameter, None where the outputs do not depend on it; of a sharded
         model summed over ranks."""
         if self.sharding is not None:
-            with _marked_in_flight():
-                return self.sharding.gradients(parameters, outputs, cotangent)
+            return self.sharding.gradients(parameters, outputs, cotangent)
         return list(
             torch.autograd.grad(
                 outputs, parameters, cotangent, retain_graph=retain_graph, allow_unused=True
@@ -161,8 +157,12 @@ class Objective:
         if torch.is_grad_enabled():
             # after a forward without gradients the cache may hold casts that have no graph
             torch.clear_autocast_cache()
-        with _marked_in_flight() if self.sharding is not None else contextlib.nullcontext():
+        if self.sharding is None:
             return self._on_copies("inputs", self._call, inputs)
+        self.sharding.in_pass = True  # until its backward ends, where there will be one
+        output = self._on_copies("inputs", self._call, inputs)
+        self.sharding.in_pass = torch.is_grad_enabled()
+        return output
 
     def losses(self, batch: LabelledBatch) -> Tensor:
         """Per-sample losses [B]."""
@@ -225,12 +225,13 @@ class Objective:
         """Whether the loss is known to be a cross-entropy or the like."""
         return self.loss is None or isinstance(self.loss, LOGARITHMIC)
 
-    def kind(self, inputs: Any) -> tuple[object, ...]:
-        """What distinguishes forwards: modes, autocast, and how the inputs are nested."""
+    def kind(self, inputs: Any, *, single: bool = True) -> tuple[object, ...]:
+        """What distinguishes forwards: modes, autocast, and how the inputs are nested; `single`:
+        and whether there is but one sample."""
         return (
             self.world.modes(),
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-            _structure(inputs),
+            _structure(inputs, single),
         )
 
     @property
@@ -330,14 +331,14 @@ def _modules_of(loss: Loss | None) -> list[nn.Module]:
     return list(dict.fromkeys(modules))
 
 
-def _structure(nest: Any) -> object:
+def _structure(nest: Any, single: bool) -> object:
     """Nesting, dtypes and numbers of axes; sizes vary from batch to batch."""
     if isinstance(nest, Tensor):
-        return str(nest.dtype), nest.ndim, nest.ndim > 0 and len(nest) == 1
+        return str(nest.dtype), nest.ndim, single and nest.ndim > 0 and len(nest) == 1
     if isinstance(nest, Mapping):
-        return tuple((str(name), _structure(value)) for name, value in nest.items())
+        return tuple((str(name), _structure(value, single)) for name, value in nest.items())
     if isinstance(nest, tuple | list):
-        return tuple(_structure(value) for value in nest)
+        return tuple(_structure(value, single) for value in nest)
     return type(nest).__name__
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -24,7 +24,6 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
-from mts_fast.ops.perturb import global_norm
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
@@ -35,7 +34,7 @@ from mts_fast.training.batch_run import (
 )
 from mts_fast.training.call import Call, Outcome, Prepared
 from mts_fast.training.finite import FiniteChecks
-from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
+from mts_fast.training.gradient_scaling import GradientScaling, representable
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.compute import ComputeChoice
@@ -186,7 +185,7 @@ class Algorithm:
                 prepared.gap = invariant_gap(weights, dots, compared, direction, self._total)
                 prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
-                signs = random_signs(weights, self.engines.calls(layout))
+                signs = random_signs(weights, call.number)
                 with preserved_buffers(world):
                     by_signs = self._gradient(learned, batch.shard.mine(weights * signs))
         after_scoring.restore()
@@ -255,7 +254,7 @@ class Algorithm:
         reading losses may cost a forward)."""
 
         def rows() -> list[Tensor]:
-            along, size = self._representable(direction)
+            along, size = representable(direction, self.parameters)
             dots = run.linearization.dots(along).to(run.z.dtype)
             if size is not None:
                 dots = dots * size
@@ -268,25 +267,74 @@ class Algorithm:
         dots, *losses = self.ranks.rows(name, batch.shard, rows)
         return dots, losses[0] if losses else dots
 
-    def _representable(self, direction: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
-        """(direction / size, size); None for 1. Float16 has no numbers below 6e-8, as kappa v may
-        be; of unit length its products with activations are no larger than these."""
-        if not needs_scaler(self.parameters):
-            return direction, None
-        size = global_norm(direction)
-        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
-        return [v / size.to(v.dtype) for v in direction], size
-
     def _loss(self, call: Call, run: Run, p: Tensor) -> Tensor:
         """sum p l [] over the samples here."""
         return (call.batch.shard.mine(p) * run.losses).sum()
 
-    def finish(self, call: Call, prepared: Prepared, scaling: GradientScaling) -> Outcome:
-        """Rows 7 to 9, without the step of the classifier's optimizer."""
-        gsnr = None
+    def finish(
+        self,
+        call: Call,
+        prepared: Prepared,
+        scaling: GradientScaling,
+        check: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Rows 7 to 9, without the step of the classifier's optimizer; `check` may still refuse."""
         run = prepared.run
-        z, p = run.z, run.p
+        gsnr, z, p = None, run.z, run.p
         gradient = prepared.gradient
+
+        def learn() -> None:
+            nonlocal gsnr, z, p
+            check()
+            gsnr, z, p = self._learned(call, prepared)
+
+        loss = prepared.loss
+        if prepared.overflow:
+            # in the gradient of row 3: the scaler skips this step
+            self.ranks.together(learn)
+        elif not call.reuses_gradient:
+
+            def row_9() -> Sums:
+                learn()
+                scaled = scaling.scaled(p)
+                gradient = run.linearization.gradient(run.part.weights(scaled))
+                gradient = run.part.completed(gradient, scaled)
+                if not scaling.active and call.check_values:
+                    check_losses(run.linearization)
+                    self._finite.check_gradient(gradient)
+                return gradient, [self._loss(call, run, p)]
+
+            gradient, (loss,) = self.ranks.summed(self.parameters, 1, row_9)
+        else:
+            assert gradient is not None
+            self.ranks.together(learn)
+            gradient = scaling.scaled_again(gradient)
+        assert gradient is not None and loss is not None
+        z = z.detach()
+        mine = call.batch.shard.mine
+        w = self.runner.scorer.weights(run.rows, z)
+        update = prepared.update
+        result = StepResult(
+            losses=run.losses,
+            loss=loss,
+            logits=mine(z),
+            weights=mine(w),
+            normalized_weights=mine(p),
+            val_loss=prepared.val_loss,
+            dots=None if update is None else prepared.shard.mine(update.dots),
+            self_check=prepared.gap,
+            gsnr=gsnr,
+            engine=prepared.engine,
+            masked_entries=prepared.masked,
+            sampling=self._note_draw(prepared, p),
+            of_all_ranks=None if self.ranks.size == 1 else (w, p),
+        )
+        return Outcome(gradient, result)
+
+    def _learned(self, call: Call, prepared: Prepared) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Rows 7 and 8, then the weights of the classifier's step: (GSNR, z, p)."""
+        gsnr, run = None, prepared.run
+        z, p = run.z, run.p
         if prepared.update is not None:
             # rows 7, 8
             if self.track_gsnr:
@@ -311,45 +359,7 @@ class Algorithm:
             p = self.runner.scorer.unweighted(run.rows, z)
         if call.check_values:
             check_weights(p, self.runner.scorer.class_weight)
-        loss = prepared.loss
-        if prepared.overflow:
-            pass  # the overflow in the gradient of row 3 makes the scaler skip this step
-        elif not call.reuses_gradient:
-
-            def row_9() -> Sums:
-                scaled = scaling.scaled(p)
-                gradient = run.linearization.gradient(run.part.weights(scaled))
-                gradient = run.part.completed(gradient, scaled)
-                if not scaling.active and call.check_values:
-                    check_losses(run.linearization)
-                    self._finite.check_gradient(gradient)
-                return gradient, [self._loss(call, run, p)]
-
-            gradient, (loss,) = self.ranks.summed(self.parameters, 1, row_9)
-        else:
-            assert gradient is not None
-            gradient = scaling.scaled_again(gradient)
-        assert gradient is not None and loss is not None
-        z = z.detach()
-        mine = call.batch.shard.mine
-        w = self.runner.scorer.weights(run.rows, z)
-        update = prepared.update
-        result = StepResult(
-            losses=run.losses,
-            loss=loss,
-            logits=mine(z),
-            weights=mine(w),
-            normalized_weights=mine(p),
-            val_loss=prepared.val_loss,
-            dots=None if update is None else prepared.shard.mine(update.dots),
-            self_check=prepared.gap,
-            gsnr=gsnr,
-            engine=prepared.engine,
-            masked_entries=prepared.masked,
-            sampling=self._note_draw(prepared, p),
-            of_all_ranks=None if self.ranks.size == 1 else (w, p),
-        )
-        return Outcome(gradient, result)
+        return gsnr, z, p
 
     def _allowed(self, engine: str, p: Tensor, losses: Tensor) -> Tensor:
         """The largest gap that right dots may have, []."""

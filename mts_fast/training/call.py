@@ -27,6 +27,7 @@ class Call:
     schedule: str
     computed: int | None  # how many samples of a batch are run; None: all, in one stage
     costs: Costs
+    number: int  # of the steps that were completed before
     probing: bool  # the dots are checked before anything rests on them
     check_values: bool  # read values to check them, which waits for a GPU
 

@@ -31,7 +31,7 @@ OP = "MTSStep"
 # attributes of a step that decide what ranks ask of each other
 OPTIONS = (
     *("schedule", "validation_mode", "val_objective", "selector_every", "warmup_steps"),
-    *("hypergradient_lr", "max_grad_norm", "track_gsnr"),
+    *("hypergradient_lr", "max_grad_norm", "track_gsnr", "accumulate"),
 )
 
 
@@ -47,6 +47,7 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
         return None
 
     def check() -> Call:
+        step._engines.begin()
         if step.accumulate > 1:
             _checked_alone(step, arguments)
         else:
@@ -131,6 +132,7 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
         schedule=step.schedule,
         computed=computed,
         costs=_costs(step, first, validation),
+        number=step.steps,
         probing=updates_selector and step._engines.is_probing(layout),
         check_values=check_values,
     )
@@ -177,6 +179,14 @@ def _header(step: StepParts, call: Call) -> Header:
             if value is not None
         ],
     }
+    weights = step.class_weight
+    same["class_weight"] = None if weights is None else weights.tolist()
+    if not any(isinstance(g["lr"], Tensor) for g in step.optimizer.param_groups):
+        same["the learning rates"] = [g["lr"] for g in step.optimizer.param_groups]
+    if step._objective.sharding is not None:  # each is a forward that all ranks gather for
+        same["the number of micro-batches"] = [
+            max(1, -(-size // (step._micro_batch or max(1, size)))) for size in sizes
+        ]
     number = step.steps + 1
     if not step._was_compared or number & (number - 1) == 0:
         same["the values of the selector's parameters"] = _checksums(step.selector.parameters())
@@ -197,7 +207,11 @@ def _checksums(parameters: Iterable[Tensor]) -> list[int]:
     """A number for each tensor that changes with any bit of it. Waits for a GPU."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = [p.detach().contiguous().view(kinds[p.element_size()]) for p in parameters]
-    return [int(b.sum(dtype=torch.int64)) for b in bits]
+    # odd factors: entries that change places change the sum
+    return [
+        int((b.flatten().long() * torch.arange(1, 2 * b.numel(), 2, device=b.device)).sum())
+        for b in bits
+    ]
 
 
 def _costs(step: StepParts, batch: CheckedBatch, validation: CheckedValidation) -> Costs:

@@ -9,11 +9,24 @@ import torch
 from torch import Tensor
 
 from mts_fast.hypergradient.precision import autocast_dtype
+from mts_fast.ops.perturb import global_norm
 
 
 def needs_scaler(parameters: Sequence[Tensor]) -> bool:
     """Whether the backwards run in float16, which rounds small gradients to 0."""
     return autocast_dtype(parameters) is torch.float16
+
+
+def representable(
+    direction: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """(direction / size, size); None for 1. Float16 has no numbers below 6e-8, as kappa v may be;
+    of unit length its products with activations are no larger than these."""
+    if not needs_scaler(parameters):
+        return direction, None
+    size = global_norm(direction)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    return [v / size.to(v.dtype) for v in direction], size
 
 
 @dataclass

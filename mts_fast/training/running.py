@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,23 +23,19 @@ from mts_fast.training.batch_run import BatchRunner
 from mts_fast.training.call import Call
 from mts_fast.training.gradient_scaling import GradientScaling, needs_scaler
 from mts_fast.training.gradients import set_gradients
+from mts_fast.training.optimizer_step import refuse_torn, stepped_on_all_ranks
 from mts_fast.training.pending_gap import PendingGap
 from mts_fast.training.result import StepResult
 from mts_fast.training.step_graph import StepGraph
 from mts_fast.training.step_parts import StepParts
 from mts_fast.training.transaction import (
     Transaction,
-    Versions,
     restore_dict,
     saved_dict,
-    state_bytes,
 )
 
 OP = "MTSStep"
 logger = logging.getLogger("mts_fast")
-# largest copy that is made by default so that `optimizer.step()` can be undone: a ResNet-50 with
-# momentum (102 MB of parameters, 102 MB of buffers) is just within
-ATOMIC_BYTES = 256 * 2**20
 
 
 # first scale of the step's own scaler, torch's default, and its divisor where float16 overflows
@@ -53,7 +50,7 @@ def check_can_run(step: StepParts) -> None:
         got = "a call from inside another (a hook?), or from a second thread"
         fail(RuntimeError, OP, "the call", "complete before the next one", got, hint)
     if step._torn:
-        raise RuntimeError(_torn_message(step._torn))
+        refuse_torn(step._torn)
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         hint = "leave torch.no_grad() or torch.inference_mode() around the call"
         got = "a call without gradients"
@@ -194,6 +191,8 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
         except Refused as refused:
             transaction.rewind()
             _next_engine(step, layout, refused)
+            probing = call.updates_selector and engines.is_probing(layout)
+            call = replace(call, probing=step._ranks.union([probing])[0])
             continue
         scale = _own_scale(step) if prepared.overflow else 1.0
         if scale > 1.0:
@@ -202,22 +201,18 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
             _take_own_scaler(step, max(1.0, scale / OWN_BACKOFF))
             continue
         written = transaction.written_parameters()
-        if not (written if step._knows_writes else step._ranks.any(bool(written))):
+        if step._knows_writes:
             break
-        if written:
-            _note_written(step, written)
+        written = _of_any_rank(step, written)
+        if not written:
+            break
+        for world in (step._world, step._objective.world, step._validation.world):
+            world.note_written(written)
         transaction.rewind()
     transaction.forget_parameters()
     step._knows_writes = True
-    outcome = algorithm.finish(call, prepared, scaling)
-    sharding = step._objective.sharding
-    if sharding is None:
-        set_gradients(step.optimizer, engines.parameters, outcome.gradient)
-    else:
-        sharding.spread(engines.parameters, outcome.gradient)
-    if step.selector_scheduler is not None:
-        step.selector_scheduler.step()
-    stepped = _step_optimizer(step, scaling, transaction, overflow=prepared.overflow)
+    outcome = algorithm.finish(call, prepared, scaling, lambda: _check_written(step, written))
+    stepped = stepped_on_all_ranks(step, outcome, prepared, scaling, transaction)
     if prepared.gap is not None and prepared.allowed is not None and not prepared.guarded:
         step._gap = PendingGap(prepared.gap, prepared.allowed, prepared.engine)
     step.steps += 1
@@ -241,49 +236,22 @@ def _next_engine(step: StepParts, layout: str, refused: Refused) -> None:
     step._ranks.together(choose)
 
 
-def _note_written(step: StepParts, parameters: list[Tensor]) -> None:
-    """Note that a forward writes to these parameters: from then on every forward but the training
-    one restores them. After the first call there is no copy to restart from."""
-    if step._knows_writes:
+def _of_any_rank(step: StepParts, written: list[Tensor]) -> list[Tensor]:
+    """Parameters that a first forward writes to, here or on another rank: from then on every
+    forward but the training one restores them."""
+    parameters = list(step._world.parameters())
+    seen = {id(p) for p in written}
+    flags = step._ranks.union([id(p) in seen for p in parameters])
+    return [p for p, flag in zip(parameters, flags, strict=True) if flag]
+
+
+def _check_written(step: StepParts, written: list[Tensor]) -> None:
+    """Refuse a write that begins after the first call: there is no copy to restart from."""
+    if written:
         names: dict[Tensor, str] = {p: n for n, p in step.model.named_parameters()}
-        got = f"a write to {names.get(parameters[0], 'one')!r}, which earlier calls did not make"
+        got = f"a write to {names.get(written[0], 'one')!r}, which earlier calls did not make"
         hint = "keep what forward writes in a buffer, or build a new MTSStep"
         fail(RuntimeError, OP, "model", "as it was in writing to its parameters", got, hint)
-    for world in (step._world, step._objective.world, step._validation.world):
-        world.note_written(parameters)
-
-
-def _step_optimizer(
-    step: StepParts, scaling: GradientScaling, transaction: Transaction, *, overflow: bool
-) -> bool:
-    """Step the classifier's optimizer, undone with the call where it raises; whether it stepped."""
-    copies = step.atomic
-    if copies is None:
-        copies = state_bytes(step.optimizer) <= ATOMIC_BYTES
-    versions = None
-    if copies:
-        transaction.save_optimizer()
-    else:
-        versions = Versions(step.optimizer, {p: n for n, p in step.model.named_parameters()})
-    try:
-        return scaling.step(step.optimizer, step._trainable, step.max_grad_norm, overflow=overflow)
-    except BaseException as error:
-        moved = [] if versions is None else versions.moved()
-        if not moved:
-            raise
-        step._torn = moved[0]
-        if isinstance(error, Exception):
-            raise RuntimeError(_torn_message(step._torn)) from error
-        error.add_note(_torn_message(step._torn))
-        raise
-
-
-def _torn_message(moved: str) -> str:
-    return (
-        f"{OP}: optimizer must be whole, got a step that raised after it had moved {moved!r} and"
-        " perhaps more; load a state with load_state_dict, and build MTSStep with atomic=True to"
-        " have such a step undone"
-    )
 
 
 def follow_changes(step: StepParts) -> None:

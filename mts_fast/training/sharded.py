@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from mts_fast._check import fail
@@ -36,10 +34,10 @@ def check_sharded(
 
 
 def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:
-    """Refuse batches for which ranks would run another number of forwards.
+    """Refuse batches for which ranks would not run the same forwards.
 
     Raises:
-        RuntimeError: a rank without samples, or with another number of micro-batches.
+        RuntimeError: a rank without samples; float16 autocast.
     """
     if needs_scaler(step._trainable):
         hint = "take bfloat16"
@@ -50,9 +48,3 @@ def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:
             hint = "spread the samples over all ranks, which gather its parameters together"
             expected = "given on every rank of a sharded model"
             fail(RuntimeError, OP, "inputs", expected, f"{shard.sizes} samples", hint)
-        counts = {math.ceil(size / (step._micro_batch or size)) for size in shard.sizes}
-        if len(counts) > 1:
-            hint = "give them as many samples, or leave micro_batch= out"
-            expected = "such that all ranks have as many micro-batches"
-            got = f"{step._micro_batch} for {shard.sizes} samples"
-            fail(RuntimeError, OP, "micro_batch", expected, got, hint)

@@ -63,7 +63,8 @@ class MTSStep(StepParts):
             micro-batch, as under data parallelism.
         accumulate: how many calls make a step: those before the last keep their batch (inputs, not
             activations) and return None, the last runs all of them as one batch, each call's
-            samples as a micro-batch unless micro_batch says otherwise.
+            samples as a micro-batch unless micro_batch says otherwise. Give each its own part of
+            the validation set: it is joined, too. `drop_waiting()` forgets an unfinished step.
         backend: "reference", "triton" or "cpp", for all ops inside; "auto" leaves the choice to
             `use_backend` and MTS_FAST_BACKEND around the call.
         loss: (output, labels) -> per-sample losses [B]; cross-entropy of the logits by default;
@@ -241,7 +242,10 @@ class MTSStep(StepParts):
                 self._scorer, selector_optimizer, scheduled=scheduled
             )
         self._objective = objective
-        self._validation = objective if val_loss is None else Objective(objective.model, val_loss)
+        self._validation = objective
+        if val_loss is not None:
+            sharding = objective.sharding
+            self._validation = Objective(objective.model, val_loss, sharding=sharding)
         self._world = World(
             *dict.fromkeys(
                 (*objective.world.roots, *self._validation.world.roots, self._scorer.selector)
@@ -255,7 +259,10 @@ class MTSStep(StepParts):
         self.candidate_dtype = candidate_dtype
         self._trainable = ops.trainable_parameters(optimizer)
         parameters = objective.tensors_of(self._trainable)
-        self._engines = EngineChoice(objective, parameters, engine, memory, micro_batch)
+        across = self._ranks.size > 1
+        self._engines = EngineChoice(
+            objective, parameters, engine, memory, micro_batch, across_ranks=across
+        )
         self._features = OfflineFeatures()
         if online_features:
             self._features = OnlineFeatures(
@@ -345,6 +352,15 @@ class MTSStep(StepParts):
                 check_finite(OP, "features of the samples", h, "inputs, val_inputs or the model")
                 check_finite(OP, "selector's output", z, "the selector has diverged")
             return self._scorer.weights(rows, z)
+
+    def drop_waiting(self) -> int:
+        """Forget the batches that wait for the rest of their step (accumulate=); how many.
+
+        Over several ranks every rank calls it.
+        """
+        number = len(self._waiting)
+        self._waiting.clear()
+        return number
 
     def __repr__(self) -> str:
         backend = ops.current_backend() if self.backend == "auto" else self.backend

@@ -127,6 +127,7 @@ class StepGraph:
         on_host, draws, scores_draw = self._draws.get(kind.key, (False, False, False))
         forward_once = engine in FORWARD_ONCE and step._micro_batch is None
         reasons = {
+            "several ranks take the step": step._ranks.size > 1,
             "its values are checked (check=)": call.check_values,
             "it computes a part of its batch (compute=)": call.computed is not None,
             "its losses are scaled (scaler=)": step.scaler is not None,

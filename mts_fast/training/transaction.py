@@ -173,6 +173,11 @@ class Transaction:
         """Copy the classifier's parameters and optimizer state, which its step moves."""
         self._saved = SavedOptimizer(self._optimizer)
 
+    @property
+    def copies_optimizer(self) -> bool:
+        """Whether the optimizer's step can be undone."""
+        return self._saved is not None
+
     def rewind(self) -> None:
         """Back to the start, so that the rows up to the selector's step can be run again."""
         self._ambient.restore()

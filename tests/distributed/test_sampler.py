@@ -55,6 +55,17 @@ def test_a_run_resumes_in_mid_epoch_on_other_ranks():
     assert before.state_dict(2)["position"] == 2
 
 
+def test_a_loader_that_asks_ahead_does_not_end_the_epoch():
+    sampler = GlobalBatchSampler(20, 4, rank=0, ranks=1)
+    assert len(list(sampler)) == 5 and sampler.epochs_done == 1
+    assert sampler.state_dict(3) | {"seed": 0} == sampler.state_dict() | {"position": 3}
+    resumed = GlobalBatchSampler(20, 4, rank=0, ranks=1)
+    resumed.load_state_dict(sampler.state_dict(3))
+    assert list(resumed) == of_all(20, 4, 1)[3:]
+    with pytest.raises(ValueError, match="state must be of a sampler with batch_size 5"):
+        GlobalBatchSampler(20, 5, rank=0, ranks=1).load_state_dict(sampler.state_dict())
+
+
 def test_a_loader_gives_numbers_and_samples():
     pool = IndexedDataset(TensorDataset(torch.arange(10.0) * 3))
     sampler = GlobalBatchSampler(len(pool), 5, rank=0, ranks=1)

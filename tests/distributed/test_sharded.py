@@ -90,7 +90,7 @@ REFUSED = {
     "muon": "optimizer must be elementwise where the model is sharded, got Muon",
     "offload": "model must be sharded on its device, got CPU offload",
     "partly": "parameter 'first.weight' must be sharded along its first axis",
-    "uneven": "micro_batch must be such that all ranks have as many",
+    "uneven": "the number of micro-batches must be the same on every rank",
     "empty": "inputs must be given on every rank of a sharded model",
     "scaler": "scaler must be None where the model is sharded",
     "compute": "compute must be None over several ranks",

@@ -106,6 +106,25 @@ def test_a_state_in_the_middle_of_a_step_is_refused():
     assert step(**calls[2]) is not None
 
 
+def test_what_waits_can_be_dropped():
+    step, calls = step_of(plain_model(), accumulate=CALLS), parts(0)
+    step(**calls[0] | {"inputs": calls[0]["inputs"] * torch.nan})
+    step(**calls[1])
+    with pytest.raises(ValueError, match="finite"):
+        step(**calls[2])
+    assert step.drop_waiting() == 2
+    assert [step(**c) is None for c in calls] == [True, True, False]
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(2.0), "other"])
+def test_numbers_that_differ_between_calls_are_refused(wrong):
+    step, calls = step_of(plain_model(), accumulate=CALLS), parts(0)
+    extra = torch.tensor(1.0) if isinstance(wrong, torch.Tensor) else "one"
+    step(**calls[0] | {"inputs": {"input": calls[0]["inputs"], "more": extra}})
+    with pytest.raises(ValueError, match="inputs must be given alike in every call"):
+        step(**calls[1] | {"inputs": {"input": calls[1]["inputs"], "more": wrong}})
+
+
 @pytest.mark.parametrize("value", [0, 1.5, True, None])
 def test_bad_numbers_of_calls(value):
     with pytest.raises((TypeError, ValueError), match="accumulate must be"):

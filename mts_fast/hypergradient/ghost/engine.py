@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mts_fast._isolation import (
@@ -240,14 +241,15 @@ class Ghost(Engine):
         axes = [k.axis(use, size) for use, k in zip(uses, history.knowledge, strict=True)]
         due = history.check_is_due()
         unsettled = [use for use, axis in zip(uses, axes, strict=True) if axis is None]
-        if not due and not capture.may_mix and not unsettled:
+        if not self._on_any(due or capture.may_mix or bool(unsettled)):
             return axes
         world = self.objective.world
         # backward passes may run parts of the forward again (checkpointing)
         with preserved_rng(world), preserved_buffers(world):
             self._checks += 1
-            suspect = due or capture.may_mix or has_gradients(graph, unsettled, self._checks)
-            if not suspect:
+            suspect = due or capture.may_mix
+            suspect = suspect or has_gradients(graph, unsettled, self._checks)
+            if not self._on_any(suspect):
                 return axes
             names = capture.roots() if due else None
             try:
@@ -268,6 +270,15 @@ class Ghost(Engine):
                     raise _WrongGuess(refused.reasons, turns) from refused
                 raise
         return axes
+
+    def _on_any(self, flag: bool) -> bool:
+        """Whether it is set here, or on another rank that has shards of this model: each pass over
+        the graph is one that all of them take."""
+        sharding = self.objective.sharding
+        if sharding is None:
+            return flag
+        device = self.parameters[0].device
+        return bool(sharding.largest(torch.tensor(float(flag), device=device)))
 
 
 class _WrongGuess(Unsupported):

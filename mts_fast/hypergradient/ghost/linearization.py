@@ -294,11 +294,19 @@ class LowMemoryLinearization(GhostLinearization):
             left = self.remainder.dots(tangents)
             assert left is not None
             total += left
-        self.visit(lambda use, axis, b: total.add_(self._dots(use, axis, b, tangents)))
+        self.visit(lambda use, axis, b: total.add_(self._dots(use, axis, b, tangents)), tangents)
+        if self.engine.objective.sharding is not None:
+            self.engine.objective.sharding.in_pass = False
         return total
 
-    def visit(self, consume: Callable[[RecordedCall, SampleAxis, Tensor], object]) -> None:
-        """Call `consume` with every use and its output gradient b of sum_i l_i, one at a time."""
+    def visit(
+        self,
+        consume: Callable[[RecordedCall, SampleAxis, Tensor], object],
+        tangents: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Call `consume` with every use and its output gradient b of sum_i l_i, one at a time; of
+        the roots it reads `tangents`."""
+        sharding = self.engine.objective.sharding
         graph, pairs = self._graph, self._uses
         assert graph is not None
         if not self._gradients_left:
@@ -308,6 +316,8 @@ class LowMemoryLinearization(GhostLinearization):
             use, axis = pairs[i]
             if axis is not None:
                 consume(use, axis, b)
+            elif sharding is not None and tangents is not None:
+                use.output_tangent(tangents)  # the other ranks gather them for theirs
 
         self._dots_are_due = False
         uses, ones = [use for use, _ in pairs], torch.ones_like(self._losses)
