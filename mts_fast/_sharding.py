@@ -36,9 +36,9 @@ class Sharding:
 
     def __init__(self, op: str, model: nn.Module) -> None:
         self._op = op
-        self._modules: list[Any] = [m for m in model.modules() if _is_sharded_module(m)]
+        self._modules: list[Any] = [m for m in model.modules() if is_a(m, SHARDED_MODULE)]
         self._shards: dict[Tensor, Tensor] = {}
-        self._meshes: list[Any] = []
+        self._mesh: Any = None
         self._paths: dict[Tensor, str] = {}
         self._wholes: dict[int, Tensor] = {}
         self._model = model
@@ -55,23 +55,24 @@ class Sharding:
             placements: tuple[Any, ...] = getattr(parameter, "placements", ())
             on_first_axis = len(placements) == 1 and placements[0].is_shard(0)
             mesh = getattr(parameter, "device_mesh", None)
-            if not on_first_axis or mesh not in (self._meshes or [mesh]):
+            if not on_first_axis or self._mesh not in (None, mesh):
                 hint = "call fully_shard(model) with one mesh of one dimension, without exceptions"
                 expected = "sharded along its first axis over one group of ranks, as all others"
                 fail(RuntimeError, op, f"parameter {path!r}", expected, str(placements), hint)
-            self._meshes = [mesh]
+            self._mesh = mesh
             self._shards[parameter] = parameter.to_local().detach()  # type: ignore[attr-defined]
         self._originals = {id(shard): p for p, shard in self._shards.items()}
 
     @staticmethod
     def of(op: str, model: nn.Module) -> Sharding | None:
         """That of a model; None where it is not sharded."""
-        return Sharding(op, model) if any(map(_is_sharded_module, model.modules())) else None
+        sharded = any(is_a(m, SHARDED_MODULE) for m in model.modules())
+        return Sharding(op, model) if sharded else None
 
     @property
     def group(self) -> Any:
         """The ranks that the parameters are spread over."""
-        return self._meshes[0].get_group()
+        return self._mesh.get_group()
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -214,7 +215,7 @@ class Sharding:
             factor = getattr(_parameters_of(module), "gradient_divide_factor", None)
             if factor is not None:
                 return float(factor)
-        return float(self._meshes[0].size())
+        return float(self._mesh.size())
 
 
 def _parameters_of(module: Any) -> Any:
@@ -224,5 +225,6 @@ def _parameters_of(module: Any) -> Any:
     return (groups or [None])[0] if groups is not None else state._fsdp_param_group
 
 
-def _is_sharded_module(module: nn.Module) -> bool:
-    return any(cls.__name__ == SHARDED_MODULE for cls in type(module).__mro__)
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether a module is of a class of that name, which need not be imported."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)

@@ -62,14 +62,13 @@ class Group:
 
     def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
         """Begin a call, of equal headers on all ranks."""
-        if self._lost:
-            raise RuntimeError(_message(self._op, self._lost))
-        checked, told, error = None, None, None
-        try:
+
+        def begun() -> tuple[T, Header]:
             checked = check()
-            told = header(checked)
-        except Exception as e:
-            error = self._caught(e)
+            return checked, header(checked)
+
+        result, error = self._tried(begun)
+        told = None if result is None else result[1]
         same = {} if told is None else {k: repr(v) for k, v in told.same.items()}
         status = GOOD if error is None else FAILED
         sizes = () if told is None else told.sizes
@@ -78,30 +77,23 @@ class Group:
         numbers = [status, probing, _digest(same), len(sizes), *sizes, *[0] * (4 - len(sizes))]
         said = self._agreed(numbers)
         if any(s[1] == TOGETHER for s in said):
-            error = ValueError(
-                f"{self._op}: calls must be in step on all ranks, got one that goes on where this"
-                " one begins; give every rank the same accumulate= and as many calls"
-            )
+            error = _out_of_step(self._op)
         if error is not None or any(s[0] != GOOD for s in said):
             self._raise_together(error)
         if any(s[2] != said[0][2] for s in said):
             self._raise_together(self._difference(same))
-        assert checked is not None
+        assert result is not None
         shards = tuple(
             Shard(tuple(int(s[4 + i]) for s in said), self.index) for i in range(len(sizes))
         )
-        return checked, Opened(shards, any(s[1] for s in said))
+        return result[0], Opened(shards, any(s[1] for s in said))
 
     def rows(
         self, name: str, shard: Shard, compute: Callable[[], Sequence[Tensor]]
     ) -> list[Tensor]:
         """Each tensor of `compute` as that of all ranks."""
-        tensors: list[Tensor] = []
-        error = None
-        try:
-            tensors = [t.detach() for t in compute()]
-        except Exception as e:
-            error = self._caught(e)
+        result, error = self._tried(lambda: [t.detach() for t in compute()])
+        tensors = result or []
         layout = self._layouts.get(name)
         while True:
             if layout is None:
@@ -119,13 +111,8 @@ class Group:
 
     def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
         """Gradients and numbers, summed over ranks."""
-        gradients: list[Tensor | None] = [None] * len(like)
-        numbers: list[Tensor] = []
-        error = None
-        try:
-            gradients, numbers = compute()
-        except Exception as e:
-            error = self._caught(e)
+        result, error = self._tried(compute)
+        gradients, numbers = result or ([None] * len(like), [])
         buckets = self._buckets_of(like)
         told = [float(error is not None), *(float(g is not None) for g in gradients)]
         sent = [n.detach().to(buckets.number_dtype).reshape(1) for n in numbers]
@@ -170,18 +157,11 @@ class Group:
 
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which all ranks go on, or none."""
-        result, error = None, None
-        try:
-            result = compute()
-        except Exception as e:
-            error = self._caught(e)
+        result, error = self._tried(compute)
         # as long as a header, so that ranks in different places are told apart
         said = self._agreed([GOOD if error is None else FAILED, TOGETHER, *[0] * 6])
         if any(s[1] != TOGETHER for s in said):
-            error = ValueError(
-                f"{self._op}: calls must be in step on all ranks, got one that begins where another"
-                " goes on; give every rank the same accumulate= and as many calls"
-            )
+            error = _out_of_step(self._op)
         if error is not None or any(s[0] for s in said):
             self._raise_together(error)
         return result  # type: ignore[return-value]
@@ -195,6 +175,13 @@ class Group:
         if self._seed is None:
             self._seed = self._told(torch.initial_seed())[0]
         torch.manual_seed((self._seed + self._exchanges) % 2**63)
+
+    def _tried(self, compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        """The result, or the error that all ranks can be told of."""
+        try:
+            return compute(), None
+        except Exception as error:
+            return None, self._caught(error)
 
     def _caught(self, error: Exception) -> Exception:
         """An error that all ranks can be told of in the next exchange; another one is raised."""
@@ -314,6 +301,13 @@ def _message(op: str, lost: str) -> str:
     return (
         f"{op}: every rank must be in the call, got {lost}; the process group is broken:"
         " start the ranks again from the last checkpoint"
+    )
+
+
+def _out_of_step(op: str) -> ValueError:
+    return ValueError(
+        f"{op}: calls must be in step on all ranks, got one that begins where another goes on; give"
+        " every rank the same accumulate= and as many calls"
     )
 
 

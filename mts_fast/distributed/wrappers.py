@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mts_fast._check import describe, fail
-from mts_fast._sharding import Sharding
+from mts_fast._sharding import Sharding, is_a
 from mts_fast.distributed.ranks import Alone, Ranks
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ OLD_SHARDED = "FullyShardedDataParallel"
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, whose own forward and hooks a step does not need;
     the module itself where it is not wrapped."""
-    return model.module if _is_a(model, DATA_PARALLEL) else model  # type: ignore[return-value]
+    return model.module if is_a(model, DATA_PARALLEL) else model  # type: ignore[return-value]
 
 
 def check_wrappers(op: str, arg: str, model: nn.Module) -> None:
@@ -33,10 +33,10 @@ def check_wrappers(op: str, arg: str, model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         where = f" at {path!r}" if path else ""
-        if _is_a(module, OLD_SHARDED):
+        if is_a(module, OLD_SHARDED):
             hint = "call torch.distributed.fsdp.fully_shard(model) in its place"
             fail(RuntimeError, op, arg, "sharded by fully_shard", f"{OLD_SHARDED}{where}", hint)
-        if path and _is_a(module, DATA_PARALLEL):
+        if path and is_a(module, DATA_PARALLEL):
             hint = "wrap all of it, compiled or not: DistributedDataParallel(torch.compile(model))"
             expected = "free of data-parallel wrappers inside"
             fail(RuntimeError, op, arg, expected, f"{DATA_PARALLEL}{where}", hint)
@@ -83,7 +83,7 @@ def _group(
     op: str, model: nn.Module, group: Any, sharding: Sharding | None
 ) -> dist.ProcessGroup | None:
     """The group of more than one rank; None for a process alone."""
-    wrapper = getattr(model, "process_group", None) if _is_a(model, DATA_PARALLEL) else None
+    wrapper = getattr(model, "process_group", None) if is_a(model, DATA_PARALLEL) else None
     if sharding is not None:
         wrapper = sharding.group
     if group == "auto":
@@ -117,7 +117,3 @@ def _default_group() -> dist.ProcessGroup | None:
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return None
     return dist.group.WORLD
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(module).__mro__)

@@ -24,6 +24,7 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
+from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
@@ -207,9 +208,9 @@ class Algorithm:
         sharding = self.objective.sharding
         if sharding is None:
             return ops.virtual_update(self.optimizer, gradient)
-        present = [g.abs().max() for g in gradient if g is not None and g.numel()]
-        zero = torch.zeros((), dtype=self.parameters[0].dtype, device=self.parameters[0].device)
-        largest = sharding.largest(torch.stack([zero, *present]).max())
+        # of one dtype on every rank, also where all shards are empty
+        present = [self.parameters[0].new_zeros(1), *(g for g in gradient if g is not None)]
+        largest = sharding.largest(largest_gradient(present))
         return ops.virtual_update(sharding.optimizer(self.optimizer), gradient, largest=largest)
 
     def _total(self, number: Tensor) -> Tensor:
@@ -231,11 +232,8 @@ class Algorithm:
                 check_finite(OP, "the penultimate features of val_inputs", computed, hint)
             return [computed]
 
-        (features.validation,) = self.ranks.rows(
-            "features of the validation batch",
-            call.validation.shard,
-            of_validation,
-        )
+        name, shard = "features of the validation batch", call.validation.shard
+        (features.validation,) = self.ranks.rows(name, shard, of_validation)
 
     def _gradient(self, run: Run, weights: Tensor) -> list[Tensor | None]:
         """sum p grad l over the samples of all ranks, for the weights of those here."""

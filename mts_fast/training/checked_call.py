@@ -42,17 +42,16 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
         Exception: what is wrong here, or that another rank has failed.
     """
     if len(step._waiting) + 1 < step.accumulate:
-        step._ranks.together(lambda: _checked_alone(step, arguments))
+        step._ranks.together(lambda: _check_waiting(step, arguments))
         step._waiting.append(arguments)
         return None
 
     def check() -> Call:
         step._engines.begin()
-        if step.accumulate > 1:
-            _checked_alone(step, arguments)
-        else:
-            check_can_run(step)
-            follow_changes(step)
+        check_can_run(step)
+        follow_changes(step)
+        if step._waiting:
+            _checked(step, arguments)  # what is wrong is named where it comes in
         calls = [*step._waiting, arguments]
         if step._streams_calls:
             _stream(step, max(len(c.batch.labels) for c in calls))
@@ -84,12 +83,12 @@ def _stream(step: StepParts, micro_batch: int) -> None:
         step._features.micro_batch = micro_batch
 
 
-def _checked_alone(step: StepParts, arguments: Arguments) -> None:
-    """One of the calls that make a step: what is wrong is named where it comes in."""
+def _check_waiting(step: StepParts, arguments: Arguments) -> None:
+    """A call that will wait, by itself and beside the one before it."""
     check_can_run(step)
     follow_changes(step)
     _checked(step, arguments)
-    joined_calls([*step._waiting, arguments])
+    joined_calls([*step._waiting[-1:], arguments])
 
 
 def _checked(step: StepParts, arguments: Arguments) -> Call:

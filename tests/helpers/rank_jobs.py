@@ -80,6 +80,18 @@ def selector_rows(call, size):
     ]
 
 
+# options of a job that are those of MTSStep
+STEP_OPTIONS = (
+    *("engine", "schedule", "micro_batch", "val_objective", "selector_every", "memory"),
+    *("warmup_steps", "max_grad_norm", "track_gsnr", "online_momentum", "validation_mode"),
+    *("accumulate", "compute", "scaler"),
+)
+
+
+def options_of_a_step(options):
+    return {name: options[name] for name in STEP_OPTIONS if name in options}
+
+
 def make_step(group, options):
     model = classifier(options.get("model", "mlp"))
     if options.get("wrapped") and group is not None:
@@ -87,8 +99,6 @@ def make_step(group, options):
     torch.manual_seed(1)
     online = options.get("online", True)
     selector = mts_fast.Selector(2 + 4 * online, CLASSES, hidden=(8,)).double()
-    names = ("engine", "schedule", "micro_batch", "val_objective", "selector_every", "memory")
-    more = ("warmup_steps", "max_grad_norm", "track_gsnr", "online_momentum", "validation_mode")
     return mts_fast.MTSStep(
         model,
         OPTIMIZERS[options.get("optimizer", "sgd")](model.parameters()),
@@ -97,7 +107,7 @@ def make_step(group, options):
         online_features=online,
         process_group=group,
         class_weight=torch.tensor([1.0, 2.0, 0.5]) if options.get("class_weight") else None,
-        **{k: options[k] for k in names + more if k in options},
+        **options_of_a_step(options),
     )
 
 

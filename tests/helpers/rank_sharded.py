@@ -5,11 +5,12 @@ import gc
 
 import torch
 import torch.distributed as dist
-from rank_jobs import CLASSES, OPTIMIZERS, WIDTH
+from rank_jobs import CLASSES, OPTIMIZERS, WIDTH, options_of_a_step
 from rank_settings import sharded_arguments
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import mts_fast
 
@@ -58,8 +59,6 @@ def sharded_step(group, options):
     torch.manual_seed(1)
     online = options.get("online", True)
     selector = mts_fast.Selector(2 + 4 * online, CLASSES, hidden=(8,)).double()
-    names = ("engine", "schedule", "micro_batch", "val_objective", "selector_every")
-    more = ("max_grad_norm", "track_gsnr", "accumulate", "compute", "scaler")
     return mts_fast.MTSStep(
         model,
         OPTIMIZERS[options.get("optimizer", "sgd")](model.parameters()),
@@ -67,7 +66,7 @@ def sharded_step(group, options):
         torch.optim.AdamW(selector.parameters(), lr=0.05),
         online_features=online,
         process_group="auto" if group is not None else None,
-        **{k: options[k] for k in names + more if k in options},
+        **options_of_a_step(options),
     )
 
 
@@ -174,9 +173,19 @@ def refusal(group, options):
     return "no error"
 
 
+def alive():
+    """Memory of the tensors that exist here: address -> bytes; without a compiler's stand-ins."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter, DTensor)]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    local = [t for t in local if t.layout is torch.strided and t.device.type == "cpu"]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+
+
 def sharded_bytes(group):
     """Of all tensors that are alive when v is known: parameters, state, theta' and v."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    before = alive()  # of other jobs
     step = sharded_step(group, {"online": False, "large": True})
     calls = [arguments(step, c, (8 // size,) * size, rank) for c in range(3)]
     step(**calls[0])
@@ -184,12 +193,7 @@ def sharded_bytes(group):
 
     def count(module, args, output):
         if not module.training:  # the validation forward at theta'
-            gc.collect()
-            alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-            local = [t.to_local() if hasattr(t, "full_tensor") else t for t in alive]
-            local = [t for t in local if t.layout is torch.strided and t.device.type == "cpu"]
-            memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
-            seen["bytes"] = sum(memory.values())
+            seen["bytes"] = sum(n for place, n in alive().items() if place not in before)
 
     step.model.register_forward_hook(count)
     step(**calls[1])
