@@ -17,6 +17,7 @@ from mts_fast._sharding import Sharding
 from mts_fast.distributed.buckets import Buckets
 from mts_fast.distributed.failure import Failure, raise_first
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
+from mts_fast.distributed.moving import Moves
 from mts_fast.distributed.packing import Layout
 from mts_fast.distributed.ranks import Header, Opened, Sums
 from mts_fast.distributed.shard import Shard
@@ -55,7 +56,7 @@ class Group:
         self.index = dist.get_rank(group)
         self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
         self._layouts: dict[str, Layout] = {}
-        self._buckets: tuple[list[Tensor], Buckets] | None = None
+        self._buckets: dict[int, tuple[list[Tensor], Buckets]] = {}  # by number of tensors
         self._exchanges = 0
         self._seed: int | None = None
         self._lost = ""  # who did not take part in an exchange; the group is broken since then
@@ -109,6 +110,36 @@ class Group:
                 return layout.unpacked(torch.cat(shard.joined(gathered)))
             layout = None
 
+    def moved(
+        self,
+        name: str,
+        before: Shard,
+        after: Shard,
+        compute: Callable[[], Sequence[Tensor] | None],
+    ) -> list[Tensor] | None:
+        """Rows of other ranks in place of those that these get."""
+        result, error = self._tried(compute)
+        tensors = [t.detach() for t in result or []]
+        layout = self._layouts.get(name)
+        mine = Layout.of(tensors) if len(before) and tensors else None
+        fits = layout is not None and (mine == layout or not len(before))
+        status = FAILED if error is not None else GOOD if fits else OTHERWISE
+        if OTHERWISE in self._statuses(status, error):
+            told = self._told((len(before) > 0, mine))
+            layouts = {of_rank for has_rows, of_rank in told if has_rows}
+            layout = layouts.pop() if len(layouts) == 1 else None
+            self._layouts.pop(name, None)
+            if layout is None:
+                return None
+            self._layouts[name] = layout
+        assert layout is not None
+        rows = layout.packed(tensors if len(before) else [], self._device)
+        return layout.unpacked(Moves.between(before, after).of(rows, self._exchange))
+
+    def _exchange(self, received: Tensor, sent: Tensor, of: list[int], to: list[int]) -> None:
+        with self._watched():
+            dist.all_to_all_single(received, sent, of, to, group=self._group)
+
     def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
         """Gradients and numbers, summed over ranks."""
         result, error = self._tried(compute)
@@ -158,23 +189,18 @@ class Group:
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which all ranks go on, or none."""
         result, error = self._tried(compute)
-        # as long as a header, so that ranks in different places are told apart
-        said = self._agreed([GOOD if error is None else FAILED, TOGETHER, *[0] * 6])
-        if any(s[1] != TOGETHER for s in said):
-            error = _out_of_step(self._op)
-        if error is not None or any(s[0] for s in said):
-            self._raise_together(error)
+        self._statuses(GOOD if error is None else FAILED, error)
         return result  # type: ignore[return-value]
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
         return [any(column) for column in zip(*self._agreed(flags), strict=True)]
 
-    def seed(self) -> None:
+    def seed(self, purpose: int = 0) -> None:
         """Seed torch's default generators by a number that all ranks have."""
         if self._seed is None:
             self._seed = self._told(torch.initial_seed())[0]
-        torch.manual_seed((self._seed + self._exchanges) % 2**63)
+        torch.manual_seed((self._seed + self._exchanges + (purpose << 40)) % 2**63)
 
     def _tried(self, compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """The result, or the error that all ranks can be told of."""
@@ -194,6 +220,16 @@ class Group:
         self._lost = "an error in the middle of a forward or backward here"
         leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}: {error}")
         raise error
+
+    def _statuses(self, status: int, error: Exception | None) -> list[int]:
+        """How every rank sees an exchange; raised together where one has failed."""
+        # as long as a header, so that ranks in different places are told apart
+        said = self._agreed([status, TOGETHER, *[0] * 6])
+        if any(s[1] != TOGETHER for s in said):
+            error = _out_of_step(self._op)
+        if error is not None or any(s[0] == FAILED for s in said):
+            self._raise_together(error)
+        return [s[0] for s in said]
 
     def _agreed(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank."""
@@ -238,12 +274,12 @@ class Group:
         return first
 
     def _buckets_of(self, like: Sequence[Tensor]) -> Buckets:
-        cached = self._buckets
-        if cached is None or len(cached[0]) != len(like) or not all(map(is_, cached[0], like)):
-            cached = self._buckets = (
-                list(like),
-                Buckets(like, numbers_alone=self._sharding is not None),
-            )
+        cached = self._buckets.get(len(like))
+        if cached is None or not all(map(is_, cached[0], like)):
+            if len(self._buckets) == 2:  # of a step without and with the last layer beside them
+                self._buckets.pop(next(iter(self._buckets)))
+            layout = Buckets(like, numbers_alone=self._sharding is not None)
+            cached = self._buckets[len(like)] = (list(like), layout)
         return cached[1]
 
     def _difference(self, same: dict[str, str]) -> ValueError:

@@ -58,6 +58,18 @@ class Ranks(Protocol):
         `name` is that of the exchange: one kind of tensors each.
         """
 
+    def moved(
+        self,
+        name: str,
+        before: Shard,
+        after: Shard,
+        compute: Callable[[], Sequence[Tensor] | None],
+    ) -> list[Tensor] | None:
+        """Each tensor [rows before, ...] of `compute`, as rows [rows after, ...] in the same order.
+
+        None on all ranks where one has no such tensors, or rows of another shape than the others.
+        """
+
     def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
         """Gradients of the parameters `like`, and `extra` further numbers, summed over ranks."""
 
@@ -67,8 +79,9 @@ class Ranks(Protocol):
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
 
-    def seed(self) -> None:
-        """Seed torch's default generators alike on all ranks, anew at each call."""
+    def seed(self, purpose: int = 0) -> None:
+        """Seed torch's default generators alike on all ranks, anew after each exchange and for
+        each purpose."""
 
 
 class Alone:
@@ -89,6 +102,17 @@ class Alone:
         """The tensors themselves."""
         return list(compute())
 
+    def moved(
+        self,
+        name: str,
+        before: Shard,
+        after: Shard,
+        compute: Callable[[], Sequence[Tensor] | None],
+    ) -> list[Tensor] | None:
+        """The tensors themselves."""
+        tensors = compute()
+        return None if tensors is None else list(tensors)
+
     def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
         """The sums themselves."""
         return compute()
@@ -101,5 +125,5 @@ class Alone:
         """The flags themselves."""
         return list(flags)
 
-    def seed(self) -> None:
+    def seed(self, purpose: int = 0) -> None:
         """One process has one stream of numbers."""

@@ -25,7 +25,6 @@ from mts_fast.hypergradient.guard import (
     unit_roundoff,
 )
 from mts_fast.reference.update_rules import largest_gradient
-from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
     Plan,
@@ -39,7 +38,7 @@ from mts_fast.training.gradient_scaling import GradientScaling, representable
 from mts_fast.training.result import StepResult
 from mts_fast.training.sampled.batch_statistics import batch_norms
 from mts_fast.training.sampled.compute import ComputeChoice
-from mts_fast.training.sampled.part import Sampled
+from mts_fast.training.sampled.part import Sampled, whole_gradient
 from mts_fast.training.selector_inputs import OfflineFeatures
 from mts_fast.training.selector_trainer import SelectorUpdate
 from mts_fast.training.validation import VirtualClassifier
@@ -109,19 +108,22 @@ class Algorithm:
         if not call.updates_selector:
             return prepared
         # row 3
-        linearization = run.linearization
+        linearization, part = run.linearization, run.part
         reports_loss = call.reuses_gradient or scaling.active  # row 9 may bring none
 
         def row_3() -> Sums:
-            weights = run.part.weights(run.p)
+            weights = part.shard.mine(part.weights(run.p))
             gradient = scaling.unscaled(linearization.gradient(scaling.scaled(weights)))
             if call.check_values and not scaling.active:
                 check_losses(linearization)
-            return gradient, [self._loss(call, run, run.p)] if reports_loss else []
+            loss = [self._loss(call, run, run.p)] if reports_loss else []
+            return gradient + part.rest(run.p), loss
 
-        computed, sums = self.ranks.summed(self.parameters, int(reports_loss), row_3)
-        prepared.loss = sums[0] if reports_loss else None
-        prepared.gradient = run.part.completed(computed, run.p)
+        like = [*self.parameters, *(self.parameters[i] for i in part.completed)]
+        sums, numbers = self.ranks.summed(like, int(reports_loss), row_3)
+        prepared.loss = numbers[0] if reports_loss else None
+        computed, rest = sums[: len(self.parameters)], sums[len(self.parameters) :]
+        prepared.gradient = whole_gradient(computed, part, rest)
         prepared.overflow = scaling.overflowed(prepared.gradient)
         if prepared.overflow:
             return prepared
@@ -165,7 +167,7 @@ class Algorithm:
                     # differences about BatchNorm's statistics start from a forward in the middle
                     gradients=max(probing + signed, call.computed is not None),
                     dots=True,
-                    computed=call.computed and min(call.computed, len(batch)),
+                    computed=call.computed and min(call.computed, batch.shard.total),
                     updates=True,
                     scores_apart=False,
                     weighted=True,
@@ -175,20 +177,20 @@ class Algorithm:
                 learned = self.runner.run(batch, plan)
                 after_scoring = learned.after_scoring
             prepared.learned = learned.part
-            here, weights = (f(learned.p) for f in (learned.part.weights, learned.part.all_weights))
+            shard, weights = learned.part.shard, learned.part.weights(learned.p)
             # J^T p of the samples that were run, to compare the dots with
             compared = computed if learned is run else []
             with preserved_buffers(world) if learned is not run else nullcontext():
                 if learned is not run and probing:
-                    compared = self._gradient(learned, here)
-                dots, losses = self._dots(call, learned, batch, direction, bool(compared))
+                    compared = self._gradient(learned, shard.mine(weights))
+                dots, losses = self._dots(call, learned, direction, bool(compared))
             if compared:
                 prepared.gap = invariant_gap(weights, dots, compared, direction, self._total)
                 prepared.allowed = self._allowed(engine.name, weights, losses)
             if signed:
                 signs = random_signs(weights, call.number)
                 with preserved_buffers(world):
-                    by_signs = self._gradient(learned, batch.shard.mine(weights * signs))
+                    by_signs = self._gradient(learned, shard.mine(weights * signs))
         after_scoring.restore()
         if probing:
             self._guard(prepared, weights, dots, compared, direction)
@@ -244,7 +246,6 @@ class Algorithm:
         self,
         call: Call,
         run: Run,
-        batch: CheckedBatch,
         direction: Sequence[Tensor],
         with_losses: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -262,7 +263,7 @@ class Algorithm:
             return [dots, run.linearization.losses] if with_losses else [dots]
 
         name = "dots and losses" if with_losses else "dots"
-        dots, *losses = self.ranks.rows(name, batch.shard, rows)
+        dots, *losses = self.ranks.rows(name, run.part.shard, rows)
         return dots, losses[0] if losses else dots
 
     def _loss(self, call: Call, run: Run, p: Tensor) -> Tensor:
@@ -278,6 +279,7 @@ class Algorithm:
     ) -> Outcome:
         """Rows 7 to 9, without the step of the classifier's optimizer; `check` may still refuse."""
         run = prepared.run
+        part = run.part
         gsnr, z, p = None, run.z, run.p
         gradient = prepared.gradient
 
@@ -295,8 +297,8 @@ class Algorithm:
             def row_9() -> Sums:
                 learn()
                 scaled = scaling.scaled(p)
-                gradient = run.linearization.gradient(run.part.weights(scaled))
-                gradient = run.part.completed(gradient, scaled)
+                gradient = run.linearization.gradient(part.shard.mine(part.weights(scaled)))
+                gradient = whole_gradient(gradient, part, part.rest(scaled))
                 if not scaling.active and call.check_values:
                     check_losses(run.linearization)
                     self._finite.check_gradient(gradient)

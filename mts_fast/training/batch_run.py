@@ -30,9 +30,9 @@ from mts_fast.hypergradient import Engine, LabelledBatch, Linearization, Objecti
 from mts_fast.training.batch import CheckedBatch, SelectorRows
 from mts_fast.training.no_samples import NoSamples
 from mts_fast.training.sampled.batch_statistics import batch_norms
-from mts_fast.training.sampled.candidates import find_head, look
+from mts_fast.training.sampled.candidates import Candidates, Head, find_head, look
 from mts_fast.training.sampled.checks import check_divisible, check_independent
-from mts_fast.training.sampled.part import Part, Sampled, Whole
+from mts_fast.training.sampled.part import Drawn, Part, Sampled, Whole
 from mts_fast.training.selector_inputs import OfflineFeatures, OnlineFeatures
 from mts_fast.training.selector_trainer import Scorer, SelectorTrainer
 
@@ -115,72 +115,104 @@ class BatchRunner:
                 check_losses(linearization)
             return h
 
-        rows, h = self._joined(batch, plan, forward)
+        rows, h, _ = self._joined(batch, plan, forward)
         before, z, p = self._score(rows, h, plan)
         return self._run(Whole(batch), linearization, None, rows, h, z, p, before)
 
     def _joined(
-        self, batch: CheckedBatch, plan: Plan, columns: Callable[[], Tensor]
-    ) -> tuple[SelectorRows, Tensor]:
-        """What the selector reads of the samples of all ranks; `columns` of those here, which are
-        not asked for where there are none."""
+        self,
+        batch: CheckedBatch,
+        plan: Plan,
+        columns: Callable[[], Tensor],
+        beside: Callable[[], list[Tensor]] = list,
+    ) -> tuple[SelectorRows, Tensor, list[Tensor]]:
+        """What the selector reads of the samples of all ranks, and the tensors `beside` it; of
+        `columns` and these for the samples here, which are not asked for where there are none."""
 
         def parts() -> list[Tensor]:
             h = columns() if len(batch) else batch.labels.new_empty(0, 0)
             if plan.check_values:
                 check_finite(OP, "the selector's input", h, ONLINE_HINT)
-            return [h, batch.classes, batch.is_synthetic]
+            return [h, batch.classes, batch.is_synthetic, *beside()]
 
-        h, classes, flags = self.ranks.rows("the selector's input", batch.shard, parts)
-        return SelectorRows(classes, flags), self.features.standardized(h, update=plan.updates)
+        name = "the selector's input" if plan.computed is None else "the candidates' input"
+        h, classes, flags, *others = self.ranks.rows(name, batch.shard, parts)
+        h = self.features.standardized(h, update=plan.updates)
+        return SelectorRows(classes, flags), h, others
 
     def _in_two_stages(self, batch: CheckedBatch, plan: Plan, k: int) -> Run:
-        if self.objective.is_compiled and batch_norms(self._world):
+        before_forward = SavedBuffers(self._world)
+        has_statistics = bool(batch_norms(self._world))
+        head = find_head(self.objective, self.parameters)
+        candidates = Candidates.none(batch)
+
+        def columns() -> Tensor:
+            nonlocal candidates
+            candidates, features = self._look(batch, head, plan)
+            return self.features.columns(batch, features)
+
+        def norms() -> list[Tensor]:
+            return [] if candidates.error_norms is None else [candidates.error_norms]
+
+        rows, h, of_all = self._joined(batch, plan, columns, norms)
+        before, z, p = self._score(rows, h, plan)
+        drawn_by = p
+        if not plan.weighted:  # row 9 weights by class alone
+            drawn_by = (p + self.scorer.unweighted(rows, z)) / 2
+        drawn = Drawn(rows, drawn_by, of_all[0] if of_all else None, k)
+        part = Sampled(
+            self.ranks, candidates, None if isinstance(head, str) else head, batch, drawn
+        )
+        after_scoring = RngState.capture(self._world)
+
+        def second_stage() -> Linearization:
+            # where stage 1 has moved the buffers, stage 2 begins as it did and leaves what it left
+            once: AbstractContextManager[object] = nullcontext()
+            if has_statistics:
+                once = Restoring(SavedBuffers(self._world).restore, before_forward.restore)
+            if not len(part.batch):
+                return NoSamples(plan.engine, part.batch)
+            with self._masks(plan), once:
+                linearization = self._linearize(part.batch, plan)
+                linearization.run()
+            if plan.probes:
+                check_independent(self.objective, part, linearization, before_forward)
+            return linearization
+
+        linearization = self.ranks.together(second_stage)
+        run = self._run(part, linearization, candidates.losses, rows, h, z, p, before)
+        if plan.forward_from is not None:
+            run.after_scoring = after_scoring
+        return run
+
+    def _look(
+        self, batch: CheckedBatch, head: Head | str, plan: Plan
+    ) -> tuple[Candidates, Tensor | None]:
+        """Stage 1, and penultimate features [B, D] in eval mode where the selector reads any."""
+        has_statistics = bool(batch_norms(self._world))
+        if self.objective.is_compiled and has_statistics:
             hint = "compile it without them, put them into eval mode, or leave compute= out"
             got = "BatchNorm in train mode under torch.compile"
             expected = "run by its modules, whose statistics a sampled step replaces"
             fail(RuntimeError, OP, "model", expected, got, hint)
         check_divisible(batch)
-        before_forward = SavedBuffers(self._world)
         # stage 1 gives the features of eval mode, unless it runs in train mode: then before it,
         # since it moves the running statistics
-        penultimate = None
-        has_statistics = bool(batch_norms(self._world))
+        features = None
         if has_statistics and self.features.watched is not None:
             with self._coarse(batch):
-                penultimate = self.features.penultimate(batch)
+                features = self.features.penultimate(batch)
         # statistics of all candidates keep the precision of the call
         with nullcontext() if has_statistics else self._coarse(batch):
             candidates = look(
                 self.objective,
                 batch,
-                find_head(self.objective, self.parameters),
+                head,
                 self.features.watched,
                 self.micro_batch,
                 check_values=plan.check_values,
             )
-        if penultimate is None:
-            penultimate = candidates.penultimate
-        rows, h = self._joined(batch, plan, lambda: self.features.columns(batch, penultimate))
-        before, z, p = self._score(rows, h, plan)
-        drawn_by = p
-        if not plan.weighted:  # row 9 weights by class alone
-            drawn_by = (p + self.scorer.unweighted(rows, z)) / 2
-        part = Sampled(candidates, batch, drawn_by, k)
-        after_scoring = RngState.capture(self._world)
-        # where stage 1 has moved the buffers, stage 2 begins as it did and leaves what it left
-        once: AbstractContextManager[object] = nullcontext()
-        if has_statistics:
-            once = Restoring(SavedBuffers(self._world).restore, before_forward.restore)
-        with self._masks(plan), once:
-            linearization = self._linearize(part.batch, plan)
-            linearization.run()
-        if plan.probes:
-            check_independent(self.objective, part, linearization, before_forward)
-        run = self._run(part, linearization, candidates.losses, rows, h, z, p, before)
-        if plan.forward_from is not None:
-            run.after_scoring = after_scoring
-        return run
+        return candidates, candidates.penultimate if features is None else features
 
     def _coarse(self, batch: CheckedBatch) -> AbstractContextManager[object]:
         """Autocast to the candidates' dtype, where there is one."""

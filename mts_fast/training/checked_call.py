@@ -13,8 +13,6 @@ from mts_fast.distributed import Header, Opened
 from mts_fast.training.accumulated import Arguments
 from mts_fast.training.accumulated import joined as joined_calls
 from mts_fast.training.batch import (
-    CheckedBatch,
-    CheckedValidation,
     check_batch,
     check_validation,
     joined,
@@ -32,6 +30,7 @@ OP = "MTSStep"
 OPTIONS = (
     *("schedule", "validation_mode", "val_objective", "selector_every", "warmup_steps"),
     *("hypergradient_lr", "max_grad_norm", "track_gsnr", "accumulate"),
+    *("compute", "candidate_dtype"),
 )
 
 
@@ -116,10 +115,6 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
         check_values=check_values,
         may_be_empty=several,
     )
-    computed = step._compute.number(len(first))
-    if computed is not None and several:
-        hint = "leave compute= out: every sample of every rank is computed"
-        fail(RuntimeError, OP, "compute", "None over several ranks", computed, hint)
     updates_selector = step.steps % step.selector_every == 0
     layout = step._engines.layout_of(first)
     return Call(
@@ -129,8 +124,8 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
         updates_selector=updates_selector,
         weighted=step.steps >= step.warmup_steps,
         schedule=step.schedule,
-        computed=computed,
-        costs=_costs(step, first, validation),
+        computed=None,
+        costs=_costs(step, len(first), len(validation)),
         number=step.steps,
         probing=updates_selector and step._engines.is_probing(layout),
         check_values=check_values,
@@ -152,8 +147,23 @@ def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     if second is not None:
         second = replace(second, shard=shards[2])
     return replace(
-        call, batch=batch, validation=validation, selector_batch=second, probing=opened.probing
+        call,
+        batch=batch,
+        validation=validation,
+        selector_batch=second,
+        computed=_computed(step, shards[0].total),
+        costs=_costs(step, shards[0].total, shards[1].total),
+        probing=opened.probing,
     )
+
+
+def _computed(step: StepParts, size: int) -> int | None:
+    """How many of the samples of all ranks are run; None: all, in one stage."""
+    number = step._compute.number(size)
+    if number is not None and step._objective.sharding is not None:
+        hint = "leave compute= out: every sample of every rank is computed"
+        fail(RuntimeError, OP, "compute", "None where the model is sharded", number, hint)
+    return number
 
 
 def _header(step: StepParts, call: Call) -> Header:
@@ -178,6 +188,8 @@ def _header(step: StepParts, call: Call) -> Header:
             if value is not None
         ],
     }
+    if step.compute is not None:  # drawn samples change their rank
+        same["the inputs"] = [[t.ndim for t in b.tensors()] for b in batches if b is not None]
     weights = step.class_weight
     same["class_weight"] = None if weights is None else weights.tolist()
     if not any(isinstance(g["lr"], Tensor) for g in step.optimizer.param_groups):
@@ -213,8 +225,8 @@ def _checksums(parameters: Iterable[Tensor]) -> list[int]:
     ]
 
 
-def _costs(step: StepParts, batch: CheckedBatch, validation: CheckedValidation) -> Costs:
-    """What the price of a sampled step of this batch depends on."""
+def _costs(step: StepParts, size: int, validation: int) -> Costs:
+    """What the price of a sampled step of so many samples depends on."""
     reads_features = step._features.watched is not None
     passes = 2 if reads_features and batch_norms(step._objective.world) else 1
-    return Costs(passes, len(validation) / max(1, len(batch)))
+    return Costs(passes, validation / max(1, size))

@@ -147,7 +147,7 @@ def _by_graph(step: StepParts, graph: StepGraph, call: Call) -> StepResult | Non
     if result.self_check is not None and allowed is not None:
         step._gap = PendingGap(result.self_check, allowed, result.engine)
     step.steps += 1
-    step._compute.count(call.costs)
+    step._compute.count(call.costs, step._ranks)
     engines.commit()
     return result
 
@@ -216,7 +216,7 @@ def _complete(step: StepParts, call: Call, transaction: Transaction) -> StepResu
     if prepared.gap is not None and prepared.allowed is not None and not prepared.guarded:
         step._gap = PendingGap(prepared.gap, prepared.allowed, prepared.engine)
     step.steps += 1
-    step._compute.count(call.costs)
+    step._compute.count(call.costs, step._ranks)
     step.skipped_steps += not stepped
     engines.commit()
     if step._graph is not None:

@@ -21,10 +21,10 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("by_hosts", [False, True])
+@pytest.mark.parametrize("options", [{}, {"by_hosts": True}, {"compute": 5}], ids=str)
 @pytest.mark.parametrize("failure", list(FAILURES))
-def test_all_ranks_raise_and_go_on(ranks, failure, by_hosts):
-    results = ranks.results(rank_failures.fail_once, 3, failure, by_hosts)
+def test_all_ranks_raise_and_go_on(ranks, failure, options):
+    results = ranks.results(rank_failures.fail_once, 3, failure, options)
     here, elsewhere = FAILURES[failure]
     for rank, (kind, text, unchanged, continued) in enumerate(results):
         assert (here if rank == 1 else elsewhere) in text, f"rank {rank}: {kind}: {text}"
@@ -63,11 +63,6 @@ def test_a_process_group_that_is_younger_than_the_step_is_refused(ranks):
 def test_a_batch_that_no_rank_has_is_refused(ranks):
     for text in ranks.results(rank_failures.no_samples, 3):
         assert "labels must be non-empty on some rank" in text
-
-
-def test_sampled_steps_are_refused(ranks):
-    for text in ranks.results(rank_failures.sampled_step, 3):
-        assert "compute must be None over several ranks, got 2" in text
 
 
 def test_a_selector_with_dropout_draws_alike(ranks):

@@ -93,7 +93,7 @@ REFUSED = {
     "uneven": "the number of micro-batches must be the same on every rank",
     "empty": "inputs must be given on every rank of a sharded model",
     "scaler": "scaler must be None where the model is sharded",
-    "compute": "compute must be None over several ranks",
+    "compute": "compute must be None where the model is sharded",
 }
 
 

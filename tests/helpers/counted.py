@@ -12,6 +12,7 @@ SENDERS = {
     "all_reduce": lambda tensor, **_: tensor,
     "all_gather": lambda parts, tensor, **_: tensor,
     "reduce_scatter_tensor": lambda output, tensor, **_: tensor,
+    "all_to_all_single": lambda output, tensor, *_, **__: tensor,
     "all_gather_into_tensor": lambda output, tensor, **_: tensor,
 }
 OBJECTS = (

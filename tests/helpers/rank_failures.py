@@ -44,11 +44,11 @@ class Trouble(nn.Module):
         raise OSError("no backward here")
 
 
-def fail_once(group, failure, by_hosts=False):
+def fail_once(group, failure, options):
     """(exception, its text, whether nothing changed, losses of the calls after it)."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    step = make_step(group, {})
-    step._ranks._in_band = not by_hosts
+    step = make_step(group, options)
+    step._ranks._in_band = not options.get("by_hosts")
     step.model.insert(1, Trouble())
     trouble, here = step.model[1], rank == 1
     step(**arguments(0, rank, size))
@@ -163,17 +163,6 @@ def step_before_the_group(group):
     """The text of the error of a step that was built before torch.distributed was initialised."""
     with mock.patch.object(dist, "is_initialized", lambda: False):
         step = make_step("auto", {})
-    try:
-        step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-def sampled_step(group):
-    """The text of the error of a sampled step."""
-    step = make_step(group, {})
-    step.compute = 2
     try:
         step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
     except RuntimeError as error:

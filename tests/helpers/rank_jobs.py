@@ -1,5 +1,9 @@
 """What ranks of a pool run: small trainings, whose results one process must give, too."""
 
+import contextlib
+import itertools
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 from counted import counted
@@ -7,6 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mts_fast
+from mts_fast.sampling import systematic_sample
+from mts_fast.training.sampled import part as sampled
 
 CLASSES, WIDTH, VALIDATION = 3, 6, 9
 
@@ -24,7 +30,19 @@ def classifier(kind="mlp"):
         return nn.Sequential(*layers, nn.Linear(256, CLASSES)).double()
     if kind == "unused":
         return Idle().double()
+    if kind == "no head":
+        return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), Table(8, CLASSES)).double()
+    if kind == "batchnorm":
+        layers = nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES)
+        return nn.Sequential(*layers).double()
     return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+class Table(nn.Linear):
+    """A last layer that is called twice: no control variate serves."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(x.square())
 
 
 class Idle(nn.Module):
@@ -111,6 +129,17 @@ def make_step(group, options):
     )
 
 
+def alike_draws():
+    """Inside, sampled steps draw the same samples on one process and on many."""
+    seeds = itertools.count()
+
+    def draw(inclusion, k, strata):
+        generator = torch.Generator().manual_seed(next(seeds))
+        return systematic_sample(inclusion, k, strata=strata, generator=generator)
+
+    return mock.patch.object(sampled, "systematic_sample", draw)
+
+
 def turned(sizes):
     """Every rank is another one's size in the next call."""
     return sizes[1:] + sizes[:1]
@@ -124,6 +153,25 @@ def train(group, options, sizes, val_sizes, calls):
     if options.get("by_hosts") and group is not None:
         step._ranks._in_band = False  # as on a GPU
     results = []
+    stack = contextlib.ExitStack()
+    if options.get("compute"):
+        stack.enter_context(alike_draws())
+    with stack:
+        _call(step, results, group, options, sizes, val_sizes, calls)
+    model = step._objective.model
+    return {
+        "model": {k: v.clone() for k, v in model.state_dict().items()},
+        "selector": {k: v.clone() for k, v in step.selector.state_dict().items()},
+        "momentum": [
+            {k: v for k, v in s.items() if isinstance(v, torch.Tensor)}
+            for s in step.optimizer.state.values()
+        ],
+        "results": results,
+    }
+
+
+def _call(step, results, group, options, sizes, val_sizes, calls):
+    rank = 0 if group is None else dist.get_rank(group)
     for call in range(calls):
         if group is not None:
             sizes, val_sizes = turned(sizes), turned(val_sizes)
@@ -147,17 +195,8 @@ def train(group, options, sizes, val_sizes, calls):
                 )
             }
             | {"statistics": torch.tensor(list(result.statistics.read().values()))}
+            | {"sampling": None if result.sampling is None else result.sampling.read()}
         )
-    model = step._objective.model
-    return {
-        "model": {k: v.clone() for k, v in model.state_dict().items()},
-        "selector": {k: v.clone() for k, v in step.selector.state_dict().items()},
-        "momentum": [
-            {k: v for k, v in s.items() if isinstance(v, torch.Tensor)}
-            for s in step.optimizer.state.values()
-        ],
-        "results": results,
-    }
 
 
 def arguments(call, rank, size, options=None, rows_each=4):

@@ -7,13 +7,14 @@ from subsets import design
 from torch import nn
 
 from mts_fast import reference, selector_gradient
+from mts_fast.distributed import Alone
 from mts_fast.hypergradient import Objective
 from mts_fast.hypergradient.choice import make_engine
 from mts_fast.sampling import difference_estimator, inclusion_probabilities, regression_estimator
-from mts_fast.training.batch import SelectorBatch, check_batch
+from mts_fast.training.batch import SelectorBatch, SelectorRows, check_batch
 from mts_fast.training.sampled import part as sampler
 from mts_fast.training.sampled.candidates import find_head, look
-from mts_fast.training.sampled.part import Sampled
+from mts_fast.training.sampled.part import Drawn, Sampled, whole_gradient
 
 M, K = 8, 4
 # logits of the selector: ordinary, one that takes nearly all, some that vanish
@@ -70,7 +71,14 @@ class World:
     def part(self, monkeypatch, subset):
         """The candidates with A chosen."""
         monkeypatch.setattr(sampler, "systematic_sample", lambda inclusion, k, strata: subset)
-        return Sampled(self.candidates, self.batch, self.p, len(subset))
+        rows = SelectorRows(self.batch.classes, self.batch.is_synthetic)
+        drawn = Drawn(rows, self.p, self.norms, len(subset))
+        return Sampled(Alone(), self.candidates, self.candidates.head, self.batch, drawn)
+
+
+def completed(part, linearization, p):
+    """The gradient of sum p l over the whole batch."""
+    return whole_gradient(linearization.gradient(part.weights(p)), part, part.rest(p))
 
 
 def flat(tensors):
@@ -87,7 +95,7 @@ def test_rows_3_and_9_are_unbiased_by_enumeration(monkeypatch, logits, loss):
         for subset, chance in zip(subsets, chances, strict=True):
             part = world.part(monkeypatch, subset)
             linearization = world.engine().linearize(part.batch, gradients=1, dots=False)
-            gradient = part.completed(linearization.gradient(part.weights(p)), p)
+            gradient = completed(part, linearization, p)
             mean = mean + chance * flat(gradient)
         exact = flat(world.exact_gradient(p))
         torch.testing.assert_close(mean, exact, rtol=0, atol=1e-10)
@@ -101,7 +109,7 @@ def test_the_last_layer_is_exact_for_every_draw(monkeypatch, logits):
     for subset in design(world.inclusion(K), K)[0][::7]:
         part = world.part(monkeypatch, subset)
         linearization = world.engine().linearize(part.batch, gradients=1, dots=False)
-        gradient = part.completed(linearization.gradient(part.weights(world.p)), world.p)
+        gradient = completed(part, linearization, world.p)
         for i in (-1, -2):
             torch.testing.assert_close(gradient[i], exact[i], rtol=0, atol=1e-12)
 
@@ -156,7 +164,7 @@ def test_batchnorm_of_all_candidates_computed_is_exact(monkeypatch, engine):
     subset = torch.arange(M)
     part = world.part(monkeypatch, subset)
     linearization = world.engine(engine).linearize(part.batch, gradients=1)
-    gradient = part.completed(linearization.gradient(part.weights(world.p)), world.p)
+    gradient = completed(part, linearization, world.p)
     torch.testing.assert_close(
         flat(gradient), flat(world.exact_gradient(world.p)), rtol=0, atol=1e-12
     )
@@ -180,7 +188,7 @@ def test_batchnorm_of_some_candidates_keeps_the_derivative_of_its_statistics(mon
     for _ in range(draws):
         part = world.part(monkeypatch, sampler.Draw(_systematic(pi, 8), pi).indices)
         linearization = world.engine("double_backward").linearize(part.batch, gradients=1)
-        gradient = part.completed(linearization.gradient(part.weights(world.p)), world.p)
+        gradient = completed(part, linearization, world.p)
         mean = mean + flat(gradient) / draws
     # the values of stage 1 do not depend on the draw
     stage_one = world.candidates.losses[part.draw.indices]

@@ -10,6 +10,7 @@ from step_run import StepRun
 from torch import nn
 
 import mts_fast
+from mts_fast.distributed import Alone
 from mts_fast.training.sampled.compute import SHARES, ComputeChoice, Costs
 
 
@@ -304,7 +305,7 @@ def test_auto_takes_the_smallest_price_times_variance(by_share, expected):
     for _ in range(7):
         assert choice.number(128) == 32
         choice._sums = excess(by_share)
-        choice.count(costs)
+        choice.count(costs, Alone())
     number = choice.number(128)
     assert number == (None if expected == 1.0 else round(128 * expected))
     prices = {s: costs.of(s) * (1 + e) for s, e in zip(SHARES, by_share, strict=True) if e == e}
@@ -319,7 +320,7 @@ def test_auto_that_computes_all_looks_again_before_it_decides_again():
         numbers.append(choice.number(128))
         if numbers[-1] is not None:
             choice._sums = excess([40.0, 20.0, 9.0, 3.0, 0.0] if call < 8 else [0.0] * 5)
-        choice.count(costs)
+        choice.count(costs, Alone())
     assert numbers[7:11] == [None] * 4  # decided in call 8
     assert numbers[11:15] == [64] * 4  # calls 12 to 15 draw a half, to have something to see
     assert numbers[15] == 8

@@ -36,6 +36,11 @@ class Head:
     weight: int | None  # index of the parameter; None: frozen, or made from others
     bias: int | None
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of those that are trained."""
+        return tuple(i for i in (self.weight, self.bias) if i is not None)
+
 
 @dataclass
 class Candidates:
@@ -50,6 +55,12 @@ class Candidates:
     statistics: CandidateStatistics
     parts: int  # micro-batches of the forward
     note: str  # why there is no control variate; "" where there is one
+
+    @classmethod
+    def none(cls, batch: LabelledBatch) -> Candidates:
+        """Of a rank without any."""
+        nothing = torch.zeros(0, device=batch.labels.device)
+        return cls(nothing, None, None, None, nothing, None, CandidateStatistics([], 0), 0, "")
 
     def approximate_dots(self, direction: Sequence[Tensor]) -> Tensor | None:
         """dhat_j = e_j^T (V h_j + v_b) [M], the last layer's part of d; (V, v_b) of kappa v."""

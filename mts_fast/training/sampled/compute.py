@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_int, describe, fail
+from mts_fast.distributed import Ranks
 from mts_fast.sampling import check_number_of_samples, inclusion_probabilities, variance_ratio
 from mts_fast.training.sampled.part import Sampled
 
@@ -97,7 +98,7 @@ class ComputeChoice:
             sums = _excess(training, learned)
             self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
-    def count(self, costs: Costs) -> None:
+    def count(self, costs: Costs, ranks: Ranks) -> None:
         """One more call is complete; before a revision the sums set out for the host."""
         if self.option != "auto":
             return
@@ -109,15 +110,15 @@ class ComputeChoice:
                 self._arrived.record()
             self._sums = None
         if _is_revision(self._calls + 1):
-            self._decide(costs)
+            self._decide(costs, ranks)
 
     def _exploring(self) -> bool:
         """Whether the call draws a part only to see what it would cost."""
         soon = range(self._calls + 2, self._calls + 2 + EXPLORING_CALLS)
         return self._share == 1.0 and any(map(_is_revision, soon))
 
-    def _decide(self, costs: Costs) -> None:
-        """Take the share of the smallest price times variance."""
+    def _decide(self, costs: Costs, ranks: Ranks) -> None:
+        """Take the share of the smallest price times variance; the largest that a rank would."""
         if self._host is None:
             return
         if self._arrived is not None:
@@ -127,7 +128,9 @@ class ComputeChoice:
         excess = excess.nan_to_num(nan=torch.inf)
         excess[-1] = 0.0  # all are computed
         prices = [costs.of(s) * (1 + float(e)) for s, e in zip(SHARES, excess, strict=True)]
-        self._share = SHARES[prices.index(min(prices))]
+        best = prices.index(min(prices))
+        chosen = ranks.union([i == best for i in range(len(SHARES))])
+        self._share = max(s for s, flag in zip(SHARES, chosen, strict=True) if flag)
         self._host = self._arrived = None
 
     def state_dict(self) -> dict[str, Any]:

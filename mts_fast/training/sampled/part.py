@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.diagnostics import SamplingStatistics
+from mts_fast.distributed import Ranks, Shard
 from mts_fast.hypergradient import LabelledBatch
 from mts_fast.sampling import (
     Draw,
@@ -24,9 +25,10 @@ from mts_fast.sampling import (
     systematic_sample,
     variance_ratio,
 )
-from mts_fast.training.batch import CheckedBatch
+from mts_fast.training.batch import CheckedBatch, SelectorRows
 from mts_fast.training.sampled.batch_statistics import ComputedBatch
-from mts_fast.training.sampled.candidates import Candidates
+from mts_fast.training.sampled.candidates import Candidates, Head
+from mts_fast.training.sampled.placing import place, seeded
 
 
 class Part(Protocol):
@@ -34,19 +36,37 @@ class Part(Protocol):
 
     @property
     def batch(self) -> LabelledBatch:
-        """The samples that are run."""
+        """The samples that are run here."""
+
+    @property
+    def shard(self) -> Shard:
+        """Which ones of those that all ranks run."""
+
+    @property
+    def completed(self) -> Sequence[int]:
+        """The parameters, by number, whose gradient is known of all samples."""
 
     def weights(self, p: Tensor) -> Tensor:
-        """The weights of the samples that are run here, for weights p of the batch."""
+        """The weights of the samples that all ranks run, for weights p of the batch."""
 
-    def all_weights(self, p: Tensor) -> Tensor:
-        """The same for the samples that all ranks run."""
-
-    def completed(self, gradient: list[Tensor | None], p: Tensor) -> list[Tensor | None]:
-        """The gradient of sum p l over the batch, from that of the weighted samples."""
+    def rest(self, p: Tensor) -> list[Tensor | None]:
+        """What the gradients of the `completed` lack of sum p l over the batch here, from that of
+        the weighted samples."""
 
     def spread(self, dots: Tensor, direction: Sequence[Tensor], p: Tensor, z: Tensor) -> Tensor:
-        """What takes the place of d in row 7, for the whole batch."""
+        """What takes the place of d in row 7, for the batch of all ranks."""
+
+
+def whole_gradient(
+    gradient: Sequence[Tensor | None], part: Part, rest: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradient of the batch, from that of the samples that were run."""
+    whole = list(gradient)
+    for i, more in zip(part.completed, rest, strict=True):
+        old = whole[i]
+        if more is not None:
+            whole[i] = more if old is None else old + more.to(old.dtype)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -54,51 +74,81 @@ class Whole:
     """Every sample is computed."""
 
     batch: CheckedBatch
+    completed: tuple[int, ...] = ()
+
+    @property
+    def shard(self) -> Shard:
+        """That of the batch."""
+        return self.batch.shard
 
     def weights(self, p: Tensor) -> Tensor:
-        """Those of this rank."""
-        return self.batch.shard.mine(p)
-
-    def all_weights(self, p: Tensor) -> Tensor:
         """p."""
         return p
 
-    def completed(self, gradient: list[Tensor | None], p: Tensor) -> list[Tensor | None]:
-        """The gradient itself."""
-        return gradient
+    def rest(self, p: Tensor) -> list[Tensor | None]:
+        """Nothing is missing."""
+        return []
 
     def spread(self, dots: Tensor, direction: Sequence[Tensor], p: Tensor, z: Tensor) -> Tensor:
         """d."""
         return dots
 
 
-class Sampled:
-    """k of M candidates are computed; equations in mts_fast/sampling/estimators.py."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a draw of k from the candidates of all ranks goes by."""
 
-    def __init__(self, candidates: Candidates, batch: CheckedBatch, p: Tensor, k: int) -> None:
+    rows: SelectorRows
+    p: Tensor  # [M]
+    error_norms: Tensor | None  # [M]
+    k: int
+
+
+class Sampled:
+    """k of M candidates are computed; equations in mts_fast/sampling/estimators.py.
+
+    The draw is one of the candidates of all ranks, which each rank makes alike.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        candidates: Candidates,
+        head: Head | None,
+        batch: CheckedBatch,
+        drawn: Drawn,
+    ) -> None:
+        self._ranks = ranks
         self._candidates = candidates
         self._all = batch
-        self.sizes = size_measure(p, candidates.error_norms)
-        inclusion = inclusion_probabilities(self.sizes, k)
+        self._norms = drawn.error_norms
+        self.completed = () if head is None else head.numbers
+        self.sizes = size_measure(drawn.p, self._norms)
+        inclusion = inclusion_probabilities(self.sizes, drawn.k)
         # samples of one class and source have gradients that are alike
-        strata = 2 * batch.classes + batch.is_synthetic
-        self.draw = Draw(systematic_sample(inclusion, k, strata=strata), inclusion)
-        self._p = p
+        strata = 2 * drawn.rows.classes + drawn.rows.is_synthetic
+        with seeded(ranks, inclusion):
+            indices = systematic_sample(inclusion, drawn.k, strata=strata)
+        self.draw = Draw(indices, inclusion)
+        self._p = drawn.p
         self.noise: Tensor | None = None  # [k], residual part of each cotangent
         self.signal: Tensor | None = None  # [k], each cotangent
         self._regression: Regression | None = None
-        computed = batch.at(self.draw.indices)
         statistics = candidates.statistics
+        # under BatchNorm a sample belongs to the statistics of its rank
+        placed = place(ranks, batch, indices, may_move=not statistics.modules)
+        self.shard = placed.shard
+        self.batch: LabelledBatch = placed.batch
+        self._rows_here = placed.rows
         if statistics.modules:
-            computed = ComputedBatch(
-                computed.inputs,
-                computed.labels,
-                self.draw.expansion(p),
+            self.batch = ComputedBatch(
+                self.batch.inputs,
+                self.batch.labels,
+                self.shard.mine(self.draw.expansion(drawn.p)),
                 statistics,
                 float(statistics.size),
                 name=batch.name,
             )
-        self.batch: LabelledBatch = computed
 
     @property
     def has_statistics(self) -> bool:
@@ -107,8 +157,8 @@ class Sampled:
 
     @property
     def losses_of_stage_1(self) -> Tensor:
-        """[k], of the computed samples."""
-        return self._candidates.losses[self.draw.indices]
+        """Of the computed samples here, where none has come from another rank."""
+        return self._candidates.losses[self._rows_here]
 
     @property
     def independent_in_eval_mode(self) -> LabelledBatch | None:
@@ -129,28 +179,21 @@ class Sampled:
     @property
     def gradient_sizes(self) -> Tensor:
         """p n [M], what each candidate's part of the classifier's gradient is taken to measure."""
-        norms = self._candidates.error_norms
-        return self._p if norms is None else self._p * norms
+        return self._p if self._norms is None else self._p * self._norms
 
     def weights(self, p: Tensor) -> Tensor:
         """c p [k]."""
         return self.draw.weights(p)
 
-    def all_weights(self, p: Tensor) -> Tensor:
-        """c p [k]: one rank draws."""
-        return self.weights(p)
-
-    def completed(self, gradient: list[Tensor | None], p: Tensor) -> list[Tensor | None]:
-        """The last layer's part by the difference estimator: plus sum_j r_j e_j h_j^T."""
-        whole = list(gradient)
-        for i, part in self._candidates.last_layer_gradient(self.draw.left_out(p)).items():
-            old = whole[i]
-            whole[i] = part if old is None else old + part.to(old.dtype)
-        return whole
+    def rest(self, p: Tensor) -> list[Tensor | None]:
+        """The last layer's part by the difference estimator: sum_j r_j e_j h_j^T."""
+        r = self._all.shard.mine(self.draw.left_out(p))
+        gradient = self._candidates.last_layer_gradient(r)
+        return [gradient.get(i) for i in self.completed]
 
     def spread(self, dots: Tensor, direction: Sequence[Tensor], p: Tensor, z: Tensor) -> Tensor:
         """D [M] of the regression estimator; also notes what it says of its own variance."""
-        approximate = self._candidates.approximate_dots(direction)
+        approximate = self._approximate_dots(direction, dots.dtype)
         regression = regression_estimator(self.draw, p, dots, approximate)
         at = self.draw.indices
         slope_of_p = (p * (1 - torch.sigmoid(z.detach())))[at].to(dots.dtype)
@@ -160,6 +203,22 @@ class Sampled:
         self.signal = slope_of_p * (dots - mean)
         self._regression = regression
         return regression.dots
+
+    def _approximate_dots(self, direction: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """dhat [M]; 0 on ranks that know none, None where one process does not."""
+
+        def here() -> Tensor | None:
+            return self._candidates.approximate_dots(direction)
+
+        if self._ranks.size == 1:
+            return here()
+
+        def rows() -> list[Tensor]:
+            values = here()
+            zeros = torch.zeros(len(self._all), dtype=dtype, device=self._all.labels.device)
+            return [zeros if values is None else values.to(dtype)]
+
+        return self._ranks.rows("approximate dots", self._all.shard, rows)[0]
 
     def variance(self) -> Tensor | None:
         """[], of the selector's gradient by drawing over that of the batch; None without dots."""
