@@ -146,7 +146,7 @@ class _Pool:
             class_centroids_(mine, self.x, self.shard.mine(labels), self.is_synthetic)
             return [mine.sums], []
 
-        summed = self.ranks.summed([total.sums], 0, sums)[0][0]
+        summed = self.ranks.summed("sums of classes", [total.sums], 0, sums)[0][0]
         counts = torch.bincount(labels + classes * flags, minlength=2 * classes).view(2, classes)
         return ClassCentroids(total.sums if summed is None else summed, counts)
 

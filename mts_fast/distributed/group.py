@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mts_fast._sharding import Sharding
-from mts_fast.distributed.buckets import Buckets
+from mts_fast.distributed.buckets import Overlap, Sending
 from mts_fast.distributed.failure import Failure, raise_first
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.moving import Moves
@@ -56,7 +55,7 @@ class Group:
         self.index = dist.get_rank(group)
         self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
         self._layouts: dict[str, Layout] = {}
-        self._buckets: dict[int, tuple[list[Tensor], Buckets]] = {}  # by number of tensors
+        self._overlaps: dict[str, Overlap] = {}
         self._exchanges = 0
         self._seed: int | None = None
         self._lost = ""  # who did not take part in an exchange; the group is broken since then
@@ -140,34 +139,62 @@ class Group:
         with self._watched():
             dist.all_to_all_single(received, sent, of, to, group=self._group)
 
-    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
-        """Gradients and numbers, summed over ranks."""
-        result, error = self._tried(compute)
-        gradients, numbers = result or ([None] * len(like), [])
-        buckets = self._buckets_of(like)
-        told = [float(error is not None), *(float(g is not None) for g in gradients)]
-        sent = [n.detach().to(buckets.number_dtype).reshape(1) for n in numbers]
-        sent += [torch.zeros(1, dtype=buckets.number_dtype, device=self._device)] * (
-            extra - len(numbers)
-        )
-        if self._in_band:
-            sent.insert(0, torch.tensor(told, dtype=buckets.number_dtype))
-            counts: list[float] = []
-        else:
-            counts = [float(sum(c)) for c in zip(*self._agreed(list(map(int, told))), strict=True)]
+    def summed(
+        self, name: str, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]
+    ) -> Sums:
+        """Gradients and numbers, summed over ranks; sums may begin while `compute` works."""
+        overlap = self._overlap(name, like)
+        sending = overlap.buckets.send(self._group)
+
+        def watched() -> Sums:
+            with overlap.watching(sending):
+                return compute()
+
+        try:
+            result, error = self._tried(watched)
+            gradients, numbers = result or ([None] * len(like), [])
+            astray = error is None and overlap.went_astray(sending, gradients)
+            told = [error is not None, astray, *(g is not None for g in gradients)]
+            sums, counts, numbers = self._sum(sending, told, gradients, numbers, extra)
             if counts[0]:
                 self._raise_together(error)
-        tail = torch.cat([t.to(self._device) for t in sent]) if sent else torch.zeros(0)
+            if counts[1]:
+                overlap.stop()
+                sending = overlap.buckets.send(self._group)
+                with self._watched():
+                    sending.start_rest(gradients, torch.zeros(1, device=self._device))
+                    sums, _ = sending.finish()
+            overlap.learn(gradients, self._agreed)
+        finally:
+            overlap.release()
+        if self._sharding is not None:
+            return gradients, numbers
+        return [s if count else None for s, count in zip(sums, counts[2:], strict=True)], numbers
+
+    def _sum(
+        self,
+        sending: Sending,
+        told: list[bool],
+        gradients: Sequence[Tensor | None],
+        numbers: Sequence[Tensor],
+        extra: int,
+    ) -> tuple[list[Tensor], list[float], list[Tensor]]:
+        """Sums of gradients, of what ranks tell, and of numbers."""
+        dtype = sending.number_dtype
+        sent = [n.detach().to(self._device, dtype).reshape(1) for n in numbers]
+        sent += [torch.zeros(1, dtype=dtype, device=self._device)] * (extra - len(numbers))
+        if self._in_band:
+            sent.insert(0, torch.tensor(told, dtype=dtype, device=self._device))
+        tail = torch.cat(sent) if sent else torch.zeros(0, dtype=dtype, device=self._device)
         with self._watched():
-            sums, tail = buckets.summed(self._group, gradients, tail)
+            sending.start_rest(gradients, tail)
+        if not self._in_band:  # meanwhile
+            counts = [float(sum(c)) for c in zip(*self._agreed(told), strict=True)]
+        with self._watched():
+            sums, tail = sending.finish()
         if self._in_band:
             counts, tail = tail[: len(told)].tolist(), tail[len(told) :]
-            if counts[0]:
-                self._raise_together(error)
-        if self._sharding is not None:
-            return gradients, list(tail.unbind())
-        total = [s if count else None for s, count in zip(sums, counts[1:], strict=True)]
-        return total, list(tail.unbind())
+        return sums, counts, list(tail.unbind())
 
     def swapped(self, rows: Tensor, to: int, sender: int, size: int) -> Tensor:
         """Send packed rows to one rank, and receive `size` of another one's; every rank calls it.
@@ -273,14 +300,12 @@ class Group:
                 )
         return first
 
-    def _buckets_of(self, like: Sequence[Tensor]) -> Buckets:
-        cached = self._buckets.get(len(like))
-        if cached is None or not all(map(is_, cached[0], like)):
-            if len(self._buckets) == 2:  # of a step without and with the last layer beside them
-                self._buckets.pop(next(iter(self._buckets)))
-            layout = Buckets(like, numbers_alone=self._sharding is not None)
-            cached = self._buckets[len(like)] = (list(like), layout)
-        return cached[1]
+    def _overlap(self, name: str, like: Sequence[Tensor]) -> Overlap:
+        overlap = self._overlaps.get(name)
+        if overlap is None or not overlap.takes(like):
+            overlap = Overlap(like, numbers_alone=self._sharding is not None)
+            self._overlaps[name] = overlap
+        return overlap
 
     def _difference(self, same: dict[str, str]) -> ValueError:
         """The error of ranks that do not agree."""

@@ -70,8 +70,13 @@ class Ranks(Protocol):
         None on all ranks where one has no such tensors, or rows of another shape than the others.
         """
 
-    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
-        """Gradients of the parameters `like`, and `extra` further numbers, summed over ranks."""
+    def summed(
+        self, name: str, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]
+    ) -> Sums:
+        """Gradients of the parameters `like`, and `extra` further numbers, summed over ranks.
+
+        `name` is that of the sum, whose gradients are computed alike in every call.
+        """
 
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which no rank goes on alone."""
@@ -113,7 +118,9 @@ class Alone:
         tensors = compute()
         return None if tensors is None else list(tensors)
 
-    def summed(self, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]) -> Sums:
+    def summed(
+        self, name: str, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]
+    ) -> Sums:
         """The sums themselves."""
         return compute()
 

@@ -120,7 +120,7 @@ class Algorithm:
             return gradient + part.rest(run.p), loss
 
         like = [*self.parameters, *(self.parameters[i] for i in part.completed)]
-        sums, numbers = self.ranks.summed(like, int(reports_loss), row_3)
+        sums, numbers = self.ranks.summed("row 3", like, int(reports_loss), row_3)
         prepared.loss = numbers[0] if reports_loss else None
         computed, rest = sums[: len(self.parameters)], sums[len(self.parameters) :]
         prepared.gradient = whole_gradient(computed, part, rest)
@@ -150,7 +150,7 @@ class Algorithm:
                     self._finite.check_validation(loss, prepared.gradient, virtual.parameters)
                 return gradient, [loss]
 
-            v, (prepared.val_loss,) = self.ranks.summed(self.parameters, 1, row_5)
+            v, (prepared.val_loss,) = self.ranks.summed("row 5", self.parameters, 1, row_5)
             prepared.overflow = scaling.overflowed(v)
             if prepared.overflow:
                 return prepared
@@ -240,7 +240,8 @@ class Algorithm:
     def _gradient(self, run: Run, weights: Tensor) -> list[Tensor | None]:
         """sum p grad l over the samples of all ranks, for the weights of those here."""
         compute = run.linearization.gradient
-        return self.ranks.summed(self.parameters, 0, lambda: (compute(weights), []))[0]
+        sums = self.ranks.summed("check", self.parameters, 0, lambda: (compute(weights), []))
+        return sums[0]
 
     def _dots(
         self,
@@ -278,8 +279,7 @@ class Algorithm:
         check: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Rows 7 to 9, without the step of the classifier's optimizer; `check` may still refuse."""
-        run = prepared.run
-        part = run.part
+        run, part = prepared.run, prepared.run.part
         gsnr, z, p = None, run.z, run.p
         gradient = prepared.gradient
 
@@ -304,7 +304,7 @@ class Algorithm:
                     self._finite.check_gradient(gradient)
                 return gradient, [self._loss(call, run, p)]
 
-            gradient, (loss,) = self.ranks.summed(self.parameters, 1, row_9)
+            gradient, (loss,) = self.ranks.summed("row 9", self.parameters, 1, row_9)
         else:
             assert gradient is not None
             self.ranks.together(learn)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mts_fast
+from mts_fast.distributed import buckets
 from mts_fast.sampling import systematic_sample
 from mts_fast.training.sampled import part as sampled
 
@@ -156,6 +157,8 @@ def train(group, options, sizes, val_sizes, calls):
     stack = contextlib.ExitStack()
     if options.get("compute"):
         stack.enter_context(alike_draws())
+    if "bucket_bytes" in options:
+        stack.enter_context(mock.patch.object(buckets, "BUCKET_BYTES", options["bucket_bytes"]))
     with stack:
         _call(step, results, group, options, sizes, val_sizes, calls)
     model = step._objective.model
