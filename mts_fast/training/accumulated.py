@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast.hypergradient.nests import join_nests
+from mts_fast.hypergradient.nests import join_nests, leaves
 from mts_fast.training.batch import SelectorBatch
 
 OP = "MTSStep"
@@ -26,6 +26,48 @@ class Arguments:
     val_labels: Any
     val_weights: Any
     val_groups: Any
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A call that waits for others; its tensors are those of the caller."""
+
+    arguments: Arguments
+    versions: dict[str, list[int]]  # of the tensors of each argument, when the call was made
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> Waiting:
+        """A call as it is now."""
+        return cls(arguments, _versions(arguments))
+
+    def check_unchanged(self) -> None:
+        """Refuse a call whose tensors were written to.
+
+        Raises:
+            RuntimeError: names the argument.
+        """
+        for name, versions in _versions(self.arguments).items():
+            if versions != self.versions[name]:
+                hint = "pass tensors of its own to each call; drop_waiting() forgets the step"
+                expected = "left as they are until the step is complete"
+                got = "one that was written to after its call"
+                fail(RuntimeError, OP, name, expected, got, hint)
+
+
+def _versions(arguments: Arguments) -> dict[str, list[int]]:
+    """How often each tensor was written to, by argument."""
+    rows, second = arguments.batch, arguments.selector_batch
+    entries = {f.name: getattr(rows, f.name) for f in fields(SelectorBatch)}
+    if second is not None:
+        entries |= {
+            f"selector_batch.{f.name}": getattr(second, f.name) for f in fields(SelectorBatch)
+        }
+    for name in ("val_inputs", "val_labels", "val_weights", "val_groups"):
+        entries[name] = getattr(arguments, name)
+    return {
+        name: [0 if t.is_inference() else t._version for t in leaves(value)]
+        for name, value in entries.items()
+    }
 
 
 def joined(calls: Sequence[Arguments]) -> Arguments:

@@ -24,7 +24,6 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
-from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.training.batch_run import (
     BatchRunner,
     Plan,
@@ -41,6 +40,7 @@ from mts_fast.training.sampled.compute import ComputeChoice
 from mts_fast.training.sampled.part import Sampled, whole_gradient
 from mts_fast.training.selector_inputs import OfflineFeatures
 from mts_fast.training.selector_trainer import SelectorUpdate
+from mts_fast.training.sharded import virtual_update_of_shards
 from mts_fast.training.validation import VirtualClassifier
 
 OP = "MTSStep"
@@ -210,10 +210,7 @@ class Algorithm:
         sharding = self.objective.sharding
         if sharding is None:
             return ops.virtual_update(self.optimizer, gradient)
-        # of one dtype on every rank, also where all shards are empty
-        present = [self.parameters[0].new_zeros(1), *(g for g in gradient if g is not None)]
-        largest = sharding.largest(largest_gradient(present))
-        return ops.virtual_update(sharding.optimizer(self.optimizer), gradient, largest=largest)
+        return virtual_update_of_shards(sharding, self.optimizer, gradient)
 
     def _total(self, number: Tensor) -> Tensor:
         """A sum over entries of parameters, of all shards."""

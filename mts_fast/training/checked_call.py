@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mts_fast._check import fail
 from mts_fast.distributed import Header, Opened
-from mts_fast.training.accumulated import Arguments
+from mts_fast.training.accumulated import Arguments, Waiting
 from mts_fast.training.accumulated import joined as joined_calls
 from mts_fast.training.batch import (
     check_batch,
@@ -42,7 +42,7 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
     """
     if len(step._waiting) + 1 < step.accumulate:
         step._ranks.together(lambda: _check_waiting(step, arguments))
-        step._waiting.append(arguments)
+        step._waiting.append(Waiting.of(arguments))
         return None
 
     def check() -> Call:
@@ -51,7 +51,9 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
         follow_changes(step)
         if step._waiting:
             _checked(step, arguments)  # what is wrong is named where it comes in
-        calls = [*step._waiting, arguments]
+        for waiting in step._waiting:
+            waiting.check_unchanged()
+        calls = [*(w.arguments for w in step._waiting), arguments]
         if step._streams_calls:
             _stream(step, max(len(c.batch.labels) for c in calls))
         return _checked(step, joined_calls(calls))
@@ -87,7 +89,9 @@ def _check_waiting(step: StepParts, arguments: Arguments) -> None:
     check_can_run(step)
     follow_changes(step)
     _checked(step, arguments)
-    joined_calls([*step._waiting[-1:], arguments])
+    for waiting in step._waiting[-1:]:
+        waiting.check_unchanged()
+        joined_calls([waiting.arguments, arguments])
 
 
 def _checked(step: StepParts, arguments: Arguments) -> Call:

@@ -135,7 +135,8 @@ class OnlineFeatures:
             fail(TypeError, "MTSStep", "val_inputs", "given for online features", "None", hint)
         features = validation.labels.new_empty(0, 0)  # of an empty shard
         if len(validation):
-            features = self._in_eval_mode([validation.inputs])
+            parts = validation.split(self.micro_batch)
+            features = self._in_eval_mode([part.inputs for part in parts])
         self._precomputed = None
         if selector_batch and not self._shared.get(self._objective.world.modes()):
             self._precomputed = selector_batch, self.penultimate(selector_batch)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mts_fast import ops
 from mts_fast._check import fail
 from mts_fast._sharding import Sharding
 from mts_fast.distributed import Shard
 from mts_fast.ops.virtual_update import optimizer_states
+from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.reference.update_rules.rule import ElementwiseState
 from mts_fast.training.gradient_scaling import needs_scaler
 from mts_fast.training.step_parts import StepParts
@@ -31,6 +34,21 @@ def check_sharded(
         hint = "take SGD, Adam, AdamW, RMSprop, NAdam or RAdam, or DistributedDataParallel"
         expected = "elementwise where the model is sharded"
         fail(RuntimeError, OP, "optimizer", expected, type(optimizer).__name__, hint)
+
+
+def virtual_update_of_shards(
+    sharding: Sharding, optimizer: torch.optim.Optimizer, gradient: list[Tensor | None]
+) -> ops.VirtualUpdate:
+    """Row 4 on this rank's shards; asks all ranks for max |g| where the rule reads it."""
+    view, largest = sharding.optimizer(optimizer), None
+    states = optimizer_states(view)
+    if any(s.has_second_moment for s in states.values()):
+        # of one dtype on every rank, also where all shards are empty
+        zero = next(iter(states)).new_zeros(1)
+        largest = sharding.largest(
+            largest_gradient([zero, *(g for g in gradient if g is not None)])
+        )
+    return ops.virtual_update(view, gradient, largest=largest)
 
 
 def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mts_fast._isolation import World
 from mts_fast.distributed import Ranks
 from mts_fast.hypergradient import EngineChoice, Objective
-from mts_fast.training.accumulated import Arguments
+from mts_fast.training.accumulated import Waiting
 from mts_fast.training.arguments import check_class_weight
 from mts_fast.training.call import Call
 from mts_fast.training.pending_gap import PendingGap
@@ -63,7 +63,7 @@ class StepParts:
     _knows_writes: bool  # whether it is known which parameters a forward writes to
     _running: Call | None
     _ranks: Ranks
-    _waiting: list[Arguments]  # of the calls that wait for the rest of their step
+    _waiting: list[Waiting]  # of the calls that wait for the rest of their step
     _streams_calls: bool  # whether each of these is a micro-batch
     _was_compared: bool  # whether ranks have compared the values of their parameters
     _torn: str  # a tensor that an optimizer had changed before it raised

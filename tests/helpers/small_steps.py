@@ -26,8 +26,7 @@ def step_of(model, *, selector=None, **options):
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         selector,
         torch.optim.AdamW(selector.parameters(), lr=0.05),
-        online_features=False,
-        **options,
+        **{"online_features": False, **options},
     )
 
 

@@ -56,6 +56,36 @@ def test_memory_is_that_of_one_call():
     assert max(sizes) == EACH
 
 
+def test_validation_samples_of_all_calls_do_not_run_at_once():
+    selector = mts_fast.Selector(4, CLASSES, hidden=(8,)).double()
+    options = {"accumulate": CALLS, "online_features": True}
+    step = step_of(plain_model(), selector=selector, **options)
+    sizes = []
+    step.model.register_forward_hook(lambda m, args, y: sizes.append(len(args[0])))
+    for seed in range(2):
+        for call in parts(seed, validation=EACH):
+            step(**call)
+    assert max(sizes) == EACH
+
+
+@pytest.mark.parametrize("name", ["inputs", "labels", "val_inputs"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_buffer_that_is_filled_again_is_refused(name, last):
+    """Else all calls of a step would be the last one's samples."""
+    step = step_of(plain_model(), accumulate=CALLS)
+    calls = parts(0)
+    step(**calls[0])
+    if last:
+        step(**calls[1])
+    calls[last][name].copy_(calls[2][name])
+    with pytest.raises(RuntimeError, match=f"{name} must be left as they are .*drop_waiting"):
+        step(**calls[1 + last] | {name: calls[last][name]})
+    assert step.drop_waiting() == 1 + last
+    for call in parts(1):
+        result = step(**call)
+    assert result is not None and step.steps == 1
+
+
 def test_all_arguments_are_joined():
     torch.manual_seed(0)
     options = {"val_objective": "group_balanced", "class_weight": torch.tensor([1.0, 2.0, 0.5])}
