@@ -1,5 +1,6 @@
 """Sharded models of which a part is frozen, or measured by another loss."""
 
+import pytest
 import rank_sharded_parts
 import torch
 
@@ -15,4 +16,12 @@ def test_frozen_parameters(ranks):
 def test_a_loss_of_the_validation_batch(ranks):
     alone = rank_sharded_parts.other_val_loss(None)
     for rank in ranks.results(rank_sharded_parts.other_val_loss, 2):
+        torch.testing.assert_close(rank, alone, **EXACT)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (3, 9), (9, 3)])
+def test_a_layer_without_gradients_on_one_rank(ranks, sizes):
+    """Where its samples lie is not known there; the passes that look for them are those of all."""
+    alone = rank_sharded_parts.closed_on_one_rank(None, sizes)
+    for rank in ranks.results(rank_sharded_parts.closed_on_one_rank, 2, sizes):
         torch.testing.assert_close(rank, alone, **EXACT)

@@ -8,11 +8,21 @@ from torch.nn import functional as F
 import mts_fast
 
 
-def trained(group, prepare=lambda model, rank: None, **options):
-    """Parameters after three calls; `prepare` changes the model before it is sharded."""
+def trained(
+    group,
+    prepare=lambda model, rank: None,
+    *,
+    model=Blocks,
+    sizes=None,
+    change=lambda call: call,
+    calls=3,
+    **options,
+):
+    """Parameters after some calls; `prepare` changes the model before it is sharded, `change` the
+    arguments of a call."""
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     torch.manual_seed(0)
-    model = Blocks().double()
+    model = model().double()
     prepare(model, rank)
     if group is not None:
         model = sharded(model, group, {})
@@ -28,12 +38,37 @@ def trained(group, prepare=lambda model, rank: None, **options):
         process_group="auto" if group is not None else None,
         **options,
     )
-    sizes = (12 // size,) * size
-    for call in range(3):
-        step(**arguments(step, call, sizes, rank))
+    sizes = sizes or (12 // size,) * size
+    if group is None:
+        sizes = (sum(sizes),)
+    for call in range(calls):
+        step(**change(arguments(step, call, sizes, rank)))
     return [
         (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()
     ]
+
+
+class Gated(Blocks):
+    """The second block counts for samples whose first entry is positive."""
+
+    def forward(self, x):
+        gate = (x[:, :1] > 0).to(x.dtype)
+        y = self.first(x)
+        y = y + self.blocks[0](y)
+        y = y + self.blocks[1](y) * gate
+        return self.head(self.norm(y))
+
+
+def closed_on_one_rank(group, sizes):
+    """Where the block counts for no sample of the last rank; sizes are those of all ranks."""
+
+    def gated(call):
+        rows = list(call["inputs"].split(sizes)) if group is None else [call["inputs"]]
+        if group is None or dist.get_rank(group) == len(sizes) - 1:
+            rows[-1] = torch.cat([-rows[-1][:, :1].abs(), rows[-1][:, 1:]], 1)
+        return call | {"inputs": torch.cat(rows)}
+
+    return trained(group, model=Gated, sizes=sizes, change=gated, calls=6)
 
 
 def frozen(group):

@@ -26,17 +26,16 @@ def call_dots(
     Where a kernel is in force, layers that are matrix products (linear ones, 1 x 1 convolutions)
     are replayed and dotted in one call, and other replays are dotted without writing the products.
     """
-    call = use.call
+    call, images = use.call, use.images(tangents)
     as_product = None if call is None else call.rule.as_product
     if call is not None and as_product is not None and has_kernels("hypergradient_dot", b.device):
-        images = {n: s.image(tangents[id(s.root)]) for n, s in use.sources.items()}
         product = as_product(call, images, b, axis, size)
         if product is not None:
             run = kernel_for("hypergradient_dot", [t for t in product if t is not None])
             if run is not None:
                 with like_convolutions() if call.rule.function in CONVOLUTIONS else nullcontext():
                     return run(*product)
-    tangent = use.output_tangent(tangents)
+    tangent = use.tangent_of(images)
     if axis == SampleAxis() and len(b) == size and tangent.shape == b.shape:
         run = kernel_for("sample_dot", [tangent, b])
         if run is not None:

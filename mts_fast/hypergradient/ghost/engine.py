@@ -239,22 +239,31 @@ class Ghost(Engine):
         """
         uses, size = capture.recorded, len(graph)
         axes = [k.axis(use, size) for use, k in zip(uses, history.knowledge, strict=True)]
-        due = history.check_is_due()
-        unsettled = [use for use, axis in zip(uses, axes, strict=True) if axis is None]
-        if not self._on_any(due or capture.may_mix or bool(unsettled)):
+        unsettled = [i for i, axis in enumerate(axes) if axis is None]
+        due, suspect, is_open = self._on_any(
+            history.check_is_due(), capture.may_mix, bool(unsettled)
+        )
+        if not (due or suspect or is_open):
             return axes
         world = self.objective.world
         # backward passes may run parts of the forward again (checkpointing)
         with preserved_rng(world), preserved_buffers(world):
             self._checks += 1
-            suspect = due or capture.may_mix
-            suspect = suspect or has_gradients(graph, unsettled, self._checks)
-            if not self._on_any(suspect):
-                return axes
+            if not (due or suspect):
+                # every rank that has shards of this model passes over the same part of its graph
+                looked_at = uses if self.objective.sharding else [uses[i] for i in unsettled]
+                asked = unsettled if self.objective.sharding else range(len(looked_at))
+                if not any(self._on_any(has_gradients(graph, looked_at, asked, self._checks))):
+                    return axes
             names = capture.roots() if due else None
             try:
                 axes, history.knowledge = check_samples(
-                    graph, uses, history.knowledge, names, self._checks
+                    graph,
+                    uses,
+                    history.knowledge,
+                    names,
+                    self._checks,
+                    lambda flag: self._on_any(flag)[0],
                 )
                 if due:
                     DerivedTensors(capture.derived, self.parameters).check()
@@ -271,14 +280,14 @@ class Ghost(Engine):
                 raise
         return axes
 
-    def _on_any(self, flag: bool) -> bool:
-        """Whether it is set here, or on another rank that has shards of this model: each pass over
-        the graph is one that all of them take."""
+    def _on_any(self, *flags: bool) -> list[bool]:
+        """Which are set here, or on another rank that has shards of this model: each pass over the
+        graph is one that all of them take."""
         sharding = self.objective.sharding
         if sharding is None:
-            return flag
-        device = self.parameters[0].device
-        return bool(sharding.largest(torch.tensor(float(flag), device=device)))
+            return list(flags)
+        told = torch.tensor(flags, dtype=torch.float32, device=self.parameters[0].device)
+        return [bool(flag) for flag in sharding.largest(told).tolist()]
 
 
 class _WrongGuess(Unsupported):

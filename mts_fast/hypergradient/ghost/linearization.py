@@ -317,7 +317,7 @@ class LowMemoryLinearization(GhostLinearization):
             if axis is not None:
                 consume(use, axis, b)
             elif sharding is not None and tangents is not None:
-                use.output_tangent(tangents)  # the other ranks gather them for theirs
+                use.images(tangents)  # the other ranks gather them for theirs
 
         self._dots_are_due = False
         uses, ones = [use for use, _ in pairs], torch.ones_like(self._losses)

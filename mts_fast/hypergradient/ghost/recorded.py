@@ -50,7 +50,14 @@ class RecordedCall:
 
     def output_tangent(self, tangents: Mapping[int, Tensor]) -> Tensor:
         """The output's tangent for tangents of the roots, given by id."""
-        images = {n: s.image(tangents[id(s.root)]) for n, s in self.sources.items()}
+        return self.tangent_of(self.images(tangents))
+
+    def images(self, tangents: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """The tangents of its arguments by name; of a sharded model each is gathered here."""
+        return {n: s.image(tangents[id(s.root)]) for n, s in self.sources.items()}
+
+    def tangent_of(self, images: Mapping[str, Tensor]) -> Tensor:
+        """The output's tangent for those of its arguments."""
         return images["value"] if self.call is None else self.call.replay(images)
 
     def root_gradients(self, b: Tensor) -> list[tuple[Tensor, Tensor]]:

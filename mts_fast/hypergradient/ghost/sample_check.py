@@ -8,7 +8,7 @@ which engines are compared, is right along every axis and shows neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -77,12 +77,19 @@ class _Look:
         return [sketch(b, option, size, self.seed) for option in self.options]
 
 
-def has_gradients(graph: Tensor, uses: Sequence[RecordedCall], seed: int) -> bool:
-    """Whether any of the uses has an output gradient in this forward."""
+def has_gradients(
+    graph: Tensor, uses: Sequence[RecordedCall], asked: Collection[int], seed: int
+) -> bool:
+    """Whether any of the uses with the numbers `asked` has an output gradient in this forward."""
     factors = next(factor_rounds(len(graph), graph, seed))
     seen: list[Tensor] = []
+
+    def look(i: int, b: Tensor) -> None:
+        if i in asked:
+            seen.append(b.any())
+
     with failures_named():
-        visit_output_gradients(graph, uses, factors, lambda i, b: seen.append(b.any()), retain=True)
+        visit_output_gradients(graph, uses, factors, look, retain=True)
     return bool(seen) and bool(torch.stack(seen).any())
 
 
@@ -92,11 +99,13 @@ def check_samples(
     knowledge: Sequence[Knowledge],
     names: Mapping[Tensor, frozenset[str]] | None,
     seed: int,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> tuple[list[SampleAxis | None], list[Knowledge]]:
     """Where the samples of every use lie in this forward; None where its gradient is exactly 0.
 
     With `names` of the roots also whether the recorded uses make up autograd's gradients, and
-    whether every use can be replayed. The graph is kept.
+    whether every use can be replayed. The graph is kept. Ranks that pass over their graphs together
+    (a sharded model) make as many passes each: `any_rank` tells whether one of them needs another.
 
     Raises:
         Unsupported: samples are mixed, uses were not seen, or cannot be replayed.
@@ -123,7 +132,9 @@ def check_samples(
             visit_output_gradients(graph, uses, ones, plain, retain=True)
         else:
             truth = visit_with_gradients(graph, uses, list(names), ones, plain)
-    for factors in factor_rounds(size, graph, seed):
+    rounds = factor_rounds(size, graph, seed)
+    factors = next(rounds)
+    while True:
 
         def scaled(i: int, b: Tensor, factors: Tensor = factors) -> None:
             look = looks[i]
@@ -137,8 +148,11 @@ def check_samples(
                 fits = torch.stack(look.agreement).tolist()
                 look.options = [o for o, fit in zip(look.options, fits, strict=True) if fit]
                 look.plain = [p for p, fit in zip(look.plain, fits, strict=True) if fit]
-        if all(len(look.options) <= 1 or not look.agreement for look in looks):
+        more = next(rounds, None)
+        is_open = any(len(look.options) > 1 and look.agreement for look in looks)
+        if not any_rank(is_open and more is not None):
             break
+        factors = factors if more is None else more
     axes, learned = [], []
     reasons: list[str] = []
     for look, known in zip(looks, knowledge, strict=True):
