@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # the bytes that a rank contributes to each
 SENDERS = {
@@ -47,3 +48,25 @@ def counted():
         **{name: counting(name, None) for name in OBJECTS},
     ):
         yield calls, sizes
+
+
+# part of an operator's name -> kind of message
+KINDS = {"allgather": "gather", "all_gather": "gather", "reduce_scatter": "reduce"}
+
+
+class SentBytes(TorchDispatchMode):
+    """Inside, bytes that a rank contributes, by kind: also those of sharded modules and tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            for part, kind in KINDS.items():
+                if part in func.__name__:
+                    # c10d's operators take the output first
+                    sent = args[1] if func.namespace == "c10d" else args[0]
+                    tensors = sent if isinstance(sent, list) else [sent]
+                    self.bytes[kind] += sum(t.nbytes for t in tensors)
+        return func(*args, **(kwargs or {}))

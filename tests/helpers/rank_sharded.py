@@ -5,6 +5,7 @@ import gc
 
 import torch
 import torch.distributed as dist
+from counted import SentBytes
 from rank_jobs import CLASSES, OPTIMIZERS, WIDTH, options_of_a_step
 from rank_settings import sharded_arguments
 from torch import nn
@@ -171,6 +172,20 @@ def refusal(group, options):
     except Exception as error:
         return str(error)
     return "no error"
+
+
+def sent_bytes(group, options):
+    """What a rank sends in a step, and in one of plain training, by kind."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    step = sharded_step(group, {"online": False, "large": True} | options)
+    for call in range(4):
+        step(**arguments(step, call, (6,) * size, rank))
+    with SentBytes() as ours:
+        step(**arguments(step, 4, (6,) * size, rank))
+    rows = arguments(step, 5, (6,) * size, rank)
+    with SentBytes() as plain:
+        nn.functional.cross_entropy(step.model(rows["inputs"]), rows["labels"]).backward()
+    return dict(ours.bytes), dict(plain.bytes)
 
 
 def alive():
