@@ -9,7 +9,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor
 
-from mts_fast import ops
 from mts_fast._check import check_finite
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
@@ -24,7 +23,6 @@ from mts_fast.hypergradient.guard import (
     saturation,
     unit_roundoff,
 )
-from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.training.batch import CheckedBatch
 from mts_fast.training.batch_run import (
     BatchRunner,
@@ -43,6 +41,7 @@ from mts_fast.training.sampled.part import Sampled
 from mts_fast.training.selector_inputs import OfflineFeatures
 from mts_fast.training.selector_trainer import SelectorUpdate
 from mts_fast.training.validation import VirtualClassifier
+from mts_fast.training.virtual_step import VirtualStep
 
 OP = "MTSStep"
 
@@ -61,6 +60,7 @@ class Algorithm:
     validation_mode: str
     val_objective: str
     hypergradient_lr: float | None
+    virtual_norm: float | None  # the largest norm of the virtual step's gradient
     micro_batch: int | None
     track_gsnr: bool
     compute: ComputeChoice
@@ -131,7 +131,13 @@ class Algorithm:
         buffers = nullcontext() if call.selector_batch is None else preserved_buffers(world)
         with preserved_rng(world), buffers:
             # rows 4, 5
-            virtual = self._virtual_update(prepared.gradient)
+            virtual = VirtualStep.take(
+                self.optimizer,
+                self.parameters,
+                prepared.gradient,
+                sharding=self.objective.sharding,
+                max_norm=self.virtual_norm,
+            )
             classifier = VirtualClassifier(
                 self.validation,
                 self.parameters,
@@ -153,7 +159,7 @@ class Algorithm:
             if prepared.overflow:
                 return prepared
             # row 6
-            direction = virtual.scale(v, self.hypergradient_lr)
+            direction = virtual.direction(v, self.hypergradient_lr)
             prepared.masked = self._total(direction.masked_entries)
             learned, batch = run, call.batch
             if call.selector_batch is not None:
@@ -202,16 +208,6 @@ class Algorithm:
         prepared.shard = batch.shard
         self.engines.served(layout)
         return prepared
-
-    def _virtual_update(self, gradient: list[Tensor | None]) -> ops.VirtualUpdate:
-        """Row 4."""
-        sharding = self.objective.sharding
-        if sharding is None:
-            return ops.virtual_update(self.optimizer, gradient)
-        # of one dtype on every rank, also where all shards are empty
-        present = [self.parameters[0].new_zeros(1), *(g for g in gradient if g is not None)]
-        largest = sharding.largest(largest_gradient(present))
-        return ops.virtual_update(sharding.optimizer(self.optimizer), gradient, largest=largest)
 
     def _total(self, number: Tensor) -> Tensor:
         """A sum over entries of parameters, of all shards."""

@@ -31,7 +31,7 @@ OP = "MTSStep"
 # attributes of a step that decide what ranks ask of each other
 OPTIONS = (
     *("schedule", "validation_mode", "val_objective", "selector_every", "warmup_steps"),
-    *("hypergradient_lr", "max_grad_norm", "track_gsnr", "accumulate"),
+    *("hypergradient_lr", "max_grad_norm", "clip_virtual_step", "track_gsnr", "accumulate"),
 )
 
 

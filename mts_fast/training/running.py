@@ -307,6 +307,7 @@ def _algorithm(step: StepParts) -> Algorithm:
         validation_mode=step.validation_mode,
         val_objective=step.val_objective,
         hypergradient_lr=step.hypergradient_lr,
+        virtual_norm=step.max_grad_norm if step.clip_virtual_step else None,
         micro_batch=step._micro_batch,
         track_gsnr=step.track_gsnr,
         compute=step._compute,

@@ -65,6 +65,7 @@ OPTIONS = [
     {"micro_batch": 2, "online_momentum": 0.9},
     {"selector_batch": True},
     {"val_objective": "group_balanced", "val_weights": True},
+    {"max_grad_norm": 0.05, "clip_virtual_step": True, "optimizer": "adamw"},
     {"model": "unused", "wrapped": {"find_unused_parameters": True}},
 ]
 MORE_OPTIONS = [

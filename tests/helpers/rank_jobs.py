@@ -84,7 +84,7 @@ def selector_rows(call, size):
 STEP_OPTIONS = (
     *("engine", "schedule", "micro_batch", "val_objective", "selector_every", "memory"),
     *("warmup_steps", "max_grad_norm", "track_gsnr", "online_momentum", "validation_mode"),
-    *("accumulate", "compute", "scaler"),
+    *("accumulate", "compute", "scaler", "clip_virtual_step"),
 )
 
 
