@@ -17,6 +17,7 @@ from mts_fast.training.batch import (
     CheckedValidation,
     check_batch,
     check_validation,
+    counting_samples,
     joined,
 )
 from mts_fast.training.call import Call
@@ -140,26 +141,42 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
 def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     """The call with what the ranks have told each other."""
     shards = opened.shards
-    for name, shard in zip(("labels", "val_labels", "selector_batch.labels"), shards, strict=False):
+    first, validating, counting, *second = shards
+    batches = (first, validating, *second)
+    for name, shard in zip(
+        ("labels", "val_labels", "selector_batch.labels"), batches, strict=False
+    ):
         if shard.total == 0:
             hint = "pass at least one sample on one of them"
             fail(ValueError, OP, name, "non-empty on some rank", "none on any", hint)
     if step._objective.sharding is not None:
-        check_sharded_call(step, shards)
-    batch = replace(call.batch, shard=shards[0])
-    validation = joined(step._ranks, call.validation, shards[1])
-    second = call.selector_batch
-    if second is not None:
-        second = replace(second, shard=shards[2])
+        check_sharded_call(step, batches)
+    batch = replace(call.batch, shard=first)
+    validation = joined(
+        step._ranks, call.validation, validating, counting, check_values=call.check_values
+    )
+    selector_batch = call.selector_batch
+    if selector_batch is not None:
+        selector_batch = replace(selector_batch, shard=second[0])
     return replace(
-        call, batch=batch, validation=validation, selector_batch=second, probing=opened.probing
+        call,
+        batch=batch,
+        validation=validation,
+        selector_batch=selector_batch,
+        probing=opened.probing,
     )
 
 
 def _header(step: StepParts, call: Call) -> Header:
     """What the other ranks are told; a process alone compares nothing."""
-    batches = [call.batch, call.validation, call.selector_batch]
-    sizes = tuple(len(b) for b in batches if b is not None)
+    batches = [b for b in (call.batch, call.validation, call.selector_batch) if b is not None]
+    counting = counting_samples(
+        call.validation,
+        custom_loss=step._validation.loss is not None,
+        check_values=call.check_values,
+    )
+    first, validating, *second = map(len, batches)
+    sizes = (first, validating, counting, *second)
     if step._ranks.size == 1:
         return Header(sizes, probing=call.probing)
     engines = step._engines
@@ -184,7 +201,7 @@ def _header(step: StepParts, call: Call) -> Header:
         same["the learning rates"] = [g["lr"] for g in step.optimizer.param_groups]
     if step._objective.sharding is not None:  # each is a forward that all ranks gather for
         same["the number of micro-batches"] = [
-            max(1, -(-size // (step._micro_batch or max(1, size)))) for size in sizes
+            max(1, -(-len(b) // (step._micro_batch or max(1, len(b))))) for b in batches
         ]
     number = step.steps + 1
     if not step._was_compared or number & (number - 1) == 0:
