@@ -27,6 +27,7 @@ from mts_fast.training.sampled.compute import Costs
 from mts_fast.training.selector_inputs import OnlineFeatures
 from mts_fast.training.sharded import check_sharded_call
 from mts_fast.training.step_parts import StepParts
+from mts_fast.training.synced import check_synced, check_synced_call, exchanges_statistics
 
 OP = "MTSStep"
 # attributes of a step that decide what ranks ask of each other
@@ -50,6 +51,7 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
     def check() -> Call:
         step._engines.begin()
         check_can_run(step)
+        check_synced(step)
         follow_changes(step)
         if step._waiting:
             _checked(step, arguments)  # what is wrong is named where it comes in
@@ -87,6 +89,7 @@ def _stream(step: StepParts, micro_batch: int) -> None:
 def _check_waiting(step: StepParts, arguments: Arguments) -> None:
     """A call that will wait, by itself and beside the one before it."""
     check_can_run(step)
+    check_synced(step)
     follow_changes(step)
     _checked(step, arguments)
     joined_calls([*step._waiting[-1:], arguments])
@@ -142,15 +145,17 @@ def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     """The call with what the ranks have told each other."""
     shards = opened.shards
     first, validating, counting, *second = shards
-    batches = (first, validating, *second)
-    for name, shard in zip(
-        ("labels", "val_labels", "selector_batch.labels"), batches, strict=False
-    ):
+    batches = {"labels": first, "val_labels": validating}
+    if second:
+        batches["selector_batch.labels"] = second[0]
+    for name, shard in batches.items():
         if shard.total == 0:
             hint = "pass at least one sample on one of them"
             fail(ValueError, OP, name, "non-empty on some rank", "none on any", hint)
     if step._objective.sharding is not None:
-        check_sharded_call(step, batches)
+        check_sharded_call(step, batches.values())
+    if exchanges_statistics(step):
+        check_synced_call(step, batches)
     batch = replace(call.batch, shard=first)
     validation = joined(
         step._ranks, call.validation, validating, counting, check_values=call.check_values
@@ -199,7 +204,8 @@ def _header(step: StepParts, call: Call) -> Header:
     same["class_weight"] = None if weights is None else weights.tolist()
     if not any(isinstance(g["lr"], Tensor) for g in step.optimizer.param_groups):
         same["the learning rates"] = [g["lr"] for g in step.optimizer.param_groups]
-    if step._objective.sharding is not None:  # each is a forward that all ranks gather for
+    if step._objective.sharding is not None or exchanges_statistics(step):
+        # each is a forward in which the ranks wait for each other
         same["the number of micro-batches"] = [
             max(1, -(-len(b) // (step._micro_batch or max(1, len(b))))) for b in batches
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from mts_fast._check import fail
@@ -33,7 +35,7 @@ def check_sharded(
         fail(RuntimeError, OP, "optimizer", expected, type(optimizer).__name__, hint)
 
 
-def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:
+def check_sharded_call(step: StepParts, shards: Iterable[Shard]) -> None:
     """Refuse batches for which ranks would not run the same forwards.
 
     Raises:
