@@ -47,7 +47,7 @@ class Group:
         sharding: Sharding | None = None,
     ) -> None:
         self._op = op
-        self._group = group
+        self.group = group
         self._device = device
         self._in_band = in_band
         self._sharding = sharding  # of a model whose gradients come summed from a backward
@@ -128,7 +128,7 @@ class Group:
                 self._raise_together(error)
         tail = torch.cat([t.to(self._device) for t in sent]) if sent else torch.zeros(0)
         with self._watched():
-            sums, tail = buckets.summed(self._group, gradients, tail)
+            sums, tail = buckets.summed(self.group, gradients, tail)
         if self._in_band:
             counts, tail = tail[: len(told)].tolist(), tail[len(told) :]
             if counts[0]:
@@ -145,11 +145,11 @@ class Group:
         """
         sent = torch.nn.functional.pad(rows, (0, 0, 0, 1))
         got = torch.empty(size + 1, rows.shape[1], dtype=torch.uint8, device=rows.device)
-        members = dist.get_process_group_ranks(self._group)
+        members = dist.get_process_group_ranks(self.group)
         with self._watched():
             operations = [
-                dist.P2POp(dist.isend, sent, members[to], self._group),
-                dist.P2POp(dist.irecv, got, members[sender], self._group),
+                dist.P2POp(dist.isend, sent, members[to], self.group),
+                dist.P2POp(dist.irecv, got, members[sender], self.group),
             ]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
@@ -215,7 +215,7 @@ class Group:
         mine[most, 0] = status
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         with self._watched():
-            dist.all_gather(parts, mine, group=self._group)
+            dist.all_gather(parts, mine, group=self.group)
         if self._in_band:
             statuses = [int(part[most, 0]) for part in parts]
         return parts, statuses
@@ -290,7 +290,7 @@ class Group:
 
     def _who(self, error: Exception) -> str:
         """Who is missing in an exchange that failed."""
-        ranks = dist.get_process_group_ranks(self._group)
+        ranks = dist.get_process_group_ranks(self.group)
         silent, said = silent_ranks(ranks, dist.get_rank(), self._exchanges)
         stopped = [f"rank {rank} {text}" for rank, text in said.items() if text != "waiting"]
         stopped += [f"rank {rank}, which does not answer" for rank in silent]

@@ -205,6 +205,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _check_owner(optimizer: torch.optim.Optimizer, ids: set[int], arg: str, owner: str) -> None:
     if not any(id(p) in ids for p in _parameters(optimizer)):
-        hint = f"build it with {owner}.parameters()"
+        hint = f"build it with {owner}.parameters(), after {owner} was sharded or moved"
         got = "one that holds none of them"
         fail(ValueError, OP, arg, f"of the trainable parameters of {owner}", got, hint)

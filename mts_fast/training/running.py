@@ -55,7 +55,8 @@ def check_can_run(step: StepParts) -> None:
         hint = "leave torch.no_grad() or torch.inference_mode() around the call"
         got = "a call without gradients"
         fail(RuntimeError, OP, "the call", "made with gradients enabled", got, hint)
-    check_ranks(OP, step.model, step.process_group, step._ranks)
+    sharding = step._objective.sharding
+    check_ranks(OP, step.model, step.process_group, step._ranks, sharding)
 
 
 def run_call(step: StepParts, call: Call) -> StepResult:
