@@ -81,9 +81,13 @@ BACKENDS = {
 }
 
 
+def test_hosts_of_all_ranks_meet(ranks):
+    assert ranks.results(rank_failures.sum_of_hosts, 4) == [4.0] * 4
+
+
 @pytest.mark.parametrize("what", BACKENDS)
 def test_a_backend_without_what_a_step_needs_is_refused(ranks, what):
-    for text in ranks.results(rank_failures.backend_without, 2, what):
+    for text in ranks.results(rank_failures.backend_without, 4, what):
         assert BACKENDS[what] in text, text
 
 

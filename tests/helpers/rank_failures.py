@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mts_fast.distributed import GlobalBatchSampler
+from mts_fast.distributed.group import _group_of_hosts
 from mts_fast.hypergradient import Objective
 
 
@@ -178,7 +179,7 @@ def step_before_the_group(group):
 def other_group(group, how):
     """The text of the error of a step whose model or group is another than when it was built."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    mine = dist.new_group(list(range(size)), use_local_synchronization=True)
+    mine = dist.new_group(list(range(size)))
     step = make_step("auto" if how == "gone" else mine, {})
     step(**arguments(0, rank, size))
     if how == "sharded since":
@@ -196,10 +197,18 @@ def other_group(group, how):
     return "no error"
 
 
+def sum_of_hosts(group):
+    """A sum over the hosts of all ranks, which are of one, two and three other groups."""
+    hosts = _group_of_hosts.__wrapped__(group)
+    number = torch.ones(1)
+    dist.all_reduce(number, group=hosts)
+    return number.item()
+
+
 def backend_without(group, what):
     """The text of the error of a group that cannot exchange what a step sends."""
     members = list(range(dist.get_world_size(group)))
-    of_gpus = dist.new_group(members, backend="cuda:gloo", use_local_synchronization=True)
+    of_gpus = dist.new_group(members, backend="cuda:gloo")
     without_gloo = mock.patch.object(dist, "is_gloo_available", lambda: False)
     of_mpi = mock.patch.object(dist, "get_backend_config", lambda group: "cpu:mpi")
     try:
