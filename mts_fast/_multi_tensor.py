@@ -66,6 +66,27 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) 
     return torch.stack(sums).sum()
 
 
+def multiples(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """factor * tensor for each, in its dtype; factor is []."""
+    out = list(tensors)
+    for group in by_kind(tensors):
+        part = [tensors[i] for i in group]
+        made = torch._foreach_mul(part, factor.to(part[0].device))
+        for i, tensor in zip(group, made, strict=True):
+            out[i] = tensor
+    return out
+
+
+def sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """a_k + b_k for each; the pairs are of one device and dtype."""
+    out = list(a)
+    for group in by_kind(a):
+        made = torch._foreach_add([a[i] for i in group], [b[i] for i in group])
+        for i, tensor in zip(group, made, strict=True):
+            out[i] = tensor
+    return out
+
+
 def by_kind(tensors: Iterable[Tensor]) -> list[list[int]]:
     """Indices of the tensors that one multi-tensor operator takes: of one device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)

@@ -47,7 +47,7 @@ class Group:
         sharding: Sharding | None = None,
     ) -> None:
         self._op = op
-        self._group = group
+        self.group = group
         self._device = device
         self._in_band = in_band
         self._sharding = sharding  # of a model whose gradients come summed from a backward
@@ -137,14 +137,14 @@ class Group:
 
     def _exchange(self, received: Tensor, sent: Tensor, of: list[int], to: list[int]) -> None:
         with self._watched():
-            dist.all_to_all_single(received, sent, of, to, group=self._group)
+            dist.all_to_all_single(received, sent, of, to, group=self.group)
 
     def summed(
         self, name: str, like: Sequence[Tensor], extra: int, compute: Callable[[], Sums]
     ) -> Sums:
         """Gradients and numbers, summed over ranks; sums may begin while `compute` works."""
         overlap = self._overlap(name, like)
-        sending = overlap.buckets.send(self._group)
+        sending = overlap.buckets.send(self.group)
 
         def watched() -> Sums:
             with overlap.watching(sending):
@@ -160,7 +160,7 @@ class Group:
                 self._raise_together(error)
             if counts[1]:
                 overlap.stop()
-                sending = overlap.buckets.send(self._group)
+                sending = overlap.buckets.send(self.group)
                 with self._watched():
                     sending.start_rest(gradients, torch.zeros(1, device=self._device))
                     sums, _ = sending.finish()
@@ -203,11 +203,11 @@ class Group:
         """
         sent = torch.nn.functional.pad(rows, (0, 0, 0, 1))
         got = torch.empty(size + 1, rows.shape[1], dtype=torch.uint8, device=rows.device)
-        members = dist.get_process_group_ranks(self._group)
+        members = dist.get_process_group_ranks(self.group)
         with self._watched():
             operations = [
-                dist.P2POp(dist.isend, sent, members[to], self._group),
-                dist.P2POp(dist.irecv, got, members[sender], self._group),
+                dist.P2POp(dist.isend, sent, members[to], self.group),
+                dist.P2POp(dist.irecv, got, members[sender], self.group),
             ]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
@@ -278,7 +278,7 @@ class Group:
         mine[most, 0] = status
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         with self._watched():
-            dist.all_gather(parts, mine, group=self._group)
+            dist.all_gather(parts, mine, group=self.group)
         if self._in_band:
             statuses = [int(part[most, 0]) for part in parts]
         return parts, statuses
@@ -351,7 +351,7 @@ class Group:
 
     def _who(self, error: Exception) -> str:
         """Who is missing in an exchange that failed."""
-        ranks = dist.get_process_group_ranks(self._group)
+        ranks = dist.get_process_group_ranks(self.group)
         silent, said = silent_ranks(ranks, dist.get_rank(), self._exchanges)
         stopped = [f"rank {rank} {text}" for rank, text in said.items() if text != "waiting"]
         stopped += [f"rank {rank}, which does not answer" for rank in silent]
@@ -383,4 +383,6 @@ def _group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The same ranks over gloo; every rank of the group calls it."""
     ranks = dist.get_process_group_ranks(group)
     timeout = getattr(getattr(group, "options", None), "_timeout", None)
-    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+    # by themselves ranks find each other only where each is of as many groups as the others
+    part = len(ranks) < dist.get_world_size()
+    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=part)

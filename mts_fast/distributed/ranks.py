@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
 from mts_fast.distributed.shard import Shard
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 # gradients, None where there is none, and further sums [] each
@@ -46,6 +49,7 @@ class Ranks(Protocol):
 
     size: int
     index: int
+    group: dist.ProcessGroup | None  # None of a process alone
 
     def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
         """Begin a call: `check` makes its arguments, `header` what the others are told of them."""
@@ -94,6 +98,7 @@ class Alone:
 
     size = 1
     index = 0
+    group: dist.ProcessGroup | None = None
 
     def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
         """Nobody is told."""

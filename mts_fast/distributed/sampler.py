@@ -60,6 +60,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         present = _ranks_of_torch()
+        self._counts_ranks = rank is None and ranks is None
         self.size = check_int(OP, "size", size, low=1)
         self.batch_size = check_int(OP, "batch_size", batch_size, low=1)
         self.ranks = check_int(OP, "ranks", present[1] if ranks is None else ranks, low=1)
@@ -80,7 +81,16 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The rest of this epoch, or the next one where it is over."""
+        """The rest of this epoch, or the next one where it is over.
+
+        Raises:
+            RuntimeError: torch.distributed has several ranks since the sampler was made for one.
+        """
+        ranks = _ranks_of_torch()[1]
+        if self._counts_ranks and self.ranks == 1 and ranks > 1:
+            hint = "make the sampler after init_process_group, or pass rank= and ranks="
+            got = f"{ranks}, which were initialised later"
+            fail(RuntimeError, OP, "ranks", "1, as when the sampler was made", got, hint)
         if self._position >= len(self):
             self.set_epoch(self.epoch + 1)
         order = self._order()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from mts_fast._check import describe, fail
-from mts_fast._sharding import Sharding, is_a
+from mts_fast._sharding import SHARDED_MODULE, Sharding, is_a
 from mts_fast.distributed.ranks import Alone, Ranks
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # by class name: importing the classes would import all of torch.distributed
 DATA_PARALLEL = "DistributedDataParallel"
 OLD_SHARDED = "FullyShardedDataParallel"
+# of the step's group, once it is there
+SINCE = "that of the step's construction"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -54,7 +57,8 @@ def ranks_of(op: str, model: nn.Module, group: Any, sharding: Sharding | None = 
 
     Raises:
         TypeError, ValueError: no process group; one that this process is not of.
-        RuntimeError: a wrapped model and another group than the wrapper's.
+        RuntimeError: a wrapped model and another group than the wrapper's; a group that is not
+            initialised; one that cannot exchange what is on the model's device.
     """
     group = _group(op, model, group, sharding)
     if group is None:
@@ -63,20 +67,35 @@ def ranks_of(op: str, model: nn.Module, group: Any, sharding: Sharding | None = 
 
     device = next((p.device for p in model.parameters()), None)
     assert device is not None
+    _check_backend(op, group, device.type)
     return Group(op, group, device, in_band=device.type == "cpu", sharding=sharding)
 
 
-def check_ranks(op: str, model: nn.Module, group: Any, ranks: Ranks) -> None:
+def check_ranks(
+    op: str, model: nn.Module, group: Any, ranks: Ranks, sharding: Sharding | None
+) -> None:
     """Refuse a call where the processes are others than when the step was built.
 
     Raises:
-        RuntimeError: wrappers that are not served, or a process group that was initialised since.
+        RuntimeError: wrappers that are not served; a model that was sharded since; a process group
+            that was initialised, destroyed or replaced since.
     """
     check_wrappers(op, "model", model)
-    if ranks.size == 1 and group is not None and _group(op, model, group, None) is not None:
+    if sharding is None and any(is_a(m, SHARDED_MODULE) for m in model.modules()):
+        hint = "call fully_shard first, then make the optimizer, then the step"
+        got = "one that was sharded since"
+        fail(RuntimeError, op, "model", "as when the step was built", got, hint)
+    if ranks.size == 1 and group is None:
+        return
+    present = _group(op, model, group, sharding)
+    if ranks.size == 1 and present is not None:
         hint = "build the step after torch.distributed.init_process_group"
         got = "a process group that is younger than the step"
-        fail(RuntimeError, op, "process_group", "that of the step's construction", got, hint)
+        fail(RuntimeError, op, "process_group", SINCE, got, hint)
+    if ranks.size > 1 and present is not ranks.group:
+        hint = "build the step anew, after init_process_group, with the model as it is wrapped now"
+        got = "another, or none" if present is None else "another"
+        fail(RuntimeError, op, "process_group", SINCE, got, hint)
 
 
 def _group(
@@ -87,7 +106,7 @@ def _group(
     if sharding is not None:
         wrapper = sharding.group
     if group == "auto":
-        group = wrapper if wrapper is not None else _default_group()
+        group = wrapper if wrapper is not None else _default_group(op)
     elif group is None and wrapper is not None:
         hint = "leave process_group= out, or pass the module inside"
         fail(RuntimeError, op, "process_group", "that of the wrapped model", "None", hint)
@@ -103,7 +122,35 @@ def _group(
     if wrapper is not None and wrapper is not group:
         hint = "leave process_group= out"
         fail(RuntimeError, op, "process_group", "that of the wrapped model", "another", hint)
+    if not _is_initialised(group):
+        hint = "call torch.distributed.init_process_group, then wrap the model and build the step"
+        fail(RuntimeError, op, "process_group", "initialised", "one that was destroyed", hint)
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _is_initialised(group: dist.ProcessGroup) -> bool:
+    """Whether torch.distributed knows a group."""
+    import torch.distributed as dist
+
+    try:
+        return dist.get_rank(group) >= 0
+    except ValueError:  # the default group is gone, or this one
+        return False
+
+
+def _check_backend(op: str, group: dist.ProcessGroup, device: str) -> None:
+    """Refuse a group without a backend for the model's device, or for the hosts."""
+    import torch.distributed as dist
+
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    if device not in backends:
+        hint = f"move the model to one of its devices, or make the group with one for {device!r}"
+        expected = f"one that exchanges tensors on {device!r}"
+        got = f"backends for {', '.join(backends)}"
+        fail(RuntimeError, op, "process_group", expected, got, hint)
+    if backends[device] != "gloo" and not dist.is_gloo_available():
+        hint = "install a build of torch with gloo, which is what hosts exchange by"
+        fail(RuntimeError, op, "process_group", "used with gloo beside it", "no gloo", hint)
 
 
 def group_of(op: str, group: Any) -> dist.ProcessGroup | None:
@@ -111,9 +158,23 @@ def group_of(op: str, group: Any) -> dist.ProcessGroup | None:
     return _group(op, nn.Identity(), group, None)
 
 
-def _default_group() -> dist.ProcessGroup | None:
-    """The group of all ranks, where it is initialised."""
+def _default_group(op: str) -> dist.ProcessGroup | None:
+    """The group of all ranks, where it is initialised.
+
+    Raises:
+        RuntimeError: torchrun has started several processes, and it is not.
+    """
     dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
+    if dist is None or not dist.is_available():
         return None
-    return dist.group.WORLD
+    if dist.is_initialized():
+        return dist.group.WORLD
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and dist.is_torchelastic_launched():
+        hint = (
+            "call torch.distributed.init_process_group first, or pass process_group=None to run"
+            " each process by itself"
+        )
+        got = f"none in a process that torchrun has started as one of {size}"
+        fail(RuntimeError, op, "process_group", "initialised", got, hint)
+    return None

@@ -20,6 +20,7 @@ from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.objective import LabelledBatch, Objective
 from mts_fast.hypergradient.precision import is_low_precision
 from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
+from mts_fast.hypergradient.synced import synced_reasons
 
 
 @contextmanager
@@ -41,7 +42,8 @@ class DoubleBackward(Engine):
     name = "double_backward"
 
     def reasons(self) -> list[str]:
-        return frequency_reasons(self.objective) + sharded_reasons(self.objective)
+        reasons = frequency_reasons(self.objective) + sharded_reasons(self.objective)
+        return reasons + synced_reasons(self.objective.model, "second derivative")
 
     def linearize(
         self, batch: LabelledBatch, *, gradients: int = 2, dots: bool = True

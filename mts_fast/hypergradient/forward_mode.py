@@ -20,6 +20,7 @@ from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
 from mts_fast.hypergradient.fused_tangents import FusedTangents, LinearCall, RecordedOutputs
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
+from mts_fast.hypergradient.synced import synced_reasons
 
 
 class ForwardMode(Engine):
@@ -35,6 +36,7 @@ class ForwardMode(Engine):
             if isinstance(module, nn.RNNBase)
         ]
         reasons += frequency_reasons(self.objective) + sharded_reasons(self.objective)
+        reasons += synced_reasons(self.objective.model, "forward-mode derivative")
         known = {id(p) for p in self.objective.model.parameters()}
         if any(id(p) not in known for p in self.parameters):
             reasons.append("the optimizer holds parameters that are not the model's")

@@ -105,6 +105,10 @@ class ScaledDirection(list[Tensor]):
         super().__init__(tensors)
         self._counts = list(counts)
 
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ScaledDirection:
+        """Other tensors, and the same count."""
+        return ScaledDirection(tensors, self._counts)
+
     @functools.cached_property
     def masked_entries(self) -> Tensor:
         """[] int64: entries whose kappa was set to 0, since their gradient is rounding noise or

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
 
+from mts_fast.reference.clipping import clipped_gradients
 from mts_fast.reference.cross_entropy import cross_entropy
 from mts_fast.reference.hypergradient import hypergradient_dots
 from mts_fast.reference.update_rules import State, largest_gradient
@@ -51,6 +52,8 @@ def mts_step(
     *,
     selector_batch: Batch | None = None,
     hypergradient_lr: float | None = None,
+    max_grad_norm: float | None = None,
+    clip_virtual_step: bool = False,
 ) -> Trace:
     """Update the selector and the classifier once, in place, and return what was computed."""
     theta = {n: p for n, p in model.named_parameters() if n in states}
@@ -70,19 +73,24 @@ def mts_step(
     # row 3: L = sum p l, BatchNorm statistics moving in the copies
     losses = losses_of(batch, buffers)  # [B]
     g = grad(p @ losses, list(theta.values()), retain_graph=True)
-    # row 4: theta' = U(theta, g; live optimizer state)
+    # row 4: theta' = U(theta, g; live optimizer state), g clipped where that is asked for
+    max_norm = max_grad_norm if clip_virtual_step else None
+    free = [dt.requires_grad_() for dt in g]
+    clipped = clipped_gradients(free, max_norm)
+    g = tuple(dt.detach() for dt in clipped)
     rows = [(n, t.detach(), dt, states[n]) for (n, t), dt in zip(theta.items(), g, strict=True)]
     virtual = {n: virtual_update(t, dt, s).requires_grad_() for n, t, dt, s in rows}
     # row 5: v = grad of the mean validation loss at theta', eval mode
     val_output = functional_call(model.eval(), {**virtual, **buffers}, val[0])
     v = grad(cross_entropy(val_output, val[1]).mean(), list(virtual.values()))
     model.train()
-    # row 6: d_i = <kappa v, grad l_i>, on the selector's batch of B2 samples
+    # row 6: d_i = <kappa v, grad l_i>, kappa v through the clip, on the selector's B2 samples
     largest = largest_gradient(g)
     direction = [
         hypergradient_direction(t, dt, s, dv, hypergradient_lr, largest)
         for (_, t, dt, s), dv in zip(rows, v, strict=True)
     ]
+    direction = list(grad(clipped, free, direction))
     batch2, z2, losses2 = batch, z, losses
     if selector_batch is not None:
         batch2, z2 = selector_batch, logits(selector_batch)
@@ -97,6 +105,8 @@ def mts_step(
     p_new = normalize_weights(log_weights(logits(batch).detach()))
     optimizer.zero_grad()
     (p_new @ losses).backward(inputs=list(theta.values()))
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(theta.values(), max_grad_norm)
     optimizer.step()
     for n, b in model.named_buffers():
         b.copy_(buffers[n])

@@ -9,7 +9,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor
 
-from mts_fast import ops
 from mts_fast._check import check_finite
 from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
 from mts_fast.diagnostics import SamplingStatistics, selector_gsnr
@@ -40,8 +39,8 @@ from mts_fast.training.sampled.compute import ComputeChoice
 from mts_fast.training.sampled.part import Sampled, whole_gradient
 from mts_fast.training.selector_inputs import OfflineFeatures
 from mts_fast.training.selector_trainer import SelectorUpdate
-from mts_fast.training.sharded import virtual_update_of_shards
 from mts_fast.training.validation import VirtualClassifier
+from mts_fast.training.virtual_step import VirtualStep
 
 OP = "MTSStep"
 
@@ -60,6 +59,7 @@ class Algorithm:
     validation_mode: str
     val_objective: str
     hypergradient_lr: float | None
+    virtual_norm: float | None  # the largest norm of the virtual step's gradient
     micro_batch: int | None
     track_gsnr: bool
     compute: ComputeChoice
@@ -133,7 +133,12 @@ class Algorithm:
         buffers = nullcontext() if call.selector_batch is None else preserved_buffers(world)
         with preserved_rng(world), buffers:
             # rows 4, 5
-            virtual = self._virtual_update(prepared.gradient)
+            virtual = VirtualStep.take(
+                self.optimizer,
+                prepared.gradient,
+                sharding=self.objective.sharding,
+                max_norm=self.virtual_norm,
+            )
             classifier = VirtualClassifier(
                 self.validation,
                 self.parameters,
@@ -155,7 +160,7 @@ class Algorithm:
             if prepared.overflow:
                 return prepared
             # row 6
-            direction = virtual.scale(v, self.hypergradient_lr)
+            direction = virtual.direction(v, self.hypergradient_lr)
             prepared.masked = self._total(direction.masked_entries)
             learned, batch = run, call.batch
             if call.selector_batch is not None:
@@ -204,13 +209,6 @@ class Algorithm:
         prepared.shard = batch.shard
         self.engines.served(layout)
         return prepared
-
-    def _virtual_update(self, gradient: list[Tensor | None]) -> ops.VirtualUpdate:
-        """Row 4."""
-        sharding = self.objective.sharding
-        if sharding is None:
-            return ops.virtual_update(self.optimizer, gradient)
-        return virtual_update_of_shards(sharding, self.optimizer, gradient)
 
     def _total(self, number: Tensor) -> Tensor:
         """A sum over entries of parameters, of all shards."""

@@ -34,7 +34,7 @@ CHOICES = {
 }
 # smallest value of each
 COUNTS = {"accumulate": 1, "selector_every": 1, "online_k": 1, "warmup_steps": 0}
-FLAGS = ("online_features", "track_gsnr")
+FLAGS = ("online_features", "track_gsnr", "clip_virtual_step")
 # bounds of numbers that may be None
 NUMBERS: dict[str, dict[str, float]] = {
     "hypergradient_lr": {"above": 0.0},
@@ -54,6 +54,9 @@ def check_options(options: Mapping[str, object]) -> None:
     for name, bounds in NUMBERS.items():
         if options[name] is not None:
             check_number(OP, name, options[name], **bounds)  # type: ignore[arg-type]
+    if options["clip_virtual_step"] and options["max_grad_norm"] is None:
+        hint = "pass max_grad_norm= with it"
+        fail(ValueError, OP, "clip_virtual_step", "False without max_grad_norm", "True", hint)
     for name in ("loss", "val_loss"):
         if options[name] is not None:
             check_callable(OP, name, options[name])
@@ -202,6 +205,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _check_owner(optimizer: torch.optim.Optimizer, ids: set[int], arg: str, owner: str) -> None:
     if not any(id(p) in ids for p in _parameters(optimizer)):
-        hint = f"build it with {owner}.parameters()"
+        hint = f"build it with {owner}.parameters(), after {owner} was sharded or moved"
         got = "one that holds none of them"
         fail(ValueError, OP, arg, f"of the trainable parameters of {owner}", got, hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -142,20 +142,14 @@ def check_validation(
     check_values = check_values and len(tensor) > 0
     if not custom_loss:
         check_integer(OP, "val_labels", tensor)
-        if check_values and bool((tensor == IGNORED).all()):
-            hint = "give at least one sample a class"
-            got = f"{IGNORED} for every sample"
-            fail(ValueError, OP, "val_labels", "classes that count something", got, hint)
     if weights is not None:
         weights = check_floating(OP, "val_weights", weights, ndim=1)
         check_length(OP, "val_weights", weights, len(tensor))
         check_device(OP, "val_weights", weights, tensor.device, "val_labels")
         if check_values:
             check_finite(OP, "val_weights", weights)
-            if bool((weights < 0).any()) or not bool((weights > 0).any()):
-                got = f"values from {float(weights.min()):g} to {float(weights.max()):g}"
-                expected = "0 or more, and positive somewhere"
-                fail(ValueError, OP, "val_weights", expected, got, "they are shares of the loss")
+            if bool((weights < 0).any()):
+                _refuse_weights(weights)
     if needs_groups and groups is None:
         hint = "pass the group of each validation sample"
         fail(ValueError, OP, "val_groups", "given with this val_objective", "none", hint)
@@ -167,13 +161,35 @@ def check_validation(
     return CheckedValidation(inputs, tensor, weights, groups, name="val_labels")
 
 
-def joined(ranks: Ranks, batch: CheckedValidation, shard: Shard) -> CheckedValidation:
-    """The validation batch with the weights and group numbers of all ranks."""
+def _refuse_weights(weights: Tensor) -> NoReturn:
+    got = f"values from {float(weights.min()):g} to {float(weights.max()):g}"
+    expected = "0 or more, and positive somewhere"
+    fail(ValueError, OP, "val_weights", expected, got, "they are shares of the loss")
+
+
+def counting_samples(batch: CheckedValidation, *, custom_loss: bool, check_values: bool) -> int:
+    """How many samples have a label that counts; all of them where labels are not looked at."""
+    if custom_loss or not check_values:
+        return len(batch)
+    return int((batch.labels != IGNORED).unsqueeze(-1).flatten(1).any(1).sum())
+
+
+def joined(
+    ranks: Ranks, batch: CheckedValidation, shard: Shard, counting: Shard, *, check_values: bool
+) -> CheckedValidation:
+    """The validation batch with the weights and group numbers of all ranks; `counting` are the
+    samples of `counting_samples`. Something has to count on one rank, not on each."""
+    if counting.total == 0:
+        hint = "give at least one sample a class"
+        got = f"{IGNORED} for every sample"
+        fail(ValueError, OP, "val_labels", "classes that count something", got, hint)
     weights, groups = batch.weights, batch.groups
     present = [t for t in (weights, groups) if t is not None]
     if present:
         rows = iter(ranks.rows("val_weights and val_groups", shard, lambda: present))
         weights = None if weights is None else next(rows)
+        if weights is not None and check_values and not bool((weights > 0).any()):
+            _refuse_weights(weights)
         groups = None if groups is None else next(rows).unique(return_inverse=True)[1]
     return replace(batch, weights=weights, groups=groups, shard=shard)
 

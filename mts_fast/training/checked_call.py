@@ -15,6 +15,7 @@ from mts_fast.training.accumulated import joined as joined_calls
 from mts_fast.training.batch import (
     check_batch,
     check_validation,
+    counting_samples,
     joined,
 )
 from mts_fast.training.call import Call
@@ -24,12 +25,13 @@ from mts_fast.training.sampled.compute import Costs
 from mts_fast.training.selector_inputs import OnlineFeatures
 from mts_fast.training.sharded import check_sharded_call
 from mts_fast.training.step_parts import StepParts
+from mts_fast.training.synced import check_synced, check_synced_call, exchanges_statistics
 
 OP = "MTSStep"
 # attributes of a step that decide what ranks ask of each other
 OPTIONS = (
     *("schedule", "validation_mode", "val_objective", "selector_every", "warmup_steps"),
-    *("hypergradient_lr", "max_grad_norm", "track_gsnr", "accumulate"),
+    *("hypergradient_lr", "max_grad_norm", "clip_virtual_step", "track_gsnr", "accumulate"),
     *("compute", "candidate_dtype"),
 )
 
@@ -48,6 +50,7 @@ def checked_call(step: StepParts, arguments: Arguments) -> Call | None:
     def check() -> Call:
         step._engines.begin()
         check_can_run(step)
+        check_synced(step)
         follow_changes(step)
         if step._waiting:
             _checked(step, arguments)  # what is wrong is named where it comes in
@@ -87,6 +90,7 @@ def _stream(step: StepParts, micro_batch: int) -> None:
 def _check_waiting(step: StepParts, arguments: Arguments) -> None:
     """A call that will wait, by itself and beside the one before it."""
     check_can_run(step)
+    check_synced(step)
     follow_changes(step)
     _checked(step, arguments)
     for waiting in step._waiting[-1:]:
@@ -139,24 +143,32 @@ def _checked(step: StepParts, arguments: Arguments) -> Call:
 def _with_shards(step: StepParts, call: Call, opened: Opened) -> Call:
     """The call with what the ranks have told each other."""
     shards = opened.shards
-    for name, shard in zip(("labels", "val_labels", "selector_batch.labels"), shards, strict=False):
+    first, validating, counting, *second = shards
+    batches = {"labels": first, "val_labels": validating}
+    if second:
+        batches["selector_batch.labels"] = second[0]
+    for name, shard in batches.items():
         if shard.total == 0:
             hint = "pass at least one sample on one of them"
             fail(ValueError, OP, name, "non-empty on some rank", "none on any", hint)
     if step._objective.sharding is not None:
-        check_sharded_call(step, shards)
-    batch = replace(call.batch, shard=shards[0])
-    validation = joined(step._ranks, call.validation, shards[1])
-    second = call.selector_batch
-    if second is not None:
-        second = replace(second, shard=shards[2])
+        check_sharded_call(step, batches.values())
+    if exchanges_statistics(step):
+        check_synced_call(step, batches)
+    batch = replace(call.batch, shard=first)
+    validation = joined(
+        step._ranks, call.validation, validating, counting, check_values=call.check_values
+    )
+    selector_batch = call.selector_batch
+    if selector_batch is not None:
+        selector_batch = replace(selector_batch, shard=second[0])
     return replace(
         call,
         batch=batch,
         validation=validation,
-        selector_batch=second,
-        computed=_computed(step, shards[0].total),
-        costs=_costs(step, shards[0].total, shards[1].total),
+        selector_batch=selector_batch,
+        computed=_computed(step, first.total),
+        costs=_costs(step, first.total, validating.total),
         probing=opened.probing,
     )
 
@@ -167,13 +179,23 @@ def _computed(step: StepParts, size: int) -> int | None:
     if number is not None and step._objective.sharding is not None:
         hint = "leave compute= out: every sample of every rank is computed"
         fail(RuntimeError, OP, "compute", "None where the model is sharded", number, hint)
+    if number is not None and exchanges_statistics(step):
+        hint = "leave compute= out, or freeze the layer with .eval()"
+        expected = "None where the model has SyncBatchNorm in train mode"
+        fail(RuntimeError, OP, "compute", expected, number, hint)
     return number
 
 
 def _header(step: StepParts, call: Call) -> Header:
     """What the other ranks are told; a process alone compares nothing."""
-    batches = [call.batch, call.validation, call.selector_batch]
-    sizes = tuple(len(b) for b in batches if b is not None)
+    batches = [b for b in (call.batch, call.validation, call.selector_batch) if b is not None]
+    counting = counting_samples(
+        call.validation,
+        custom_loss=step._validation.loss is not None,
+        check_values=call.check_values,
+    )
+    first, validating, *second = map(len, batches)
+    sizes = (first, validating, counting, *second)
     if step._ranks.size == 1:
         return Header(sizes, probing=call.probing)
     engines = step._engines
@@ -198,9 +220,10 @@ def _header(step: StepParts, call: Call) -> Header:
     same["class_weight"] = None if weights is None else weights.tolist()
     if not any(isinstance(g["lr"], Tensor) for g in step.optimizer.param_groups):
         same["the learning rates"] = [g["lr"] for g in step.optimizer.param_groups]
-    if step._objective.sharding is not None:  # each is a forward that all ranks gather for
+    if step._objective.sharding is not None or exchanges_statistics(step):
+        # each is a forward in which the ranks wait for each other
         same["the number of micro-batches"] = [
-            max(1, -(-size // (step._micro_batch or max(1, size)))) for size in sizes
+            max(1, -(-len(b) // (step._micro_batch or max(1, len(b))))) for b in batches
         ]
     number = step.steps + 1
     if not step._was_compared or number & (number - 1) == 0:

@@ -36,6 +36,7 @@ ADDED = {
     "losses": list,
     "skipped_steps": int,
 }
+OPTIMIZERS = ("optimizer", "selector_optimizer")
 # options that later versions of torch added to optimizers; torch fills them in
 LATER_OPTIONS = {
     "amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused",
@@ -58,13 +59,14 @@ def check_complete(step: StepParts) -> None:
 def state_of(step: StepParts) -> dict[str, Any]:
     """All that a resumed run needs."""
     scheduler, scaler = step.selector_scheduler, step.scaler
+    optimizers = {arg: getattr(step, arg).state_dict() for arg in OPTIMIZERS}
     return {
         "version": VERSION,
         "model": step._objective.model.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
+        **optimizers,
         "optimizer_class": type(step.optimizer).__name__,
+        "parameters_with_state": {arg: _with_state(o) for arg, o in optimizers.items()},
         "selector": step._scorer.selector.state_dict(),
-        "selector_optimizer": step.selector_optimizer.state_dict(),
         "selector_optimizer_class": type(step.selector_optimizer).__name__,
         "selector_scheduler": None if scheduler is None else scheduler.state_dict(),
         "selector_scheduler_class": None if scheduler is None else type(scheduler).__name__,
@@ -85,9 +87,10 @@ def load_state(step: StepParts, state: object) -> None:
     entries = copy.deepcopy(check_state(state, has_scheduler=step.selector_scheduler is not None))
     check_module_state("model", step._objective.model, entries["model"])
     check_module_state("selector", step._scorer.selector, entries["selector"])
-    for arg in ("optimizer", "selector_optimizer"):
+    for arg in OPTIMIZERS:
         optimizer: torch.optim.Optimizer = getattr(step, arg)
         check_optimizer_state(arg, optimizer, entries[arg], entries.get(f"{arg}_class"))
+        _check_all_read(arg, entries)
     saved_class = entries.get("selector_scheduler_class")
     _check_class("selector_scheduler", step.selector_scheduler, saved_class)
     if "losses" in entries:
@@ -252,6 +255,23 @@ def check_optimizer_state(
                 expected = f"of shape {tuple(parameter.shape)}"
                 got = f"{key} of shape {tuple(value.shape)}"
                 fail(ValueError, OP, f"state[{arg!r}] of parameter {index}", expected, got, hint)
+
+
+def _with_state(optimizer: Mapping[str, Any]) -> int:
+    """How many parameters have state, in an optimizer's `state_dict()`."""
+    return sum(map(bool, optimizer["state"].values()))
+
+
+def _check_all_read(arg: str, entries: Mapping[str, Any]) -> None:
+    """Refuse a state that was read in part; older ones do not say how much they had."""
+    saved, read = entries.get("parameters_with_state"), _with_state(entries[arg])
+    if isinstance(saved, Mapping) and saved.get(arg, read) != read:
+        hint = (
+            "torch.distributed.checkpoint.load reads what a new step has already: pass planner="
+            "mts_fast.distributed.checkpoint.StepLoadPlanner(state)"
+        )
+        expected = f"given the state of {saved[arg]} parameters, as it was saved"
+        fail(ValueError, OP, f"state[{arg!r}]", expected, read, hint)
 
 
 def _check_complete(arg: str, states: Mapping[Any, Any], hint: str) -> None:

@@ -55,7 +55,8 @@ def check_can_run(step: StepParts) -> None:
         hint = "leave torch.no_grad() or torch.inference_mode() around the call"
         got = "a call without gradients"
         fail(RuntimeError, OP, "the call", "made with gradients enabled", got, hint)
-    check_ranks(OP, step.model, step.process_group, step._ranks)
+    sharding = step._objective.sharding
+    check_ranks(OP, step.model, step.process_group, step._ranks, sharding)
 
 
 def run_call(step: StepParts, call: Call) -> StepResult:
@@ -307,6 +308,7 @@ def _algorithm(step: StepParts) -> Algorithm:
         validation_mode=step.validation_mode,
         val_objective=step.val_objective,
         hypergradient_lr=step.hypergradient_lr,
+        virtual_norm=step.max_grad_norm if step.clip_virtual_step else None,
         micro_batch=step._micro_batch,
         track_gsnr=step.track_gsnr,
         compute=step._compute,

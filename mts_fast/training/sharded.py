@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def virtual_update_of_shards(
     return ops.virtual_update(view, gradient, largest=largest)
 
 
-def check_sharded_call(step: StepParts, shards: tuple[Shard, ...]) -> None:
+def check_sharded_call(step: StepParts, shards: Iterable[Shard]) -> None:
     """Refuse batches for which ranks would not run the same forwards.
 
     Raises:

@@ -85,8 +85,9 @@ class MTSStep(StepParts):
         warmup_steps: in that many first calls the classifier is trained unweighted (every sample
             counts its class weight) while the selector already learns.
         selector_scheduler: a learning-rate scheduler of selector_optimizer, stepped in every call.
-        max_grad_norm: clips the classifier's real gradient to this norm; the virtual step is not
-            clipped.
+        max_grad_norm: clips the classifier's real gradient to this norm.
+        clip_virtual_step: clip the virtual step's gradient to max_grad_norm, too, and take the
+            hypergradient through the clip; without it the virtual step is not clipped.
         scaler: a torch.amp.GradScaler for float16 autocast: every backward runs at its scale, and
             a step whose gradient overflows is skipped, counted in `skipped_steps` and reported as
             `result.skipped`. Under float16 autocast without one, the step makes its own, and
@@ -171,6 +172,7 @@ class MTSStep(StepParts):
         warmup_steps: int = 0,
         selector_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         max_grad_norm: float | None = None,
+        clip_virtual_step: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         atomic: bool | None = None,
         track_gsnr: bool = False,
@@ -195,6 +197,7 @@ class MTSStep(StepParts):
                 "selector_every": selector_every,
                 "warmup_steps": warmup_steps,
                 "max_grad_norm": max_grad_norm,
+                "clip_virtual_step": clip_virtual_step,
                 "scaler": scaler,
                 "atomic": atomic,
                 "track_gsnr": track_gsnr,
@@ -220,6 +223,7 @@ class MTSStep(StepParts):
         self.warmup_steps = warmup_steps
         self.selector_scheduler = selector_scheduler
         self.max_grad_norm = max_grad_norm
+        self.clip_virtual_step = clip_virtual_step
         self.scaler = scaler
         self.atomic = atomic
         self.track_gsnr = track_gsnr

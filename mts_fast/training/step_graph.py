@@ -299,7 +299,7 @@ def _memory(step: StepParts) -> object:
     # attributes of the step that may be set between calls; others are in the key
     options = (
         *(step.hypergradient_lr, step.max_grad_norm, step.validation_mode, step.val_objective),
-        *(step.candidate_dtype, current_backend(), allows_tf32()),
+        *(step.clip_virtual_step, step.candidate_dtype, current_backend(), allows_tf32()),
         *map(id, world.modules),
     )
     return [0 if t is None else t.data_ptr() for t in tensors], numbers, trainable, options

@@ -39,6 +39,7 @@ class StepParts:
     warmup_steps: int
     selector_scheduler: torch.optim.lr_scheduler.LRScheduler | None
     max_grad_norm: float | None
+    clip_virtual_step: bool
     scaler: torch.amp.GradScaler | None
     atomic: bool | None
     track_gsnr: bool

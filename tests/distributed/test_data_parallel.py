@@ -2,6 +2,7 @@
 
 import pytest
 from rank_comparison import ENGINES, assert_equals_one_process
+from rank_jobs import nothing_counts
 from rank_pool import SLOW
 
 
@@ -26,6 +27,7 @@ OPTIONS = [
     {"micro_batch": 2, "online_momentum": 0.9},
     {"selector_batch": True},
     {"val_objective": "group_balanced", "val_weights": True},
+    {"max_grad_norm": 0.05, "clip_virtual_step": True, "optimizer": "adamw"},
     {"model": "unused", "wrapped": {"find_unused_parameters": True}},
 ]
 MORE_OPTIONS = [
@@ -68,3 +70,33 @@ def test_decisions_by_hosts(ranks, options):
 )
 def test_uneven_and_empty_shards(ranks, sizes, val_sizes, options):
     assert_equals_one_process(ranks, 4, options, sizes, val_sizes)
+
+
+SILENT = {
+    "val_weights": {"val_weights": True},
+    "val_labels": {"val_objective": "group_balanced"},
+    "labels": {"class_weight": True, "engine": "double_backward"},
+}
+
+
+@pytest.mark.parametrize("silent", SILENT)
+def test_a_part_that_counts_nothing(ranks, silent):
+    """Weights of 0, or labels that are ignored, for all samples of one rank."""
+    several, _ = assert_equals_one_process(ranks, 2, SILENT[silent] | {"silent": silent})
+    if silent == "labels":  # sizes are alike, so rank 0 has that part in every call
+        assert not several[0]["results"][0]["weights"].any()
+
+
+@pytest.mark.parametrize("by_hosts", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_weights": True}, "val_weights must be 0 or more, and positive somewhere"),
+        ({}, "val_labels must be classes that count something"),
+    ],
+    ids=["val_weights", "val_labels"],
+)
+def test_a_validation_batch_that_counts_nothing_is_refused(ranks, options, message, by_hosts):
+    for text, state in ranks.results(nothing_counts, 2, options | {"by_hosts": by_hosts}):
+        assert message in text, text
+        assert state == 0

@@ -60,6 +60,42 @@ def test_a_process_group_that_is_younger_than_the_step_is_refused(ranks):
         assert "process_group must be that of the step's construction" in text
 
 
+OTHER_GROUPS = {
+    "sharded since": "model must be as when the step was built, got one that was sharded since",
+    "wrapped for another group": "process_group must be that of the wrapped model, got another",
+    "destroyed": "process_group must be initialised, got one that was destroyed",
+    "gone": "process_group must be that of the step's construction, got another, or none",
+}
+
+
+@pytest.mark.parametrize("how", OTHER_GROUPS)
+def test_another_group_than_that_of_the_construction_is_refused(ranks, how):
+    for text in ranks.results(rank_failures.other_group, 4, how):
+        assert OTHER_GROUPS[how] in text, text
+
+
+BACKENDS = {
+    "tensors on the CPU": "process_group must be one that exchanges tensors on 'cpu', got backends"
+    " for cuda; move the model",
+    "gloo": "process_group must be used with gloo beside it, got no gloo",
+}
+
+
+def test_hosts_of_all_ranks_meet(ranks):
+    assert ranks.results(rank_failures.sum_of_hosts, 4) == [4.0] * 4
+
+
+@pytest.mark.parametrize("what", BACKENDS)
+def test_a_backend_without_what_a_step_needs_is_refused(ranks, what):
+    for text in ranks.results(rank_failures.backend_without, 4, what):
+        assert BACKENDS[what] in text, text
+
+
+def test_a_sampler_that_is_older_than_the_process_group_is_refused(ranks):
+    for text in ranks.results(rank_failures.sampler_before_the_group, 2):
+        assert "GlobalBatchSampler: ranks must be 1, as when the sampler was made, got" in text
+
+
 def test_a_batch_that_no_rank_has_is_refused(ranks):
     for text in ranks.results(rank_failures.no_samples, 3):
         assert "labels must be non-empty on some rank" in text

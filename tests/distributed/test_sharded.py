@@ -60,6 +60,7 @@ OPTIONS = [
     "options",
     [
         {"optimizer": "adamw", "schedule": "reuse"},
+        {"max_grad_norm": 0.05, "clip_virtual_step": True},
         *(pytest.param(o, marks=SLOW) for o in OPTIONS),
     ],
     ids=str,

@@ -43,3 +43,22 @@ def test_the_older_sharding_is_refused():
 def test_what_is_no_process_group_is_refused(group):
     with pytest.raises(TypeError, match="process_group must be a process group"):
         mts_fast.MTSStep(**small_parts(), process_group=group)
+
+
+@pytest.mark.parametrize("group", ["auto", None])
+def test_torchrun_without_a_process_group(monkeypatch, group):
+    """Each process would train by itself, unnoticed."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if group is None:
+        assert mts_fast.MTSStep(**small_parts(), process_group=None).steps == 0
+        return
+    with pytest.raises(RuntimeError, match=r"MTSStep: process_group must be initialised, got none"):
+        mts_fast.MTSStep(**small_parts(), process_group=group)
+
+
+def test_an_optimizer_of_before_the_sharding():
+    arguments = small_parts()
+    arguments["model"] = nn.Linear(4, 3)  # other parameters, as after fully_shard
+    with pytest.raises(ValueError, match=r"build it with model.parameters\(\), after model was"):
+        mts_fast.MTSStep(**arguments)

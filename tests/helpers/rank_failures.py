@@ -1,12 +1,18 @@
 """What ranks of a pool run where one of them fails, disagrees or dies."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rank_jobs import arguments, make_step
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from mts_fast.distributed import GlobalBatchSampler
+from mts_fast.distributed.group import _group_of_hosts
 from mts_fast.hypergradient import Objective
 
 
@@ -163,6 +169,74 @@ def step_before_the_group(group):
     """The text of the error of a step that was built before torch.distributed was initialised."""
     with mock.patch.object(dist, "is_initialized", lambda: False):
         step = make_step("auto", {})
+    try:
+        step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def other_group(group, how):
+    """The text of the error of a step whose model or group is another than when it was built."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    mine = dist.new_group(list(range(size)))
+    step = make_step("auto" if how == "gone" else mine, {})
+    step(**arguments(0, rank, size))
+    if how == "sharded since":
+        fully_shard(step.model, mesh=DeviceMesh.from_group(group, "cpu"))
+    if how == "wrapped for another group":
+        step.model = DistributedDataParallel(step.model, process_group=group)
+    if how == "destroyed":
+        dist.destroy_process_group(mine)
+    gone = mock.patch.object(dist, "is_initialized", lambda: False)
+    try:
+        with gone if how == "gone" else nullcontext():
+            step(**arguments(1, rank, size))
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def sum_of_hosts(group):
+    """A sum over the hosts of all ranks, which are of one, two and three other groups."""
+    hosts = _group_of_hosts.__wrapped__(group)
+    number = torch.ones(1)
+    dist.all_reduce(number, group=hosts)
+    return number.item()
+
+
+def backend_without(group, what):
+    """The text of the error of a group that cannot exchange what a step sends."""
+    members = list(range(dist.get_world_size(group)))
+    of_gpus = dist.new_group(members, backend="cuda:gloo")
+    without_gloo = mock.patch.object(dist, "is_gloo_available", lambda: False)
+    of_mpi = mock.patch.object(dist, "get_backend_config", lambda group: "cpu:mpi")
+    try:
+        if what == "tensors on the CPU":
+            make_step(of_gpus, {})
+        else:
+            with without_gloo, of_mpi:
+                make_step(group, {})
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def sampler_before_the_group(group):
+    """The text of the error of a sampler that was made before torch.distributed was initialised."""
+    with mock.patch.object(dist, "is_initialized", lambda: False):
+        sampler = GlobalBatchSampler(12, 6)
+    try:
+        next(iter(sampler))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def sampled_step(group):
+    """The text of the error of a sampled step."""
+    step = make_step(group, {})
+    step.compute = 2
     try:
         step(**arguments(0, dist.get_rank(group), dist.get_world_size(group)))
     except RuntimeError as error:

@@ -85,6 +85,13 @@ def joined_batch(call, size, validation, options):
     val = {"val_inputs": x[size:], "val_labels": y[size:]}
     if options.get("val_weights"):
         val["val_weights"] = torch.rand(validation, generator=g, dtype=torch.float64) + 0.1
+    silent = options.get("silent")  # a first part that counts nothing
+    if silent == "val_weights":
+        val["val_weights"][: validation // 2] = 0.0
+    if silent == "val_labels":
+        val["val_labels"][: validation // 2] = -100
+    if silent == "labels":  # of class_weight 0
+        rows["labels"][: size // 2] = 0
     if options.get("val_objective", "mean") != "mean":
         val["val_groups"] = torch.randint(4, (validation,), generator=g) * 7 - 3
     return rows, val
@@ -103,7 +110,7 @@ def selector_rows(call, size):
 STEP_OPTIONS = (
     *("engine", "schedule", "micro_batch", "val_objective", "selector_every", "memory"),
     *("warmup_steps", "max_grad_norm", "track_gsnr", "online_momentum", "validation_mode"),
-    *("accumulate", "compute", "scaler"),
+    *("accumulate", "compute", "scaler", "clip_virtual_step"),
 )
 
 
@@ -117,6 +124,7 @@ def make_step(group, options):
         model = DistributedDataParallel(model, process_group=group, **options["wrapped"])
     torch.manual_seed(1)
     online = options.get("online", True)
+    class_weight = torch.tensor([float(options.get("silent") != "labels"), 2.0, 0.5])
     selector = mts_fast.Selector(2 + 4 * online, CLASSES, hidden=(8,)).double()
     return mts_fast.MTSStep(
         model,
@@ -125,7 +133,7 @@ def make_step(group, options):
         torch.optim.AdamW(selector.parameters(), lr=0.05),
         online_features=online,
         process_group=group,
-        class_weight=torch.tensor([1.0, 2.0, 0.5]) if options.get("class_weight") else None,
+        class_weight=class_weight if options.get("class_weight") else None,
         **options_of_a_step(options),
     )
 
@@ -220,3 +228,19 @@ def count_messages(group, options):
         step(**arguments(4, rank, size))
     gradients = sum(p.numel() * p.element_size() for p in step.model.parameters())
     return dict(calls), dict(sizes), gradients
+
+
+def nothing_counts(group, options):
+    """The error of a call whose validation samples count nothing on any rank, and the steps."""
+    step = make_step(group, options)
+    step._ranks._in_band = not options["by_hosts"]
+    call = arguments(0, dist.get_rank(group), dist.get_world_size(group), options)
+    if "val_weights" in call:
+        call["val_weights"] = torch.zeros_like(call["val_weights"])
+    else:
+        call["val_labels"] = torch.full_like(call["val_labels"], -100)
+    try:
+        step(**call)
+    except ValueError as error:
+        return str(error), step.steps
+    return "no error", step.steps

@@ -47,6 +47,21 @@ def test_the_calls_of_a_step_are_one_batch(options):
     assert_same(several, one)
 
 
+@pytest.mark.parametrize("silent", ["val_labels", "val_weights"])
+def test_a_call_whose_validation_samples_count_nothing(silent):
+    """The joined batch is what has to count."""
+    several, one = step_of(plain_model(), accumulate=CALLS), step_of(plain_model())
+    calls = parts(0)
+    for number, call in enumerate(calls):
+        call["val_weights"] = torch.full((4,), float(number > 0 or silent == "val_labels"))
+        if silent == "val_labels" and number == 0:
+            call["val_labels"] = torch.full((4,), -100)
+        several(**call)
+    one(**whole(calls))
+    assert several.steps == 1
+    assert_same(several, one)
+
+
 def test_memory_is_that_of_one_call():
     step = step_of(plain_model(), accumulate=CALLS)
     sizes = []

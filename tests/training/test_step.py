@@ -7,43 +7,15 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_bitwise, relative, snapshot
 from models import CLASSES
-from step_run import StepRun
+from step_run import DRIFT, DRIFT_EXACT, StepRun, reference_step
 
 import mts_fast
 from mts_fast import reference
 from mts_fast.hypergradient import ENGINES
-from mts_fast.ops.virtual_update import optimizer_states
 from mts_fast.training import warmup_cosine
 
 # the options tested here do not depend on the engine; this engine is exact to rounding.
 EXACT_ENGINE = "forward_mode"
-
-
-def reference_step(run, arguments, **options):
-    """The same step by reference.mts_step."""
-    states = optimizer_states(run.optimizer)
-    selector_batch = arguments.get("selector_batch")
-    if selector_batch is not None:
-        selector_batch = reference.Batch(
-            *(getattr(selector_batch, k) for k in ("inputs", "labels", "is_synthetic", "features"))
-        )
-    return reference.mts_step(
-        run.model,
-        run.optimizer,
-        {n: states[p] for n, p in run.model.named_parameters()},
-        run.selector,
-        run.selector_optimizer,
-        reference.Batch(*(arguments[k] for k in ("inputs", "labels", "is_synthetic", "features"))),
-        (arguments["val_inputs"], arguments["val_labels"]),
-        selector_batch=selector_batch,
-        **options,
-    )
-
-
-# float64, over 20 steps, relative to the largest entry of each tensor. Observed at most 4e-10 for
-# finite differences and 5e-15.
-DRIFT = {"finite_difference": 1e-8}
-DRIFT_EXACT = 1e-12
 
 
 @pytest.mark.parametrize("two_batches", [False, True])

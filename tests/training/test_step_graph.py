@@ -93,6 +93,7 @@ OPTIONS = {
     "reuse": {"schedule": "reuse"},
     "low memory": {"memory": "low"},
     "clipped": {"max_grad_norm": 0.1},
+    "clipped virtual step": {"max_grad_norm": 0.1, "clip_virtual_step": True},
     "online features": {
         "online_features": True,
         "selector": Scores(4),
