@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mts_fast._check import INTEGER_DTYPES, check_range, describe, fail
 from mts_fast.features import open_embeddings, open_vector
-from mts_fast.features.sweep import EmbeddingSource
+from mts_fast.features.pool_rows import EmbeddingSource
 
 OP = "features"
 EMBEDDINGS = "FILE"

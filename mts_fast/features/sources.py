@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mts_fast._check import FLOATING_DTYPES, check_path, describe, fail
 from mts_fast._files import kind_of
-from mts_fast.features.sweep import EmbeddingSource
+from mts_fast.features.pool_rows import EmbeddingSource
 
 logger = logging.getLogger("mts_fast")
 OP = "open_embeddings"
@@ -43,8 +43,22 @@ class ArraySource:
         self.array = array
         self.shape = array.shape
 
+    @classmethod
+    def of(cls, op: str, arg: str, array: np.ndarray) -> ArraySource:
+        """Rows of an argument."""
+        if array.dtype.str[1:] not in NUMPY_DTYPES:
+            hint = "convert it to float32"
+            fail(TypeError, op, arg, "an array of numbers", f"dtype {array.dtype}", hint)
+        return cls(array)
+
     def __getitem__(self, rows: slice) -> Tensor:
-        part = self.array[rows]
+        return self._tensor(self.array[rows])
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows `numbers` [n], in any order."""
+        return self._tensor(self.array[numbers.numpy()])
+
+    def _tensor(self, part: np.ndarray) -> Tensor:
         # torch supports only this machine's byte order, and a copy does not keep the file mapped
         return torch.from_numpy(np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))
 
