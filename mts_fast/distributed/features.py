@@ -20,14 +20,14 @@ from mts_fast.distributed.packing import Layout
 from mts_fast.distributed.ranks import Header
 from mts_fast.distributed.shard import Shard
 from mts_fast.distributed.wrappers import group_of
-from mts_fast.features.sweep import (
+from mts_fast.features.pool_checks import (
     BAD_ROWS,
-    COMPUTED,
     OP,
     check_class_sizes,
     check_distances,
     check_sizes,
 )
+from mts_fast.features.pool_rows import COMPUTED
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.neighbor_statistics import NeighborChunk, NeighborLists, neighbor_statistics_
 from mts_fast.ops.percentile_rank import percentile_rank

@@ -106,9 +106,7 @@ class Approximately:
         if self._search is None:
             self._search = self._built()
         chunk = self.rows.unit_chunk(index)
-        numbers = torch.arange(
-            chunk.start, chunk.start + len(chunk.unit), device=chunk.unit.device
-        )
+        numbers = torch.arange(chunk.start, chunk.start + len(chunk.unit), device=chunk.unit.device)
         merge_distinct(self.lists, numbers, self._search.search(Queries(chunk, numbers)))
 
     def _built(self) -> CandidateSearch:

@@ -104,8 +104,8 @@ class CandidateSearch:
         dimension, itemsize = self.rows.dimension, queries.chunk.unit.element_size()
         each = (self.neighbors + 1 + 2 * (self.k + 1)) * self.setting.candidates
         step = max(1, RANKED_BYTES // (each * dimension * itemsize))
-        parts = [
-            self._ranked(chunk, numbers, candidates)
+        lists = [
+            vars(self._ranked(chunk, numbers, candidates)).values()
             for chunk, numbers, candidates in zip(
                 queries.chunk.split(step),
                 queries.numbers.split(step),
@@ -113,7 +113,7 @@ class CandidateSearch:
                 strict=True,
             )
         ]
-        return NeighborLists(*(torch.cat(t) for t in zip(*(vars(p).values() for p in parts))))
+        return NeighborLists(*(torch.cat(t) for t in zip(*lists, strict=True)))
 
     def _trained(self, numbers: Tensor) -> CandidateIndex:
         """An index for the samples `numbers`, trained on some of them."""

@@ -143,8 +143,6 @@ def warn_of(notes: Mapping[str, Note], target: float) -> None:
 def _columns(lists: NeighborLists, labels: Tensor, pool_labels: Tensor) -> dict[str, Tensor]:
     """The columns of LISTS of some queries."""
     nearest = lists.statistics()
-    agreement = label_agreement(
-        nearest.similarity, nearest.index, labels, pool_labels=pool_labels
-    )
+    agreement = label_agreement(nearest.similarity, nearest.index, labels, pool_labels=pool_labels)
     values = (nearest.real, nearest.synthetic, nearest.closest, *agreement)
     return dict(zip(LISTS, values, strict=True))
