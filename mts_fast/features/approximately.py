@@ -17,7 +17,7 @@ from mts_fast.features.columns import Note
 from mts_fast.features.packs import NO_PACK, merge_distinct, packs_of, renumbered
 from mts_fast.features.pool_checks import OP
 from mts_fast.features.pool_rows import PoolRows
-from mts_fast.features.recall import exact_lists, search_notes, warn_of
+from mts_fast.features.recall import drawn_queries, exact_lists, search_notes, warn_of
 from mts_fast.features.search import Approximate
 from mts_fast.ops.neighbor_statistics import NeighborLists, neighbor_statistics_
 
@@ -39,7 +39,7 @@ class Approximately:
         classes = int(rows.labels.max()) + 1
         self._packs = packs_of(rows.labels, classes, options.exact_below, rows.chunk)
         like = rows.unit_chunk(0).unit
-        self._numbers = drawn_queries(rows.size, options).to(like.device)
+        self._numbers = drawn_queries(rows.size, options.queries, options.seed).to(like.device)
         self._exact = NeighborLists.empty(len(self._numbers), **self.sizes, like=like)
         # nprobe and candidates, 0 before the fit, and what the options are
         self._setting = torch.tensor([0, 0, _digest(options)])
@@ -138,9 +138,3 @@ def _digest(options: Approximate) -> int:
     """A number that differs where the options do, of 63 bits."""
     digest = hashlib.blake2b(repr(options).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def drawn_queries(size: int, options: Approximate) -> Tensor:
-    """Numbers [q] of a sample of `size` samples, ascending."""
-    generator = torch.Generator().manual_seed(options.seed)
-    return torch.randperm(size, generator=generator)[: options.queries].sort().values

@@ -29,6 +29,12 @@ LISTS = {
 }
 
 
+def drawn_queries(size: int, count: int, seed: int) -> Tensor:
+    """Numbers [count] of a sample of `size` samples, ascending; all where there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)[:count].sort().values
+
+
 def exact_lists(
     rows: PoolRows, queries: NeighborChunk, numbers: Tensor, *, k: int, neighbors: int
 ) -> NeighborLists:

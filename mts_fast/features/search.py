@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mts_fast._check import check_int, check_number, check_positive_int, describe, fail
+from mts_fast.features.columns import Note
 from mts_fast.features.pool_checks import OP
 
 # a pool or a class of fewer samples is compared exactly: with the C++ kernel a pair of 256 numbers
 # takes 5 ns of one core, so that 32768 samples take what an approximate search takes (2026)
 EXACT_BELOW = 32768
+# on the columns of an approximate search that was exact, the pool being small
+EXACT_NOTE: Note = {"search": "exact", "recall": 1.0}
 
 
 @dataclass(frozen=True)

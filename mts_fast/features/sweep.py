@@ -27,7 +27,7 @@ from mts_fast.features.columns import Columns
 from mts_fast.features.pool_checks import OP, check_class_sizes, check_distances, check_sizes
 from mts_fast.features.pool_rows import EmbeddingSource, PoolRows
 from mts_fast.features.recall import LISTS
-from mts_fast.features.search import Approximate, search_options
+from mts_fast.features.search import EXACT_NOTE, Approximate, search_options
 from mts_fast.features.sources import ArraySource
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.label_agreement import label_agreement
@@ -112,7 +112,7 @@ class DistributionSweep:
         if options is None:
             return AllPairs(self._rows, self._lists, None)
         if self._rows.size < options.exact_below:
-            return AllPairs(self._rows, self._lists, {"search": "exact", "recall": 1.0})
+            return AllPairs(self._rows, self._lists, dict(EXACT_NOTE))
         return Approximately(self._rows, self._lists, options, k=k, neighbors=neighbors)
 
     @property

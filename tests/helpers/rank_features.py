@@ -5,6 +5,7 @@ import torch.distributed as dist
 from rank_jobs import part
 
 from mts_fast.distributed import distribution_features
+from mts_fast.features import Approximate
 
 
 def pool(size, dtype):
@@ -35,6 +36,26 @@ def columns_of_ties(group, sizes):
     return distribution_features(
         *mine(group, tied(sum(sizes)), sizes), neighbors=3, process_group=group
     )
+
+
+def clustered(size, dtype=torch.float32):
+    """One flat cluster of 12 numbers for each of 4 classes, the last of which is small."""
+    g = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (size,), generator=g)
+    labels[torch.randperm(size, generator=g)[: size // 20]] = 3
+    basis = torch.randn(4, 12, 32, generator=g)
+    x = torch.einsum("nd,nde->ne", torch.randn(size, 12, generator=g), basis[labels])
+    x += 3 * torch.randn(4, 32, generator=g)[labels]
+    return x.to(dtype), labels, torch.rand(size, generator=g) < 0.5
+
+
+def approximately(group, sizes, options):
+    """(columns, notes) of an approximate search."""
+    parts = mine(group, clustered(sum(sizes)), sizes)
+    state = torch.get_rng_state()
+    columns = distribution_features(*parts, search=Approximate(**options), process_group=group)
+    assert torch.equal(torch.get_rng_state(), state)
+    return dict(columns), columns.notes
 
 
 def text_of(call):
