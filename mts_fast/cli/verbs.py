@@ -143,7 +143,7 @@ def features(
         typer.Option(
             parser=whole(0, LARGEST), metavar="N", help="Smaller pools and classes: all pairs."
         ),
-    ] = 32768,
+    ] = 100_000,
     resume: Annotated[
         bool, typer.Option(help="Go on with what an interrupted run left in OUT.partial.")
     ] = True,

@@ -68,12 +68,15 @@ class CandidateIndex:
         size: how many there will be.
         nlist: inverted lists; at most T.
         seed: of the clustering.
+        keep: how many of the lowest numbers to keep, which serve a query that faiss has no answer
+            for: a zero row, of cosine 0 to all.
     """
 
     def __init__(
-        self, codebook: Codebook, training: Tensor, size: int, nlist: int, seed: int
+        self, codebook: Codebook, training: Tensor, size: int, nlist: int, seed: int, keep: int
     ) -> None:
-        self._codebook = codebook
+        self._codebook, self._keep = codebook, keep
+        self.lowest = torch.zeros(0, dtype=torch.int64)
         self.size, self.nlist = size, 1
         width, metric = codebook.width, faiss().METRIC_INNER_PRODUCT
         self._inverted: Any = None
@@ -99,7 +102,8 @@ class CandidateIndex:
         return min(size, max(PLAIN_BELOW, TRAINING_ROWS * nlist))
 
     def add(self, unit: Tensor, numbers: Tensor) -> None:
-        """Add rows [n, D] of samples `numbers` [n]."""
+        """Add rows [n, D] of samples `numbers` [n], ascending and above those before."""
+        self.lowest = torch.cat([self.lowest, numbers.cpu()])[: self._keep]
         with threads(torch.get_num_threads()):
             self._index.add_with_ids(self._codebook.array(unit), numbers.cpu().numpy())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mts_fast.features.candidate_index import NOBODY, CandidateIndex, Codebook, default_lists
+from mts_fast.features.cosines import Cosines
 from mts_fast.features.pool_rows import PoolRows
 from mts_fast.features.recall import recall_of, smallest
 from mts_fast.features.search import Approximate
@@ -20,7 +21,7 @@ logger = logging.getLogger("mts_fast")
 # bytes of candidates that are ranked at once
 RANKED_BYTES = 32 * 2**20
 # candidates for each neighbour that are tried, in order of cost
-CANDIDATES = (4, 16, 64)
+CANDIDATES = (4, 8, 16, 32, 64)
 # more probes that gain less recall than this are not worth their time
 LEAST_GAIN = 0.002
 
@@ -77,6 +78,7 @@ class CandidateSearch:
             for group in range(2 * classes)
             if self.large[group % classes] and self._counts[group]
         }
+        self._cosines = Cosines(rows)
         self._add_all()
 
     def fit(self, queries: Queries, exact: NeighborLists) -> None:
@@ -101,15 +103,15 @@ class CandidateSearch:
     def search(self, queries: Queries) -> NeighborLists:
         """Lists [q] of the queries' neighbours in this part, by their numbers there; real and
         synthetic ones of large classes alone."""
-        dimension, itemsize = self.rows.dimension, queries.chunk.unit.element_size()
-        each = (self.neighbors + 1 + 2 * (self.k + 1)) * self.setting.candidates
-        step = max(1, RANKED_BYTES // (each * dimension * itemsize))
+        candidates = self._candidates(queries)
+        row_bytes = self.rows.dimension * queries.chunk.unit.element_size()
+        step = max(1, RANKED_BYTES // (candidates.shape[1] * row_bytes))
         lists = [
-            vars(self._ranked(chunk, numbers, candidates)).values()
-            for chunk, numbers, candidates in zip(
+            vars(self._ranked(chunk, numbers, some)).values()
+            for chunk, numbers, some in zip(
                 queries.chunk.split(step),
                 queries.numbers.split(step),
-                self._candidates(queries).split(step),
+                candidates.split(step),
                 strict=True,
             )
         ]
@@ -126,7 +128,8 @@ class CandidateSearch:
         training = self.rows.unit_at(chosen)
         if self._codebook is None:  # of the pool, which comes first
             self._codebook = Codebook(training, options.seed)
-        return CandidateIndex(self._codebook, training, size, nlist, options.seed)
+        keep = max(self.k, self.neighbors) + 1
+        return CandidateIndex(self._codebook, training, size, nlist, options.seed, keep)
 
     def _add_all(self) -> None:
         for index in range(len(self.rows.starts)):
@@ -148,6 +151,8 @@ class CandidateSearch:
         size, classes = len(chunk.unit), len(self.large)
         # one more than is asked for: a sample finds itself
         pool, of_class = (self.neighbors + 1) * each, (self.k + 1) * each
+        if not self.large[chunk.labels].any():
+            of_class = self.k  # empty, as long as the lists
         columns = chunk.labels.new_full((size, pool + 2 * of_class), NOBODY)
         _fill(columns[:, :pool], self._thorough(self._pool, chunk.unit, pool, self.neighbors))
         for label in chunk.labels.unique().tolist():
@@ -168,6 +173,8 @@ class CandidateSearch:
         short = numbers[:, needed - 1] == NOBODY
         if short.any():
             numbers[short] = index.search(unit[short], count, index.nlist)
+            short = numbers[:, needed - 1] == NOBODY
+            numbers[short, :needed] = index.lowest[:needed].to(numbers.device)
         return numbers
 
     def _ranked(self, chunk: NeighborChunk, numbers: Tensor, candidates: Tensor) -> NeighborLists:
@@ -176,9 +183,7 @@ class CandidateSearch:
         usable = (candidates != NOBODY) & (candidates != numbers[:, None])
         usable[:, 1:] &= candidates[:, 1:] != candidates[:, :-1]
         candidates = candidates.clamp(min=0)
-        unit = self.rows.unit_at(candidates.flatten()).view(*candidates.shape, -1)  # [n, M, D]
-        similarity = torch.bmm(unit, chunk.unit[:, :, None])[:, :, 0]
-        similarity = similarity.masked_fill(~usable, EXCLUDED)
+        similarity = self._cosines.of(chunk.unit, candidates).masked_fill(~usable, EXCLUDED)
         best, place = top_neighbors(similarity, self.neighbors)
         none = torch.iinfo(torch.int64).max
         index = candidates.gather(1, place).masked_fill(best == EXCLUDED, none)

@@ -70,8 +70,12 @@ class PoolRows:
 
     def unit_at(self, numbers: Tensor) -> Tensor:
         """Rows of unit length [n, D] of samples `numbers` [n], in any order."""
+        return unit_rows(self.at(numbers))
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Samples `numbers` [n, D], in any order, in a dtype that is computed in."""
         part = rows_at(self.source, numbers).detach()
-        return unit_rows(part if part.dtype in COMPUTED else part.float())
+        return part if part.dtype in COMPUTED else part.float()
 
     def chunk_at(self, numbers: Tensor, start: int = 0) -> NeighborChunk:
         """Samples `numbers` [n] as a chunk that begins at `start`."""

@@ -8,9 +8,9 @@ from mts_fast._check import check_int, check_number, check_positive_int, describ
 from mts_fast.features.columns import Note
 from mts_fast.features.pool_checks import OP
 
-# a pool or a class of fewer samples is compared exactly: with the C++ kernel a pair of 256 numbers
-# takes 5 ns of one core, so that 32768 samples take what an approximate search takes (2026)
-EXACT_BELOW = 32768
+# a pool or a class of fewer samples is compared exactly: about where both searches took equal time
+# on one core, 256 numbers a sample (docs/scaling.md)
+EXACT_BELOW = 100_000
 # on the columns of an approximate search that was exact, the pool being small
 EXACT_NOTE: Note = {"search": "exact", "recall": 1.0}
 
