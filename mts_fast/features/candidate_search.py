@@ -19,7 +19,7 @@ from mts_fast.reference.neighbor_statistics import EXCLUDED, top_neighbors
 
 logger = logging.getLogger("mts_fast")
 # bytes of candidates that are ranked at once
-RANKED_BYTES = 32 * 2**20
+RANKED_BYTES = 16 * 2**20
 # candidates for each neighbour that are tried, in order of cost
 CANDIDATES = (4, 8, 16, 32, 64)
 # more probes that gain less recall than this are not worth their time

@@ -52,15 +52,17 @@ class ArraySource:
         return cls(array)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self._tensor(self.array[rows])
+        # torch supports only this machine's byte order, and a copy does not keep the file mapped
+        return self._tensor(self.array[rows], copy=True)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows `numbers` [n], in any order."""
-        return self._tensor(self.array[numbers.numpy()])
+        return self._tensor(self.array[numbers.numpy()], copy=None)
 
-    def _tensor(self, part: np.ndarray) -> Tensor:
-        # torch supports only this machine's byte order, and a copy does not keep the file mapped
-        return torch.from_numpy(np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))
+    @staticmethod
+    def _tensor(part: np.ndarray, copy: bool | None) -> Tensor:
+        native = np.array(part, dtype=part.dtype.newbyteorder("="), order="C", copy=copy)
+        return torch.from_numpy(native)
 
 
 class SafetensorsSource:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_bitwise
+from rank_pool import SLOW
 from safetensors.torch import save_file
 from searched_pools import clusters
 
@@ -131,10 +132,11 @@ def peak_anonymous(call):
     return peak - before
 
 
+@SLOW
 def test_memory_is_bounded(tmp_path):
-    """20,000 x 1024 float32 are 82 MB; the codes 5, training rows and what k-means does with them
-    13, chunks and candidates less than 40."""
-    shape = (20_000, 1024)
+    """40,000 x 1024 float32 are 164 MB. Codes take 5, training rows and a copy 10, candidates 16,
+    chunks and their unit rows 4 each, the result 3; the rest is the allocator's."""
+    shape = (40_000, 1024)
     array = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "f4", shape)
     g = np.random.default_rng(0)
     for start in range(0, shape[0], 2000):
@@ -148,7 +150,7 @@ def test_memory_is_bounded(tmp_path):
         distribution_features(source, labels, synthetic, search=search, chunk=1000)
 
     distribution_features(X, Y, S, search=SEARCH)  # libraries and threads
-    assert peak_anonymous(call) < 55 * 2**20  # observed
+    assert peak_anonymous(call) < 82 * 2**20  # observed 41 to 62 MB at half of the samples
 
 
 def test_notes_are_saved_with_their_columns(tmp_path, expected):

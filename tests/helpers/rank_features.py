@@ -1,8 +1,11 @@
 """What ranks of a pool run to compute features."""
 
+import sys
+
 import torch
 import torch.distributed as dist
 from rank_jobs import part
+from searched_pools import clusters
 
 from mts_fast.distributed import distribution_features
 from mts_fast.features import Approximate
@@ -38,20 +41,9 @@ def columns_of_ties(group, sizes):
     )
 
 
-def clustered(size, dtype=torch.float32):
-    """One flat cluster of 12 numbers for each of 4 classes, the last of which is small."""
-    g = torch.Generator().manual_seed(3)
-    labels = torch.randint(3, (size,), generator=g)
-    labels[torch.randperm(size, generator=g)[: size // 20]] = 3
-    basis = torch.randn(4, 12, 32, generator=g)
-    x = torch.einsum("nd,nde->ne", torch.randn(size, 12, generator=g), basis[labels])
-    x += 3 * torch.randn(4, 32, generator=g)[labels]
-    return x.to(dtype), labels, torch.rand(size, generator=g) < 0.5
-
-
 def approximately(group, sizes, options):
     """(columns, notes) of an approximate search."""
-    parts = mine(group, clustered(sum(sizes)), sizes)
+    parts = mine(group, clusters(sum(sizes)), sizes)
     state = torch.get_rng_state()
     columns = distribution_features(*parts, search=Approximate(**options), process_group=group)
     assert torch.equal(torch.get_rng_state(), state)
@@ -71,6 +63,27 @@ def bad_rows(group):
     if dist.get_rank(group) == 1:
         x[3] = torch.nan
     return text_of(lambda: distribution_features(x, y, s, small_class="pad", process_group=group))
+
+
+def without_faiss(group, sizes):
+    """On rank 1 alone."""
+    parts = mine(group, clusters(sum(sizes)), sizes)
+    before = sys.modules.get("faiss")
+    if dist.get_rank(group) == 1:
+        sys.modules["faiss"] = None
+    search = Approximate(exact_below=0)
+    text = text_of(lambda: distribution_features(*parts, search=search, process_group=group))
+    sys.modules.pop("faiss", None)
+    if before is not None:
+        sys.modules["faiss"] = before
+    return text
+
+
+def other_seeds(group, sizes):
+    """An option of the search that differs."""
+    parts = mine(group, clusters(sum(sizes)), sizes)
+    search = Approximate(seed=dist.get_rank(group))
+    return text_of(lambda: distribution_features(*parts, search=search, process_group=group))
 
 
 def other_options(group):
