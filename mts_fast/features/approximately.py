@@ -38,7 +38,7 @@ class Approximately:
         self.sizes = {"k": k, "neighbors": neighbors}
         classes = int(rows.labels.max()) + 1
         self._packs = packs_of(rows.labels, classes, options.exact_below, rows.chunk)
-        like = rows.unit_chunk(0).unit
+        like = lists.similarity
         self._numbers = drawn_queries(rows.size, options.queries, options.seed).to(like.device)
         self._exact = NeighborLists.empty(len(self._numbers), **self.sizes, like=like)
         # nprobe and candidates, 0 before the fit, and what the options are
@@ -51,7 +51,8 @@ class Approximately:
         return 1 + len(self.rows.starts) + self._count_of_packs
 
     def units(self) -> list[Callable[[], None]]:
-        """The work, in order."""
+        """The work, in order; the index is built anew."""
+        self._search = None
         return [
             self._compare_sample,
             *(partial(self._search_chunk, index) for index in range(len(self.rows.starts))),

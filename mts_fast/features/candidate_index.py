@@ -15,7 +15,7 @@ from mts_fast._check import fail
 from mts_fast.features.pool_checks import OP
 
 # inverted lists over the square root of the rows: looking up lists and rows then costs alike
-LISTS = 2
+LISTS_PER_ROOT = 2
 # rows for each list in the sample that the lists are trained on; faiss advises 39 and more
 TRAINING_ROWS = 40
 # rounds of k-means; faiss's own default for lists
@@ -120,7 +120,7 @@ class CandidateIndex:
 
 def default_lists(size: int) -> int:
     """Inverted lists of that many rows."""
-    return max(1, round(LISTS * math.sqrt(size)))
+    return max(1, round(LISTS_PER_ROOT * math.sqrt(size)))
 
 
 def faiss() -> Any:

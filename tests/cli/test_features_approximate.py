@@ -10,6 +10,8 @@ from searched_pools import clusters
 
 from mts_fast.features import Approximate, DistributionSweep, FeatureTable, distribution_features
 
+pytest.importorskip("faiss")
+
 X, Y, S = clusters(1500)
 OPTIONS = ("--search", "approximate", "--exact-below", "400", "--recall", "0.9", "--chunk", "400")
 SEARCH = Approximate(recall=0.9, exact_below=400)

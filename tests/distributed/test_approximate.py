@@ -9,6 +9,8 @@ from searched_pools import clusters, cosines_within, share_reached
 
 from mts_fast.features import distribution_features
 
+pytest.importorskip("faiss")
+
 OPTIONS = {"exact_below": 500, "queries": 800}
 OF_NEIGHBORS = (
     *("real_nearest3_cosine", "synthetic_nearest3_cosine", "class_nearest_cosine"),

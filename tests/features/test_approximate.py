@@ -12,6 +12,8 @@ from searched_pools import clusters, cosines_within, share_reached
 
 from mts_fast.features import Approximate, distribution_features
 
+pytest.importorskip("faiss")
+
 SIZE = 2400
 POOL = clusters(SIZE)
 # the last class stays exact

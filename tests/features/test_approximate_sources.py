@@ -19,6 +19,8 @@ from mts_fast.features import (
     open_embeddings,
 )
 
+pytest.importorskip("faiss")
+
 X, Y, S = clusters(2000)
 SEARCH = Approximate(exact_below=400, queries=100)
 CHUNK = 300
