@@ -40,6 +40,7 @@ SOURCES = sorted(
 VAGUE = {"found", "own", "given", "taken", "wide", "kept"}
 EXTRAS = (
     "captum",
+    "faiss",
     "jinja2",
     "matplotlib",
     "pydantic",

@@ -187,6 +187,24 @@ def rank_features_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def approximate_features_table(_: str) -> str:
+    """Approximate search over exact search: time, recall and error, by pool."""
+    rows = json.loads((RESULTS / "approximate_features.json").read_text())["rows"]
+    lines = [
+        "| samples | classes | recall asked for | time / exact | recall: pool, class "
+        "| error: agreement, cosine |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        recall = ", ".join(f"{value:.3f}" for value in row["recall"].values())
+        error = ", ".join(f"{value:.1g}" for value in row["error"].values())
+        lines.append(
+            f"| {row['N']:,} | {row['classes']} | {row['asked']} "
+            f"| {row['ratios']['approximate']:.2f} | {recall} | {error} |"
+        )
+    return "\n".join(lines)
+
+
 def _runs(noun: str, benchmark: str) -> dict[str, dict]:
     """Model -> the row of one benchmark."""
     rows = json.loads((RESULTS / f"{noun}.json").read_text())["rows"]
@@ -237,7 +255,11 @@ TABLES = {
         "sampled-gradient": gradient_table,
         "sampled-accuracy": accuracy_table,
     },
-    "docs/scaling.md": {"data-parallel": ranks_table, "rank-features": rank_features_table},
+    "docs/scaling.md": {
+        "data-parallel": ranks_table,
+        "rank-features": rank_features_table,
+        "approximate-features": approximate_features_table,
+    },
     "docs/gpu.md": {"triton-resources": resource_table},
 }
 

@@ -18,8 +18,8 @@ from mts_fast._check import fail
 from mts_fast._files import locked, regular_target, save_tensors
 from mts_fast._outputs import try_folder
 from mts_fast._process import INTERRUPTED, postponed
-from mts_fast.cli.pool import OP, PoolFile, by_flags, of_file, open_flags, open_labels
-from mts_fast.features import DistributionSweep, FeatureTable
+from mts_fast.cli.pool import FLAGS, OP, PoolFile, by_flags, of_file, open_flags, open_labels
+from mts_fast.features import Approximate, Columns, DistributionSweep, FeatureTable
 from mts_fast.features.sweep import CHUNK
 
 FORMAT = "mts_fast.DistributionSweep/2"
@@ -42,6 +42,10 @@ class FeaturesOptions:
     neighbors: int
     small_class: str
     chunk: int | None
+    search: str
+    recall: float
+    seed: int
+    exact_below: int
     resume: bool
 
 
@@ -55,12 +59,19 @@ def run_features(arguments: FeaturesOptions) -> int:
             hint = "make the folder first"
             fail(ValueError, OP, "--out", "in an existing folder", repr(str(out)), hint)
         try_folder(OP, "--out", folder)
-    options = {
+    options: dict[str, int | float | str] = {
         "-k": arguments.k,
         "--neighbors": arguments.neighbors,
         "--chunk": arguments.chunk or CHUNK,
+        "--search": arguments.search,
     }
-    with PoolFile(arguments.embeddings, options["--chunk"]) as pool:
+    search: str | Approximate = "exact"
+    if arguments.search == "approximate":
+        chosen = {n: getattr(arguments, n) for n in ("recall", "seed", "exact_below")}
+        options |= {FLAGS[name]: value for name, value in chosen.items()}
+        with by_flags():
+            search = Approximate(**chosen)
+    with PoolFile(arguments.embeddings, arguments.chunk or CHUNK) as pool:
         size = pool.shape[0]
         _load_table(out, size)
         labels = open_labels(arguments.labels, size)
@@ -70,10 +81,11 @@ def run_features(arguments: FeaturesOptions) -> int:
                 pool,
                 labels,
                 flags,
-                k=options["-k"],
-                neighbors=options["--neighbors"],
+                k=arguments.k,
+                neighbors=arguments.neighbors,
                 small_class=arguments.small_class,
-                chunk=options["--chunk"],
+                chunk=pool.chunk,
+                search=search,
             )
         progress = _Progress(out.with_name(out.name + ".partial"), sweep, pool, options)
         if arguments.resume:
@@ -103,7 +115,7 @@ def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
         return not stop
 
 
-def _add_columns(out: Path, columns: Mapping[str, Tensor], progress: _Progress) -> int:
+def _add_columns(out: Path, columns: Columns, progress: _Progress) -> int:
     """Add to the table as it is on disk: another process may have added columns meanwhile."""
     with postponed():
         table = _load_table(out, progress.pool.shape[0])
@@ -112,6 +124,8 @@ def _add_columns(out: Path, columns: Mapping[str, Tensor], progress: _Progress) 
             table.save(out)
         progress.remove()
     print(f"{out}: {len(columns)} columns of {table.num_samples} samples")
+    for name, note in columns.notes.items():
+        print(f"{name}: recall {note['recall']} ({note['search']})")
     return 0
 
 
@@ -130,7 +144,11 @@ class _Progress:
     """The unfinished sweep on disk, with a fingerprint of its pool."""
 
     def __init__(
-        self, path: Path, sweep: DistributionSweep, pool: PoolFile, options: Mapping[str, int]
+        self,
+        path: Path,
+        sweep: DistributionSweep,
+        pool: PoolFile,
+        options: Mapping[str, int | float | str],
     ) -> None:
         self.path, self.sweep, self.pool, self.options = path, sweep, pool, options
         self.fingerprint = _fingerprint(sweep)
@@ -143,11 +161,13 @@ class _Progress:
             return
         name = f"file {str(self.path)!r}"
         metadata, state = self._read(name)
-        for flag, value in json.loads(metadata["options"]).items():
-            if value != self.options[flag]:
+        saved = json.loads(metadata["options"])
+        # files of before there was a choice have no --search
+        for flag, value in {"--search": "exact", **saved}.items():
+            if value != self.options.get(flag):
                 hint = f"pass {flag} {value}, or {AFRESH}"
                 expected = f"{value}, as in {str(self.path)!r}"
-                fail(ValueError, OP, flag, expected, self.options[flag], hint)
+                fail(ValueError, OP, flag, expected, self.options.get(flag), hint)
         if metadata["fingerprint"] != self.fingerprint:
             expected = "left by a run on the same pool"
             fail(ValueError, OP, name, expected, "one of other labels or sizes", AFRESH)

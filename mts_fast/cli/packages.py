@@ -18,6 +18,7 @@ class Package(NamedTuple):
 OPTIONAL = {
     "triton": Package("Triton kernels", "triton"),
     "safetensors": Package("FeatureTable and embeddings on disk", "features"),
+    "faiss": Package("approximate search of distribution features", "approximate", "faiss-cpu"),
     "timm": Package("models and embeddings of 'timm:NAME'", "models"),
     "torchvision": Package("models and embeddings of 'torchvision:NAME'", "models"),
     "sklearn": Package("the demo's digits", "demo", "scikit-learn"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mts_fast._check import INTEGER_DTYPES, check_range, describe, fail
 from mts_fast.features import open_embeddings, open_vector
-from mts_fast.features.sweep import EmbeddingSource
+from mts_fast.features.pool_rows import EmbeddingSource, rows_at
 
 OP = "features"
 EMBEDDINGS = "FILE"
@@ -26,6 +26,10 @@ FLAGS = {
     "k": "-k",
     "chunk": "--chunk",
     "path": "--out",
+    "search": "--search",
+    "recall": "--recall",
+    "seed": "--seed",
+    "exact_below": "--exact-below",
 }
 DIGEST = hashlib.sha256
 DIGEST_BYTES = 32
@@ -131,17 +135,31 @@ class PoolFile:
         os.close(self._handle)
 
     def __getitem__(self, rows: slice) -> Tensor:
+        self._check_size()
+        part = self.source[rows].clone()
+        known = self.digests[rows.start // self.chunk]
+        if self._changed() or not known.any():
+            self._compare(rows, part, known)
+        return part
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows `numbers` [n], in any order; refused once the file's time has changed."""
+        self._check_size()
+        if self._changed():
+            got, hint = "a later time of its last change", "run the same command again"
+            name = f"{EMBEDDINGS} {self.spec}"
+            fail(ValueError, OP, name, "unchanged while it is searched", got, hint)
+        return rows_at(self.source, numbers)
+
+    def _changed(self) -> bool:
+        return os.fstat(self._handle).st_mtime_ns != self._opened.st_mtime_ns
+
+    def _check_size(self) -> None:
         size = os.fstat(self._handle).st_size
         if size < self._opened.st_size:
             got = f"{size} of {self._opened.st_size} bytes"
             hint = "restore it, and run the same command again"
             fail(OSError, OP, f"{EMBEDDINGS} {self.spec}", "whole while it is read", got, hint)
-        part = self.source[rows].clone()
-        known = self.digests[rows.start // self.chunk]
-        changed = os.fstat(self._handle).st_mtime_ns != self._opened.st_mtime_ns
-        if changed or not known.any():
-            self._compare(rows, part, known)
-        return part
 
     def go_on_with(self, digests: Tensor) -> None:
         """Take over the hashes of an earlier process, after comparing all rows that it has read.

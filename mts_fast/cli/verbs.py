@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from mts_fast.cli.app import LARGEST, import_all, verb
-from mts_fast.cli.usage import whole
+from mts_fast.cli.usage import decimal, whole
 
 DEFAULT_SEEDS = 4
 # no setting was chosen on seeds from here on
@@ -128,6 +128,22 @@ def features(
         int | None,
         typer.Option(parser=whole(1, LARGEST), metavar="N", help="Rows in memory, twice (8192)."),
     ] = None,
+    search: Annotated[
+        Literal["exact", "approximate"],
+        typer.Option(help="All pairs; or by faiss, for pools where that takes too long."),
+    ] = "exact",
+    recall: Annotated[
+        float, typer.Option(parser=decimal, metavar="SHARE", help="Of an approximate search.")
+    ] = 0.95,
+    seed: Annotated[
+        int, typer.Option(parser=whole(0, LARGEST), metavar="N", help="Of an approximate search.")
+    ] = 0,
+    exact_below: Annotated[
+        int,
+        typer.Option(
+            parser=whole(0, LARGEST), metavar="N", help="Smaller pools and classes: all pairs."
+        ),
+    ] = 100_000,
     resume: Annotated[
         bool, typer.Option(help="Go on with what an interrupted run left in OUT.partial.")
     ] = True,
@@ -138,7 +154,8 @@ def features(
     from mts_fast.cli.features import FeaturesOptions, run_features
 
     options = FeaturesOptions(
-        embeddings, labels, is_synthetic, out, k, neighbors, small_class, chunk, resume
+        *(embeddings, labels, is_synthetic, out, k, neighbors, small_class, chunk),
+        *(search, recall, seed, exact_below, resume),
     )
     return run_features(options)
 

@@ -5,7 +5,9 @@ as the schedule needs it; what is one number per sample (features, dots) is gath
 selector works on the whole batch on every rank and needs no reduction of its own.
 """
 
+from mts_fast.distributed.by_number import joined_columns
 from mts_fast.distributed.features import distribution_features
+from mts_fast.distributed.forgetting import ForgettingCounter
 from mts_fast.distributed.ranks import Alone, Header, Opened, Ranks, Sums
 from mts_fast.distributed.sampler import GlobalBatchSampler, IndexedDataset
 from mts_fast.distributed.shard import Shard
@@ -13,6 +15,7 @@ from mts_fast.distributed.wrappers import check_ranks, check_wrappers, ranks_of,
 
 __all__ = [
     "Alone",
+    "ForgettingCounter",
     "GlobalBatchSampler",
     "Header",
     "IndexedDataset",
@@ -23,6 +26,7 @@ __all__ = [
     "check_ranks",
     "check_wrappers",
     "distribution_features",
+    "joined_columns",
     "ranks_of",
     "unwrapped",
 ]

@@ -7,7 +7,9 @@ samples, one visiting chunk, and a few numbers for every sample of the pool.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +17,26 @@ from torch import Tensor
 
 from mts_fast import features
 from mts_fast._check import check_finite, check_floating, check_pool
+from mts_fast.distributed.candidate_ring import CandidateRing
 from mts_fast.distributed.group import Group
 from mts_fast.distributed.packing import Layout
 from mts_fast.distributed.ranks import Header
 from mts_fast.distributed.shard import Shard
 from mts_fast.distributed.wrappers import group_of
-from mts_fast.features.sweep import (
+from mts_fast.features.candidate_index import faiss
+from mts_fast.features.columns import Columns, Note
+from mts_fast.features.packs import offer_within_packs, packs_of
+from mts_fast.features.pool_checks import (
     BAD_ROWS,
-    COMPUTED,
     OP,
     check_class_sizes,
     check_distances,
     check_sizes,
 )
+from mts_fast.features.pool_rows import COMPUTED, PoolRows
+from mts_fast.features.recall import LISTS
+from mts_fast.features.search import EXACT_NOTE, Approximate, search_options
+from mts_fast.features.sweep import CHUNK
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.neighbor_statistics import NeighborChunk, NeighborLists, neighbor_statistics_
 from mts_fast.ops.percentile_rank import percentile_rank
@@ -36,6 +45,9 @@ from mts_fast.reference.label_agreement import label_agreement
 from mts_fast.reference.neighbor_statistics import EXCLUDED, merge_lists
 from mts_fast.reference.percentile_rank import class_median
 from mts_fast.reference.unit_rows import unit_rows
+
+# offers the pairs of two chunks to the lists of both, as neighbor_statistics_ does
+Offer = Callable[[NeighborLists, NeighborChunk, NeighborChunk], None]
 
 
 def distribution_features(
@@ -46,14 +58,15 @@ def distribution_features(
     k: int = 3,
     neighbors: int = 5,
     small_class: str = "error",
+    search: str | Approximate = "exact",
     process_group: Any = "auto",
-) -> dict[str, Tensor]:
+) -> Columns:
     """`features.distribution_features` of all ranks' joined pool, for the samples of this one.
 
     Args:
         embeddings, labels, is_synthetic: of this rank's samples [n, D], [n], [n]; the pool is that
             of rank 0, then of rank 1, and so on. A rank may have none.
-        k, neighbors, small_class: as there, of the joined pool, the same on every rank.
+        k, neighbors, small_class, search: as there, of the joined pool, the same on every rank.
         process_group: "auto", all ranks where torch.distributed is initialised; a group; or None,
             this process alone.
 
@@ -67,6 +80,10 @@ def distribution_features(
         Equal to one process's result on the joined pool but for the rounding of the centroids' sums
         (1e-15 of them). Every rank does an equal part of the N^2 / 2 comparisons where the parts
         have equal sizes, and sends its embeddings R / 2 times.
+        An approximate search has an index on every rank, of its own samples: its columns are those
+        of another approximate search than one process's. What is equal are the columns that are
+        exact there, small classes among them, and what the recall, which is measured over all
+        ranks, means. It sends the embeddings R / 2 + R - 1 times.
 
     Source: docs/algorithm.md, features: distribution group.
 
@@ -79,6 +96,7 @@ def distribution_features(
         torch.Size([40, 3])
     """
     options: dict[str, Any] = {"k": k, "neighbors": neighbors, "small_class": small_class}
+    options["search"] = search
     group = group_of(OP, process_group)
     if group is None:
         return features.distribution_features(embeddings, labels, is_synthetic, **options)
@@ -89,6 +107,8 @@ def distribution_features(
         check_floating(OP, "embeddings", embeddings, ndim=2)
         check_finite(OP, "embeddings", embeddings, BAD_ROWS)
         y, flags = check_pool(OP, labels, is_synthetic, len(embeddings))
+        if search_options(search) is not None:
+            faiss()  # a rank without it tells the others
         x = embeddings.detach()
         return x if x.dtype in COMPUTED else x.float(), y, flags
 
@@ -111,7 +131,9 @@ class _Pool:
     labels: Tensor  # [n]
     is_synthetic: Tensor  # [n]
 
-    def columns(self, *, k: int, neighbors: int, small_class: str) -> dict[str, Tensor]:
+    def columns(
+        self, *, k: int, neighbors: int, small_class: str, search: str | Approximate
+    ) -> Columns:
         """The features of the samples here."""
         check_sizes(self.shard.total, k, neighbors, small_class)
         labels, flags = self.ranks.rows(
@@ -131,11 +153,29 @@ class _Pool:
         cosines, distance = self.ranks.rows("distances", self.shard, distances)
         gap = (distance - class_median(distance, labels)).abs()
         rank = self.shard.mine(percentile_rank(gap, labels)).to(cosines.dtype)
-        empty = NeighborLists.empty(len(self.x), k=k, neighbors=neighbors, like=self.x)
-        mine = NeighborChunk(unit_rows(self.x), here, self.is_synthetic, 0)
-        nearest = self._compared(mine, empty).statistics()
+        lists = NeighborLists.empty(len(self.x), k=k, neighbors=neighbors, like=self.x)
+        notes = self._fill(lists, labels, search_options(search))
+        nearest = lists.statistics()
         agreement = label_agreement(nearest.similarity, nearest.index, here, pool_labels=labels)
-        return feature_columns(nearest, agreement, self.shard.mine(cosines), rank)
+        columns = feature_columns(nearest, agreement, self.shard.mine(cosines), rank)
+        return Columns(columns, notes)
+
+    def _fill(
+        self, lists: NeighborLists, labels: Tensor, options: Approximate | None
+    ) -> dict[str, Note]:
+        """Fill the lists of the samples here; notes on an approximate search. labels [N]."""
+        here = self.shard.mine(labels)
+        mine = NeighborChunk(unit_rows(self.x), here, self.is_synthetic, 0)
+        if options is None or self.shard.total < options.exact_below:
+            self._compare(mine, lists, neighbor_statistics_)
+            return {} if options is None else {name: EXACT_NOTE for name in LISTS}
+        packs = packs_of(labels, int(labels.max()) + 1, options.exact_below, CHUNK)
+        self._compare(mine, lists, partial(offer_within_packs, packs=packs))
+        rows = PoolRows(self.x, here, self.is_synthetic, CHUNK)
+        sizes = {"k": lists.real.shape[1], "neighbors": lists.index.shape[1]}
+        ring = CandidateRing(self.ranks, self.shard, rows, packs, options, **sizes)
+        ring.search(mine, lists, self._passed_on)
+        return ring.notes(lists, labels)
 
     def _centroids(self, labels: Tensor, flags: Tensor, classes: int) -> ClassCentroids:
         """Of the whole pool."""
@@ -150,10 +190,10 @@ class _Pool:
         counts = torch.bincount(labels + classes * flags, minlength=2 * classes).view(2, classes)
         return ClassCentroids(total.sums if summed is None else summed, counts)
 
-    def _compared(self, mine: NeighborChunk, lists: NeighborLists) -> NeighborLists:
-        """The lists of the samples here after every pair of the pool was compared."""
+    def _compare(self, mine: NeighborChunk, lists: NeighborLists, offer: Offer) -> None:
+        """Offer every pair of the pool with a sample here to the lists of the samples here."""
         if len(mine.unit):
-            neighbor_statistics_(lists, mine, mine)
+            offer(lists, mine, mine)
         _renumber(lists, self._first(self.ranks.index))
         size, index = self.ranks.size, self.ranks.index
         layout = Layout.of(list(vars(lists).values()))
@@ -169,12 +209,11 @@ class _Pool:
                     rows, returned = mine.part(0, half), mine.part(half, len(mine.unit))
                 else:
                     columns = visitor.part(half, len(visitor.unit))
-            of_rows, of_columns = self._pair(rows, columns, other, lists)
+            of_rows, of_columns = self._pair(rows, columns, other, lists, offer)
             merge_lists(lists, of_rows, rows.start)
             sent = layout.packed(list(vars(of_columns).values()), self.x.device)
             got = self.ranks.swapped(sent, other, back, len(returned.unit))
             merge_lists(lists, NeighborLists(*layout.unpacked(got)), returned.start)
-        return lists
 
     def _first(self, rank: int) -> int:
         """The number of a rank's first sample in the pool."""
@@ -192,7 +231,12 @@ class _Pool:
         return NeighborChunk(unit, labels, flags, 0)
 
     def _pair(
-        self, rows: NeighborChunk, columns: NeighborChunk, other: int, like: NeighborLists
+        self,
+        rows: NeighborChunk,
+        columns: NeighborChunk,
+        other: int,
+        like: NeighborLists,
+        offer: Offer,
     ) -> tuple[NeighborLists, NeighborLists]:
         """What samples here and of another rank are to each other: lists of both, by numbers of
         the pool. Ties go to the lower one, so the lower rank's samples come first."""
@@ -207,7 +251,7 @@ class _Pool:
             like=self.x,
         )
         starts = [self._first(r) + c.start for r, c in zip(ranks, (first, second), strict=True)]
-        neighbor_statistics_(both, replace(first, start=0), replace(second, start=size))
+        offer(both, replace(first, start=0), replace(second, start=size))
         halves = [
             NeighborLists(*(t[part] for t in vars(both).values()))
             for part in (slice(0, size), slice(size, None))

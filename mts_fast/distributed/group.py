@@ -53,7 +53,7 @@ class Group:
         self._sharding = sharding  # of a model whose gradients come summed from a backward
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
-        self._hosts = group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
+        self._hosts = hosts_of(group)
         self._layouts: dict[str, Layout] = {}
         self._overlaps: dict[str, Overlap] = {}
         self._exchanges = 0
@@ -376,6 +376,11 @@ def _digest(same: dict[str, str]) -> int:
     """A number that differs where the values do, of 63 bits."""
     digest = hashlib.blake2b(repr(sorted(same.items())).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def hosts_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group of the same ranks over gloo, for tensors of the CPU; every rank of it calls it."""
+    return group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
 
 
 @functools.cache

@@ -49,6 +49,12 @@ class ForgettingCounter:
             TypeError, ValueError: wrong dtypes or shapes, probabilities or classes in place of
                 flags, indices out of range or repeated (on a GPU not checked: it would wait).
         """
+        self._count(*self._checked(indices, correct, distinct=True))
+
+    def _checked(
+        self, indices: Tensor, correct: Tensor, *, distinct: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions as int64 and bool, on the counts' device."""
         op = "ForgettingCounter.update"
         check_integer(op, "indices", indices, ndim=1)
         check_readable(op, "indices", indices)
@@ -62,10 +68,13 @@ class ForgettingCounter:
         if not indices.is_cuda:
             hint = "they count the samples of the pool"
             check_range(op, "indices", indices, 0, len(self.counts), hint)
-            if len(indices.unique()) != len(indices):
+            if distinct and len(indices.unique()) != len(indices):
                 hint = "update once per epoch"
                 fail(ValueError, op, "indices", "distinct", "repeated ones", hint)
-        indices, flags = (t.to(self.counts.device) for t in (indices.long(), flags))
+        return indices.long().to(self.counts.device), flags.to(self.counts.device)
+
+    def _count(self, indices: Tensor, flags: Tensor) -> None:
+        """Count predictions of distinct samples."""
         self.counts[indices] += self._last[indices] & ~flags
         self._last[indices] = flags
         self._ever[indices] |= flags

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mts_fast._check import FLOATING_DTYPES, check_path, describe, fail
 from mts_fast._files import kind_of
-from mts_fast.features.sweep import EmbeddingSource
+from mts_fast.features.pool_rows import EmbeddingSource
 
 logger = logging.getLogger("mts_fast")
 OP = "open_embeddings"
@@ -43,10 +43,26 @@ class ArraySource:
         self.array = array
         self.shape = array.shape
 
+    @classmethod
+    def of(cls, op: str, arg: str, array: np.ndarray) -> ArraySource:
+        """Rows of an argument."""
+        if array.dtype.str[1:] not in NUMPY_DTYPES:
+            hint = "convert it to float32"
+            fail(TypeError, op, arg, "an array of numbers", f"dtype {array.dtype}", hint)
+        return cls(array)
+
     def __getitem__(self, rows: slice) -> Tensor:
-        part = self.array[rows]
         # torch supports only this machine's byte order, and a copy does not keep the file mapped
-        return torch.from_numpy(np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))
+        return self._tensor(self.array[rows], copy=True)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows `numbers` [n], in any order."""
+        return self._tensor(self.array[numbers.numpy()], copy=None)
+
+    @staticmethod
+    def _tensor(part: np.ndarray, copy: bool | None) -> Tensor:
+        native = np.array(part, dtype=part.dtype.newbyteorder("="), order="C", copy=copy)
+        return torch.from_numpy(native)
 
 
 class SafetensorsSource:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mts_fast._check import (
-    check_choice,
     check_device,
     check_finite,
     check_floating,
@@ -22,43 +21,41 @@ from mts_fast._check import (
     describe,
     fail,
 )
+from mts_fast.features.all_pairs import AllPairs
+from mts_fast.features.approximately import Approximately
+from mts_fast.features.columns import Columns
+from mts_fast.features.pool_checks import OP, check_class_sizes, check_distances, check_sizes
+from mts_fast.features.pool_rows import EmbeddingSource, PoolRows
+from mts_fast.features.recall import LISTS
+from mts_fast.features.search import EXACT_NOTE, Approximate, search_options
+from mts_fast.features.sources import ArraySource
 from mts_fast.ops.class_centroids import ClassCentroids, class_centroids_
 from mts_fast.ops.label_agreement import label_agreement
-from mts_fast.ops.neighbor_statistics import NeighborChunk, NeighborLists, neighbor_statistics_
+from mts_fast.ops.neighbor_statistics import NeighborLists
 from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.reference.distribution_features import centroid_distances, feature_columns
 from mts_fast.reference.neighbor_statistics import EXCLUDED
 from mts_fast.reference.percentile_rank import class_median
-from mts_fast.reference.unit_rows import unit_rows
 
-OP = "distribution_features"
-BAD_ROWS = "drop or repair these rows"
 # rows of a chunk; two chunks are in memory at once. 8192 x 1024 float32 are 32 MB; packing them for
 # the kernel costs 1 % of comparing them
 CHUNK = 8192
-# dtypes that chunks are compared in; half precision is converted
-COMPUTED = (torch.float32, torch.float64)
 AFRESH = "start afresh"
-
-
-class EmbeddingSource(Protocol):
-    """Embeddings [N, D] that are read a slice of rows at a time: a tensor, or a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice) -> Tensor: ...
 
 
 class DistributionSweep:
     """Computes the distribution features of a pool that need not fit in memory, resumably.
 
     The work is a list of units: every chunk is read once for the class centroids, once with every
-    later chunk for the neighbours, and once for the distances. Memory is O(chunk * D + N).
+    later chunk for the neighbours, and once for the distances. Memory is O(chunk * D + N). An
+    approximate search reads candidates by their numbers, which is quick in memory and in .npy
+    files; it also keeps the codes of its index, about D / 4 bytes a sample, and twice that where
+    classes are large.
 
     Args:
-        source: [N, D] floating point; a tensor, or anything with a shape and slices of rows.
-        labels, is_synthetic, k, neighbors, small_class: as in `distribution_features`.
+        source: [N, D] floating point; a tensor, a numpy array (memory-mapped, too), or anything
+            with a shape and slices of rows.
+        labels, is_synthetic, k, neighbors, small_class, search: as in `distribution_features`.
         chunk: rows in memory at once.
 
     Example:
@@ -73,7 +70,7 @@ class DistributionSweep:
 
     def __init__(
         self,
-        source: EmbeddingSource | Tensor,
+        source: EmbeddingSource | Tensor | np.ndarray,
         labels: Tensor,
         is_synthetic: Tensor,
         *,
@@ -81,9 +78,13 @@ class DistributionSweep:
         neighbors: int = 5,
         small_class: str = "error",
         chunk: int = CHUNK,
+        search: str | Approximate = "exact",
     ) -> None:
+        if isinstance(source, np.ndarray):
+            source = ArraySource.of(OP, "embeddings", source)
         size, dimension = _checked_shape(source)
         check_positive_int(OP, "chunk", chunk)
+        options = search_options(search)
         check_sizes(size, k, neighbors, small_class)
         self.source = source
         self.labels, self.is_synthetic = check_pool(OP, labels, is_synthetic, size)
@@ -91,23 +92,34 @@ class DistributionSweep:
         names, self.labels = self.labels.unique(return_inverse=True)
         if small_class == "error":
             check_class_sizes(self.labels, self.is_synthetic, names, k)
-        self.starts = range(0, size, chunk)
-        self.chunk = chunk
+        self._rows = PoolRows(source, self.labels, self.is_synthetic, chunk)
+        self.starts, self.chunk = self._rows.starts, chunk
         self.done = 0
         self._whole = True  # no unit was cut short
-        like = self._read(0)[:0]
+        like = self._rows.read(0)[:0]
         for name, vector in (("labels", self.labels), ("is_synthetic", self.is_synthetic)):
             check_device(OP, name, vector, like.device, "embeddings")
         self._lists = NeighborLists.empty(size, k=k, neighbors=neighbors, like=like)
         self._centroids = ClassCentroids.empty(len(names), dimension, like.device)
         self._cosines = like.new_zeros(size, 3)
         self._distance = like.new_zeros(size, dtype=torch.float64)
+        self._neighbors = self._searched(options, k, neighbors)
+
+    def _searched(
+        self, options: Approximate | None, k: int, neighbors: int
+    ) -> AllPairs | Approximately:
+        """What fills the lists."""
+        if options is None:
+            return AllPairs(self._rows, self._lists, None)
+        if self._rows.size < options.exact_below:
+            return AllPairs(self._rows, self._lists, dict(EXACT_NOTE))
+        return Approximately(self._rows, self._lists, options, k=k, neighbors=neighbors)
 
     @property
     def total(self) -> int:
-        """Units of work: T (T + 1) / 2 pairs of T chunks, and each chunk twice more."""
-        count = len(self.starts)
-        return count * (count + 1) // 2 + 2 * count
+        """Units of work: T (T + 1) / 2 pairs of T chunks, or T chunks, a sample and the packs of
+        small classes where the search is approximate; and each chunk twice more."""
+        return self._neighbors.total + 2 * len(self.starts)
 
     def run(self) -> Iterator[int]:
         """Do what is left, unit by unit; yields how many are done.
@@ -118,13 +130,11 @@ class DistributionSweep:
         """
         self._check_whole()
         count = len(self.starts)
-        pairs = ((a, b) for a in range(count) for b in range(a, count))
         units: list[Callable[[], None]] = [
             *(partial(self._add_to_centroids, a) for a in range(count)),
-            *(partial(self._compare, a, b) for a, b in pairs),
+            *self._neighbors.units(),
             *(partial(self._measure_distances, a) for a in range(count)),
         ]
-        self._held: dict[int, NeighborChunk] = {}
         for number, unit in enumerate(units[self.done :], start=self.done):
             if number != self.done:
                 got = f"{self.done} units done, where this one did {number}"
@@ -134,10 +144,11 @@ class DistributionSweep:
             self.done += 1
             self._whole = True
             yield self.done
-        self._held.clear()
+        self._neighbors.release()
 
-    def columns(self) -> dict[str, Tensor]:
-        """The features by name, each [N, width], once all units are done.
+    def columns(self) -> Columns:
+        """The features by name, each [N, width], once all units are done; with notes on the recall
+        of an approximate search.
 
         Raises:
             RuntimeError: units are left.
@@ -149,7 +160,8 @@ class DistributionSweep:
         agreement = label_agreement(statistics.similarity, statistics.index, self.labels)
         gap = (self._distance - class_median(self._distance, self.labels)).abs()
         rank = percentile_rank(gap, self.labels).to(self._cosines.dtype)
-        return feature_columns(statistics, agreement, self._cosines, rank)
+        columns = feature_columns(statistics, agreement, self._cosines, rank)
+        return Columns(columns, self._neighbors.notes(tuple(LISTS)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a later sweep over the same pool and chunks needs to go on.
@@ -174,16 +186,20 @@ class DistributionSweep:
             "cosines": self._cosines,
             "distance": self._distance,
             "progress": torch.tensor([self.done, self.chunk]),
+            **self._neighbors.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another sweep stopped.
 
         Raises:
-            TypeError, ValueError: the state is of another pool, chunk, k or neighbors, or damaged;
-                nothing is changed.
+            TypeError, ValueError: the state is of another pool, chunk, k, neighbors or search, or
+                damaged; nothing is changed.
         """
         check_mapping(OP, "state", state, "pass what state_dict() gave")
+        if "setting" in state and "setting" not in self._state():
+            hint = "pass the same search, or start afresh"
+            fail(ValueError, OP, "search", "approximate, as in the state", "exact", hint)
         for name, value in self._state().items():
             got = state.get(name)
             expected = f"{value.dtype} {tuple(value.shape)}"
@@ -212,56 +228,32 @@ class DistributionSweep:
         if (counts < 0).any() or counts.sum() != seen:
             got = counts.sum(1).tolist()
             fail(ValueError, OP, "state['centroids/counts']", f"of {seen} samples", got, AFRESH)
-        for name in ("lists/similarity", "lists/real", "lists/synthetic", "cosines"):
+        for name in self._state():
             # NaN fails this comparison, too
-            if not state[name].abs().le(-EXCLUDED).all():
+            cosines = name.endswith(("/similarity", "/real", "/synthetic", "cosines"))
+            if cosines and not state[name].abs().le(-EXCLUDED).all():
                 fail(ValueError, OP, f"state[{name!r}]", "of cosines", "others", AFRESH)
-        index = state["lists/index"]
+            if name.endswith("/index"):
+                empty = state[name.replace("index", "similarity")] == EXCLUDED
+                if not (empty | ((state[name] >= 0) & (state[name] < size))).all():
+                    expected = f"in [0, {size})"
+                    fail(ValueError, OP, f"state[{name!r}]", expected, "others", AFRESH)
+        self._neighbors.check_state(state)
         empty = state["lists/similarity"] == EXCLUDED
-        if not (empty | ((index >= 0) & (index < size))).all():
-            expected = f"in [0, {size})"
-            fail(ValueError, OP, "state['lists/index']", expected, "others", AFRESH)
         if done >= self.total - count and empty.any():
             expected = f"full after {done} units"
             fail(ValueError, OP, "state['lists/similarity']", expected, "empty places", AFRESH)
 
-    def _slice(self, index: int) -> slice:
-        start = self.starts[index]
-        return slice(start, min(start + self.chunk, self.source.shape[0]))
-
-    def _read(self, index: int) -> Tensor:
-        """Chunk `index` [n, D], checked, in a dtype that is computed in."""
-        rows = self._slice(index)
-        part = check_floating(OP, "embeddings", self.source[rows], ndim=2).detach()
-        shape = (rows.stop - rows.start, self.source.shape[1])
-        if part.shape != shape:
-            expected = f"of shape {shape} in rows {rows.start} to {rows.stop - 1}"
-            fail(ValueError, OP, "embeddings", expected, tuple(part.shape), "mend the source")
-        check_finite(OP, "embeddings", part, BAD_ROWS, first=rows.start)
-        return part if part.dtype in COMPUTED else part.float()
-
-    def _unit_chunk(self, index: int) -> NeighborChunk:
-        """Chunk `index` with rows of unit length."""
-        rows = self._slice(index)
-        unit = unit_rows(self._read(index))
-        return NeighborChunk(unit, self.labels[rows], self.is_synthetic[rows], rows.start)
-
     def _add_to_centroids(self, index: int) -> None:
-        rows = self._slice(index)
+        rows = self._rows.slice(index)
         class_centroids_(
-            self._centroids, self._read(index), self.labels[rows], self.is_synthetic[rows]
+            self._centroids, self._rows.read(index), self.labels[rows], self.is_synthetic[rows]
         )
 
-    def _compare(self, first: int, second: int) -> None:
-        # of the previous pair only the chunks that this one needs stay in memory
-        held = {i: chunk for i, chunk in self._held.items() if i in (first, second)}
-        self._held = {i: held.get(i) or self._unit_chunk(i) for i in {first, second}}
-        neighbor_statistics_(self._lists, self._held[first], self._held[second])
-
     def _measure_distances(self, index: int) -> None:
-        rows = self._slice(index)
+        rows = self._rows.slice(index)
         cosines, distance = centroid_distances(
-            self._read(index), self.labels[rows], self._centroids
+            self._rows.read(index), self.labels[rows], self._centroids
         )
         check_distances(distance, rows.start)
         self._cosines[rows], self._distance[rows] = cosines, distance
@@ -278,40 +270,3 @@ def _checked_shape(source: object) -> tuple[int, int]:
     if len(shape) != 2:
         fail(ValueError, OP, "embeddings", "2-dimensional", f"shape {shape}", "one row a sample")
     return shape
-
-
-def check_sizes(size: int, k: int, neighbors: int, small_class: str) -> None:
-    """Refuse options that do not fit a pool of that many samples."""
-    for name, value in (("k", k), ("neighbors", neighbors)):
-        check_positive_int(OP, name, value)
-    check_choice(OP, "small_class", small_class, ("error", "pad"))
-    if neighbors >= size:
-        hint = "a sample is no neighbour of itself"
-        fail(ValueError, OP, "neighbors", f"below the pool size {size}", neighbors, hint)
-    if k > size:
-        fail(ValueError, OP, "k", f"at most the pool size {size}", k, "no class is so large")
-
-
-def check_distances(distance: Tensor, first: int = 0) -> None:
-    """Refuse embeddings that are too large to be compared with a mean."""
-    name = "the distance of embeddings to their class's mean"
-    check_finite(OP, name, distance, "divide all of them by one number", first=first)
-
-
-def check_class_sizes(labels: Tensor, synthetic: Tensor, names: Tensor, k: int) -> None:
-    """Refuse a class with k samples of a source or fewer, as a sample is no neighbour of itself.
-    `names` [C] are the classes as the caller numbers them."""
-    hint = "pass small_class='pad' to accept this"
-    for source, chosen in (("real", ~synthetic), ("synthetic", synthetic)):
-        count = torch.bincount(labels[chosen], minlength=len(names))
-        empty = names[count == 0].tolist()
-        if empty:
-            expected = f"such that every class has {source} samples"
-            fail(ValueError, OP, "is_synthetic", expected, f"none in classes {empty[:5]}", hint)
-        small = names[count <= k].tolist()
-        if small:
-            sizes = count[count <= k].tolist()
-            expected = f"below the {source} samples of every class"
-            fail(
-                ValueError, OP, "k", expected, f"{k} with {sizes[:5]} in classes {small[:5]}", hint
-            )

@@ -23,6 +23,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast._files import kind_of, save_tensors
+from mts_fast.features.columns import Columns, Note
 
 OP = "FeatureTable"
 # the paper's offline set of width 13, in the order of its selector's input.
@@ -62,6 +63,7 @@ class FeatureTable(Mapping[str, Tensor]):
 
     def __init__(self, columns: Mapping[str, Tensor] | None = None) -> None:
         self._columns: dict[str, Tensor] = {}
+        self._notes: dict[str, Note] = {}
         self.update({} if columns is None else columns)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -85,8 +87,13 @@ class FeatureTable(Mapping[str, Tensor]):
         """N, or 0 for an empty table."""
         return len(next(iter(self._columns.values()))) if self._columns else 0
 
+    @property
+    def notes(self) -> dict[str, Note]:
+        """By column, how it was computed, where that was noted: the recall of a search."""
+        return {name: dict(note) for name, note in self._notes.items()}
+
     def update(self, columns: Mapping[str, Tensor]) -> None:
-        """Add or replace columns, [N] or [N, width], all or none of them.
+        """Add or replace columns, [N] or [N, width], all or none of them, with their notes.
 
         Raises:
             TypeError, ValueError: no mapping of names to floating-point tensors, another N or
@@ -104,7 +111,11 @@ class FeatureTable(Mapping[str, Tensor]):
                     memory_format=torch.contiguous_format  # a view would keep its base in memory
                 )
             )
+        notes = columns.notes if isinstance(columns, Columns | FeatureTable) else {}
         self._columns.update(checked)
+        for name in checked:
+            self._notes.pop(name, None)
+        self._notes.update({n: dict(note) for n, note in notes.items() if n in checked})
 
     def missing(self, names: Sequence[str] = PAPER_COLUMNS) -> list[str]:
         """Which of these columns are still to be computed: how a table is resumed."""
@@ -157,7 +168,10 @@ class FeatureTable(Mapping[str, Tensor]):
             OSError: it cannot be written (a full disk, no such folder, a device); an old one is
                 unchanged.
         """
-        contents = {"order": list(self._columns), "sha256": _checksum(self._columns)}
+        checksum = _checksum(self._columns, self._notes)
+        contents: dict[str, Any] = {"order": list(self._columns), "sha256": checksum}
+        if self._notes:
+            contents["notes"] = self._notes
         tensors = {f"column/{n}": v for n, v in self._columns.items()}
         save_tensors(OP, path, tensors, {FORMAT: json.dumps(contents)})
 
@@ -180,7 +194,7 @@ class FeatureTable(Mapping[str, Tensor]):
             table = cls(columns)
         except (TypeError, ValueError) as error:
             _refuse(file, "of columns that fit a table", error)
-        if checksum is not None and checksum != _checksum(table._columns):
+        if checksum is not None and checksum != _checksum(columns, columns.notes):
             _refuse(file, "as it was saved", "data of another checksum")
         return table
 
@@ -232,16 +246,16 @@ def _standardized(column: Tensor, pool: Tensor) -> Tensor:
     return scaled.masked_fill(constant, 0.0).to(column.dtype)
 
 
-def _checksum(columns: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in order."""
-    digest = hashlib.sha256()
+def _checksum(columns: Mapping[str, Tensor], notes: Mapping[str, Note]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in order, and of the notes where there are."""
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode() if notes else b"")
     for name, value in columns.items():
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read(file: Path) -> tuple[Columns, str | None]:
     """Columns and checksum of a file; old ones have no checksum."""
     from safetensors import SafetensorError, safe_open
 
@@ -254,8 +268,9 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
                 contents = {"order": _parsed(file, metadata.get("order", "")), "sha256": None}
             else:
                 _refuse(file, f"of format {FORMAT}", f"metadata {metadata}"[:120])
-            order, checksum = _checked_contents(file, contents)
-            return {name: handle.get_tensor(f"column/{name}") for name in order}, checksum
+            order, checksum, notes = _checked_contents(file, contents)
+            columns = {name: handle.get_tensor(f"column/{name}") for name in order}
+            return Columns(columns, notes), checksum
     except SafetensorError as error:
         _refuse(file, "a complete safetensors file", error)
     except OSError as error:
@@ -270,18 +285,21 @@ def _parsed(file: Path, text: str) -> Any:
         _refuse(file, "of readable metadata", error)
 
 
-def _checked_contents(file: Path, contents: Any) -> tuple[list[str], str | None]:
-    """(names, checksum) from a file's metadata."""
-    order, checksum = None, None
+def _checked_contents(file: Path, contents: Any) -> tuple[list[str], str | None, dict[str, Note]]:
+    """(names, checksum, notes) from a file's metadata."""
+    order, checksum, notes = None, None, None
     if isinstance(contents, dict):
         order, checksum = contents.get("order"), contents.get("sha256")
+        notes = contents.get("notes", {})
     if (
         isinstance(order, list)
         and all(isinstance(name, str) for name in order)
         and len({*order}) == len(order)
         and isinstance(checksum, str | None)
+        and isinstance(notes, dict)
+        and all(isinstance(note, dict) and name in order for name, note in notes.items())
     ):
-        return order, checksum
+        return order, checksum, notes
     _refuse(file, "of metadata that name its columns", f"{contents!r}"[:120])
 
 

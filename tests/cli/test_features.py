@@ -20,7 +20,9 @@ from mts_fast.features import DistributionSweep, FeatureTable, distribution_feat
 def test_table_equals_the_function(pool, tmp_path, capsys):
     assert run(pool, tmp_path, "--chunk", "50", "-k", "2", "--neighbors", "4") == 0
     assert "9 columns of 131 samples" in capsys.readouterr().out
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S, k=2, neighbors=4, chunk=50))
+    assert_bitwise(
+        table(tmp_path), dict(distribution_features(X, Y, S, k=2, neighbors=4, chunk=50))
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pool.npz", "table.safetensors"]
 
 
@@ -31,7 +33,7 @@ def test_other_formats_and_files(tmp_path):
     names = [str(tmp_path / name) for name in ("x.safetensors", "y.npy", "s.npy")]
     pool = [names[0], "--labels", names[1], "--is-synthetic", names[2]]
     assert run(pool, tmp_path) == 0
-    assert_bitwise(table(tmp_path), distribution_features(X.half(), Y, S))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X.half(), Y, S)))
 
 
 def test_columns_of_an_existing_table_stay(pool, tmp_path):

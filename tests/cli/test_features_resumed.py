@@ -30,7 +30,7 @@ def test_interrupted_and_resumed(units, number, pool, tmp_path, monkeypatch, cap
     monkeypatch.setattr(DistributionSweep, "run", patched)
     assert run(pool, tmp_path, *options) == 0
     assert seen == list(range(units + 2, 19))
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S, chunk=40))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X, Y, S, chunk=40)))
     assert not (tmp_path / "table.safetensors.partial").exists()
     assert signal.getsignal(number) is handler
 
@@ -56,7 +56,7 @@ def test_progress_of_another_pool_is_refused(pool, tmp_path, monkeypatch, capsys
     said = "must be as the sweep began it, got other values in rows 0 to 130; restore it, or start"
     assert said in capsys.readouterr().err
     assert run(pool, tmp_path, "--no-resume") == 0
-    assert_bitwise(table(tmp_path), distribution_features(-X, Y, S))
+    assert_bitwise(table(tmp_path), dict(distribution_features(-X, Y, S)))
 
 
 def test_a_row_that_changes_between_two_runs_is_noticed(pool, tmp_path, monkeypatch, capsys):
@@ -78,7 +78,7 @@ def test_a_row_that_changes_between_two_runs_is_noticed(pool, tmp_path, monkeypa
         assert said in capsys.readouterr().err
     np.savez(file, x=X.numpy(), y=Y.numpy(), s=S.numpy())
     assert run(pool, tmp_path, "--chunk", "40") == 0
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S, chunk=40))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X, Y, S, chunk=40)))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
@@ -119,7 +119,7 @@ def test_a_file_that_changes_while_it_is_read(suffix, done, pool, tmp_path, monk
     file.write_bytes(content)
     change_after(content)
     assert run(*arguments) == 0
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S, chunk=40))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X, Y, S, chunk=40)))
 
 
 def test_a_damaged_partial_file_is_refused(pool, tmp_path, monkeypatch, capsys):
@@ -158,7 +158,7 @@ def test_interrupted_in_the_last_stretch(pool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(DistributionSweep, "run", patched)
     assert run(pool, tmp_path, "--chunk", "40") == 0
     assert seen == []
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S, chunk=40))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X, Y, S, chunk=40)))
 
 
 def test_a_disk_without_room_for_the_progress(pool, tmp_path, monkeypatch, capsys):
@@ -172,7 +172,7 @@ def test_a_disk_without_room_for_the_progress(pool, tmp_path, monkeypatch, capsy
         patch.setattr("mts_fast.cli.features.save_tensors", full)
         assert run(pool, tmp_path) == 0
     assert capsys.readouterr().err.count("the progress is not saved: path must be writable") == 4
-    assert_bitwise(table(tmp_path), distribution_features(X, Y, S))
+    assert_bitwise(table(tmp_path), dict(distribution_features(X, Y, S)))
 
 
 def test_partial_file_says_what_it_is(pool, tmp_path, monkeypatch):

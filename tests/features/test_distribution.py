@@ -236,7 +236,7 @@ class Source:
         (X.to_sparse(), TypeError, "embeddings must be a dense tensor"),
         (X.to(torch.float8_e4m3fn), TypeError, "embeddings must be a floating-point tensor"),
         (X.to("meta"), ValueError, "embeddings must be on a device that holds values"),
-        (X.numpy(), TypeError, "embeddings must be a tensor, got ndarray"),
+        (X.numpy().astype(object), TypeError, "embeddings must be an array of numbers, got dtype"),
         (
             Source(lambda x: x[1:]),
             ValueError,

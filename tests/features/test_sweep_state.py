@@ -4,8 +4,7 @@ import pytest
 from comparison import assert_bitwise
 from pools import many, zero_vectors
 
-from mts_fast.features import DistributionSweep, distribution_features
-from mts_fast.features import sweep as sweep_module
+from mts_fast.features import DistributionSweep, all_pairs, distribution_features
 
 X, Y, S = many()
 
@@ -35,14 +34,14 @@ def test_unit_cut_short(monkeypatch):
     sweep = DistributionSweep(X, Y, S, chunk=50)
     units = sweep.run()
     state = [sweep.state_dict() for _ in zip(range(4), units, strict=False)][-1]
-    whole = sweep_module.neighbor_statistics_
+    whole = all_pairs.neighbor_statistics_
 
     def broken(*arguments):
         whole(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "neighbor_statistics_", broken)
+        patch.setattr(all_pairs, "neighbor_statistics_", broken)
         with pytest.raises(KeyboardInterrupt):
             next(units)
     with pytest.raises(RuntimeError, match="a unit was cut short after 4; load the last state"):

@@ -1,10 +1,14 @@
 """What ranks of a pool run to compute features."""
 
+import sys
+
 import torch
 import torch.distributed as dist
 from rank_jobs import part
+from searched_pools import clusters
 
 from mts_fast.distributed import distribution_features
+from mts_fast.features import Approximate
 
 
 def pool(size, dtype):
@@ -37,6 +41,15 @@ def columns_of_ties(group, sizes):
     )
 
 
+def approximately(group, sizes, options):
+    """(columns, notes) of an approximate search."""
+    parts = mine(group, clusters(sum(sizes)), sizes)
+    state = torch.get_rng_state()
+    columns = distribution_features(*parts, search=Approximate(**options), process_group=group)
+    assert torch.equal(torch.get_rng_state(), state)
+    return dict(columns), columns.notes
+
+
 def text_of(call):
     try:
         call()
@@ -50,6 +63,27 @@ def bad_rows(group):
     if dist.get_rank(group) == 1:
         x[3] = torch.nan
     return text_of(lambda: distribution_features(x, y, s, small_class="pad", process_group=group))
+
+
+def without_faiss(group, sizes):
+    """On rank 1 alone."""
+    parts = mine(group, clusters(sum(sizes)), sizes)
+    before = sys.modules.get("faiss")
+    if dist.get_rank(group) == 1:
+        sys.modules["faiss"] = None
+    search = Approximate(exact_below=0)
+    text = text_of(lambda: distribution_features(*parts, search=search, process_group=group))
+    sys.modules.pop("faiss", None)
+    if before is not None:
+        sys.modules["faiss"] = before
+    return text
+
+
+def other_seeds(group, sizes):
+    """An option of the search that differs."""
+    parts = mine(group, clusters(sum(sizes)), sizes)
+    search = Approximate(seed=dist.get_rank(group))
+    return text_of(lambda: distribution_features(*parts, search=search, process_group=group))
 
 
 def other_options(group):
