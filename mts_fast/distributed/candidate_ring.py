@@ -9,6 +9,7 @@ its lists are looked through, and the recall is measured over all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class CandidateRing:
             if offset:
                 visitor = passed_on(visitor, other)
                 numbers = everyone.new_full((len(visitor.unit),), NOBODY)
-            queries = Queries(visitor, numbers)
-            answers = self.ranks.together(lambda q=queries: self._answers(search, q))  # type: ignore[misc]
+            ask = partial(self._answers, search, Queries(visitor, numbers))
+            answers = self.ranks.together(ask)
             if offset:
                 sent = layout.packed(list(vars(answers).values()), mine.unit.device)
                 got = self.ranks.swapped(sent, other, back, len(mine.unit))

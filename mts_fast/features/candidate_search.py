@@ -4,6 +4,7 @@ lists, ranked by their exact cosines."""
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +83,8 @@ class CandidateSearch:
         self._add_all()
 
     def fit(self, queries: Queries, exact: NeighborLists) -> None:
-        """Choose the setting that reaches the recall of the options on queries [q], of which
-        `exact` are the neighbours in this part."""
+        """Choose the setting that reaches the recall of the options on queries [q], and a standard
+        error more. `exact` are their neighbours in this part."""
         options = self.options
         large = self.large[queries.chunk.labels]
         probes = 1
@@ -92,7 +93,9 @@ class CandidateSearch:
             while True:
                 self.setting = Setting(options.nprobe or probes, candidates)
                 recall = smallest(recall_of(self.search(queries), exact, large))
-                if recall >= options.recall:
+                # a margin for the other samples, which would fall below in half of the cases
+                error = math.sqrt(recall * (1 - recall) / len(large))
+                if recall - error >= options.recall:
                     return
                 if options.nprobe or probes >= self._pool.nlist or recall < last + LEAST_GAIN:
                     break
@@ -154,7 +157,8 @@ class CandidateSearch:
         if not self.large[chunk.labels].any():
             of_class = self.k  # empty, as long as the lists
         columns = chunk.labels.new_full((size, pool + 2 * of_class), NOBODY)
-        _fill(columns[:, :pool], self._thorough(self._pool, chunk.unit, pool, self.neighbors))
+        numbers = self._thorough(self._pool, chunk.unit, pool, self.neighbors)
+        columns[:, : numbers.shape[1]] = numbers
         for label in chunk.labels.unique().tolist():
             chosen = (chunk.labels == label).nonzero().flatten()
             for source in (0, 1):
@@ -194,7 +198,3 @@ class CandidateSearch:
             for chosen in (~synthetic, synthetic)
         )
         return NeighborLists(best, index, real, of_synthetic)
-
-
-def _fill(columns: Tensor, numbers: Tensor) -> None:
-    columns[:, : numbers.shape[1]] = numbers
