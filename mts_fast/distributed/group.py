@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mts_fast._sharding import Sharding
 from mts_fast.distributed.buckets import Buckets
-from mts_fast.distributed.failure import Failure, raise_first
+from mts_fast.distributed.failure import FailedElsewhere, Failure, raise_first
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.packing import Layout
 from mts_fast.distributed.ranks import Header, Opened, Sums
@@ -126,7 +126,7 @@ class Group:
             counts = [float(sum(c)) for c in zip(*self._agreed(list(map(int, told))), strict=True)]
             if counts[0]:
                 self._raise_together(error)
-        tail = torch.cat([t.to(self._device) for t in sent]) if sent else torch.zeros(0)
+        tail = torch.cat([t.to(self._device) for t in sent] or [torch.zeros(0, device=self._device)])
         with self._watched():
             sums, tail = buckets.summed(self._group, gradients, tail)
         if self._in_band:
@@ -166,6 +166,15 @@ class Group:
             self._raise_together(error)
         return result  # type: ignore[return-value]
 
+    def led(self, compute: Callable[[], T]) -> T:
+        """Rank 0 works, and every rank has the result."""
+        result = self.together(compute if self.index == 0 else lambda: None)
+        sent = [result]
+        first = dist.get_process_group_ranks(self._group)[0]
+        with self._watched():
+            dist.broadcast_object_list(sent, first, group=self._hosts)
+        return (result if self.index == 0 else sent[0])  # type: ignore[return-value]
+
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
         return [any(column) for column in zip(*self._agreed(flags), strict=True)]
@@ -190,7 +199,7 @@ class Group:
         self._exchanges += 1
         if is_communication(error):
             self._lost = self._who(error)
-            raise RuntimeError(_message(self._op, self._lost)) from error
+            raise FailedElsewhere(_message(self._op, self._lost)) from error
         self._lost = "an error in the middle of a forward or backward here"
         leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}: {error}")
         raise error
@@ -276,13 +285,13 @@ class Group:
     def _watched(self) -> Iterator[None]:
         """Inside, ranks wait for each other; where one does not come, it is named."""
         if self._lost:
-            raise RuntimeError(_message(self._op, self._lost))
+            raise FailedElsewhere(_message(self._op, self._lost))
         self._exchanges += 1
         try:
             yield
         except RuntimeError as error:
             self._lost = self._who(error)
-            raise RuntimeError(_message(self._op, self._lost)) from error
+            raise FailedElsewhere(_message(self._op, self._lost)) from error
         except BaseException as error:
             leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
             self._lost = f"{type(error).__name__} in the middle of an exchange here"
