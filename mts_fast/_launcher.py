@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate) tells each of its processes. Nothing here imports torch."""
+"""What a launcher (torchrun, accelerate) tells its processes. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def place() -> Place:
     here = Place(*numbers)
     if not here.rank < here.ranks or not here.local_rank < here.local_ranks <= here.ranks:
         got = ", ".join(f"{name}={number}" for name, number in zip(NAMES, numbers, strict=True))
-        raise ValueError(f"launcher: RANK must be below WORLD_SIZE, also locally, got {got}; {HINT}")
+        raise ValueError(
+            f"launcher: RANK must be below WORLD_SIZE, also locally, got {got}; {HINT}"
+        )
     missing = [name for name in ADDRESS if not os.environ.get(name)]
     if missing:
         raise ValueError(

@@ -126,7 +126,8 @@ class Group:
             counts = [float(sum(c)) for c in zip(*self._agreed(list(map(int, told))), strict=True)]
             if counts[0]:
                 self._raise_together(error)
-        tail = torch.cat([t.to(self._device) for t in sent] or [torch.zeros(0, device=self._device)])
+        empty = torch.zeros(0, device=self._device)
+        tail = torch.cat([t.to(self._device) for t in sent]) if sent else empty
         with self._watched():
             sums, tail = buckets.summed(self._group, gradients, tail)
         if self._in_band:
@@ -173,7 +174,7 @@ class Group:
         first = dist.get_process_group_ranks(self._group)[0]
         with self._watched():
             dist.broadcast_object_list(sent, first, group=self._hosts)
-        return (result if self.index == 0 else sent[0])  # type: ignore[return-value]
+        return result if self.index == 0 else sent[0]  # type: ignore[return-value]
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""

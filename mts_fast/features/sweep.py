@@ -117,15 +117,8 @@ class DistributionSweep:
             RuntimeError: an exception cut a unit short, or another run() did some of the work.
         """
         self._check_whole()
-        count = len(self.starts)
-        pairs = ((a, b) for a in range(count) for b in range(a, count))
-        units: list[Callable[[], None]] = [
-            *(partial(self._add_to_centroids, a) for a in range(count)),
-            *(partial(self._compare, a, b) for a, b in pairs),
-            *(partial(self._measure_distances, a) for a in range(count)),
-        ]
         self._held: dict[int, NeighborChunk] = {}
-        for number, unit in enumerate(units[self.done :], start=self.done):
+        for number, unit in enumerate(self._units()[self.done :], start=self.done):
             if number != self.done:
                 got = f"{self.done} units done, where this one did {number}"
                 fail(RuntimeError, OP, "run()", "alone", got, "exhaust one before the next")
@@ -135,6 +128,16 @@ class DistributionSweep:
             self._whole = True
             yield self.done
         self._held.clear()
+
+    def _units(self) -> list[Callable[[], None]]:
+        """All units of work, in their order."""
+        count = len(self.starts)
+        pairs = ((a, b) for a in range(count) for b in range(a, count))
+        return [
+            *(partial(self._add_to_centroids, a) for a in range(count)),
+            *(partial(self._compare, a, b) for a, b in pairs),
+            *(partial(self._measure_distances, a) for a in range(count)),
+        ]
 
     def columns(self) -> dict[str, Tensor]:
         """The features by name, each [N, width], once all units are done.
@@ -256,7 +259,11 @@ class DistributionSweep:
         # of the previous pair only the chunks that this one needs stay in memory
         held = {i: chunk for i, chunk in self._held.items() if i in (first, second)}
         self._held = {i: held.get(i) or self._unit_chunk(i) for i in {first, second}}
-        neighbor_statistics_(self._lists, self._held[first], self._held[second])
+        neighbor_statistics_(self._lists_of_pairs(), self._held[first], self._held[second])
+
+    def _lists_of_pairs(self) -> NeighborLists:
+        """What a pair of chunks is written to."""
+        return self._lists
 
     def _measure_distances(self, index: int) -> None:
         rows = self._slice(index)

@@ -128,8 +128,8 @@ def fit(
         seconds = time.perf_counter() - began
         record = {"stage": stage, "epoch": epoch + 1, "loss": total / count, "seconds": seconds}
         record["samples_per_second"] = count / seconds
-        parts = {"model": model.state_dict, "optimizer": optimizer.state_dict}
-        parts["schedule"] = schedule.state_dict
+        parts: dict[str, Callable[[], Any]] = {"model": model.state_dict}
+        parts |= {"optimizer": optimizer.state_dict, "schedule": schedule.state_dict}
         end = partial(log, record)
         if watch is None:
             end = partial(end_of_epoch, record, parts, epochs, config, folder, log)

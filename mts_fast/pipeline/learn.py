@@ -164,9 +164,7 @@ def _validation_batches(
     return next_batch
 
 
-def _weigh(
-    step: MTSStep, columns: Tensor, pool: Pool, device: torch.device, team: Team
-) -> Tensor:
+def _weigh(step: MTSStep, columns: Tensor, pool: Pool, device: torch.device, team: Team) -> Tensor:
     """Weights [M] of the pool under the current selector, on the CPU."""
     val = pool.inputs.batch(pool.val[:EVALUATION_BATCH], device)
 

@@ -55,7 +55,6 @@ class Prepared:
     store: Path  # in the run's folder: the pixels (.npy), or the texts (.json)
     copies: list[tuple[str, str]]
 
-
     def without_samples(self) -> Prepared:
         """What other processes need: no names and files, and no pixels, which they open."""
         inputs: Any = None if isinstance(self.inputs, Images) else self.inputs

@@ -85,9 +85,7 @@ class Run:
             self.team.alone(lambda: self._enter_out(stack))
             self.display = Display(self.console)
             progress = stack.enter_context(self.display.progress)
-            self.data = prepare_together(
-                self.config, self.out, self.findings, progress, self.team
-            )
+            self.data = prepare_together(self.config, self.out, self.findings, progress, self.team)
             self._tell()
             self.team.alone(lambda: self._open_records(stack))
             return self._all_stages()

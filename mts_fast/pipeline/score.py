@@ -136,7 +136,8 @@ def score_samples(
     with ExitStack() as stack:
 
         def lead() -> _NewSamples:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)))
+            made = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)
+            place = Path(stack.enter_context(made))
             stack.enter_context(locked(place))
             whole.append(_read(outcome, sources, config, place, note))
             return whole[0].sent()
