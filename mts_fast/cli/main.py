@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return _run(words, verb, out)
             return _run(words, verb, out) if here.rank == 0 else 0
         except (KeyboardInterrupt, Interrupted):
-            voice.say("interrupted")
+            voice.interrupted()
             return INTERRUPTED
         except TyperException as error:
             voice.say(usage_message(error, VERBS, name))

@@ -61,6 +61,12 @@ class Voice:
                 if _wait(lambda: _get(self.store, TOLD)) is None:
                     self._print(f"rank {self.rank}: {line}")
 
+    def interrupted(self) -> None:
+        """Say so on the first rank: all have been, or one of them has died, as the launcher says."""
+        with postponed():
+            if self.rank == 0:
+                self._print("interrupted")
+
     def _of_another(self, error: Exception | None) -> str:
         """What to say where another rank is the cause."""
         if not _is_elsewhere(error):
