@@ -1,6 +1,5 @@
 """The command over ranks: what one process makes of the same options."""
 
-import csv
 import json
 
 import pytest
@@ -9,53 +8,19 @@ import torch
 from features_command import S, X, Y
 from rank_pool import SLOW
 from safetensors.torch import save_file
-from small_runs import COUNTS, make_tree, records_of
+from small_runs import make_tree, records_of
 from small_trees import install_small_model
+from tool_runs import assert_same_run, words_of
 
 from mts_fast.features import DistributionSweep, FeatureTable
-from mts_fast.pipeline.checkpoints import load_state
 
 RANKS = 4
-# observed: 4e-16 on four ranks in float64; a selector is in float32
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
 TIMES = ("seconds", "samples_per_second")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("ranks"))
-
-
-def words_of(data, out, *options, model="rank_tool:net"):
-    words = ["train", "--model", model, "--out", str(data / out)]
-    words += [word for role in COUNTS for word in (f"--{role}", str(data / "data" / role))]
-    options = (*OPTIONS, *options)
-    return words + [word for option in options for word in ("--set", option)]
-
-
-# batches of 9 on 4 ranks have parts of 3 and 2 samples
-OPTIONS = ("epochs=2", "dynamics_epochs=2", "batch_size=9", "lr=0.1", "refinements=1", "flip=true")
-
-
-def stages_of(folder):
-    """What each stage made, by the name of its folder: the name and the key."""
-    return {p.parent.name: load_state(p) for p in folder.glob("stages/*/done.safetensors")}
-
-
-def weights_of(folder):
-    with (folder / "weights.csv").open(newline="") as file:
-        return [float(row["weight"]) for row in csv.DictReader(file)]
-
-
-def assert_same_run(folder, whole):
-    """Stages of the same keys with the same tensors, and what a user reads."""
-    assert stages_of(folder).keys() == stages_of(whole).keys() and len(stages_of(whole)) == 9
-    torch.testing.assert_close(stages_of(folder), stages_of(whole), **EXACT)
-    assert weights_of(folder) == pytest.approx(weights_of(whole), abs=1e-6)
-    ours, theirs = (json.loads((f / "outcome.json").read_text()) for f in (folder, whole))
-    for record in (ours, theirs):
-        del record["weights_sha256"], record["environment"]
-    assert ours == theirs
 
 
 def all_good(results):
