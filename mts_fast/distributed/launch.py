@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mts_fast._launcher import Place, timeout_minutes
+from mts_fast._process import ended_at_once
 
 
 @contextmanager
@@ -26,9 +27,11 @@ def process_group(place: Place) -> Iterator[None]:
     if place.local_rank < cards:
         torch.cuda.set_device(place.local_rank)
     backend = "cpu:gloo,cuda:nccl" if cards and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(
-        backend, timeout=wait, rank=place.rank, world_size=place.ranks, init_method="env://"
-    )
+    # it waits for ranks that may have died
+    with ended_at_once():
+        dist.init_process_group(
+            backend, timeout=wait, rank=place.rank, world_size=place.ranks, init_method="env://"
+        )
     try:
         yield
     finally:
