@@ -62,7 +62,7 @@ class Voice:
                     self._print(f"rank {self.rank}: {line}")
 
     def interrupted(self) -> None:
-        """Say so on the first rank: all have been, or one of them has died, as the launcher says."""
+        """Say so on the first rank: all have been, or one has died, as the launcher says."""
         with postponed():
             if self.rank == 0:
                 self._print("interrupted")

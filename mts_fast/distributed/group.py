@@ -126,8 +126,7 @@ class Group:
             counts = [float(sum(c)) for c in zip(*self._agreed(list(map(int, told))), strict=True)]
             if counts[0]:
                 self._raise_together(error)
-        empty = torch.zeros(0, device=self._device)
-        tail = torch.cat([t.to(self._device) for t in sent]) if sent else empty
+        tail = torch.cat([t.to(self._device) for t in sent]) if sent else torch.zeros(0)
         with self._watched():
             sums, tail = buckets.summed(self._group, gradients, tail)
         if self._in_band:
