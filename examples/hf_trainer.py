@@ -2,15 +2,15 @@
 The Trainer of Hugging Face
 ===========================
 
-``MTSTrainer`` is a ``transformers.Trainer`` whose ``training_step`` is a step of mts_fast.
-Schedules, logging, evaluation, checkpoints and resuming are the Trainer's. One process, one device,
-one batch a step, in float32 or with ``bf16=True``. The logged ``grad_norm`` is that of the clipped
-gradient; ``compute_loss`` is called in evaluation only. Checked with transformers 5.24.
+``MTSTrainer`` is a ``transformers.Trainer`` whose ``training_step`` is a step of mts_fast, in
+float32 or with ``bf16=True``. The logged ``grad_norm`` is that of the clipped gradient;
+``compute_loss`` is called in evaluation only. Checked with transformers 5.24. Several processes
+have run on CPUs, by torchrun: ``OUT=FOLDER torchrun --nproc-per-node=2 hf_trainer.py``.
 """
 
 import os
-import tempfile
 from dataclasses import dataclass
+from tempfile import mkdtemp
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -28,8 +28,7 @@ except ImportError as error:
 STEPS = int(os.environ.get("STEPS", "60"))
 HINTS = {  # of TrainingArguments: the largest value that is allowed, and what to do
     "gradient_accumulation_steps": (1, "take a larger batch, with micro_batch in mts"),
-    "world_size": (1, "gradients are not reduced over processes"),
-    "n_gpu": (1, "set CUDA_VISIBLE_DEVICES to one GPU"),
+    "n_gpu": (1, "start a process for each GPU by torchrun, or set CUDA_VISIBLE_DEVICES to one"),
     "fp16": (False, "take bf16=True, the Trainer would scale gradients once more"),
     "label_smoothing_factor": (0, "pass a loss with it in mts"),
     "remove_unused_columns": (False, "it would remove is_synthetic and features"),
@@ -58,8 +57,8 @@ class Stepped(AcceleratedOptimizer):
 
 
 class MTSTrainer(Trainer):
-    """Trains on real and synthetic rows, a step reads val_batch_size of val, or all; `mts` holds
-    selector, selector_optimizer and options of MTSStep."""
+    """Trains on real and synthetic rows, a step reads val_batch_size of val (drawn by its number),
+    or all; `mts` holds selector, selector_optimizer and options of MTSStep."""
 
     def __init__(self, model, args, *, real, synthetic, val, mts, val_batch_size=None, **trainer):
         for name, (most, hint) in HINTS.items():
@@ -85,9 +84,9 @@ class MTSTrainer(Trainer):
         """One MTSStep in place of forward and backward; returns the weighted loss."""
         batch = dict(self._prepare_inputs(inputs))
         of_rows = {k: batch.pop(k) for k in ("is_synthetic", "features") if k in batch}
-        # drawn by the step's number, so that a resumed run meets the same rows
         generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
-        i = torch.randperm(len(self.val), generator=generator)[: self.val_batch_size].tolist()
+        order = torch.randperm(len(self.val), generator=generator)[: self.val_batch_size]
+        i = order[self.args.process_index :: self.args.world_size].tolist()
         val = dict(self._prepare_inputs(self.data_collator([self.val[k] for k in i])))
         model.train()
         with self.accelerator.autocast():
@@ -108,7 +107,8 @@ class MTSTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state = self.mts.state_dict()
         del state["model"], state["optimizer"]  # they are in the Trainer's own files
-        torch.save(state, f"{output_dir}/mts.pt")
+        if self.args.should_save:
+            torch.save(state, f"{output_dir}/mts.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -139,7 +139,7 @@ def small_trainer(**arguments: Any) -> MTSTrainer:
 
 if __name__ == "__main__":
     run = {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1, "learning_rate": 3e-3}
-    run |= {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 64}
+    run |= {"output_dir": os.environ.get("OUT") or mkdtemp(), "per_device_train_batch_size": 64}
     whole, resumed = small_trainer(**run), small_trainer(**run)
     whole.train()
     resumed.train(resume_from_checkpoint=f"{run['output_dir']}/checkpoint-{STEPS // 2}")

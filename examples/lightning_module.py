@@ -3,7 +3,8 @@ A LightningModule
 =================
 
 Manual optimization with one step of mts_fast in ``training_step``. Epochs, logging and checkpoints
-are the Trainer's. One process and one device, in float32 or with ``precision="bf16-mixed"``.
+are the Trainer's, in float32 or with ``precision="bf16-mixed"``. Several processes have run on
+CPUs: ``STRATEGY=ddp DEVICES=2 CHECKPOINT=FOLDER python lightning_module.py``, or by torchrun.
 Lightning itself refuses ``gradient_clip_val`` and ``accumulate_grad_batches`` with manual
 optimization: take ``max_grad_norm`` and ``micro_batch`` of MTSStep. Resumed from the end of an
 epoch a run is bit-identical. Lightning saves no random generators, so that is true of models
@@ -17,7 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from _digits import classifier, noisy_digits
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 import mts_fast
 
@@ -88,15 +89,16 @@ class MTSModule(lightning.LightningModule):
         self.resumed = checkpoint["mts"]
 
 
-def loaders() -> dict[str, DataLoader]:
-    """Batches of the pool and the clean digits. The order of an epoch depends on its number alone:
-    Lightning saves no generators, but calls `set_epoch` of the sampler."""
+def loaders(rank: int = 0, ranks: int = 1) -> dict[str, DataLoader]:
+    """A process's part of 256 samples of the pool, and of the clean digits. The order of an epoch
+    depends on its number alone: Lightning saves no generators, but calls `set_epoch`."""
     digits = noisy_digits()
     pool = TensorDataset(*digits.train, digits.is_synthetic)
-    sampler = DistributedSampler(pool, num_replicas=1, rank=0, seed=0)
+    sampler = DistributedSampler(pool, num_replicas=ranks, rank=rank, seed=0)
+    clean = TensorDataset(*(t.tensor_split(ranks)[rank] for t in digits.validation))
     return {
-        "pool": DataLoader(pool, 256, sampler=sampler, drop_last=True),
-        "clean": DataLoader(TensorDataset(*digits.validation), 100),
+        "pool": DataLoader(pool, 256 // ranks, sampler=sampler, drop_last=True),
+        "clean": DataLoader(clean, len(clean), sampler=SequentialSampler(clean)),
     }
 
 
@@ -108,17 +110,21 @@ def fit(epochs: int, folder: str, resume: str | None = None) -> tuple[MTSModule,
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
+        strategy=os.environ.get("STRATEGY", "auto"),
+        devices=int(os.environ.get("DEVICES", "1")),
+        use_distributed_sampler=False,
         callbacks=[checkpoint],
         logger=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, loaders(), ckpt_path=resume)
-    print(f"{trainer.global_step} steps, loss {trainer.callback_metrics['loss']:.4f}")
+    trainer.fit(module, loaders(trainer.global_rank, trainer.world_size), ckpt_path=resume)
+    if trainer.is_global_zero:
+        print(f"{trainer.global_step} steps, loss {trainer.callback_metrics['loss']:.5f}")
     return module, checkpoint
 
 
 if __name__ == "__main__":
-    folder = tempfile.mkdtemp()
+    folder = os.environ.get("CHECKPOINT") or tempfile.mkdtemp()  # the same one for all processes
     whole, _ = fit(EPOCHS, folder)
     _, half = fit(EPOCHS // 2, folder)
     resumed, _ = fit(EPOCHS, folder, half.best_model_path)

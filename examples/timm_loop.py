@@ -11,8 +11,9 @@ are used: the loop is the same, and timm's functions are not exercised. It was r
 once, with a stub in torchvision's place. With timm, the optimizers that it takes from torch have
 update rules (``opt="sgd"``, ``"momentum"``, ``"adam"``, ``"adamw"``); for timm's own classes
 register one. Leave out Mixup and CutMix, whose samples have no label and weight of their own,
-``--grad-accum-steps`` (take ``micro_batch``), ``--clip-grad`` (take ``max_grad_norm``) and
-distributed training.
+``--grad-accum-steps`` (take ``micro_batch``) and ``--clip-grad`` (take ``max_grad_norm``). Several
+processes have run on CPUs, without timm: ``CHECKPOINT=FOLDER torchrun --standalone
+--nproc-per-node=2 timm_loop.py``.
 """
 
 import os
@@ -74,6 +75,7 @@ except ImportError:
             self.avg = self.sum / self.count
 
 
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 EPOCHS, UPDATES, BATCH = int(os.environ.get("STEPS", "4")), 5, 240
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -84,17 +86,19 @@ def train_one_epoch(epoch: int, step: mts_fast.MTSStep, digits: Any, scheduler: 
     step.model.train()
     images, labels = (digits.train[0].view(-1, 1, 8, 8), digits.train[1])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
-    for update, i in enumerate(order.split(BATCH)):
+    for update, batch in enumerate(order.split(BATCH)):
+        i = batch.tensor_split(RANKS)[RANK]
         result = step(
             images[i],
             labels[i],
             is_synthetic=digits.is_synthetic[i],
-            val_inputs=digits.validation[0].view(-1, 1, 8, 8),
-            val_labels=digits.validation[1],
+            val_inputs=digits.validation[0].view(-1, 1, 8, 8).tensor_split(RANKS)[RANK],
+            val_labels=digits.validation[1].tensor_split(RANKS)[RANK],
         )
-        losses_m.update(result.loss.item(), len(i))
+        losses_m.update(result.loss.item(), len(batch))
         scheduler.step_update(num_updates=epoch * UPDATES + update + 1, metric=losses_m.avg)
-    print(f"Train: {epoch}  Loss: {losses_m.avg:.3f}  LR: {lr['lr']:.2e}")
+    if RANK == 0:
+        print(f"Train: {epoch}  Loss: {losses_m.avg:.5f}  LR: {lr['lr']:.2e}")
     return losses_m.avg
 
 
@@ -123,13 +127,18 @@ def run(epochs: int, file: Path | None = None) -> tuple[mts_fast.MTSStep, list[f
     for epoch in range(start, epochs):
         losses.append(train_one_epoch(epoch, step, digits, scheduler))
         scheduler.step(epoch + 1, losses[-1])
-    if file is not None:
+    if file is not None and RANK == 0:
         torch.save({"epoch": epochs, "step": step.state_dict()}, file)
+    if RANKS > 1:
+        torch.distributed.barrier()
     return step, losses
 
 
 if __name__ == "__main__":
-    file = Path(tempfile.mkdtemp()) / "last.pth.tar"
+    if RANKS > 1:  # on GPUs "nccl", after torch.cuda.set_device
+        torch.distributed.init_process_group("gloo")
+    # the same one for all processes
+    file = Path(os.environ.get("CHECKPOINT") or tempfile.mkdtemp()) / "last.pth.tar"
     whole, losses = run(EPOCHS)
     _, first = run(EPOCHS // 2, file)
     resumed, second = run(EPOCHS, file)

@@ -36,7 +36,17 @@ def postponed() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def ended_at_once() -> Iterator[None]:
+    """Inside, a request to stop ends the process: for calls that a Python handler has to wait for
+    and in which nothing can be lost."""
+    with _handled_by(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handled_by(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers,
+) -> Iterator[None]:
     """Signals that were ignored (nohup, a shell's background jobs) stay so, and threads other than
     the main one cannot set handlers."""
     before = {}

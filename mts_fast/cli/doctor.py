@@ -11,6 +11,7 @@ import platform
 import torch
 
 import mts_fast
+from mts_fast._launcher import place
 from mts_fast.backends import registry
 from mts_fast.backends.cpp.extension import build_record, extension
 from mts_fast.backends.triton.eligibility import interpreted
@@ -46,11 +47,14 @@ def _versions() -> list[str]:
         except RuntimeError as error:  # the driver is in a bad state: part of the report
             gpu = str(error).partition("\n")[0]
     built = torch.version.cuda or "CPU only"
+    here = place()
+    ranks = f"{here.ranks}, {here.local_ranks} of them on this host" if here.ranks > 1 else "1"
     return [
         f"mts_fast {mts_fast.__version__}   Python {platform.python_version()}   "
         f"torch {torch.__version__} (built for CUDA: {built})",
         f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads   "
         f"GPU: {gpu}",
+        f"ranks: {ranks}",
     ]
 
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,11 @@ from mts_fast._files import locked, regular_target, save_tensors
 from mts_fast._outputs import try_folder
 from mts_fast._process import INTERRUPTED, postponed
 from mts_fast.cli.pool import FLAGS, OP, PoolFile, by_flags, of_file, open_flags, open_labels
+from mts_fast.distributed.group import Group
+from mts_fast.distributed.sweep import SharedSweep
 from mts_fast.features import Approximate, Columns, DistributionSweep, FeatureTable
 from mts_fast.features.sweep import CHUNK
+from mts_fast.pipeline.team import Team, team_of
 
 FORMAT = "mts_fast.DistributionSweep/2"
 DIGESTS = "pool/digests"
@@ -50,15 +55,11 @@ class FeaturesOptions:
 
 
 def run_features(arguments: FeaturesOptions) -> int:
-    """Compute the table, or go on with it; returns the exit status."""
+    """Compute the table, or go on with it; returns the exit status. Several processes share the
+    comparisons, and the first one writes."""
+    team = team_of(OP)
     out = Path(arguments.out)
-    with by_flags():
-        target = regular_target(OP, arguments.out)
-    for folder in {out.absolute().parent, target.parent}:
-        if not folder.is_dir():
-            hint = "make the folder first"
-            fail(ValueError, OP, "--out", "in an existing folder", repr(str(out)), hint)
-        try_folder(OP, "--out", folder)
+    target = team.led(lambda: _checked_target(arguments.out))
     options: dict[str, int | float | str] = {
         "-k": arguments.k,
         "--neighbors": arguments.neighbors,
@@ -69,29 +70,20 @@ def run_features(arguments: FeaturesOptions) -> int:
     if arguments.search == "approximate":
         chosen = {n: getattr(arguments, n) for n in ("recall", "seed", "exact_below")}
         options |= {FLAGS[name]: value for name, value in chosen.items()}
-        with by_flags():
-            search = Approximate(**chosen)
-    with PoolFile(arguments.embeddings, arguments.chunk or CHUNK) as pool:
-        size = pool.shape[0]
-        _load_table(out, size)
-        labels = open_labels(arguments.labels, size)
-        flags = open_flags(arguments.is_synthetic, size)
-        with by_flags():
-            sweep = DistributionSweep(
-                pool,
-                labels,
-                flags,
-                k=arguments.k,
-                neighbors=arguments.neighbors,
-                small_class=arguments.small_class,
-                chunk=pool.chunk,
-                search=search,
-            )
-        progress = _Progress(out.with_name(out.name + ".partial"), sweep, pool, options)
+        search = team.together(lambda: _approximate(chosen))
+    chunk = arguments.chunk or CHUNK
+    with team.together(lambda: PoolFile(arguments.embeddings, chunk)) as pool:
+        team.alone(lambda: _load_table(out, pool.shape[0]))
+        sweep = team.together(lambda: _sweep_of(pool, arguments, search, team))
+        unfinished = out.with_name(out.name + ".partial")
+        progress = team.together(lambda: _Progress(unfinished, sweep, pool, options, team))
         if arguments.resume:
             progress.load()
-        if not _sweep(sweep, progress):
+        if not _sweep(sweep, progress, team):
             return progress.interrupted()
+        progress.check_same_pool()
+    if not team.leads:
+        return 0
     try:
         columns = sweep.columns()
         with locked(target.parent):
@@ -100,19 +92,59 @@ def run_features(arguments: FeaturesOptions) -> int:
         return progress.interrupted()
 
 
-def _sweep(sweep: DistributionSweep, progress: _Progress) -> bool:
+def _checked_target(out: str) -> Path:
+    """Where the table is to be written, links followed; its folder takes files."""
+    with by_flags():
+        target = regular_target(OP, out)
+    for folder in {Path(out).absolute().parent, target.parent}:
+        if not folder.is_dir():
+            hint = "make the folder first"
+            fail(ValueError, OP, "--out", "in an existing folder", repr(out), hint)
+        try_folder(OP, "--out", folder)
+    return target
+
+
+def _approximate(options: Mapping[str, Any]) -> Approximate:
+    with by_flags():
+        return Approximate(**options)
+
+
+def _sweep_of(
+    pool: PoolFile, arguments: FeaturesOptions, search: str | Approximate, team: Team
+) -> DistributionSweep:
+    """The sweep at its start."""
+    labels = open_labels(arguments.labels, pool.shape[0])
+    flags = open_flags(arguments.is_synthetic, pool.shape[0])
+    make: Callable[..., DistributionSweep] = DistributionSweep
+    if isinstance(team.ranks, Group):
+        make = partial(SharedSweep, team.ranks)
+    with by_flags():
+        return make(
+            *(pool, labels, flags),
+            k=arguments.k,
+            neighbors=arguments.neighbors,
+            small_class=arguments.small_class,
+            chunk=pool.chunk,
+            search=search,
+        )
+
+
+def _sweep(sweep: DistributionSweep, progress: _Progress, team: Team) -> bool:
     """Do the remaining work and save it; False where a signal asked to stop."""
-    with postponed() as stop, _bar(sweep.total) as show:
+    stopped = False
+    with postponed() as stop, _bar(sweep.total, team) as show:
         show(sweep.done)
         # a unit of work is never interrupted, so that the saved state is whole
         with by_flags():
             for done in sweep.run():
                 show(done)
-                if stop:
+                stopped, due = team.ranks.union([bool(stop), progress.is_due()])
+                if stopped:
                     break
-                progress.save_now_and_then()
+                if due:
+                    progress.save_if_possible()
         progress.save_if_possible()
-        return not stop
+        return not stopped
 
 
 def _add_columns(out: Path, columns: Columns, progress: _Progress) -> int:
@@ -149,16 +181,28 @@ class _Progress:
         sweep: DistributionSweep,
         pool: PoolFile,
         options: Mapping[str, int | float | str],
+        team: Team,
     ) -> None:
         self.path, self.sweep, self.pool, self.options = path, sweep, pool, options
+        self.team = team
         self.fingerprint = _fingerprint(sweep)
         self.saved_at = time.monotonic()
         self.saved = False  # whether the file holds the current state
 
     def load(self) -> None:
         """Go on with the file, where there is one."""
+        state = self.team.led(self._checked_state)
+        if state is not None:
+            self.team.together(lambda: self._go_on_with(state))
+
+    def _go_on_with(self, state: dict[str, Tensor]) -> None:
+        self.pool.go_on_with(state.pop(DIGESTS))
+        self.sweep.load_state_dict(state)
+
+    def _checked_state(self) -> dict[str, Tensor] | None:
+        """What the file holds, of this pool; None without a file."""
         if not self.path.exists():
-            return
+            return None
         name = f"file {str(self.path)!r}"
         metadata, state = self._read(name)
         saved = json.loads(metadata["options"])
@@ -171,8 +215,19 @@ class _Progress:
         if metadata["fingerprint"] != self.fingerprint:
             expected = "left by a run on the same pool"
             fail(ValueError, OP, name, expected, "one of other labels or sizes", AFRESH)
-        self.pool.go_on_with(state.pop(DIGESTS))
-        self.sweep.load_state_dict(state)
+        return state
+
+    def check_same_pool(self) -> None:
+        """Refuse files that differ from one rank to another."""
+        first = self.team.led(lambda: (self.fingerprint, self.pool.digests))
+
+        def check() -> None:
+            if first[0] != self.fingerprint or not torch.equal(first[1], self.pool.digests):
+                hint = "name files that all ranks see"
+                got = "another content than that of rank 0"
+                fail(ValueError, OP, "FILE, --labels and --is-synthetic", "the same", got, hint)
+
+        self.team.together(check)
 
     def _read(self, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         """Metadata and tensors of the file; refuses one that save() has not written."""
@@ -193,22 +248,25 @@ class _Progress:
             fail(ValueError, OP, name, "as it was saved", "data of another checksum", AFRESH)
         return metadata, state
 
-    def save_now_and_then(self) -> None:
+    def is_due(self) -> bool:
+        """Whether this process wants the progress to be saved."""
         self.saved = False
-        if time.monotonic() - self.saved_at >= SAVE_SECONDS:
-            self.save_if_possible()
+        return self.team.leads and time.monotonic() - self.saved_at >= SAVE_SECONDS
 
     def save_if_possible(self) -> None:
         """A full disk, which may have room again later, does not end the sweep."""
+        state = self.sweep.state_dict()
+        self.team.alone(lambda: self._try_to_save(state))
+        self.saved_at = time.monotonic()
+
+    def _try_to_save(self, state: dict[str, Tensor]) -> None:
         try:
-            self.save()
+            self.save({**state, DIGESTS: self.pool.digests})
         except OSError as error:
             message = str(error).removeprefix(f"{OP}: ")
             print(f"mts-fast features: the progress is not saved: {message}", file=sys.stderr)
-        self.saved_at = time.monotonic()
 
-    def save(self) -> None:
-        state = {**self.sweep.state_dict(), DIGESTS: self.pool.digests}
+    def save(self, state: dict[str, Tensor]) -> None:
         metadata = {
             "format": FORMAT,
             "options": json.dumps(self.options),
@@ -220,6 +278,8 @@ class _Progress:
 
     def interrupted(self) -> int:
         """Print how far the sweep came; returns the exit status."""
+        if not self.team.leads:
+            return INTERRUPTED
         what = "the same command goes on from there" if self.saved else "run it again"
         done = f"interrupted at {self.sweep.done} of {self.sweep.total}"
         print(f"mts-fast features: {done}; {what}", file=sys.stderr)
@@ -246,8 +306,11 @@ def _checksum(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def _bar(total: int):  # type: ignore[no-untyped-def]
+def _bar(total: int, team: Team):  # type: ignore[no-untyped-def]
     """A function that shows how many units are done: a bar on a terminal, else lines."""
+    if not team.leads:
+        yield lambda done: None
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress

@@ -13,9 +13,17 @@ from typer.exceptions import TyperException
 # the verbs register themselves, in the order of the help
 import mts_fast.cli.verbs  # isort: skip
 import mts_fast.cli.data_verbs  # noqa: F401  # isort: skip
-from mts_fast._process import INTERRUPTED, interrupts, postponed, tolerant_output
+from mts_fast._launcher import place
+from mts_fast._process import (
+    INTERRUPTED,
+    TolerantStream,
+    interrupts,
+    postponed,
+    tolerant_output,
+)
 from mts_fast.cli.app import VERBS, Interrupted, app
 from mts_fast.cli.packages import hint_for
+from mts_fast.cli.ranks import Voice, is_shared
 from mts_fast.cli.usage import usage_message
 
 # what a command line can meet; anything else is a fault of this package and shows its traceback
@@ -39,39 +47,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb and "--help" not in words:
         # outside of the handlers below: an exception in the middle of some imports would be lost
         importlib.import_module("mts_fast.training")
+    voice = Voice(name, lambda error: _one_line(error, verb))
     with tolerant_output() as out, interrupts():
         try:
-            command = typer.main.get_command(app)
-            status = command.main(args=words, prog_name="mts-fast", standalone_mode=False) or 0
-            if out is not None:
-                out.flush()
-                # a reader that closes the pipe is no error, a full disk behind stdout is one
-                if out.error is not None and not isinstance(out.error, BrokenPipeError):
-                    raise OSError(
-                        f"{verb}: standard output must be writable, got {out.error}; free the disk,"
-                        " or let it go elsewhere"
-                    )
+            here = place()
+            if here.ranks > 1 and is_shared(verb, words):
+                with voice.joined(here):
+                    return _run(words, verb, out)
+            return _run(words, verb, out) if here.rank == 0 else 0
         except (KeyboardInterrupt, Interrupted):
-            with postponed():
-                print(f"{name}: interrupted", file=sys.stderr)
+            voice.interrupted()
             return INTERRUPTED
         except TyperException as error:
-            with postponed():
-                print(f"{name}: {usage_message(error, VERBS, name)}", file=sys.stderr)
+            voice.say(usage_message(error, VERBS, name))
             return 2
         except ERRORS as error:
             with postponed():
                 logger.info("where it was raised:", exc_info=error)
-                print(f"{name}: {_one_line(error, verb)}", file=sys.stderr)
+            voice.say(_one_line(error, verb), error)
             return 2
-        return int(status)
+
+
+def _run(words: list[str], verb: str, out: TolerantStream | None) -> int:
+    """Parse the command line and run its verb."""
+    command = typer.main.get_command(app)
+    status = command.main(args=words, prog_name="mts-fast", standalone_mode=False) or 0
+    if out is not None:
+        out.flush()
+        # a reader that closes the pipe is no error, a full disk behind stdout is one
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            raise OSError(
+                f"{verb}: standard output must be writable, got {out.error}; free the disk,"
+                " or let it go elsewhere"
+            )
+    return int(status)
 
 
 def _one_line(error: Exception, verb: str) -> str:
     """What went wrong, and what to do."""
     # each of several problems stands in a line of its own
     message = "\n- ".join(" ".join(line.split()) for line in str(error).split("\n- "))
-    for known in (verb, "train"):  # whose code `score` and `report` run, too
+    for known in (verb, "train", "launcher"):  # whose code other verbs run, too
         message = message.removeprefix(f"{known}: ")
     message = message.replace("use backend 'auto'", "set MTS_FAST_BACKEND to 'auto'")
     if isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY):

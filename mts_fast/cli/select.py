@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from rich.console import Console
 
 from mts_fast._check import fail
 from mts_fast.demo.tables import print_table
-from mts_fast.pipeline.outcome import load_outcome, output_file, write_rows
-from mts_fast.pipeline.score import score_samples
+from mts_fast.pipeline.outcome import Outcome, load_outcome, output_file, write_rows
+from mts_fast.pipeline.score import Scores, score_samples
 from mts_fast.pipeline.select import choose, write_selection
+from mts_fast.pipeline.team import team_of
 
 
 def run_select(
@@ -53,10 +55,20 @@ def run_select(
 
 def run_score(run: str, synthetic: Sequence[str], out: str | None, on_corrupt: str | None) -> int:
     """Weigh new samples, write them as a table like the run's, and print means by class."""
-    outcome = load_outcome("score", Path(run))
-    with output_file("score", outcome, out, "scores.csv") as path:
-        scores = score_samples(outcome, synthetic, on_corrupt, print_note)
-        write_rows("score", path, scores.rows)
+    team = team_of("score")
+    outcome = team.together(lambda: load_outcome("score", Path(run)))
+    with ExitStack() as stack:
+        place = output_file("score", outcome, out, "scores.csv")
+        path = team.led(lambda: stack.enter_context(place))
+        shared = path.parent if team.size > 1 else None
+        scores = score_samples(outcome, synthetic, on_corrupt, print_note, team, shared)
+        if scores is not None:
+            write_rows("score", path, scores.rows)
+            _print_scores(outcome, scores, path)
+    return 0
+
+
+def _print_scores(outcome: Outcome, scores: Scores, path: Path) -> None:
     console = Console()
     old = torch.tensor([row.weight for row in outcome.rows if row.role == "synthetic"])
     rows = []
@@ -74,7 +86,6 @@ def run_score(run: str, synthetic: Sequence[str], out: str | None, on_corrupt: s
         markup=False,
     )
     console.print(f"Written: {path}", markup=False, soft_wrap=True)
-    return 0
 
 
 def print_note(text: str) -> None:

@@ -14,6 +14,7 @@ from mts_fast.pipeline.config import Config, load_config
 from mts_fast.pipeline.outcome import WEIGHTS
 from mts_fast.pipeline.recipes.configure import configure
 from mts_fast.pipeline.run import Run
+from mts_fast.pipeline.team import team_of
 
 
 def run_train(
@@ -27,8 +28,13 @@ def run_train(
     """Load the options, run all stages, print the accuracies."""
     if not out:
         fail(ValueError, "train", "--out", "a folder", "''", "name one, or leave it out")
-    run = Run(_load(options, config, assignments, recipe, data), Path(out), Console(stderr=True))
-    outcome = run.execute()
+    team = team_of("train")
+    settings = team.led(lambda: _load(options, config, assignments, recipe, data))
+    # the first process alone speaks
+    console = Console(stderr=True) if team.leads else Console(quiet=True, force_terminal=False)
+    outcome = Run(settings, Path(out), console, team).execute()
+    if outcome is None:
+        return 0
     console = Console()
     rows = [
         [name, *(f"{100 * value:.1f}" for value in figures.values())]

@@ -30,6 +30,17 @@ class Failure:
         return cls(type(error).__name__, str(error)[:MOST_CHARACTERS], refused)
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank is why this one cannot go on.
+
+    `rank` and `text` are its number and error, where they are known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, text: str = "") -> None:
+        super().__init__(message)
+        self.rank, self.text = rank, text
+
+
 def raise_first(
     op: str, failures: Sequence[Failure | None], index: int, error: Exception | None
 ) -> None:
@@ -40,7 +51,7 @@ def raise_first(
     Raises:
         Exception: this rank's own error.
         Refused: some rank's engine cannot serve, and nothing worse has happened.
-        RuntimeError: another rank has failed; its number and its error are named.
+        FailedElsewhere: another rank has failed; its number and its error are named.
     """
     failed = {rank: f for rank, f in enumerate(failures) if f is not None}
     if not failed:
@@ -54,9 +65,11 @@ def raise_first(
             error.add_note(f"{op}: so have ranks {others}")
         raise error
     rank, first = next(iter(worse.items()))
-    raise RuntimeError(
+    raise FailedElsewhere(
         f"{op}: the call must be complete on every rank, got {first.kind} on rank {rank}:"
-        f" {first.text}; nothing has changed on any rank, the next call may be made"
+        f" {first.text}; nothing has changed on any rank, the next call may be made",
+        rank,
+        first.text,
     ) from error
 
 
@@ -67,3 +80,19 @@ def _raise_refused(failed: dict[int, Failure], index: int, error: Exception | No
     engine, _, final = refusals[0][1]
     reasons = [f"rank {rank}: {r}" for rank, (_, reasons, _) in refusals for r in reasons]
     raise Refused(engine, reasons, final=final)
+
+
+def raise_lost(op: str, lost: str, cause: Exception | None = None) -> NoReturn:
+    """Raise where ranks wait for one that does not come."""
+    raise FailedElsewhere(
+        f"{op}: every rank must be in the call, got {lost}; the process group is broken:"
+        " start the ranks again from the last checkpoint"
+    ) from cause
+
+
+def out_of_step(op: str) -> ValueError:
+    """The error of ranks that are in different places."""
+    return ValueError(
+        f"{op}: calls must be in step on all ranks, got one that begins where another goes on; give"
+        " every rank the same accumulate= and as many calls"
+    )

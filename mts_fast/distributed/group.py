@@ -14,7 +14,12 @@ from torch import Tensor
 
 from mts_fast._sharding import Sharding
 from mts_fast.distributed.buckets import Overlap, Sending
-from mts_fast.distributed.failure import Failure, raise_first
+from mts_fast.distributed.failure import (
+    Failure,
+    out_of_step,
+    raise_first,
+    raise_lost,
+)
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.moving import Moves
 from mts_fast.distributed.packing import Layout
@@ -77,7 +82,7 @@ class Group:
         numbers = [status, probing, _digest(same), len(sizes), *sizes, *[0] * (4 - len(sizes))]
         said = self._agreed(numbers)
         if any(s[1] == TOGETHER for s in said):
-            error = _out_of_step(self._op)
+            error = out_of_step(self._op)
         if error is not None or any(s[0] != GOOD for s in said):
             self._raise_together(error)
         if any(s[2] != said[0][2] for s in said):
@@ -219,6 +224,15 @@ class Group:
         self._statuses(GOOD if error is None else FAILED, error)
         return result  # type: ignore[return-value]
 
+    def led(self, compute: Callable[[], T]) -> T:
+        """Rank 0 works, and every rank has the result."""
+        result = self.together(compute if self.index == 0 else lambda: None)
+        sent = [result]
+        first = dist.get_process_group_ranks(self.group)[0]
+        with self._watched():
+            dist.broadcast_object_list(sent, first, group=self._hosts)
+        return result if self.index == 0 else sent[0]  # type: ignore[return-value]
+
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
         return [any(column) for column in zip(*self._agreed(flags), strict=True)]
@@ -243,7 +257,7 @@ class Group:
         self._exchanges += 1
         if is_communication(error):
             self._lost = self._who(error)
-            raise RuntimeError(_message(self._op, self._lost)) from error
+            raise_lost(self._op, self._lost, error)
         self._lost = "an error in the middle of a forward or backward here"
         leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}: {error}")
         raise error
@@ -253,7 +267,7 @@ class Group:
         # as long as a header, so that ranks in different places are told apart
         said = self._agreed([status, TOGETHER, *[0] * 6])
         if any(s[1] != TOGETHER for s in said):
-            error = _out_of_step(self._op)
+            error = out_of_step(self._op)
         if error is not None or any(s[0] == FAILED for s in said):
             self._raise_together(error)
         return [s[0] for s in said]
@@ -337,13 +351,13 @@ class Group:
     def _watched(self) -> Iterator[None]:
         """Inside, ranks wait for each other; where one does not come, it is named."""
         if self._lost:
-            raise RuntimeError(_message(self._op, self._lost))
+            raise_lost(self._op, self._lost)
         self._exchanges += 1
         try:
             yield
         except RuntimeError as error:
             self._lost = self._who(error)
-            raise RuntimeError(_message(self._op, self._lost)) from error
+            raise_lost(self._op, self._lost, error)
         except BaseException as error:
             leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
             self._lost = f"{type(error).__name__} in the middle of an exchange here"
@@ -356,20 +370,6 @@ class Group:
         stopped = [f"rank {rank} {text}" for rank, text in said.items() if text != "waiting"]
         stopped += [f"rank {rank}, which does not answer" for rank in silent]
         return ", ".join(stopped) or str(error).strip().splitlines()[0]
-
-
-def _message(op: str, lost: str) -> str:
-    return (
-        f"{op}: every rank must be in the call, got {lost}; the process group is broken:"
-        " start the ranks again from the last checkpoint"
-    )
-
-
-def _out_of_step(op: str) -> ValueError:
-    return ValueError(
-        f"{op}: calls must be in step on all ranks, got one that begins where another goes on; give"
-        " every rank the same accumulate= and as many calls"
-    )
 
 
 def _digest(same: dict[str, str]) -> int:

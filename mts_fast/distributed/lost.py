@@ -18,7 +18,7 @@ def silent_ranks(ranks: Sequence[int], me: int, number: int) -> tuple[list[int],
     Ranks are global ones. Every rank that is alive writes down that it is; what is not written
     within `PATIENCE` counts as lost.
     """
-    store = _store()
+    store = store_of_all()
     if store is None:
         return [], {}
     before: timedelta = store.timeout  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def silent_ranks(ranks: Sequence[int], me: int, number: int) -> tuple[list[int],
 
 def leave_word(me: int, number: int, text: str) -> None:
     """Tell the others why this rank does not take part in exchange `number`."""
-    store = _store()
+    store = store_of_all()
     if store is not None:
         try:
             store.set(_key(me, number), text)
@@ -55,7 +55,8 @@ def _key(rank: int, number: int) -> str:
     return f"mts_fast/exchange/{number}/{rank}"
 
 
-def _store() -> dist.Store | None:
+def store_of_all() -> dist.Store | None:
+    """The store that the process group was made with; None without one."""
     try:
         store: dist.Store = dist.distributed_c10d._get_default_store()
     except (AttributeError, RuntimeError, ValueError):

@@ -85,6 +85,9 @@ class Ranks(Protocol):
     def together(self, compute: Callable[[], T]) -> T:
         """Work after which no rank goes on alone."""
 
+    def led(self, compute: Callable[[], T]) -> T:
+        """Work of rank 0 alone, whose result every rank has (pickled)."""
+
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
 
@@ -130,6 +133,10 @@ class Alone:
         return compute()
 
     def together(self, compute: Callable[[], T]) -> T:
+        """The work itself."""
+        return compute()
+
+    def led(self, compute: Callable[[], T]) -> T:
         """The work itself."""
         return compute()
 

@@ -129,13 +129,7 @@ class DistributionSweep:
             RuntimeError: an exception cut a unit short, or another run() did some of the work.
         """
         self._check_whole()
-        count = len(self.starts)
-        units: list[Callable[[], None]] = [
-            *(partial(self._add_to_centroids, a) for a in range(count)),
-            *self._neighbors.units(),
-            *(partial(self._measure_distances, a) for a in range(count)),
-        ]
-        for number, unit in enumerate(units[self.done :], start=self.done):
+        for number, unit in enumerate(self._units()[self.done :], start=self.done):
             if number != self.done:
                 got = f"{self.done} units done, where this one did {number}"
                 fail(RuntimeError, OP, "run()", "alone", got, "exhaust one before the next")
@@ -145,6 +139,15 @@ class DistributionSweep:
             self._whole = True
             yield self.done
         self._neighbors.release()
+
+    def _units(self) -> list[Callable[[], None]]:
+        """All units of work, in their order."""
+        count = len(self.starts)
+        return [
+            *(partial(self._add_to_centroids, a) for a in range(count)),
+            *self._neighbors.units(),
+            *(partial(self._measure_distances, a) for a in range(count)),
+        ]
 
     def columns(self) -> Columns:
         """The features by name, each [N, width], once all units are done; with notes on the recall

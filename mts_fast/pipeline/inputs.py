@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import fail
+from mts_fast._launcher import place
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.pixels import augmented_batch, batch_of
+from mts_fast.pipeline.team import ALONE, Team
 
 # of one pass without gradients
 EVALUATION_BATCH = 256
@@ -67,7 +69,7 @@ class Texts:
     def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, T], T that of the longest."""
         mask = self.mask[indices.cpu()]
-        longest = max(1, int(mask.sum(1).max()))
+        longest = max([1, *mask.sum(1).tolist()])
         ids = self.ids[indices.cpu(), :longest]
         return {"input_ids": ids.to(device), "attention_mask": mask[:, :longest].to(device)}
 
@@ -79,12 +81,16 @@ class Texts:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a run.
+    """The device of a run; of several processes each has the GPU of its local number.
 
     Raises:
-        ValueError: no device, or one that is not there.
+        ValueError: no device, or one that is not there; one GPU for several processes.
     """
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here = place()
+    cards = torch.cuda.device_count()
+    if here.ranks > 1 and cards and config.device != "cpu":
+        return _card_of(config, here.local_rank, cards)
+    there = ["cpu", *(f"cuda:{i}" for i in range(cards))]
     if config.device == "auto":
         return torch.device(there[-1] if len(there) == 1 else "cuda")
     if config.device not in (*there, *(["cuda"] if len(there) > 1 else [])):
@@ -94,6 +100,20 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
+def _card_of(config: Config, local_rank: int, cards: int) -> torch.device:
+    """The GPU of one of several processes."""
+    if config.device not in ("auto", "cuda"):
+        hint = "leave it out, or pass --set device=cpu"
+        fail(
+            ValueError, "train", "device", "auto, cuda or cpu over ranks", repr(config.device), hint
+        )
+    if local_rank >= cards:
+        hint = "pass a smaller --nproc-per-node to the launcher, or --set device=cpu"
+        got = f"{cards}, and local rank {local_rank}"
+        fail(ValueError, "train", "GPUs", "one for each rank of a host", got, hint)
+    return torch.device("cuda", local_rank)
+
+
 def run_model(model: nn.Module, inputs: Any) -> Tensor:
     """Logits [B, C] of a model that takes a tensor or keywords, and may return more."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
@@ -101,12 +121,17 @@ def run_model(model: nn.Module, inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def all_logits(model: nn.Module, inputs: Inputs, members: Tensor, device: torch.device) -> Tensor:
+def all_logits(
+    model: nn.Module, inputs: Inputs, members: Tensor, device: torch.device, team: Team = ALONE
+) -> Tensor:
     """Logits [M, C] of `members` [M] on the CPU, the model in eval mode, its mode put back."""
+
+    def compute(indices: Tensor) -> list[Tensor]:
+        return [run_model(model, inputs.batch(indices, device)).float().cpu()]
+
     mode = model.training
     model.eval()
     try:
-        parts = members.split(EVALUATION_BATCH)
-        return torch.cat([run_model(model, inputs.batch(i, device)).float().cpu() for i in parts])
+        return team.mapped("logits", members, EVALUATION_BATCH, compute)[0]
     finally:
         model.train(mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import fail
+from mts_fast._launcher import place
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.inputs import run_model
 
@@ -23,7 +25,7 @@ MIB = 2**20
 
 
 def check_memory(model: nn.Module, probe: Any, config: Config) -> None:
-    """Refuse a run on the CPU whose batches will not fit.
+    """Refuse a run on the CPU whose batches will not fit; the processes of a host share its memory.
 
     Args:
         probe: inputs of PROBE samples; `model` is left as it is.
@@ -31,11 +33,13 @@ def check_memory(model: nn.Module, probe: Any, config: Config) -> None:
     Raises:
         MemoryError: what is needed, what is there, and a micro-batch that fits.
     """
-    available = available_memory()
-    if available is None:
+    here, free = place(), available_memory()
+    if free is None:
         return
+    available = free // here.local_ranks
     per_sample = GRAPHS * graph_bytes(model, probe) / PROBE
-    size = min(config.micro_batch or config.batch_size, config.batch_size)
+    of_rank = math.ceil(config.batch_size / here.ranks)
+    size = min(config.micro_batch or of_rank, of_rank)
     if per_sample * size <= available:
         return
     fitting = max(1, int(available / per_sample))

@@ -97,6 +97,17 @@ def model_key(name: str, model: nn.Module) -> str:
     return checksum(text, dict(model.state_dict()))
 
 
+def tell_batch_statistics(model: nn.Module, findings: Findings) -> None:
+    """A remark where batches that are cut into parts are normalised part by part."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    count = sum(isinstance(module, kind) for module in model.modules())
+    if count:
+        findings.remark(
+            f"{count} BatchNorm layers normalise the samples of each rank by themselves: the result"
+            " is not that of one process"
+        )
+
+
 def load_pretrained(model: nn.Module, path: str, findings: Findings) -> None:
     """Put the weights of a file into a model: .safetensors, or what torch.save wrote.
 

@@ -39,7 +39,7 @@ def augmented_batch(
         flip: half of the pictures are mirrored.
     """
     images = _raw(pixels, indices, device)
-    if crop >= 1 and not jitter and not flip:
+    if not len(indices) or (crop >= 1 and not jitter and not flip):
         return standardized(images)
     draws = torch.stack([_draws(seed, int(i)) for i in indices]).to(device)
     if crop < 1 or flip:

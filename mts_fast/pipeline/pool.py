@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mts_fast.distributed import Shard, distribution_features
 from mts_fast.features import (
     FeatureTable,
     OnlineStandardizer,
     PenultimateFeatures,
-    distribution_features,
     online_features,
     training_dynamics,
 )
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.inputs import EVALUATION_BATCH, Inputs, run_model
+from mts_fast.pipeline.team import ALONE, Team
 
+DYNAMICS_COLUMNS = ("loss", "gradient_norm", "error_norm")
 # of the online features; fewer where there are fewer validation samples
 ONLINE_K = 3
 
@@ -42,32 +44,67 @@ class Pool:
 
 @torch.no_grad()
 def embeddings_of(
-    model: nn.Module, inputs: Inputs, members: Tensor, device: torch.device
+    model: nn.Module,
+    inputs: Inputs,
+    members: Tensor,
+    device: torch.device,
+    team: Team = ALONE,
 ) -> Tensor:
     """Penultimate features [M, D] of `members` [M], on the CPU; the model is left in eval mode."""
     model.to(device).eval()
-    parts = []
     with PenultimateFeatures(model).capture() as penultimate:
-        for indices in members.split(EVALUATION_BATCH):
+
+        def compute(indices: Tensor) -> list[Tensor]:
             run_model(model, inputs.batch(indices, device))
-            parts.append(penultimate.taken(len(indices)).float().cpu())
-    return torch.cat(parts)
+            return [penultimate.taken(len(indices)).float().cpu()]
+
+        return team.mapped("embeddings", members, EVALUATION_BATCH, compute)[0]
 
 
 def dynamics_of(
-    model: nn.Module, inputs: Inputs, labels: Tensor, members: Tensor, device: torch.device
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    members: Tensor,
+    device: torch.device,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Columns of the training dynamics at the end of a short training, by name."""
     model.to(device).eval()
-    chunks = [
-        training_dynamics(model, inputs.batch(indices, device), labels[indices].to(device))
-        for indices in members.split(EVALUATION_BATCH)
-    ]
-    return {name: torch.cat([c[name].cpu() for c in chunks]) for name in chunks[0]}
+
+    def compute(indices: Tensor) -> list[Tensor]:
+        columns = training_dynamics(
+            model, inputs.batch(indices, device), labels[indices].to(device)
+        )
+        return [columns[name].cpu() for name in DYNAMICS_COLUMNS]
+
+    columns = team.mapped("training dynamics", members, EVALUATION_BATCH, compute)
+    return dict(zip(DYNAMICS_COLUMNS, columns, strict=True))
+
+
+def distribution_of(
+    embeddings: Tensor, labels: Tensor, is_synthetic: Tensor, team: Team = ALONE
+) -> dict[str, Tensor]:
+    """Distribution features [M, width] of a pool that every process has, each computing a part.
+
+    Args:
+        embeddings: [M, D]; labels and is_synthetic [M].
+    """
+    rows = [team.part(t) for t in (embeddings, labels, is_synthetic)]
+    group = "auto" if team.size > 1 else None
+    columns = distribution_features(*rows, small_class="pad", process_group=group)
+    shard = Shard(team.sizes(len(labels)), team.index)
+    whole = team.ranks.rows("distribution features", shard, lambda: list(columns.values()))
+    return dict(zip(columns, whole, strict=True))
 
 
 def features_of(
-    embeddings: Tensor, dynamics: nn.Module, forgetting: Tensor, pool: Pool, device: torch.device
+    embeddings: Tensor,
+    dynamics: nn.Module,
+    forgetting: Tensor,
+    pool: Pool,
+    device: torch.device,
+    team: Team = ALONE,
 ) -> FeatureTable:
     """The paper's offline columns of the pool.
 
@@ -77,10 +114,8 @@ def features_of(
         forgetting: [M, 1], forgetting events of that training.
     """
     labels = pool.labels[pool.members]
-    table = FeatureTable(
-        distribution_features(embeddings, labels, pool.is_synthetic, small_class="pad")
-    )
-    table.update(dynamics_of(dynamics, pool.inputs, pool.labels, pool.members, device))
+    table = FeatureTable(distribution_of(embeddings, labels, pool.is_synthetic, team))
+    table.update(dynamics_of(dynamics, pool.inputs, pool.labels, pool.members, device, team))
     table.update({"forgetting_counts": forgetting})
     return table
 

@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from mts_fast._check import fail
 from mts_fast._files import replaced_file, writing
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import ROLES, Findings, Role, Samples
@@ -35,6 +36,7 @@ from mts_fast.pipeline.decode import (
 )
 from mts_fast.pipeline.inputs import Images, Inputs
 from mts_fast.pipeline.sources import read_sources
+from mts_fast.pipeline.team import Team
 from mts_fast.pipeline.tokens import tokenize
 
 LARGEST_SIZE = 224
@@ -52,6 +54,25 @@ class Prepared:
     key: str  # of the content: of every sample, its label and its role, in order
     store: Path  # in the run's folder: the pixels (.npy), or the texts (.json)
     copies: list[tuple[str, str]]
+
+    def without_samples(self) -> Prepared:
+        """What other processes need: no names and files, and no pixels, which they open."""
+        inputs: Any = None if isinstance(self.inputs, Images) else self.inputs
+        return replace(self, samples={}, copies=[], inputs=inputs)
+
+    def opened(self, config: Config) -> Prepared:
+        """The same with its pixels.
+
+        Raises:
+            FileNotFoundError: the first process's file is not here.
+        """
+        if self.inputs is not None:
+            return self
+        if not self.store.exists():
+            got = f"no file {str(self.store)!r} on one of its hosts"
+            hint = "name a folder on a shared file system"
+            fail(FileNotFoundError, "train", "--out", "a folder that every rank sees", got, hint)
+        return replace(self, inputs=Images(open_pixels(self.store), config))
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,20 @@ def prepare(config: Config, out: Path, findings: Findings, progress: Progress) -
         )
     key = _digest([content.key, *classes, *labels.tolist(), *_roles(members, len(labels))])
     return Prepared(samples, classes, content.inputs, labels, members, key, content.store, copies)
+
+
+def prepare_together(
+    config: Config, out: Path, findings: Findings, progress: Progress, team: Team
+) -> Prepared:
+    """`prepare` by the first process; the others have all but the names and files of samples."""
+    whole: list[Prepared] = []
+
+    def lead() -> Prepared:
+        whole.append(prepare(config, out, findings, progress))
+        return whole[0].without_samples()
+
+    sent = team.led(lead)
+    return team.together(lambda: whole[0] if team.leads else sent.opened(config))
 
 
 def read_content(

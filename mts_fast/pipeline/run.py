@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,23 @@ from mts_fast._outputs import output_folder
 from mts_fast.features import PAPER_COLUMNS, FeatureTable, ForgettingCounter
 from mts_fast.pipeline.batches import EpochBatches, WeightedBatches, seed_of
 from mts_fast.pipeline.config import Config
-from mts_fast.pipeline.data import Findings, Role
-from mts_fast.pipeline.data.samples import TRAINING
+from mts_fast.pipeline.data import Findings
 from mts_fast.pipeline.display import Display
+from mts_fast.pipeline.evaluation import outcome_of, predictions_of
 from mts_fast.pipeline.fit import Batches, Log, Watch, fit
 from mts_fast.pipeline.inputs import all_logits, device_of
 from mts_fast.pipeline.learn import learn_weights
 from mts_fast.pipeline.memory import PROBE, check_memory
-from mts_fast.pipeline.models import build_model, check_model, load_pretrained, model_key
-from mts_fast.pipeline.outcome import Outcome, environment, rows_of, save_outcome
+from mts_fast.pipeline.models import (
+    build_model,
+    check_model,
+    load_pretrained,
+    model_key,
+    tell_batch_statistics,
+)
+from mts_fast.pipeline.outcome import Outcome, save_outcome
 from mts_fast.pipeline.pool import Pool, class_weights_of, embeddings_of, features_of
-from mts_fast.pipeline.prepare import prepare
+from mts_fast.pipeline.prepare import prepare_together
 from mts_fast.pipeline.records import Records
 from mts_fast.pipeline.stages import (
     CLEAN,
@@ -46,6 +53,7 @@ from mts_fast.pipeline.stages import (
     OURS,
     Stages,
 )
+from mts_fast.pipeline.team import ALONE, Team
 from mts_fast.selection import discount_learned
 
 FIRST = "weights, first"
@@ -54,43 +62,47 @@ COST_OF_MTS = 2.5
 
 
 class Run:
-    """One run of `mts-fast train`."""
+    """One run of `mts-fast train`; of several processes the first one reads and writes files."""
 
-    def __init__(self, config: Config, out: Path, console: Console) -> None:
+    def __init__(self, config: Config, out: Path, console: Console, team: Team = ALONE) -> None:
         self.config = config
         self.out = out
         self.console = console
+        self.team = team
         self.findings = Findings()
         self.told = 0
-        self.device = device_of(config)
+        self.device = team.together(lambda: device_of(config))
 
-    def execute(self) -> Outcome:
-        """Run every stage that is not there yet.
+    def execute(self) -> Outcome | None:
+        """Run every stage that is not there yet; the outcome is the first process's alone.
 
         Raises:
             ValueError: what is wrong with the data or the options.
             RuntimeError: another process is at work in the folder.
             OSError: it cannot be written.
         """
+        with ExitStack() as stack:
+            self.team.alone(lambda: self._enter_out(stack))
+            self.display = Display(self.console)
+            progress = stack.enter_context(self.display.progress)
+            self.data = prepare_together(self.config, self.out, self.findings, progress, self.team)
+            self._tell()
+            self.team.alone(lambda: self._open_records(stack))
+            return self._all_stages()
+
+    def _enter_out(self, stack: ExitStack) -> None:
+        """Have the run's folder for this process alone."""
         self._check_out()
         check_model(self.config.model)
-        with (
-            output_folder("train", "--out", self.out / "stages"),
-            locked(self.out, wait=False) as alone,
-        ):
-            if not alone:
-                got = f"{str(self.out)!r}, where another `mts-fast train` is running"
-                hint = "wait for it, or pass another folder"
-                fail(RuntimeError, "train", "--out", "free", got, hint)
-            self.display = Display(self.console)
-            with self.display.progress as progress:
-                self.data = prepare(self.config, self.out, self.findings, progress)
-                self._tell()
-                self.records = Records(self.out, self.config.loggers, self.config.model_dump())
-                try:
-                    return self._all_stages()
-                finally:
-                    self.records.close()
+        stack.enter_context(output_folder("train", "--out", self.out / "stages"))
+        if not stack.enter_context(locked(self.out, wait=False)):
+            got = f"{str(self.out)!r}, where another `mts-fast train` is running"
+            hint = "wait for it, or pass another folder"
+            fail(RuntimeError, "train", "--out", "free", got, hint)
+
+    def _open_records(self, stack: ExitStack) -> None:
+        self.records = Records(self.out, self.config.loggers, self.config.model_dump())
+        stack.callback(self.records.close)
 
     def _check_out(self) -> None:
         """Refuse a folder among the samples, where the run's files would be taken for some."""
@@ -103,7 +115,7 @@ class Run:
                     ValueError, "train", "--out", "apart from the data", got, "name another folder"
                 )
 
-    def _all_stages(self) -> Outcome:
+    def _all_stages(self) -> Outcome | None:
         config, data = self.config, self.data
         pool_members = torch.cat([data.members["real"], data.members["synthetic"]])
         is_synthetic = torch.arange(len(pool_members)) >= len(data.members["real"])
@@ -118,12 +130,12 @@ class Run:
         )
         self.pool = pool
         self.steps = len(EpochBatches(pool_members, config.batch_size, config.seed))
-        self.template = self._build_model()
-        content = f"{data.key} {model_key(config.model, self.template)}"
-        self.stages = Stages(config, self.out, content, self.findings, self._tell)
+        self.template = self._same_model()
+        content = self.team.led(lambda: f"{data.key} {model_key(config.model, self.template)}")
+        self.stages = Stages(config, self.out, content, self.findings, self._tell, self.team)
         if self.device.type == "cpu":
             probe = data.inputs.batch(pool_members[:PROBE], self.device)
-            check_memory(self.template, probe, config)
+            self.team.together(lambda: check_memory(self.template, probe, config))
         refined = [f"weights, refined {i + 1}" for i in range(config.refinements)]
         of_retraining = dict.fromkeys([FILTER, FIRST, *refined], config.epochs)
         epochs = {EVERYTHING: config.epochs, CLEAN: config.epochs}
@@ -140,13 +152,20 @@ class Run:
         for name in refined:
             mass = discount_learned(self._probability(model).sqrt(), easy, config.easy_power)
             model = self._retrain(name, mass, candidates)
-        self._deliver(model)
         arms = {EVERYTHING: everything, CLEAN: clean, FILTER: filtered, OURS: model}
-        outcome = self._outcome(weights, arms, easy, probabilities)
-        self.records.tidy()
-        self._write_config()
-        save_outcome(outcome)
-        return outcome
+        predictions = predictions_of(arms, data, self.device, self.team)
+        self.outcome: Outcome | None = None
+
+        def finish() -> None:
+            self._deliver(model)
+            self.outcome = outcome_of(self, weights, predictions, easy, probabilities)
+            self._tell()
+            self.records.tidy()
+            self._write_config()
+            save_outcome(self.outcome)
+
+        self.team.alone(finish)
+        return self.outcome
 
     # stages
 
@@ -174,24 +193,25 @@ class Run:
         omitted = {*OF_MTS, *OF_MIXING}
         embeddings: Tensor = self._stage(
             EMBEDDINGS,
-            lambda _: embeddings_of(clean, pool.inputs, pool.members, device),
+            lambda _: embeddings_of(clean, pool.inputs, pool.members, device, self.team),
             omitted={*omitted, *OF_DYNAMICS},
         )
         dynamics = self._stage(DYNAMICS, self._run_dynamics, omitted={*OF_MTS, *OF_RETRAINING})
 
         def make(_: Path) -> Any:
             model = self._loaded(dynamics)
-            table = features_of(embeddings, model, dynamics["forgetting"], pool, device)
+            forgetting = dynamics["forgetting"]
+            table = features_of(embeddings, model, forgetting, pool, device, self.team)
             return {name: table[name] for name in PAPER_COLUMNS}
 
         return FeatureTable(self._stage(FEATURES, make, omitted=omitted))
 
     def _run_dynamics(self, folder: Path) -> Any:
-        places, labels = self.pool.places(), self.data.labels
+        places = self.pool.places()
         counter = ForgettingCounter(len(self.pool.members))
 
-        def watch(indices: Tensor, logits: Tensor) -> None:
-            counter.update(places[indices], logits.argmax(1).cpu() == labels[indices])
+        def watch(indices: Tensor, right: Tensor) -> None:
+            counter.update(places[indices], right)
 
         size, seed = self.config.dynamics_batch_size, self.config.seed
         batches = EpochBatches(self.pool.members, size, seed)
@@ -216,6 +236,7 @@ class Run:
                 findings=self.findings,
                 log=self._logging(MTS),
                 class_weight=self._class_weight(),
+                team=self.team,
             )
             return {
                 "weights": learned.weights,
@@ -255,6 +276,7 @@ class Run:
             log=self._logging(name),
             class_weight=self._class_weight(),
             watch=watch,
+            team=self.team,
         )
 
     def _everything(self) -> Batches:
@@ -267,6 +289,16 @@ class Run:
             labels=self.data.labels,
             seed=self.config.seed,
         )
+
+    def _same_model(self) -> nn.Module:
+        """A new model, of the first process's tensors."""
+        model = self.team.in_turn(self._build_model)
+        if self.team.size > 1:
+            state = self.team.led(lambda: dict(model.state_dict()))
+            self.team.together(lambda: model.load_state_dict(state))
+            tell_batch_statistics(model, self.findings)
+            self._tell()
+        return model
 
     def _build_model(self) -> nn.Module:
         kind = "image" if self.config.text_column is None else "text"
@@ -287,7 +319,8 @@ class Run:
 
     def _probabilities(self, model: nn.Module) -> Tensor:
         """[M, C]: of each pool sample."""
-        return all_logits(model, self.data.inputs, self.pool.members, self.device).softmax(1)
+        members, inputs = self.pool.members, self.data.inputs
+        return all_logits(model, inputs, members, self.device, self.team).softmax(1)
 
     def _of_labels(self, probabilities: Tensor) -> Tensor:
         """[M]: of each pool sample's label."""
@@ -304,53 +337,6 @@ class Run:
         return None if weights is None else weights.to(self.device)
 
     # what comes of it
-
-    def _outcome(
-        self, weights: Tensor, arms: dict[str, nn.Module], easy: Tensor, clean: Tensor
-    ) -> Outcome:
-        """What is written: `easy` [M] and `clean` [M, C] are probabilities under the classifiers of
-        everything and of the clean data."""
-        data = self.data
-        role: Role = "test" if "test" in data.members else "val"
-        if role == "val":
-            what = "no --test: accuracies are of the validation set, which trainings have seen"
-            self.findings.remark(what)
-            self._tell()
-        members, groups = data.members[role], data.samples[role].groups
-        tensors = {
-            "members": self.pool.members,
-            "held_out": members,
-            "labels": data.labels[self.pool.members],
-            "predicted": clean.argmax(1),
-            "confidence": clean.amax(1),
-            "clean": self._of_labels(clean),
-            "everything": easy,
-        }
-        figures = {}
-        for name, model in arms.items():
-            logits = all_logits(model, data.inputs, members, self.device)
-            right = logits.argmax(1) == data.labels[members]
-            tensors[f"right/{name}"] = right.to(torch.uint8)
-            figures[name] = {"accuracy": float(right.double().mean())}
-            if groups is not None:
-                figures[name]["worst_group"] = worst_group(right, groups)
-            record = {f"{role}_{key}": value for key, value in figures[name].items()}
-            self.records.log({"stage": "evaluation", "arm": name, **record, "samples": len(right)})
-        return Outcome(
-            folder=self.out,
-            config=self.config.model_dump(),
-            classes=data.classes,
-            arms=figures,
-            held_out=role,
-            stages=self.stages.used,
-            store=str(data.store.relative_to(self.out)),
-            remarks=tuple(self.findings.remarks),
-            copies=tuple(data.copies),
-            groups=groups,
-            environment=environment(self.device),
-            rows=rows_of([data.samples[role] for role in TRAINING], weights.tolist()),
-            tensors=tensors,
-        )
 
     def _tell(self) -> None:
         """Remarks that were not told yet."""
@@ -378,11 +364,3 @@ class Run:
         path = self.out / "model.safetensors"
         with replaced_file("train", path) as part, writing("train", path):
             save_model(model, str(part))
-
-
-def worst_group(right: Tensor, groups: tuple[str, ...]) -> float:
-    """The lowest accuracy of a group; right [T] is bool."""
-    members: dict[str, list[bool]] = {}
-    for value, group in zip(right.tolist(), groups, strict=True):
-        members.setdefault(group, []).append(value)
-    return min(sum(values) / len(values) for values in members.values())

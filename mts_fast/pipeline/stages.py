@@ -11,6 +11,7 @@ from typing import Any
 from mts_fast.pipeline.checkpoints import load_state, save_state
 from mts_fast.pipeline.config import Config
 from mts_fast.pipeline.data import Findings
+from mts_fast.pipeline.team import Team
 
 DONE = "done.safetensors"
 # names of stages; the first four are arms
@@ -36,11 +37,18 @@ class Stages:
     """The stages of one run."""
 
     def __init__(
-        self, config: Config, out: Path, content: str, findings: Findings, tell: Callable[[], None]
+        self,
+        config: Config,
+        out: Path,
+        content: str,
+        findings: Findings,
+        tell: Callable[[], None],
+        team: Team,
     ) -> None:
         self.out = out
         self.findings = findings
         self.tell = tell
+        self.team = team
         self.used: dict[str, str] = {}  # name -> folder below `out`, of the stages of this run
         options = config.model_dump()
         self._options = {key: options[key] for key in options.keys() - INDIFFERENT}
@@ -67,6 +75,15 @@ class Stages:
         folder = Path("stages", f"{name.replace(' ', '-').replace(',', '')}-{key}")
         self.used[name] = str(folder)
         done = self.out / folder / DONE
+        earlier = self.team.led(lambda: self._load(done))
+        if earlier is not None:
+            return earlier
+        state = make(done.parent)
+        self.team.alone(lambda: self._save(done, state))
+        return state
+
+    def _load(self, done: Path) -> Any:
+        """What an earlier run has left; None where it has to be made."""
         if done.exists():
             try:
                 return load_state(done)
@@ -75,9 +92,10 @@ class Stages:
                 self.findings.remark(f"{done} is broken ({first}); the stage runs again")
                 self.tell()
         done.parent.mkdir(parents=True, exist_ok=True)
-        state = make(done.parent)
+        return None
+
+    def _save(self, done: Path, state: Any) -> None:
         save_state(done, state)
         for checkpoint in done.parent.glob("checkpoint-*.safetensors"):
             checkpoint.unlink()
         self.tell()
-        return state

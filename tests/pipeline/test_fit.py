@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mts_fast.pipeline.batches import EpochBatches, WeightedBatches
+from mts_fast.pipeline.batches import EpochBatches, WeightedBatches, seed_of
 from mts_fast.pipeline.config import load_config
 from mts_fast.pipeline.data import Findings
 from mts_fast.pipeline.fit import fit, rate_factor
@@ -131,6 +131,16 @@ def test_an_interrupted_training_goes_on_bit_for_bit(after, tmp_path):
 
 def test_a_watch_sees_every_sample_of_every_epoch(tmp_path):
     seen = []
-    train(tmp_path, 2, watch=lambda indices, logits: seen.append((indices, logits.shape)))
-    assert torch.cat([i for i, _ in seen]).bincount().tolist() == [2] * 40
-    assert all(shape == (len(i), 2) for i, shape in seen) and not list(tmp_path.iterdir())
+    train(tmp_path, 2, watch=lambda indices, right: seen.append((indices, right)))
+    assert [indices.sort().values.tolist() for indices, _ in seen] == [list(range(40))] * 2
+    batches = EpochBatches(torch.arange(40), 16, 0)
+    for epoch, (indices, right) in enumerate(seen):
+        assert indices.equal(torch.cat(list(batches.epoch(epoch)))) and right.dtype == torch.bool
+    # the first predictions are those of the untrained model, with the dropout of the first step
+    inputs, labels = texts()
+    first = next(batches.epoch(0))
+    model = Bag().train()
+    torch.manual_seed(seed_of(0, "plain", 0))
+    logits = model(**inputs.batch(first, CPU))
+    assert seen[0][1][:16].equal(logits.argmax(1) == labels[first])
+    assert not list(tmp_path.iterdir())

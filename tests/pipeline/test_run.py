@@ -108,11 +108,11 @@ def test_what_is_not_given_is_asked_for(capsys):
 
 
 def test_learned_weights_are_the_same_after_an_interruption(tree, monkeypatch):
-    from mts_fast.pipeline import learn
+    from mts_fast.pipeline import fit
 
     assert train(tree) == 0
     whole = table_of(tree)
-    real_save = learn.save_checkpoint
+    real_save = fit.save_checkpoint
 
     class Stop(RuntimeError):
         pass
@@ -126,7 +126,7 @@ def test_learned_weights_are_the_same_after_an_interruption(tree, monkeypatch):
     for stage in (tree / "run" / "stages").glob("mts-*"):
         (stage / "done.safetensors").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(learn, "save_checkpoint", save_and_stop)
+        patch.setattr(fit, "save_checkpoint", save_and_stop)
         assert train(tree) == 2
     torch.rand(3)
     assert train(tree) == 0 and table_of(tree) == whole
