@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from mts_fast.distributed.failure import (
     raise_first,
     raise_lost,
 )
+from mts_fast.distributed.hosts import group_of_hosts
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.moving import Moves
 from mts_fast.distributed.packing import Layout
@@ -28,6 +28,7 @@ from mts_fast.distributed.shard import Shard
 
 T = TypeVar("T")
 TOGETHER = 2  # in the place of a header's flag: no header
+MOST = 2**63 - 1  # that an int64 holds
 GOOD, FAILED, OTHERWISE = 0, 1, 2  # of a rank in an exchange: OTHERWISE sends another layout
 
 
@@ -62,7 +63,8 @@ class Group:
         self._layouts: dict[str, Layout] = {}
         self._overlaps: dict[str, Overlap] = {}
         self._exchanges = 0
-        self._seed: int | None = None
+        self._call = 0, 0  # rank 0's seed, and the number of the call
+        self._seeded = 0  # times in it
         self._lost = ""  # who did not take part in an exchange; the group is broken since then
 
     def open(self, check: Callable[[], T], header: Callable[[T], Header]) -> tuple[T, Opened]:
@@ -79,7 +81,15 @@ class Group:
         sizes = () if told is None else told.sizes
         probing = told is not None and told.probing
         # of the most sizes that a call has
-        numbers = [status, probing, _digest(same), len(sizes), *sizes, *[0] * (4 - len(sizes))]
+        numbers = [
+            status,
+            probing,
+            _digest(sorted(same.items())),
+            torch.initial_seed() & MOST,
+            len(sizes),
+            *sizes,
+            *[0] * (4 - len(sizes)),
+        ]
         said = self._agreed(numbers)
         if any(s[1] == TOGETHER for s in said):
             error = out_of_step(self._op)
@@ -88,8 +98,9 @@ class Group:
         if any(s[2] != said[0][2] for s in said):
             self._raise_together(self._difference(same))
         assert result is not None
+        self._call, self._seeded = (said[0][3], result[1].number), 0
         shards = tuple(
-            Shard(tuple(int(s[4 + i]) for s in said), self.index) for i in range(len(sizes))
+            Shard(tuple(int(s[5 + i]) for s in said), self.index) for i in range(len(sizes))
         )
         return result[0], Opened(shards, any(s[1] for s in said))
 
@@ -237,11 +248,10 @@ class Group:
         """Each set where one of the ranks has it set."""
         return [any(column) for column in zip(*self._agreed(flags), strict=True)]
 
-    def seed(self, purpose: int = 0) -> None:
+    def seed(self) -> None:
         """Seed torch's default generators by a number that all ranks have."""
-        if self._seed is None:
-            self._seed = self._told(torch.initial_seed())[0]
-        torch.manual_seed((self._seed + self._exchanges + (purpose << 40)) % 2**63)
+        self._seeded += 1
+        torch.manual_seed(_digest((*self._call, self._seeded)))
 
     def _tried(self, compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """The result, or the error that all ranks can be told of."""
@@ -265,7 +275,7 @@ class Group:
     def _statuses(self, status: int, error: Exception | None) -> list[int]:
         """How every rank sees an exchange; raised together where one has failed."""
         # as long as a header, so that ranks in different places are told apart
-        said = self._agreed([status, TOGETHER, *[0] * 6])
+        said = self._agreed([status, TOGETHER, *[0] * 7])
         if any(s[1] != TOGETHER for s in said):
             error = out_of_step(self._op)
         if error is not None or any(s[0] == FAILED for s in said):
@@ -372,22 +382,12 @@ class Group:
         return ", ".join(stopped) or str(error).strip().splitlines()[0]
 
 
-def _digest(same: dict[str, str]) -> int:
+def _digest(values: object) -> int:
     """A number that differs where the values do, of 63 bits."""
-    digest = hashlib.blake2b(repr(sorted(same.items())).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def hosts_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A group of the same ranks over gloo, for tensors of the CPU; every rank of it calls it."""
-    return group if "gloo" in dist.get_backend(group) else _group_of_hosts(group)
-
-
-@functools.cache
-def _group_of_hosts(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The same ranks over gloo; every rank of the group calls it."""
-    ranks = dist.get_process_group_ranks(group)
-    timeout = getattr(getattr(group, "options", None), "_timeout", None)
-    # by themselves ranks find each other only where each is of as many groups as the others
-    part = len(ranks) < dist.get_world_size()
-    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=part)
+    return group if "gloo" in dist.get_backend(group) else group_of_hosts(group)

@@ -25,11 +25,13 @@ class Header:
     sizes: rows of each of the call's batches here.
     same: what must be equal on all ranks, by the name that an error says.
     probing: whether this rank's dots are to be checked in this call; one suffices.
+    number: of the call, for the numbers that ranks draw alike in it.
     """
 
     sizes: tuple[int, ...]
     same: Mapping[str, object] = field(default_factory=dict)
     probing: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class Ranks(Protocol):
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Each set where one of the ranks has it set."""
 
-    def seed(self, purpose: int = 0) -> None:
-        """Seed torch's default generators alike on all ranks, anew after each exchange and for
-        each purpose."""
+    def seed(self) -> None:
+        """Seed torch's default generators alike on all ranks, anew each time; by rank 0's seed and
+        the number of the call, so that a call that is resumed draws as it would have."""
 
 
 class Alone:
@@ -144,5 +146,5 @@ class Alone:
         """The flags themselves."""
         return list(flags)
 
-    def seed(self, purpose: int = 0) -> None:
+    def seed(self) -> None:
         """One process has one stream of numbers."""

@@ -230,7 +230,7 @@ def _header(step: StepParts, call: Call) -> Header:
         same["the values of the selector's parameters"] = _checksums(step.selector.parameters())
         if step._objective.sharding is None:
             same["the values of the model's parameters"] = _checksums(step._trainable)
-    return Header(sizes, same, call.probing)
+    return Header(sizes, same, call.probing, call.number)
 
 
 def _described(step: StepParts) -> list[tuple[str, tuple[int, ...], str]]:

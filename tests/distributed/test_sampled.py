@@ -71,6 +71,11 @@ def test_ranks_draw_alike_and_anew_and_leave_their_generators(ranks):
         assert unchanged
 
 
+def test_a_resumed_step_draws_as_it_would_have(ranks):
+    for straight, resumed in ranks.results(rank_sampled.resumed_draws, 2):
+        torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
 def test_bytes_of_a_step(ranks):
     """Beside the exact step's: the last layer's part of row 3, and the drawn samples that move."""
     options = {"model": "large", "compute": 4}

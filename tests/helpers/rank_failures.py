@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mts_fast.distributed import GlobalBatchSampler
-from mts_fast.distributed.group import _group_of_hosts
+from mts_fast.distributed.hosts import group_of_hosts
 from mts_fast.hypergradient import Objective
 
 
@@ -199,7 +199,7 @@ def other_group(group, how):
 
 def sum_of_hosts(group):
     """A sum over the hosts of all ranks, which are of one, two and three other groups."""
-    hosts = _group_of_hosts.__wrapped__(group)
+    hosts = group_of_hosts.__wrapped__(group)
     number = torch.ones(1)
     dist.all_reduce(number, group=hosts)
     return number.item()

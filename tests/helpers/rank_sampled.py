@@ -1,5 +1,6 @@
 """What ranks of a pool run in sampled steps."""
 
+import copy
 from unittest import mock
 
 import torch
@@ -85,6 +86,27 @@ def draws(group, calls):
         for call in range(calls):
             step(**arguments(call, rank, size))
     return numbers, torch.equal(before, torch.get_rng_state())
+
+
+def resumed_draws(group):
+    """Parameters after four calls with dropout in the selector, straight and from a state saved
+    after two, by a step of its own."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    ends, state = [], None
+    for resumes in (False, True):
+        torch.manual_seed(3 + rank)
+        step = make_step(group, {"compute": 4})
+        step.selector.mlp.insert(1, nn.Dropout(0.5))
+        step.selector.mlp.train()
+        torch.manual_seed(3 + rank)
+        if resumes:
+            step.load_state_dict(state)
+        for call in range(2 if resumes else 0, 4):
+            if call == 2 and not resumes:
+                state = copy.deepcopy(step.state_dict())
+            step(**arguments(call, rank, size))
+        ends.append([p.detach().clone() for p in step.model.parameters()])
+    return ends
 
 
 def count_messages(group, options):

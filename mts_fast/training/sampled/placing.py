@@ -15,9 +15,6 @@ from mts_fast.hypergradient import LabelledBatch
 from mts_fast.hypergradient.nests import map_tensors
 from mts_fast.training.batch import CheckedBatch
 
-# sets the numbers of a draw apart from those of the selector's masks
-DRAW = 1
-
 
 class Placed(NamedTuple):
     """The drawn samples that are computed here."""
@@ -35,7 +32,7 @@ def seeded(ranks: Ranks, where: Tensor) -> Iterator[None]:
         yield
         return
     with Restoring(RngState.capture([where]).restore):
-        ranks.seed(DRAW)
+        ranks.seed()
         yield
 
 
