@@ -23,16 +23,21 @@ class Place:
     local_ranks: int = 1
 
 
-def place() -> Place:
+def place(*, shared: bool = True) -> Place:
     """The place of this process: the only one where no launcher has started it.
+
+    shared: whether the processes are to work together; else only its number is asked for.
 
     Raises:
         ValueError: variables that are no whole numbers, do not fit together, or are missing.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return Place()
-    numbers = [_number(name, os.environ.get(name)) for name in NAMES]
+    names = NAMES if shared else NAMES[:2]
+    numbers = [_number(name, os.environ.get(name)) for name in names]
     here = Place(*numbers)
+    if not shared:
+        return here
     if not here.rank < here.ranks or not here.local_rank < here.local_ranks <= here.ranks:
         got = ", ".join(f"{name}={number}" for name, number in zip(NAMES, numbers, strict=True))
         raise ValueError(

@@ -50,7 +50,8 @@ def overwrite(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """sum_k <a_k, b_k> [] in `dtype`, on the device of the first; products in those of the tensors.
+    """sum_k <a_k, b_k> [] in `dtype`, on the device of the first; products in those of the tensors,
+    in float32 at least.
 
     Tensors are put side by side, in `parts`.
     """
@@ -62,8 +63,20 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) 
                 t[rows[0]].reshape(-1) if len(rows) == 1 else _flat([t[i] for i in rows])
                 for t in (a, b)
             )
+            if flat_a.itemsize < 4:  # products of small 16-bit numbers would be 0
+                flat_a = flat_a.float()
             sums.append((flat_a * flat_b).sum().to(a[0].device, dtype))
     return torch.stack(sums).sum()
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all entries [], in float32 at least, on the device of the first."""
+    norms: list[Tensor] = []
+    for group in by_kind(tensors):
+        part = [tensors[i] for i in group]
+        dtype = torch.promote_types(part[0].dtype, torch.float32)
+        norms += torch._foreach_norm(part, 2.0, dtype=dtype)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 
 def multiples(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

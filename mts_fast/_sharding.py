@@ -191,6 +191,16 @@ class Sharding:
         """The largest of a number of every rank."""
         return self._reduced(value, "MAX")
 
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """Which are set on one of the ranks; between hosts, so that no device is waited for."""
+        import torch.distributed as dist
+
+        from mts_fast._hosts import hosts_of
+
+        told = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=hosts_of(self.group))
+        return [bool(flag) for flag in told.tolist()]
+
     def _reduced(self, value: Tensor, operation: str) -> Tensor:
         import torch.distributed as dist
 

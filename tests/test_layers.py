@@ -24,7 +24,7 @@ ROWS = (
     ("backends",),
     ("reference",),
     (
-        *("_ambient", "_check", "_files", "_interrupts", "_isolation", "_launcher"),
+        *("_ambient", "_check", "_files", "_hosts", "_interrupts", "_isolation", "_launcher"),
         *("_multi_tensor", "_outputs", "_process", "_sharding", "_version"),
     ),
 )

@@ -47,7 +47,7 @@ def _versions() -> list[str]:
         except RuntimeError as error:  # the driver is in a bad state: part of the report
             gpu = str(error).partition("\n")[0]
     built = torch.version.cuda or "CPU only"
-    here = place()
+    here = place(shared=False)
     ranks = f"{here.ranks}, {here.local_ranks} of them on this host" if here.ranks > 1 else "1"
     return [
         f"mts_fast {mts_fast.__version__}   Python {platform.python_version()}   "

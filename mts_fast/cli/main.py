@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     voice = Voice(name, lambda error: _one_line(error, verb))
     with tolerant_output() as out, interrupts():
         try:
-            here = place()
-            if here.ranks > 1 and is_shared(verb, words):
+            shared = is_shared(verb, words)
+            here = place(shared=shared)
+            if here.ranks > 1 and shared:
                 with voice.joined(here):
                     return _run(words, verb, out)
             return _run(words, verb, out) if here.rank == 0 else 0

@@ -140,10 +140,12 @@ class Sending:
 class Overlap:
     """The buckets of one row's gradients."""
 
-    def __init__(self, like: Sequence[Tensor], *, numbers_alone: bool) -> None:
+    def __init__(self, like: Sequence[Tensor], *, numbers_alone: bool, learns: bool) -> None:
         self.like = list(like)
         self._numbers_alone = numbers_alone
-        self._learns = not numbers_alone and sum(t.nbytes for t in like) > BUCKET_BYTES
+        self._learns = learns and not numbers_alone
+        self._learns &= sum(t.nbytes for t in like) > BUCKET_BYTES
+        self._is_astray = False  # something is under way that was computed anew since
         self._early: tuple[int, ...] = ()
         self._noted: dict[int, tuple[Tensor, int]] = {}  # what hooks saw, and its version
         self.buckets = Buckets(like, numbers_alone=numbers_alone)
@@ -160,6 +162,7 @@ class Overlap:
     def watching(self, sending: Sending) -> Iterator[None]:
         """Inside, gradients that a backward completes are noted; early ones set out."""
         self._noted.clear()
+        self._is_astray = False
         numbers = range(len(self.like)) if self._learns else self._early
         hooks = [
             self.like[i].register_hook(partial(self._note, sending, i))
@@ -172,14 +175,21 @@ class Overlap:
             for hook in hooks:
                 hook.remove()
 
-    def _note(self, sending: Sending, i: int, gradient: Tensor) -> None:
+    def _note(self, sending: Sending, i: int, gradient: Tensor | None) -> None:
+        # torch calls hooks with None where a function of the user's returns none
+        if gradient is None or gradient.layout != torch.strided:
+            return
+        # a second backward over a parameter, when its first gradient may be under way
+        self._is_astray |= i in self._noted and not self._learns and sending.has_sent(i)
         self._noted[i] = gradient.detach(), gradient._version
         if not self._learns:
             sending.announce(i, gradient)
 
     def went_astray(self, sending: Sending, gradients: Sequence[Tensor | None]) -> bool:
         """Whether something is under way that is not the gradient."""
-        return any(sending.has_sent(i) and not self._is_final(i, gradients) for i in self._noted)
+        return self._is_astray or any(
+            sending.has_sent(i) and not self._is_final(i, gradients) for i in self._noted
+        )
 
     def _is_final(self, i: int, gradients: Sequence[Tensor | None]) -> bool:
         noted, g = self._noted.get(i), gradients[i]

@@ -17,7 +17,8 @@ from mts_fast._check import (
     check_range,
     fail,
 )
-from mts_fast.distributed.group import Group, hosts_of
+from mts_fast._hosts import hosts_of
+from mts_fast.distributed.group import Group
 from mts_fast.distributed.ranks import Alone, Header, Ranks
 from mts_fast.distributed.wrappers import group_of
 

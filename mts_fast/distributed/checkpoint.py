@@ -154,7 +154,9 @@ class _Room:
         if path[0] in OPTIMIZERS and path[1] == "state":
             like = self._parameters[path[0]][int(path[2])]
         dtype = saved.properties.dtype
-        if isinstance(like, Tensor) and like.shape == saved.size and saved.size:
+        # the count of steps of an optimizer is a number on the CPU
+        is_vector = bool(saved.size) or like is present
+        if isinstance(like, Tensor) and like.shape == saved.size and is_vector:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
         return torch.empty(saved.size, dtype=dtype)
 

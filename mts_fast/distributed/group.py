@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mts_fast._hosts import hosts_of
 from mts_fast._sharding import Sharding
 from mts_fast.distributed.buckets import Overlap, Sending
 from mts_fast.distributed.failure import (
@@ -19,7 +20,6 @@ from mts_fast.distributed.failure import (
     raise_first,
     raise_lost,
 )
-from mts_fast.distributed.hosts import group_of_hosts
 from mts_fast.distributed.lost import is_communication, leave_word, silent_ranks
 from mts_fast.distributed.moving import Moves
 from mts_fast.distributed.packing import Layout
@@ -50,12 +50,14 @@ class Group:
         device: torch.device,
         *,
         in_band: bool,
+        early_sums: bool = False,
         sharding: Sharding | None = None,
     ) -> None:
         self._op = op
         self.group = group
         self._device = device
         self._in_band = in_band
+        self._early_sums = early_sums
         self._sharding = sharding  # of a model whose gradients come summed from a backward
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
@@ -327,7 +329,8 @@ class Group:
     def _overlap(self, name: str, like: Sequence[Tensor]) -> Overlap:
         overlap = self._overlaps.get(name)
         if overlap is None or not overlap.takes(like):
-            overlap = Overlap(like, numbers_alone=self._sharding is not None)
+            numbers_alone = self._sharding is not None
+            overlap = Overlap(like, numbers_alone=numbers_alone, learns=self._early_sums)
             self._overlaps[name] = overlap
         return overlap
 
@@ -365,6 +368,10 @@ class Group:
         self._exchanges += 1
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            self._lost = "no memory for an exchange here"
+            leave_word(dist.get_rank(), self._exchanges, f"stopped by {type(error).__name__}")
+            raise
         except RuntimeError as error:
             self._lost = self._who(error)
             raise_lost(self._op, self._lost, error)
@@ -386,8 +393,3 @@ def _digest(values: object) -> int:
     """A number that differs where the values do, of 63 bits."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def hosts_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A group of the same ranks over gloo, for tensors of the CPU; every rank of it calls it."""
-    return group if "gloo" in dist.get_backend(group) else group_of_hosts(group)

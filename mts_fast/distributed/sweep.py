@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -88,6 +88,11 @@ class SharedSweep(DistributionSweep):
                 self._merge()
             yield self.done
         self._neighbors.release()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As of one process. Every rank calls it."""
+        super().load_state_dict(state)
+        self._apart = self._neighbors.lists = self._no_lists()
 
     def state_dict(self) -> dict[str, Tensor]:
         """As of one process. Every rank calls it."""

@@ -68,7 +68,10 @@ def ranks_of(op: str, model: nn.Module, group: Any, sharding: Sharding | None = 
     device = next((p.device for p in model.parameters()), None)
     assert device is not None
     _check_backend(op, group, device.type)
-    return Group(op, group, device, in_band=device.type == "cpu", sharding=sharding)
+    # exchanges of the model's own would come between early sums, on each rank in another place
+    early_sums = not any(is_a(m, "SyncBatchNorm") for m in model.modules())
+    in_band = device.type == "cpu"
+    return Group(op, group, device, in_band=in_band, early_sums=early_sums, sharding=sharding)
 
 
 def check_ranks(

@@ -31,7 +31,7 @@ class Approximate:
         nprobe: lists that are looked through for each sample; default the fewest that reach
             `recall`.
         candidates: for each neighbour, how many are ranked by their exact cosines; default the
-            fewest of 4, 16 and 64 that reach `recall`.
+            fewest of 4, 8, 16, 32 and 64 that reach `recall`.
         exact_below: a class of fewer samples is compared exactly, and a pool, too.
         seed: of the sample and of the clustering. No generator of the caller's is used.
 

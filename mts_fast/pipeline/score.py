@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mts_fast._check import fail
 from mts_fast._files import PREFIX, locked
 from mts_fast.features import PAPER_COLUMNS, FeatureTable
 from mts_fast.pipeline.config import Config
@@ -99,6 +100,15 @@ class TrainedSelector:
         return model.to(self.device).eval()
 
 
+def _opened(store: Path, config: Config) -> Images:
+    """The decoded samples, which the first process has written."""
+    if not store.exists():
+        got = f"no file {str(store)!r} on one of its hosts"
+        hint = "name a folder on a shared file system"
+        fail(FileNotFoundError, "score", "--out", "a folder that every rank sees", got, hint)
+    return Images(open_pixels(store), config)
+
+
 def score_samples(
     outcome: Outcome,
     sources: Sequence[str],
@@ -143,9 +153,9 @@ def score_samples(
             return whole[0].sent()
 
         new = team.led(lead)
-        inputs = (whole[0] if team.leads else new).inputs
-        if inputs is None:
-            inputs = Images(open_pixels(new.store), config)
+        inputs = team.together(
+            lambda: (whole[0] if team.leads else new).inputs or _opened(new.store, config)
+        )
         features = _features_of(outcome, trained, inputs, new.labels, team)
     weights = trained.weights(features, new.labels, torch.ones(len(new.labels), dtype=torch.bool))
     if not team.leads:

@@ -14,6 +14,7 @@ from mts_fast.hypergradient.nests import join_nests, leaves
 from mts_fast.training.batch import SelectorBatch
 
 OP = "MTSStep"
+VALIDATION = ("val_inputs", "val_labels", "val_weights", "val_groups")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _versions(arguments: Arguments) -> dict[str, list[int]]:
         entries |= {
             f"selector_batch.{f.name}": getattr(second, f.name) for f in fields(SelectorBatch)
         }
-    for name in ("val_inputs", "val_labels", "val_weights", "val_groups"):
+    for name in VALIDATION:
         entries[name] = getattr(arguments, name)
     return {
         name: [0 if t.is_inference() else t._version for t in leaves(value)]
@@ -78,13 +79,14 @@ def joined(calls: Sequence[Arguments]) -> Arguments:
     """
     if len(calls) == 1:
         return calls[0]
+    # the same objects in every call are one validation set, not several
+    first = calls[0]
+    is_same = all(getattr(c, n) is getattr(first, n) for c in calls for n in VALIDATION)
+    validating = calls[:1] if is_same else calls
     return Arguments(
         _joined_batches([c.batch for c in calls]),
         _joined_batches([c.selector_batch for c in calls]),
-        *(
-            _joined(name, [getattr(c, name) for c in calls])
-            for name in ("val_inputs", "val_labels", "val_weights", "val_groups")
-        ),
+        *(_joined(name, [getattr(c, name) for c in validating]) for name in VALIDATION),
     )
 
 

@@ -159,7 +159,8 @@ class BatchRunner:
         drawn_by = p
         if not plan.weighted:  # row 9 weights by class alone
             drawn_by = (p + self.scorer.unweighted(rows, z)) / 2
-        drawn = Drawn(rows, drawn_by, of_all[0] if of_all else None, k)
+        # under BatchNorm a sample belongs to the statistics of its rank
+        drawn = Drawn(rows, drawn_by, of_all[0] if of_all else None, k, not has_statistics)
         part = Sampled(
             self.ranks, candidates, None if isinstance(head, str) else head, batch, drawn
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._check import describe, fail
+from mts_fast._sharding import is_sharded
 from mts_fast.backends.verdicts.table import digests_for
 from mts_fast.training.sampled.compute import STATE_TYPES
 from mts_fast.training.step_parts import StepParts
@@ -90,7 +91,12 @@ def load_state(step: StepParts, state: object) -> None:
     for arg in OPTIMIZERS:
         optimizer: torch.optim.Optimizer = getattr(step, arg)
         check_optimizer_state(arg, optimizer, entries[arg], entries.get(f"{arg}_class"))
-        _check_all_read(arg, entries)
+        try:
+            _check_all_read(arg, entries)
+        except ValueError:
+            if _has_live_tensors(step, state):
+                step._torn = "parameters, by a checkpoint that was read in part,"
+            raise
     saved_class = entries.get("selector_scheduler_class")
     _check_class("selector_scheduler", step.selector_scheduler, saved_class)
     if "losses" in entries:
@@ -272,6 +278,18 @@ def _check_all_read(arg: str, entries: Mapping[str, Any]) -> None:
         )
         expected = f"given the state of {saved[arg]} parameters, as it was saved"
         fail(ValueError, OP, f"state[{arg!r}]", expected, read, hint)
+
+
+def _has_live_tensors(step: StepParts, state: Any) -> bool:
+    """Whether a state's parameters are those of the model: what loads in place has written them."""
+    parameters = {n: p.detach() for n, p in step._objective.model.named_parameters()}
+    places = {n: _place_of(t) for n, t in state["model"].items() if n in parameters}
+    return any(place == _place_of(parameters[n]) for n, place in places.items())
+
+
+def _place_of(tensor: Any) -> int:
+    local = tensor.to_local() if is_sharded(tensor) else tensor
+    return int(local.data_ptr())
 
 
 def _check_complete(arg: str, states: Mapping[Any, Any], hint: str) -> None:

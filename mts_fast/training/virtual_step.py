@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mts_fast import ops
-from mts_fast._multi_tensor import inner_product, multiples, sums
+from mts_fast._multi_tensor import inner_product, multiples, sums, total_norm
 from mts_fast._sharding import Sharding
 from mts_fast.ops.virtual_update import ScaledDirection
 from mts_fast.reference.clipping import NORM_EPS, clip_factor
@@ -30,7 +30,8 @@ class Clip:
         cls, max_norm: float, gradient: Sequence[Tensor | None], sharding: Sharding | None
     ) -> Clip:
         """The clip of a gradient to the norm c; nothing waits for the device."""
-        norm = torch.nn.utils.get_total_norm([g for g in gradient if g is not None])
+        present = [g for g in gradient if g is not None]
+        norm = total_norm(present) if present else torch.zeros(())
         if sharding is not None:
             norm = sharding.total(norm.double().square()).sqrt().to(norm.dtype)
         return cls(gradient, norm, clip_factor(norm, max_norm), sharding)

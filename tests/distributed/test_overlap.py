@@ -51,3 +51,16 @@ def test_a_backward_that_raises_in_the_middle_of_a_sum(ranks, by_hosts):
         assert rank == 1 or "on rank 1" in text
         assert unchanged
         torch.testing.assert_close(parameters, results[0][2], rtol=0, atol=0)
+
+
+def test_sparse_and_missing_gradients(ranks):
+    at_the_end = ranks.results(rank_overlap.sparse_gradients, 2, 2**20)
+    early = ranks.results(rank_overlap.sparse_gradients, 2, rank_overlap.BUCKET)
+    torch.testing.assert_close(early, at_the_end, rtol=1e-12, atol=1e-14)
+
+
+def test_a_gradient_that_is_computed_anew_is_sent_anew(ranks):
+    for sums in ranks.results(rank_overlap.computed_twice, 2):
+        for i, total in enumerate(sums):
+            expected = torch.full((4,), 2.0 * (i + 1) * (2.0 + 3.0))
+            torch.testing.assert_close(total, expected)

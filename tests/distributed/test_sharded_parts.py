@@ -25,3 +25,11 @@ def test_a_layer_without_gradients_on_one_rank(ranks, sizes):
     alone = rank_sharded_parts.closed_on_one_rank(None, sizes)
     for rank in ranks.results(rank_sharded_parts.closed_on_one_rank, 2, sizes):
         torch.testing.assert_close(rank, alone, **EXACT)
+
+
+def test_a_layer_that_ghost_refuses_after_its_forward(ranks):
+    for text in ranks.results(rank_sharded_parts.refused_after_the_forward, 2, "ghost"):
+        assert "needs the values of parameters again" in text, text
+    alone = rank_sharded_parts.refused_after_the_forward(None, "finite_difference")
+    for rank in ranks.results(rank_sharded_parts.refused_after_the_forward, 2, "auto"):
+        torch.testing.assert_close(rank, alone, rtol=1e-6, atol=1e-8)

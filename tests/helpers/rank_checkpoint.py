@@ -108,11 +108,20 @@ def whole(tensor):
 
 
 def load_without_planner(group, kind, folder):
-    """The text of the error, and whether the step is as it was."""
+    """The texts of the errors of that load and of the call after it, and the number of steps after
+    a load with the planner and one call."""
     step = make_step(group, kind)
-    before = summary(step)
-    try:
-        dcp.load({"step": step}, checkpoint_id=folder, process_group=group)
-    except Exception as error:
-        return str(error), summary(step)["steps"] == before["steps"]
-    return "no error", False
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    texts = []
+    for act in (
+        lambda: dcp.load({"step": step}, checkpoint_id=folder, process_group=group),
+        lambda: step(**sharded_arguments(0, (12 // size,) * size, rank)),
+    ):
+        try:
+            act()
+        except Exception as error:
+            texts.append(str(error))
+    state = {"step": step}
+    dcp.load(state, checkpoint_id=folder, planner=StepLoadPlanner(state), process_group=group)
+    step(**sharded_arguments(EACH, (12 // size,) * size, rank))
+    return texts, step.steps

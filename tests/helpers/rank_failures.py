@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mts_fast._hosts import group_of_hosts
 from mts_fast.distributed import GlobalBatchSampler
-from mts_fast.distributed.hosts import group_of_hosts
 from mts_fast.hypergradient import Objective
 
 

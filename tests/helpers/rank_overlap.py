@@ -4,9 +4,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rank_jobs import arguments, make_step
+from rank_jobs import CLASSES, arguments, make_step
+from torch import nn
 
-from mts_fast.distributed import buckets
+import mts_fast
+from mts_fast.distributed import buckets, ranks_of
 
 BUCKET = 64  # bytes
 
@@ -81,3 +83,77 @@ def fails_in_the_backward(group, by_hosts):
         for call in range(2, 4):
             step(**arguments(call, rank, size))
     return text, unchanged, [p.detach().clone() for p in step.model.parameters()]
+
+
+class Selected(torch.autograd.Function):
+    """x W, whose backward has no gradient for W."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.saved_tensors[0].T, None
+
+
+class Tokens(nn.Module):
+    """A table with sparse gradients, and a parameter that gets none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 8, sparse=True)
+        self.idle = nn.Parameter(torch.randn(8, 8))
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, tokens):
+        x = Selected.apply(self.table(tokens).mean(1), self.idle)
+        return self.head(self.body(x).tanh())
+
+
+def sparse_gradients(group, bucket):
+    """Parameters after four calls."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(0)
+    model = Tokens().double()
+    selector = mts_fast.Selector(2, CLASSES, hidden=(8,)).double()
+    step = mts_fast.MTSStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        selector,
+        torch.optim.AdamW(selector.parameters(), lr=0.05),
+        online_features=False,
+        process_group=group,
+        engine="finite_difference",
+    )
+    with mock.patch.object(buckets, "BUCKET_BYTES", bucket):
+        for call in range(4):
+            g = torch.Generator().manual_seed(10 * call + rank)
+            tokens = torch.randint(9, (4, 5), generator=g)
+            step(
+                tokens,
+                torch.randint(CLASSES, (4,), generator=g),
+                features=torch.randn(4, 2, generator=g, dtype=torch.float64),
+                val_inputs=tokens[:2],
+                val_labels=torch.randint(CLASSES, (2,), generator=g),
+            )
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def computed_twice(group):
+    """Sums of a gradient that a second backward has computed anew, when the first is under way."""
+    rank = dist.get_rank(group)
+    parameters = [nn.Parameter(torch.ones(4) * (i + 1)) for i in range(3)]
+    ranks = ranks_of("test", nn.ParameterList(parameters), group)
+
+    def gradients(factors):
+        for factor in factors:
+            loss = sum((p.square().sum() for p in parameters), torch.zeros(())) * factor
+            computed = torch.autograd.grad(loss, parameters)
+        return list(computed), []
+
+    with mock.patch.object(buckets, "BUCKET_BYTES", 8):
+        for factors in ((1.0,), (1.0,), (1.0, 2.0 + rank)):
+            sums, _ = ranks.summed("test", parameters, 0, lambda f=factors: gradients(f))
+    return sums

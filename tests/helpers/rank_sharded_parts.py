@@ -33,10 +33,9 @@ def trained(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         selector,
         torch.optim.AdamW(selector.parameters(), lr=0.05),
-        engine="ghost",
         online_features=False,
         process_group="auto" if group is not None else None,
-        **options,
+        **{"engine": "ghost", **options},
     )
     sizes = sizes or (12 // size,) * size
     if group is None:
@@ -69,6 +68,24 @@ def closed_on_one_rank(group, sizes):
         return call | {"inputs": torch.cat(rows)}
 
     return trained(group, model=Gated, sizes=sizes, change=gated, calls=6)
+
+
+class Doubled(Blocks):
+    """A layer whose weight is made of a parameter."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return F.linear(self.norm(x), self.head.weight * 2, self.head.bias)
+
+
+def refused_after_the_forward(group, engine):
+    """Parameters after three calls; the text of the error where there is one."""
+    try:
+        return trained(group, model=Doubled, engine=engine)
+    except Exception as error:
+        return str(error)
 
 
 def frozen(group):

@@ -1,5 +1,7 @@
 """Several calls that make one step."""
 
+import copy
+
 import pytest
 import torch
 from small_steps import CLASSES, plain_model, step_of
@@ -81,6 +83,22 @@ def test_validation_samples_of_all_calls_do_not_run_at_once():
         for call in parts(seed, validation=EACH):
             step(**call)
     assert max(sizes) == EACH
+
+
+def test_one_validation_set_in_every_call_counts_once():
+    selector = mts_fast.Selector(4, CLASSES, hidden=(8,)).double()
+    steps = [
+        step_of(plain_model(), selector=copy.deepcopy(selector), online_features=True, **options)
+        for options in ({"accumulate": CALLS}, {})
+    ]
+    calls = parts(0)
+    same = {name: calls[0][name] for name in ("val_inputs", "val_labels")}
+    for call in calls:
+        result = steps[0](**call | same)
+    rows = whole([{n: c[n] for n in ("inputs", "labels")} for c in calls])
+    expected = steps[1](**rows, **same)
+    torch.testing.assert_close(result.dots, expected.dots)
+    assert_same(*steps)
 
 
 @pytest.mark.parametrize("name", ["inputs", "labels", "val_inputs"])

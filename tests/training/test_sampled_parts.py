@@ -72,7 +72,7 @@ class World:
         """The candidates with A chosen."""
         monkeypatch.setattr(sampler, "systematic_sample", lambda inclusion, k, strata: subset)
         rows = SelectorRows(self.batch.classes, self.batch.is_synthetic)
-        drawn = Drawn(rows, self.p, self.norms, len(subset))
+        drawn = Drawn(rows, self.p, self.norms, len(subset), may_move=True)
         return Sampled(Alone(), self.candidates, self.candidates.head, self.batch, drawn)
 
 

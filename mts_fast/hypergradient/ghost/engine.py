@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mts_fast._isolation import (
@@ -190,8 +189,7 @@ class Ghost(Engine):
             reasons += needs_values(capture)
         if not graph.requires_grad:
             reasons.append("the losses depend on no parameter, or gradients are switched off")
-        if reasons:
-            raise Unsupported(reasons)
+        self._refuse_together(reasons)
         layout = capture.layout()
         history = self._histories.get(layout)
         if history is None:
@@ -264,6 +262,7 @@ class Ghost(Engine):
                     names,
                     self._checks,
                     lambda flag: self._on_any(flag)[0],
+                    self._refuse_together,
                 )
                 if due:
                     DerivedTensors(capture.derived, self.parameters).check()
@@ -275,7 +274,7 @@ class Ghost(Engine):
                     if position < len(uses)
                     and any(uses[position].path in reason for reason in refused.reasons)
                 }
-                if turns:
+                if self._on_any(bool(turns))[0]:
                     raise _WrongGuess(refused.reasons, turns) from refused
                 raise
         return axes
@@ -286,8 +285,20 @@ class Ghost(Engine):
         sharding = self.objective.sharding
         if sharding is None:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.float32, device=self.parameters[0].device)
-        return [bool(flag) for flag in sharding.largest(told).tolist()]
+        return sharding.any_rank(flags)
+
+    def _refuse_together(self, reasons: Sequence[str]) -> None:
+        """Raise where there are reasons, here or on another rank that has shards of this model: all
+        of these are between two passes here, and none is left alone in the next.
+
+        Raises:
+            Unsupported: with the reasons here.
+        """
+        if not self._on_any(bool(reasons))[0]:
+            return
+        if self.objective.sharding is not None:
+            self.objective.sharding.reshard()
+        raise Unsupported(reasons or ["another rank has reasons against it"])
 
 
 class _WrongGuess(Unsupported):

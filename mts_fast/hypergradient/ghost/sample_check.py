@@ -99,13 +99,15 @@ def check_samples(
     knowledge: Sequence[Knowledge],
     names: Mapping[Tensor, frozenset[str]] | None,
     seed: int,
-    any_rank: Callable[[bool], bool] = bool,
+    any_rank: Callable[[bool], bool],
+    refuse: Callable[[Sequence[str]], None],
 ) -> tuple[list[SampleAxis | None], list[Knowledge]]:
     """Where the samples of every use lie in this forward; None where its gradient is exactly 0.
 
     With `names` of the roots also whether the recorded uses make up autograd's gradients, and
     whether every use can be replayed. The graph is kept. Ranks that pass over their graphs together
     (a sharded model) make as many passes each: `any_rank` tells whether one of them needs another.
+    `refuse` raises where there are reasons.
 
     Raises:
         Unsupported: samples are mixed, uses were not seen, or cannot be replayed.
@@ -165,8 +167,7 @@ def check_samples(
         learned.append(_learned(look, known, size) if nonzero else known)
     if names is not None and not reasons:
         reasons = sums.missed(dict(zip(names, truth, strict=True)), names)
-    if reasons:
-        raise Unsupported(reasons)
+    refuse(reasons)
     return axes, learned
 
 

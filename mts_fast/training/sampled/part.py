@@ -102,12 +102,13 @@ class Drawn:
     p: Tensor  # [M]
     error_norms: Tensor | None  # [M]
     k: int
+    may_move: bool  # whether a sample may be computed on another rank; on all ranks the same
 
 
 class Sampled:
     """k of M candidates are computed; equations in mts_fast/sampling/estimators.py.
 
-    The draw is one of the candidates of all ranks, which each rank makes alike.
+    The draw is one of the candidates of all ranks, made by the first one.
     """
 
     def __init__(
@@ -127,16 +128,21 @@ class Sampled:
         inclusion = inclusion_probabilities(self.sizes, drawn.k)
         # samples of one class and source have gradients that are alike
         strata = 2 * drawn.rows.classes + drawn.rows.is_synthetic
-        with seeded(ranks, inclusion):
-            indices = systematic_sample(inclusion, drawn.k, strata=strata)
+
+        def draw() -> Tensor:
+            with seeded(ranks, inclusion):
+                return systematic_sample(inclusion, drawn.k, strata=strata)
+
+        # rank 0's, since sums on a GPU may differ in their last bits
+        of_first = Shard((drawn.k, *[0] * (ranks.size - 1)), ranks.index)
+        (indices,) = ranks.rows("the draw", of_first, lambda: [draw()])
         self.draw = Draw(indices, inclusion)
         self._p = drawn.p
         self.noise: Tensor | None = None  # [k], residual part of each cotangent
         self.signal: Tensor | None = None  # [k], each cotangent
         self._regression: Regression | None = None
         statistics = candidates.statistics
-        # under BatchNorm a sample belongs to the statistics of its rank
-        placed = place(ranks, batch, indices, may_move=not statistics.modules)
+        placed = place(ranks, batch, indices, may_move=drawn.may_move)
         self.shard = placed.shard
         self.batch: LabelledBatch = placed.batch
         self._rows_here = placed.rows

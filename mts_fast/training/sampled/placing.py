@@ -53,11 +53,17 @@ def place(ranks: Ranks, batch: CheckedBatch, indices: Tensor, *, may_move: bool)
     counts = torch.searchsorted(indices, ends).diff(prepend=ends.new_zeros(1))
     before = Shard(tuple(counts.tolist()), shard.index)
     rows = before.mine(indices) - shard.bounds(shard.index)[0]
-    here = batch.at(rows)
     if not may_move:
-        return Placed(here, before, rows)
+        return Placed(ranks.together(lambda: batch.at(rows)), before, rows)
     after = Shard.even(len(indices), ranks.size, shard.index)
-    tensors = ranks.moved("drawn samples", before, after, lambda: _movable(here))
+    here: LabelledBatch = batch
+
+    def movable() -> list[Tensor] | None:
+        nonlocal here
+        here = batch.at(rows)
+        return _movable(here)
+
+    tensors = ranks.moved("drawn samples", before, after, movable)
     if tensors is None:
         return Placed(here, before, rows)
     labels, *inputs = tensors

@@ -1,10 +1,15 @@
-"""The hosts of the ranks of a group."""
+"""The hosts of the ranks of a group; importing it imports torch.distributed."""
 
 from __future__ import annotations
 
 import functools
 
 import torch.distributed as dist
+
+
+def hosts_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group of the same ranks that tell each other of host memory: itself, or one beside it."""
+    return group if "gloo" in dist.get_backend(group) else group_of_hosts(group)
 
 
 @functools.cache
