@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_pool import SLOW
 
 ROOT = Path(__file__).parent.parent
 # limit of a command on a GPU machine, less the time that make and pytest need to start
@@ -41,7 +42,7 @@ def test_calls_end_in_time(number):
     assert 0 < seconds(text) <= MOST_SECONDS - (SETUP_SECONDS if number == 1 else 0)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=SLOW)])
 def test_what_is_selected_exists(number):
     """Every pytest of a call collects something."""
     lines = re.findall(r"-m pytest ([^>|;]*)", commands(number))

@@ -14,8 +14,8 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 @pytest.mark.parametrize(
     ("kinds", "optimizer"),
     [
-        (("sharded", "sharded"), "adamw"),
-        (("ddp", "ddp"), "adamw"),
+        pytest.param(("sharded", "sharded"), "adamw", marks=SLOW),
+        pytest.param(("ddp", "ddp"), "adamw", marks=SLOW),
         (("ddp", "sharded"), "sgd"),
         pytest.param(("plain", "plain"), "sgd", marks=SLOW),
         pytest.param(("sharded", "ddp"), "adamw", marks=SLOW),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_pool import SLOW
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "data_parallel.py"
 
@@ -26,6 +27,7 @@ def run(ranks, epochs=20, checkpoint=None):
     return [float(x) for x in re.findall(r"[\d.]+\d", done.stdout)]
 
 
+@SLOW
 def test_two_ranks_give_the_result_of_one_process(tmp_path):
     accuracy, norm = run(1)
     file = tmp_path / "state.pt"

@@ -11,7 +11,7 @@ import time
 import pytest
 from small_runs import COUNTS, make_tree, records_of, table_of
 
-KILLS = 10 if os.environ.get("MTS_FAST_TEST_ALL") == "1" else 2
+KILLS = 10 if os.environ.get("MTS_FAST_TEST_ALL") == "1" else 1
 TIMES = ("seconds", "samples_per_second")
 
 
