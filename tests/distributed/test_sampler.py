@@ -93,3 +93,29 @@ def test_a_state_of_another_order_is_refused():
     state = GlobalBatchSampler(10, 2, seed=1).state_dict()
     with pytest.raises(ValueError, match="state must be of a sampler with seed 0, got int 1"):
         GlobalBatchSampler(10, 2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchdatas_loader_resumes_in_mid_epoch(rank, workers):
+    """Workers fetch ahead; the state is that of the batches that were given out."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+    dataset = IndexedDataset(torch.arange(40))
+
+    def loader():
+        sampler = GlobalBatchSampler(40, 8, rank=rank, ranks=2, seed=3)
+        return stateful.StatefulDataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+
+    def numbers(batches):
+        return [indices.tolist() for indices, _ in batches]
+
+    whole = loader()
+    epochs = [numbers(whole), numbers(whole)]
+    assert epochs[0] != epochs[1]
+    first = loader()
+    for _, _batch in zip(range(2), first, strict=False):
+        state = first.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert numbers(resumed) == epochs[0][2:]
+    assert numbers(resumed) == epochs[1]
