@@ -64,3 +64,15 @@ def test_a_gradient_that_is_computed_anew_is_sent_anew(ranks):
         for i, total in enumerate(sums):
             expected = torch.full((4,), 2.0 * (i + 1) * (2.0 + 3.0))
             torch.testing.assert_close(total, expected)
+
+
+@SLOW
+def test_a_compiled_model_is_not_compiled_again(ranks):
+    at_the_end = ranks.results(rank_overlap.compiled, 2, 2**24)
+    early = ranks.results(rank_overlap.compiled, 2, rank_overlap.BUCKET)
+    for (state, graphs, announced), (expected, of_one, never) in zip(
+        early, at_the_end, strict=True
+    ):
+        assert announced and not never
+        assert graphs == of_one > 0
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)

@@ -3,8 +3,10 @@
 from unittest import mock
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from rank_jobs import CLASSES, arguments, make_step
+from rank_settings import train_float32
 from torch import nn
 
 import mts_fast
@@ -157,3 +159,23 @@ def computed_twice(group):
         for factors in ((1.0,), (1.0,), (1.0, 2.0 + rank)):
             sums, _ = ranks.summed("test", parameters, 0, lambda f=factors: gradients(f))
     return sums
+
+
+def compiled(group, bucket):
+    """(parameters, how many graphs were compiled, whether sums set out early) of a compiled model,
+    whose parameters get hooks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    announced = []
+    announce = buckets.Sending.announce
+
+    def watched(sending, i, tensor):
+        announced.append(i)
+        announce(sending, i, tensor)
+
+    with (
+        mock.patch.object(buckets, "BUCKET_BYTES", bucket),
+        mock.patch.object(buckets.Sending, "announce", watched),
+    ):
+        state, *_ = train_float32(group, {"compiled": "model"}, (4, 4))
+    return state, torch._dynamo.utils.counters["stats"]["unique_graphs"], bool(announced)
