@@ -33,7 +33,8 @@ def place(*, shared: bool = True) -> Place:
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return Place()
-    names = NAMES if shared else NAMES[:2]
+    # some schedulers tell no local numbers
+    names = NAMES if shared or all(name in os.environ for name in NAMES) else NAMES[:2]
     numbers = [_number(name, os.environ.get(name)) for name in names]
     here = Place(*numbers)
     if not shared:

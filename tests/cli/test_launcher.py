@@ -81,6 +81,18 @@ def test_the_first_rank_runs_other_verbs(launched, capsys):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_scheduler_without_local_numbers(launched, monkeypatch, capsys, rank):
+    """It starts verbs that need none; those that ranks share say what is missing."""
+    launched(RANK=rank)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert main(["doctor"]) == 0
+    assert ("ranks: 8" in capsys.readouterr().out) == (rank == "0")
+    assert main(["features", "x.npy", "--out", "y"]) == 2
+    assert "LOCAL_RANK must be a whole number beside RANK" in capsys.readouterr().err
+
+
 def config_of(device):
     return load_config(
         None,
