@@ -138,6 +138,20 @@ def make_step(group, options):
     )
 
 
+def offline_step(model, group, **options):
+    """A step of a model of another task, with two features of its own."""
+    selector = mts_fast.Selector(2, CLASSES, hidden=(8,)).double()
+    return mts_fast.MTSStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        selector,
+        torch.optim.AdamW(selector.parameters(), lr=0.05),
+        online_features=False,
+        process_group=group,
+        **options,
+    )
+
+
 def alike_draws():
     """Inside, sampled steps draw the same samples on one process and on many."""
     seeds = itertools.count()

@@ -5,11 +5,10 @@ from unittest import mock
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from rank_jobs import CLASSES, arguments, make_step
+from rank_jobs import CLASSES, arguments, make_step, offline_step
 from rank_settings import train_float32
 from torch import nn
 
-import mts_fast
 from mts_fast.distributed import buckets, ranks_of
 
 BUCKET = 64  # bytes
@@ -119,16 +118,7 @@ def sparse_gradients(group, bucket):
     rank = dist.get_rank(group)
     torch.manual_seed(0)
     model = Tokens().double()
-    selector = mts_fast.Selector(2, CLASSES, hidden=(8,)).double()
-    step = mts_fast.MTSStep(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        selector,
-        torch.optim.AdamW(selector.parameters(), lr=0.05),
-        online_features=False,
-        process_group=group,
-        engine="finite_difference",
-    )
+    step = offline_step(model, group, engine="finite_difference")
     with mock.patch.object(buckets, "BUCKET_BYTES", bucket):
         for call in range(4):
             g = torch.Generator().manual_seed(10 * call + rank)

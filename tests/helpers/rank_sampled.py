@@ -6,10 +6,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from counted import counted
-from rank_jobs import CLASSES, WIDTH, arguments, make_step, train
+from rank_jobs import CLASSES, WIDTH, arguments, make_step, offline_step, train
 from torch import nn
 
-import mts_fast
 from mts_fast.training.sampled import part as sampled
 
 
@@ -44,16 +43,7 @@ def of_unequal_lengths(group, computed):
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
     model = Pooled().double()
-    selector = mts_fast.Selector(2, CLASSES, hidden=(8,)).double()
-    step = mts_fast.MTSStep(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        selector,
-        torch.optim.AdamW(selector.parameters(), lr=0.05),
-        online_features=False,
-        process_group=group,
-        compute=computed,
-    )
+    step = offline_step(model, group, compute=computed)
     for call in range(3):
         g = torch.Generator().manual_seed(10 * call + rank)
         scale = torch.tensor(0.9, dtype=torch.float64)
@@ -65,7 +55,7 @@ def of_unequal_lengths(group, computed):
             val_inputs={"tokens": tokens[:2], "scale": scale},
             val_labels=torch.randint(CLASSES, (2,), generator=g),
         )
-    return model.state_dict(), selector.state_dict(), size
+    return model.state_dict(), step.selector.state_dict(), size
 
 
 def draws(group, calls):
