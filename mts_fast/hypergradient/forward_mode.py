@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mts_fast._isolation import RngState, preserved_buffers, preserved_rng
+from mts_fast._isolation import RngState, preserved_rng
 from mts_fast._multi_tensor import copies
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
-from mts_fast.hypergradient.fused_tangents import FusedTangents, LinearCall, RecordedOutputs
+from mts_fast.hypergradient.fused_tangents import FusedTangents
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
 from mts_fast.hypergradient.synced import synced_reasons
+from mts_fast.hypergradient.training_forward import LinearCall, RecordedOutputs
 
 
 class ForwardMode(Engine):
@@ -32,8 +33,7 @@ class ForwardMode(Engine):
         # an RNN keeps a flat list of its weights, which parameters swapped in do not reach
         reasons = [
             f"{path or 'the model'} is a {type(module).__name__}, whose weights cannot be swapped"
-            for path, module in self.objective.model.named_modules()
-            if isinstance(module, nn.RNNBase)
+            for path, module in self.objective.modules_that(lambda m: isinstance(m, nn.RNNBase))
         ]
         reasons += frequency_reasons(self.objective) + sharded_reasons(self.objective)
         reasons += synced_reasons(self.objective.model, "forward-mode derivative")
@@ -54,12 +54,15 @@ class ForwardMode(Engine):
         rng: RngState,
         calls: deque[LinearCall],
     ) -> Tensor:
-        """d [B], with the calls of the training forward where it has run."""
+        """d [B], with the calls of the training forward where it has run; the caller puts buffers
+        back."""
         model = self.objective.model
         # copies, since duals need tangents with memory of their own
         tangent = {id(p): v for p, v in zip(self.parameters, copies(direction), strict=True)}
         named = dict(model.named_buffers())
         buffers = dict(zip(named, copies(list(named.values())), strict=True))
+        counters = [id(b) for name, b in buffers.items() if name.endswith("num_batches_tracked")]
+        at = {p.data_ptr(): tangent[id(p)] for p in self.parameters}
         world = self.objective.world
         # fused attention and fused encoder layers have no forward mode; the plain ones compute the
         # same values
@@ -67,13 +70,12 @@ class ForwardMode(Engine):
             serving(self.name),
             torch.no_grad(),
             preserved_rng(world, rng),
-            preserved_buffers(world),
             eager(self.objective),
             sdpa_kernel(SDPBackend.MATH),
             _plain_encoder_layers(),
             FrequencyTables(self.objective).differentiable(),
             forward_ad.dual_level(),
-            FusedTangents(calls),
+            FusedTangents(calls, at, counters),
         ):
             duals = {
                 name: forward_ad.make_dual(p.detach(), tangent[id(p)])

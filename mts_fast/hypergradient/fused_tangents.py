@@ -2,14 +2,14 @@
 
 torch differentiates BatchNorm operator by operator, some 20 passes over the activations; here they
 are four. And it repeats the forward beside the tangents: of a convolution's three products one is
-that of the training forward, whose result the graph holds anyway where BatchNorm reads it.
+that of the training forward, whose result the graph holds anyway where BatchNorm reads it, and so
+are results of ReLUs.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,81 +18,128 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast._ambient import FunctionMode
+from mts_fast.hypergradient.nests import leaves
+from mts_fast.hypergradient.training_forward import (
+    LINEAR,
+    RECTIFIERS,
+    BatchStatistics,
+    LinearCall,
+    is_out_of_place,
+)
 
-# maps that are linear in their first two arguments together: (input, weight, bias, ...)
-LINEAR = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear}
-
-
-@dataclass
-class LinearCall:
-    """A call in the training forward."""
-
-    weight: int  # its address
-    shape: torch.Size  # of the input
-    output: Tensor | None = None  # where BatchNorm keeps it, too
-    version: int = 0
-
-    def usable(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The output, where this is the same call and nothing has written to it since."""
-        output = self.output
-        if output is None or output._version != self.version or x.shape != self.shape:
-            return None
-        return output if weight.data_ptr() == self.weight else None
-
-
-class RecordedOutputs(FunctionMode):
-    """Around the training forward: outputs of linear maps that BatchNorm reads in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: deque[LinearCall] = deque()
-        self._last: Tensor | None = None
-        self._version = 0  # of the last output when it was made
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is F.batch_norm and args and _trains(*args, **kwargs):
-            x: Tensor = args[0]
-            # an activation in place, or a sum, would be computed again on its own result
-            if x is self._last and x._version == self._version and _is_saved(x):
-                self.calls[-1].output, self.calls[-1].version = x.detach(), x._version
-        result = func(*args, **kwargs)
-        if func in LINEAR and len(args) > 1:
-            self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
-            self._last, self._version = result, result._version
-        return result
-
-    def __exit__(self, *raised: object) -> None:
-        self._last = None
-        super().__exit__(*raised)
-
-
-def _trains(*args: Any, training: bool = False, **_: Any) -> bool:
-    """Whether a call of F.batch_norm is one in train mode."""
-    return args[5] if len(args) > 5 else training
-
-
-def _is_saved(x: Tensor) -> bool:
-    """Whether autograd keeps it as it is, not under activation checkpointing."""
-    return x.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+# w' x_hat + b' of a BatchNorm as factor x + shift, [C] each
+Affine = tuple[Tensor, Tensor]
 
 
 class FusedTangents(FunctionMode):
-    """Around the forward with tangents, with the calls of the training forward where it has run;
-    each is dropped once its turn has come."""
+    """Around the forward with tangents.
 
-    def __init__(self, calls: deque[LinearCall] | None = None) -> None:
+    Args:
+        calls: those of the training forward where it has run; each is dropped once its turn has
+            come.
+        tangents: those of the parameters, by the address of the parameter.
+        counters: ids of numbers that forwards count in (BatchNorm's `num_batches_tracked`): nothing
+            is added to them until something reads them.
+    """
+
+    def __init__(
+        self,
+        calls: deque[LinearCall] | None = None,
+        tangents: Mapping[int, Tensor] | None = None,
+        counters: Iterable[int] = (),
+    ) -> None:
         super().__init__()
         self._calls: deque[LinearCall] = deque() if calls is None else calls
+        self._affine = _affine_maps(self._calls, tangents or {})
+        self._counters = frozenset(counters)
+        self._to_add: dict[int, int] = {}
+        self._last: LinearCall | None = None  # the same call of the training forward as the last
+        self._since = 0  # calls since then
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._since += 1
+        if self._counters and self._counts(func, args, kwargs):
+            return args[0]
         result = None
         if func is F.batch_norm:
-            result = _batch_norm(*args, **kwargs)
+            affine = self._affine_of(args[0]) if args else None
+            result = _batch_norm(*args, affine=affine, **kwargs)
         elif func in LINEAR and len(args) > 1:
-            output = self._calls.popleft().usable(args[0], args[1]) if self._calls else None
-            if output is not None:
-                result = _with_tangent(func, output, *args, **kwargs)
+            result = self._linear(func, args, kwargs)
+        elif func in RECTIFIERS and self._last is not None and is_out_of_place(*args, **kwargs):
+            result = self._rectified(args[0])
         return func(*args, **kwargs) if result is None else result
+
+    def _linear(
+        self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        self._last, self._since = None, 0
+        if not self._calls:
+            return None
+        call = self._calls.popleft()
+        if not call.matches(args[0], args[1]):
+            return None
+        self._last = call
+        output = call.result()
+        return None if output is None else _with_tangent(func, output, *args, **kwargs)
+
+    def _rectified(self, x: Tensor) -> Tensor | None:
+        """max(x, 0) where the training forward's is known; its tangent is that of x where it is
+        positive."""
+        assert self._last is not None
+        known = self._last.rectified.pop(self._since, None)
+        output = None if known is None else known.value()
+        if output is None or output.shape != x.shape or output.dtype != x.dtype:
+            return None
+        tangent = forward_ad.unpack_dual(x).tangent
+        if tangent is None:
+            return output
+        return forward_ad.make_dual(output, torch.ops.aten.threshold_backward(tangent, output, 0))
+
+    def _affine_of(self, x: Tensor) -> Affine | None:
+        """For a BatchNorm that reads the output of the last linear map, as in the training
+        forward."""
+        if self._last is None or self._last.statistics is None:
+            return None
+        output = self._last.result()
+        if output is None or forward_ad.unpack_dual(x).primal.data_ptr() != output.data_ptr():
+            return None
+        return self._affine.get(id(self._last.statistics))
+
+    def _counts(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the call adds to a counter, which then waits; any other that reads it finds it as
+        it has to be."""
+        adds = func is Tensor.add_ and id(args[0]) in self._counters and not kwargs
+        if adds and type(args[1]) is int:
+            self._to_add[id(args[0])] = self._to_add.get(id(args[0]), 0) + args[1]
+            return True
+        if self._to_add:
+            for t in leaves((args, kwargs)):
+                if (number := self._to_add.pop(id(t), 0)) != 0:
+                    t.add_(number)
+        return False
+
+
+def _affine_maps(calls: Iterable[LinearCall], tangents: Mapping[int, Tensor]) -> dict[int, Affine]:
+    """factor = w' / deviation and shift = b' - factor mean of every BatchNorm whose statistics are
+    known, by their id; a few launches for all."""
+    kinds: dict[object, list[BatchStatistics]] = defaultdict(list)
+    for call in calls:
+        s = call.statistics
+        if s is not None and s.weight in tangents and s.bias in tangents:
+            kinds[s.mean.dtype, s.mean.device].append(s)
+    maps: dict[int, Affine] = {}
+    for alike in kinds.values():
+        factors = torch._foreach_mul(
+            [tangents[s.weight] for s in alike], [s.inverse for s in alike]
+        )
+        shifts = torch._foreach_addcmul(
+            [tangents[s.bias] for s in alike], factors, [s.mean for s in alike], value=-1
+        )
+        maps |= {id(s): pair for s, *pair in zip(alike, factors, shifts, strict=True)}  # type: ignore[misc]
+    return maps
 
 
 def _with_tangent(
@@ -131,13 +178,18 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    affine: Affine | None = None,
 ) -> Tensor | None:
-    """F.batch_norm; None where torch's own tangent has to do: in eval mode, and in mixed dtypes."""
+    """F.batch_norm; None where torch's own tangent has to do: in eval mode, and in mixed dtypes.
+
+    affine: what the tangents of weight and bias add, where it is known.
+    """
     if not training or any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
         return None
     if input.numel() <= input.shape[1]:
         return None  # torch's own error
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps, affine)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -157,13 +209,14 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
+        affine: Affine | None,
     ) -> Tensor:
         y, mean, inverse = torch.ops.aten.native_batch_norm(
             x, weight, bias, running_mean, running_var, True, momentum, eps
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_forward(x, weight, mean, inverse)
-        ctx.eps = eps
+        ctx.eps, ctx.affine = eps, affine
         return y
 
     @staticmethod
@@ -179,6 +232,11 @@ class _BatchNorm(torch.autograd.Function):
             )[0]
         if weight_t is None and bias_t is None:
             return tangent
+        if ctx.affine is not None:
+            factor, shift = (t.view([1, -1] + [1] * (x.ndim - 2)) for t in ctx.affine)
+            if tangent is None:
+                return torch.addcmul(shift, x, factor)
+            return tangent.add_(shift).addcmul_(x, factor)
         per_channel = [1, -1] + [1] * (x.ndim - 2)
         if weight_t is None:
             assert bias_t is not None

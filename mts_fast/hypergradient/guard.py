@@ -41,8 +41,9 @@ def invariant_gap(
     expected = inner_product([g for g, _ in pairs], [u for _, u in pairs], dots.dtype)
     if total is not None:
         expected = total(expected)
-    gap = ((p * dots).sum() - expected).abs()
-    scale = (p * dots).abs().sum().maximum(expected.abs())
+    weighted = p * dots
+    gap = (weighted.sum() - expected).abs()
+    scale = weighted.abs().sum().maximum(expected.abs())
     return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
@@ -60,7 +61,7 @@ def saturation(p: Tensor, losses: Tensor, eps: float, *, logarithmic: bool) -> T
         logarithmic: whether the loss is a cross-entropy or the like.
     """
     weights = p.abs()
-    mean = (weights * losses.to(p.dtype).abs()).sum() / weights.sum()
+    mean = weights @ losses.to(p.dtype).abs() / weights.sum()
     size = mean if logarithmic else mean.sqrt()
     return SATURATED * eps / size.clamp(min=torch.finfo(p.dtype).tiny)
 

@@ -244,11 +244,18 @@ class Objective:
         # where dynamo was never imported, nothing is wrapped; importing it here would take seconds
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
         wrapper = () if dynamo is None else dynamo.OptimizedModule
-        return [
-            path or "the model"
-            for path, module in self.model.named_modules()
-            if isinstance(module, wrapper) or module._compiled_call_impl is not None
-        ]
+
+        def compiled(module: nn.Module) -> bool:
+            return isinstance(module, wrapper) or module._compiled_call_impl is not None
+
+        return [path or "the model" for path, _ in self.modules_that(compiled)]
+
+    def modules_that(self, condition: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
+        """The model's modules that meet a condition, with their paths. These are made only where
+        there is one."""
+        if not any(condition(module) for module in self.world.modules):
+            return []
+        return [(path, m) for path, m in self.model.named_modules() if condition(m)]
 
     def _call(self, inputs: Any) -> Any:
         try:

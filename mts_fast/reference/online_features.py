@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mts_fast.reference.unit_rows import power_of_two, unit_rows
@@ -14,14 +15,14 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     """(nearest [B, k], centroid [B, 1]): top-k cosines to the validation features, and the cosine
     to their mean. features [B, D] and val_features [V, D] are penultimate activations.
     """
-    unit = unit_rows(features)
-    nearest = (unit @ unit_rows(val_features).T).topk(k, dim=1).values
     scaled = val_features / power_of_two(val_features.detach().abs().amax())
-    centroid = unit @ unit_rows(scaled.mean(0, keepdim=True))[0]
-    return nearest, centroid[:, None]
+    rows = torch.cat([features, val_features, scaled.mean(0, keepdim=True)])
+    unit, val_unit, centroid = unit_rows(rows).split([len(features), len(val_features), 1])
+    nearest = (unit @ val_unit.T).topk(k, dim=1).values
+    return nearest, unit @ centroid.T
 
 
 def standardize(values: Tensor) -> Tensor:
     """Subtract one mean and divide by one population deviation, both over all entries."""
-    variance = values.var(correction=0)
-    return (values - values.mean()) / (variance + VARIANCE_EPSILON).sqrt()
+    variance, mean = torch.var_mean(values, correction=0)
+    return (values - mean) / (variance + VARIANCE_EPSILON).sqrt()

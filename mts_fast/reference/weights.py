@@ -48,4 +48,4 @@ def selector_gradient(
     """
     if mean_dot is None:
         mean_dot = (p * dots).sum()
-    return -p * (dots - mean_dot) * torch.sigmoid(-logits)
+    return p * (mean_dot - dots) * torch.sigmoid(-logits)

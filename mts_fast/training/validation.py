@@ -90,13 +90,14 @@ class VirtualClassifier:
                 if q is None:
                     q = shares(batch, losses.detach(), objective_name)
                 mine = batch.shard.mine(q)
-                loss = (mine[start : start + len(part)] * losses).sum()
+                share = mine[start : start + len(part)]
                 start += len(part)
-                scaled_loss = scaling.scaled(loss)
-                scaled_gradients = self.objective.gradients(scaled_loss, self.parameters)
+                scaled_gradients = self.objective.gradients(
+                    losses, self.parameters, scaling.scaled(share).to(losses.dtype)
+                )
                 gradients = scaling.unscaled(dense(scaled_gradients))
                 v = [_sum(old, g) for old, g in zip(v, gradients, strict=True)]
-                total = _sum(total, loss.detach())
+                total = _sum(total, (share * losses.detach()).sum())
         return v, batch.labels.new_zeros((), dtype=torch.float32) if total is None else total
 
 
@@ -108,20 +109,21 @@ def shares(batch: CheckedValidation, losses: Tensor, objective_name: str) -> Ten
     loss alone, whose gradient is a subgradient of the maximum over groups. `losses` must be of
     all samples of all ranks for "worst_group", and may be of any part of them otherwise.
     """
-    weights = losses.new_ones(batch.shard.total)
-    if batch.weights is not None:
-        weights = batch.weights.to(losses.dtype)
+    total = batch.shard.total
+    if objective_name == "mean" and batch.weights is None:
+        return losses.new_full((total,), 1 / total)
+    weights = losses.new_ones(total) if batch.weights is None else batch.weights.to(losses.dtype)
     if objective_name == "mean":
         return weights / weights.sum()
     groups = batch.groups
     assert groups is not None
     size = len(groups)  # groups are renumbered, so that there are at most V of them
-    total = weights.new_zeros(size).index_add_(0, groups, weights)
-    within = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)[groups]
+    sums = weights.new_zeros(size).index_add_(0, groups, weights)
+    within = weights / sums.clamp(min=torch.finfo(weights.dtype).tiny)[groups]
     if objective_name == "group_balanced":
-        return within / (total > 0).sum()
+        return within / (sums > 0).sum()
     means = losses.new_zeros(size).index_add_(0, groups, within * losses)
-    worst = means.masked_fill(total == 0, -torch.inf).argmax()
+    worst = means.masked_fill(sums == 0, -torch.inf).argmax()
     return within * (groups == worst)
 
 

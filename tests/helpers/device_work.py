@@ -108,14 +108,15 @@ def _place() -> str:
 @contextmanager
 def taken_for_a_gpu(monkeypatch: Any) -> Iterator[None]:
     """CPU tensors say `is_cuda`, so that the library takes the way that it takes on a GPU: without
-    C++ kernels, and without a look at values."""
-    from mts_fast.backends import registry
+    C++ kernels, without a look at values, and with larger tensors side by side."""
+    from mts_fast.backends import flat, registry
     from mts_fast.training import running, selector
 
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
         m.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         m.setattr(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+        m.delitem(flat.LONGEST, "cpu")
         m.setattr(running, "PendingGap", _Unread)
         m.setattr(selector, "check_range", lambda *_: None)  # it asks for the CPU
         for op, by_backend in registry._implementations.items():

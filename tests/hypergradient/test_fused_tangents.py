@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mts_fast.hypergradient import LabelledBatch, Objective, fused_tangents
 from mts_fast.hypergradient.forward_mode import ForwardMode
-from mts_fast.hypergradient.fused_tangents import FusedTangents, RecordedOutputs
+from mts_fast.hypergradient.fused_tangents import FusedTangents
+from mts_fast.hypergradient.training_forward import RecordedOutputs
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -239,12 +240,13 @@ def test_an_output_with_another_version_is_not_used():
         norm(y)
     (call,) = recorded.calls
     x = torch.randn(2, 3, 5, 5)
-    assert call.usable(x, layer.weight) is not None
-    assert call.usable(x[:1], layer.weight) is None  # another batch
-    assert call.usable(x, layer.weight.clone()) is None  # another weight
+    assert call.matches(x, layer.weight)
+    assert not call.matches(x[:1], layer.weight)  # another batch
+    assert not call.matches(x, layer.weight.clone())
+    assert call.result() is not None
     with torch.no_grad():
         y.add_(1.0)
-    assert call.usable(x, layer.weight) is None
+    assert call.result() is None
 
 
 def test_nothing_is_recorded_where_nothing_would_be_kept():

@@ -129,7 +129,7 @@ class Ghost(Engine):
 
     def reasons(self) -> list[str]:
         return [
-            *coupling(self.objective.model),
+            *coupling(self.objective),
             *_compiled(self.objective),
         ]
 
@@ -309,14 +309,18 @@ class _WrongGuess(Unsupported):
         self.turns = turns
 
 
-def coupling(model: nn.Module) -> list[str]:
+def coupling(objective: Objective) -> list[str]:
     """Modules that mix the samples of a batch in their present mode."""
+
+    def mixes(module: nn.Module) -> bool:
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        )
+
     return [
         f"{path or 'the model'}: {type(module).__name__} in train mode mixes the samples of a batch"
         " (freeze it with .eval(), or use another engine)"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and (module.training or module.running_mean is None)
+        for path, module in objective.modules_that(mixes)
     ]
 
 

@@ -175,11 +175,12 @@ class StoredLinearization(GhostLinearization):
             self._backward(torch.ones_like(self._losses))
         tangents = self._tangents(direction)
         with torch.no_grad():
-            parts = [torch.zeros_like(self._losses)]  # of p d, [B] each
-            parts += [part.to(self._losses.dtype) for part in self._few.dots(tangents)]
+            # of p d, [B] each
+            parts = [part.to(self._losses.dtype) for part in self._few.dots(tangents)]
             for record in self._consumed():
                 if record.b is not None and record.axis is not None:
                     parts.append(self._dots(record.use, record.axis, record.b, tangents))
+            parts = parts or [torch.zeros_like(self._losses)]
             dots = self._over_p(torch.stack(parts).sum(0))
         left = self.remainder.dots(tangents)
         return dots if left is None else dots + left
@@ -247,7 +248,7 @@ class StoredLinearization(GhostLinearization):
     def _over_p(self, values: Tensor) -> Tensor:
         """values / p. p is 0 only where all weights are 0; the result is then 0."""
         assert self._p is not None
-        return torch.where(self._p > 0, values / self._p, torch.zeros_like(values))
+        return torch.where(self._p > 0, values / self._p, 0.0)
 
     def _consumed(self) -> Iterator[Record]:
         """The records, each dropped after its use unless a gradient is still to come."""
