@@ -24,7 +24,7 @@ from mts_fast.hypergradient.training_forward import (
     RECTIFIERS,
     BatchStatistics,
     LinearCall,
-    is_out_of_place,
+    makes_rectified,
 )
 
 # w' x_hat + b' of a BatchNorm as factor x + shift, [C] each
@@ -66,8 +66,9 @@ class FusedTangents(FunctionMode):
             result = _batch_norm(*args, affine=affine, **kwargs)
         elif func in LINEAR and len(args) > 1:
             result = self._linear(func, args, kwargs)
-        elif func in RECTIFIERS and self._last is not None and is_out_of_place(*args, **kwargs):
-            result = self._rectified(args[0])
+        elif func in RECTIFIERS and args:
+            makes = makes_rectified(func, *args, **kwargs)
+            result = self._rectified(*args[:1]) if makes else _rectify(*args[:1])
         return func(*args, **kwargs) if result is None else result
 
     def _linear(
@@ -86,7 +87,8 @@ class FusedTangents(FunctionMode):
     def _rectified(self, x: Tensor) -> Tensor | None:
         """max(x, 0) where the training forward's is known; its tangent is that of x where it is
         positive."""
-        assert self._last is not None
+        if self._last is None:
+            return None
         known = self._last.rectified.pop(self._since, None)
         output = None if known is None else known.value()
         if output is None or output.shape != x.shape or output.dtype != x.dtype:
@@ -120,6 +122,16 @@ class FusedTangents(FunctionMode):
                 if (number := self._to_add.pop(id(t), 0)) != 0:
                     t.add_(number)
         return False
+
+
+def _rectify(x: Tensor) -> Tensor | None:
+    """max(x, 0) in place, with its tangent; torch makes that in new memory and copies it."""
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is None:
+        return None
+    primal.relu_()
+    torch.ops.aten.threshold_backward.grad_input(tangent, primal, 0, grad_input=tangent)
+    return x
 
 
 def _affine_maps(calls: Iterable[LinearCall], tangents: Mapping[int, Tensor]) -> dict[int, Affine]:

@@ -15,7 +15,8 @@ from mts_fast._ambient import FunctionMode
 
 # maps that are linear in their first two arguments together: (input, weight, bias, ...)
 LINEAR = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear}
-RECTIFIERS = {F.relu, torch.relu, Tensor.relu}
+_IN_PLACE = {torch.relu_, Tensor.relu_}
+RECTIFIERS = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
 # nodes of BatchNorm whose second and third results are the mean and 1 / deviation of the batch
 _NORM_NODES = {"NativeBatchNormBackward0", "CudnnBatchNormBackward0"}
 
@@ -90,7 +91,7 @@ class RecordedOutputs(FunctionMode):
             self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
             self._result, self._last = result, Unchanged.of(result)
             self._since = 0
-        elif func in RECTIFIERS and is_out_of_place(*args, **kwargs) and _saves_result(result):
+        elif makes_rectified(func, *args, **kwargs) and _saves_result(result):
             self._note_rectified(result)
         return result
 
@@ -116,9 +117,11 @@ def trains(*args: Any, training: bool = False, **_: Any) -> bool:
     return args[5] if len(args) > 5 else training
 
 
-def is_out_of_place(_: Tensor, inplace: bool = False) -> bool:
-    """Whether a call of a ReLU makes a new tensor."""
-    return not inplace
+def makes_rectified(func: Callable[..., Any], *args: Any, inplace: bool = False, **_: Any) -> bool:
+    """Whether a call is one of a ReLU that makes a new tensor."""
+    if func not in RECTIFIERS or func in _IN_PLACE:
+        return False
+    return not (inplace or (len(args) > 1 and args[1]))
 
 
 def _is_saved(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Row 6 by forward mode takes ReLUs and BatchNorm's statistics from the training forward, and counts
+"""Row 6 by forward mode takes ReLUs and BatchNorm statistics from the training forward, and counts
 its batches only where something reads the number; against torch's own derivative."""
 
 import pytest
@@ -92,6 +92,7 @@ MODELS = {
     "functions": Residual,
     "method": lambda: Residual(torch.Tensor.relu),
     "in place": lambda: Residual(lambda x: F.relu(x, inplace=True)),
+    "in place by torch.relu_": lambda: Residual(torch.relu_),
     "by name": lambda: Residual(lambda x: F.relu(x, inplace=False)),
     "average of all batches": lambda: Residual(momentum=None),
     "without parameters": lambda: Residual(affine=False),

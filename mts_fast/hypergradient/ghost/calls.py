@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from mts_fast.hypergradient.ghost.watch import plain_name
+from mts_fast.hypergradient.ghost.watch import plain_name, writes_in_place
 
 
 def tensors_in(value: Any, named: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -17,7 +15,17 @@ def tensors_in(value: Any, named: Mapping[str, Any] | None = None) -> list[Tenso
     if isinstance(value, Tensor):
         return [value]
     tensors: list[Tensor] = []
-    todo = [value]
+    todo: list[Any] = []
+    if isinstance(value, tuple):  # the usual case: tensors and numbers, and no nests
+        for entry in value:
+            if isinstance(entry, Tensor):
+                tensors.append(entry)
+            elif isinstance(entry, tuple | list | dict):
+                todo = [value]
+                tensors = []
+                break
+    else:
+        todo = [value]
     if named:
         todo.append(named)
     while todo:
@@ -46,37 +54,32 @@ def swapped(value: Any, other: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-@dataclass(frozen=True)
 class Call:
-    """A function and its arguments."""
+    """A function and its arguments.
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Attributes:
+        name: the function's name, without an in-place underscore.
+        tensors: all tensors among the arguments.
+        written: the tensor that the call writes to, if it does so in place.
+    """
+
+    # hundreds are made in a forward
+    __slots__ = ("args", "function", "kwargs", "name", "tensors", "written")
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.name = plain_name(function)
+        self.tensors = tensors_in(args, kwargs)
+        first = args[0] if args and writes_in_place(function) else None
+        self.written = first if isinstance(first, Tensor) else None
 
     def run(self) -> Any:
         """The function's result."""
         return self.function(*self.args, **self.kwargs)
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return tensors_in(self.args, self.kwargs)
-
-    @cached_property
-    def name(self) -> str:
-        """The function's name, without an in-place underscore."""
-        return plain_name(self.function)
-
-    @cached_property
-    def written(self) -> Tensor | None:
-        """The tensor that the call writes to, if it does so in place."""
-        raw = getattr(self.function, "__name__", "")
-        in_place = raw == "__setitem__" or (raw.endswith("_") and not raw.endswith("__"))
-        in_place = in_place or (raw.startswith("__i") and raw not in ("__invert__", "__index__"))
-        if in_place and self.args and isinstance(self.args[0], Tensor):
-            return self.args[0]
-        return None
 
     def with_others(self, others: Mapping[int, Tensor]) -> Call:
         """The call with other tensors in place of those of these ids."""

@@ -170,8 +170,10 @@ class Capture(FunctionMode):
         """A call without tracked tensors."""
         result = call.run()
         self._watch(call, result)
-        untracked = [t for t in call.tensors if id(t) not in self._sources]
-        self._provenance.note(call.name, untracked, tensors_in(result), call.written)
+        made = tensors_in(result)
+        if self._provenance.has_to_note(made, call.written):
+            untracked = [t for t in call.tensors if id(t) not in self._sources]
+            self._provenance.note(call.name, untracked, made, call.written)
         return result
 
     def _gradients(self, call: Call) -> Any:
@@ -291,9 +293,10 @@ class Capture(FunctionMode):
         if call.function is torch.arange:
             self._ranges.add(id(result))
             self._alive.append(result)
-        tracked = [id(t) for t in call.tensors if id(t) in self._sources]
-        if self._routed.follow(call, result, tracked):
-            return
+        if self._routed.may_follow(call):
+            tracked = [id(t) for t in call.tensors if id(t) in self._sources]
+            if self._routed.follow(call, result, tracked):
+                return
         changed = call.args[:1] if call.name == "__setitem__" else result
         if not any(t.requires_grad for t in tensors_in(changed)):
             self._watch_inside(call)

@@ -65,6 +65,12 @@ class Provenance:
             return guess, guess
         return origin is Origin.SAMPLES, False
 
+    def has_to_note(self, results: Iterable[Tensor], written: Tensor | None) -> bool:
+        """Whether a call made, or wrote to, a tensor whose graph does not tell its origin."""
+        if self._trained or (written is not None and not written.requires_grad):
+            return True
+        return not all(t.requires_grad for t in results)
+
     def note(
         self, name: str, args: Sequence[Tensor], results: Iterable[Tensor], written: Tensor | None
     ) -> None:

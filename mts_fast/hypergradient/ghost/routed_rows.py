@@ -19,6 +19,7 @@ from mts_fast.hypergradient.ghost.watch import may_mix, move_of
 from mts_fast.hypergradient.ghost.weak_table import WeakTable
 
 _GATHERS = {"__getitem__", "index_select"}
+_BEGINNINGS = {*_GATHERS, "sort"}  # what makes a routed tensor of others
 _SCATTERS = {"index_add", "index_copy", "__setitem__"}
 _PARTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 _STACKS = {"stack", "hstack", "vstack", "dstack"}
@@ -43,14 +44,16 @@ class RoutedRows:
         """The sample [n] of every row of a routed tensor, and the axis of the rows."""
         return self._samples.get(t)
 
+    def may_follow(self, call: Call) -> bool:
+        """Whether `follow` has to see a call."""
+        return self.size > 1 and (bool(self._samples) or call.name in _BEGINNINGS)
+
     def follow(self, call: Call, result: Any, parameters: Collection[int] = ()) -> bool:
         """Whether a call is understood: it gathers rows, or keeps those of different samples apart.
 
         `parameters` are the ids of arguments that hold no samples. A call that has them is taken
         for a layer that treats every row alike; the check of the forward sees where it does not.
         """
-        if self.size == 1:
-            return False
         if call.name in _GATHERS and self._gather(call, result, parameters):
             return True
         if call.name == "sort":

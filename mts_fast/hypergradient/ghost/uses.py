@@ -260,8 +260,10 @@ class Uses:
         if y._is_view():
             # an in-place activation on a view would cut this node out of the graph
             y = torch.ops.aten._unsafe_view(y, y.shape)
-        routed.follow(call, y, tracked.keys())
-        rows = routed.of(y)
+        rows = None
+        if routed.may_follow(call):
+            routed.follow(call, y, tracked.keys())
+            rows = routed.of(y)
         others = [t for t in call.tensors if id(t) not in tracked]
         read = others if layer.rule.reads_input else []
         self.recorded.append(

@@ -115,6 +115,15 @@ def plain_name(function: Callable[..., Any]) -> str:
     return name if name.endswith("__") else name.removesuffix("_")
 
 
+@functools.lru_cache(maxsize=4096)
+def writes_in_place(function: Callable[..., Any]) -> bool:
+    """Whether the function writes to its first argument."""
+    name = getattr(function, "__name__", "")
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        return True
+    return name.startswith("__i") and name not in ("__invert__", "__index__")
+
+
 def move_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object | None:
     """Name and axes of a call that moves axes, by which two forwards are told apart; or None."""
     if name not in _MOVES:
