@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
-import mts_fast  # noqa: F401 (defines torch.ops.mts_fast)
+import mts_fast.ops  # noqa: F401 (defines torch.ops.mts_fast)
 from mts_fast.reference.virtual_update import AdamState
 
 aten, kernels = torch.ops.aten, torch.ops.mts_fast

@@ -14,12 +14,12 @@ from operator_cost import flops_of, moved_bytes, name_of, read_by_launch, stored
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mts_fast.backends import registry
+from mts_fast.ops.perturb import NORM, PERTURB
+from mts_fast.ops.virtual_update import ALONG, DIRECTION
+from mts_fast.ops.virtual_update import OP as UPDATE
 
 # ops of mts_fast whose Triton kernels are launched outside of torch's dispatcher
-LAUNCHED = (
-    *("global_norm", "perturb"),
-    *("virtual_update", "hypergradient_direction", "virtual_update_along"),
-)
+LAUNCHED = (NORM, PERTURB, UPDATE, DIRECTION, ALONG)
 
 
 @dataclass(frozen=True)
