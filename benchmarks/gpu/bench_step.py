@@ -132,7 +132,7 @@ def counted_call(label, call, precision, task):
     """The call that dispatches an arm's operators: a graph replays those of the arm without it."""
     if GRAPH not in label:
         return call
-    arm = Ours(task, "capturable adamw" if "AdamW" in label else "sgd")
+    arm = Ours(task, "adamw" if "AdamW" in label else "sgd")
     return in_precision(arm.step, precision)
 
 

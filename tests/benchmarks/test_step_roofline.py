@@ -47,7 +47,7 @@ def test_a_graph_is_counted_as_the_step_that_it_replays(task):
 
     plain = Plain(task)
     assert counted_call("plain", plain.step, "float32", task) == plain.step
-    adamw = Ours(task, "capturable adamw")
+    adamw = Ours(task, "adamw")
     for label, arm in (
         (f"auto, exact, {GRAPH}", Ours(task)),
         (f"auto, exact, AdamW, {GRAPH}", adamw),
