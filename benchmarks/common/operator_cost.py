@@ -169,7 +169,9 @@ def _arguments(func, args, kwargs):
 
 
 def tensors_of(values):
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """Tensors in nested lists and dicts, but for sparse and nested ones, which have no strides."""
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    return [t for t in tensors if t.layout is torch.strided]
 
 
 def _storage(tensor):
