@@ -27,15 +27,15 @@ def task():
     return task_of(build, labelled((5,), 3), 6, "cpu", 3)
 
 
-@pytest.mark.parametrize("taken", [1, 2, 3, 5])
-def test_a_call_that_checks_the_engine_is_not_counted(task, taken):
+@pytest.mark.parametrize("calls_before", [1, 2, 3, 5])
+def test_a_call_that_checks_the_engine_is_not_counted(task, calls_before):
     arm = Ours(task)
     for _ in range(16):  # the 16th checks, the 17th does not
         arm.step()
     unchecked = step_cost(arm.step)
     arm = Ours(task)
     checked = step_cost(arm.step)
-    for _ in range(taken - 1):
+    for _ in range(calls_before - 1):
         arm.step()
     assert cost_of(arm.step) == unchecked
     assert checked.bytes > unchecked.bytes
