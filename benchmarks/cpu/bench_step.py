@@ -3,18 +3,21 @@
 Equal selector gradients are asserted first. All arms of a model take turns; ratios are medians over
 that of the plain step. MTSStep is timed in calls 9 and on, between two of those that check its dots
 (1, 2, 4, 8, 16, ...). Peak memory is the most that a step allocates, above what was allocated
-before.
+before. Bytes and operations of a step are counted operator by operator (roofline.py); the load of
+the machine does not change them.
 """
 
 import pytest
 from measure import peak_bytes, ratios
+from roofline import step_cost
 from step_arms import Ours, arms_of
 from step_models import BATCH, BUILD, make_task
 
 from mts_fast.tuning.timing import interleaved
 
 ROUNDS = 5
-# calls of MTSStep before those that are timed: the last of them is checked, the next is the 16th
+# calls of MTSStep before those that are timed: the last of them is checked, the next is the 16th,
+# after ROUNDS, one for the memory and one that is counted
 WARM_UP = 8
 MIB = 2**20
 # relative error of the selector's gradient against double backward in float32: exact engines round
@@ -54,12 +57,15 @@ def bench_step(benchmark, name):
     benchmark.pedantic(measure, rounds=1)
     time = ratios(seconds, "plain")
     memory = {label: peak_bytes(arm.step) / MIB for label, arm in arms.items()}
+    costs = {label: step_cost(arm.step) for label, arm in arms.items()}
     benchmark.extra_info["batch"] = BATCH[name]
     benchmark.extra_info["rows"] = {
         label: {
             "time": round(time[label], 3),
             "published / this": round(time["published"] / time[label], 3),
             "peak_mib": round(memory[label]),
+            "GB": round(costs[label].bytes / 1e9, 3),
+            "GFLOP": round(costs[label].flops / 1e9, 2),
         }
         for label in arms
     }

@@ -2,7 +2,8 @@
 
 ResNet-50 (BatchNorm, GroupNorm), ViT-S and a 125M GPT; in float32, in float32 with TF32, and under
 bf16 autocast, where the published schedule also runs in float32. Selector gradients are compared
-first. An arm that does not fit in memory is recorded as such.
+first. An arm that does not fit in memory is recorded as such. Of every arm the bytes and operations
+of one step are counted, and set against the bandwidth and the rates of this GPU (roofline.py).
 """
 
 import gc
@@ -14,6 +15,8 @@ import torch
 from gpu_models import make_gpu_task
 from measure import peak_bytes
 from on_gpu import DEVICE, MIB, choose, needs_gpu, tf32
+from rates import copy_bandwidth, product_rate
+from roofline import roofline_report, step_cost
 from step_arms import Ours, Plain, Published
 
 from mts_fast.tuning.timing import interleaved
@@ -49,6 +52,7 @@ MICRO_BATCH = choose(256, 2)
 BASE = "auto, exact, reference"
 # calls after which a whole step is replayed
 WARM_UP = 5
+GRAPH = "one graph"
 # largest relative error of the selector's gradient against BASE in the same precision. Exact
 # engines differ by rounding alone. Finite differences have a truncation error (3e-3 seen on a CPU)
 # and the rounding of the losses divided by the step. None: recorded, not bounded.
@@ -87,8 +91,8 @@ def arms_of(name, batch, precision):
     arms["auto, exact, AdamW"] = (lambda task: Ours(task, "adamw"), precision)
     if DEVICE.type == "cuda":
         graph = {"cuda_graph": "step"}
-        arms["auto, exact, one graph"] = (_ours(graph), precision)
-        arms["auto, exact, AdamW, one graph"] = (
+        arms[f"auto, exact, {GRAPH}"] = (_ours(graph), precision)
+        arms[f"auto, exact, AdamW, {GRAPH}"] = (
             lambda task: Ours(task, "capturable adamw", **graph),
             precision,
         )
@@ -124,13 +128,43 @@ def peak_mib(call):
     return peaks[0] if peaks else None
 
 
+def counted_call(label, call, precision, task):
+    """The call that dispatches an arm's operators: a graph replays those of the arm without it."""
+    if GRAPH not in label:
+        return call
+    arm = Ours(task, "adamw" if "AdamW" in label else "sgd")
+    return in_precision(arm.step, precision)
+
+
+def cost_of(call):
+    """Operators of one step; None where it ran out of memory.
+
+    Calls 1, 2, 4, 8, ... also check the engine. Of three in a row one does not: the cheapest.
+    """
+    costs = []
+    if all(fits(lambda: costs.append(step_cost(call))) for _ in range(3)):
+        return min(costs, key=lambda cost: cost.bytes)
+    return None
+
+
+def roof_cells(call, seconds, precision):
+    """Bytes, operations and share of the roof of a step that took so long; empty where it ran out
+    of memory this time."""
+    cost = cost_of(call)
+    if cost is None:
+        return {}
+    with tf32(precision != "float32"):
+        rates = {dtype: product_rate(DEVICE, dtype) for dtype in cost.dtypes}
+    return roofline_report(cost, seconds, copy_bandwidth(DEVICE), rates)
+
+
 def gaps_of(arms):
     """Relative error of every selector gradient against that of BASE."""
     if BASE not in arms:
         return {}
     truth = arms[BASE].selector_gradient
     # another optimizer has another kappa, and a graph has taken WARM_UP steps
-    others = ("plain", "AdamW", "one graph")
+    others = ("plain", "AdamW", GRAPH)
     alike = [label for label in arms if not any(word in label for word in others)]
     gradients = {label: arms[label].selector_gradient for label in alike}
     return {label: ((g - truth).norm() / truth.norm()).item() for label, g in gradients.items()}
@@ -159,7 +193,7 @@ def bench_gpu_step(benchmark, name, batch, precision):
         arm = make(task)
         call = in_precision(arm.step, arm_precision)
         # a graph is recorded in the fifth call, after calls 1, 2 and 4 have checked the engine
-        recorded = WARM_UP if "one graph" in label else 1
+        recorded = WARM_UP if GRAPH in label else 1
         if all(fits(call) for _ in range(recorded)):
             arms[label], calls[label] = arm, call
     gaps = gaps_of(arms)
@@ -183,5 +217,8 @@ def bench_gpu_step(benchmark, name, batch, precision):
             "time": round(median / medians["plain"], 3) if "plain" in medians else None,
             "peak_mib": peak_mib(calls[label]),
             "gap": float(f"{gaps[label]:.1e}") if label in gaps else None,
+            "precision": makers[label][1],
         }
+        counted = counted_call(label, calls[label], makers[label][1], task)
+        rows[label] |= roof_cells(counted, median, makers[label][1])
     benchmark.extra_info |= {"model": name, "batch": batch, "precision": precision, "rows": rows}

@@ -11,6 +11,8 @@ from pathlib import Path
 # the nouns of bench_<noun>.py
 KERNELS = ("cross_entropy", "linear_cross_entropy", "virtual_update", "hypergradient_dot")
 STEPS, TUNING = "step", "tune"
+# what roofline.py reports of a step
+ROOFLINE = ("GB", "GB/s", "TFLOP", "TFLOP/s", "roof ms", "% of roof", "% of roof by bytes")
 OURS = "triton"
 
 
@@ -53,10 +55,10 @@ def step_table(record: dict) -> str:
         for label, arm in arms.items():
             faster = round(published / arm["ms"], 2) if published and "ms" in arm else None
             values = [arm.get(name) for name in ("ms", "time")]
-            rest = [faster, arm.get("peak_mib"), arm.get("gap")]
+            rest = [faster, arm.get("peak_mib"), *map(arm.get, ROOFLINE), arm.get("gap")]
             rows.append([run["model"], run["batch"], run["precision"], label, *values, *rest])
     heads = ["model", "batch", "precision", "step", "ms", "time, plain = 1", "published / this"]
-    return table([*heads, "peak MiB", "gap to exact, reference"], rows)
+    return table([*heads, "peak MiB", *ROOFLINE, "gap to exact, reference"], rows)
 
 
 def tuning_table(record: dict) -> str:
@@ -79,6 +81,18 @@ def copies(record: dict) -> str:
     return "; ".join(dict.fromkeys(ceilings))
 
 
+def step_ceilings(record: dict) -> str:
+    """The rates of which the steps' roofs are made, by the precision of an arm."""
+    arms = [arm for run in record["rows"] for arm in run["rows"].values() if "roof ms" in arm]
+    products = [
+        f"{dtype} product TFLOP/s in {arm['precision']}: {rate}"
+        for arm in arms
+        for dtype, rate in arm["product TFLOP/s"].items()
+    ]
+    copied = [f"copy GB/s: {arm['copy GB/s']}" for arm in arms]
+    return "; ".join(dict.fromkeys([*copied, *products]))
+
+
 def render(folder: Path) -> str:
     """All records in the folder, each under a heading."""
     parts = ["A ratio over 1 means that ours is faster, one below 1 that it loses."]
@@ -92,6 +106,8 @@ def render(folder: Path) -> str:
         about = [f"{record['command']}, {record['machine']}."]
         if noun in KERNELS:
             about.append(f"Ceilings: {copies(record)}.")
+        if noun == STEPS:
+            about.append(f"Ceilings: {step_ceilings(record)}.")
         parts.append(f"## {noun}\n\n{' '.join(about)}\n\n{make(record)}")
     return "\n\n".join(parts) + "\n"
 

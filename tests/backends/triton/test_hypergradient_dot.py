@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import assert_bitwise, error_ratio, relative
+from roofline import step_cost
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -258,6 +259,42 @@ def test_bf16_dots_are_no_worse_than_replayed_ones(device):
             gaps[backend] = relative(engine.dots(batch, direction), truth)
     # observed 3.3e-3 and 3.6e-3: most of it is in a and b, which both share
     assert gaps["triton"] < 1.5 * gaps["reference"] < 0.02
+
+
+# arguments of the kernels that are activations and output gradients
+ACTIVATIONS = {"hypergradient_dot_kernel": (0, 3), "sample_dot_kernel": (0, 1)}
+
+
+def test_float16_is_read_in_16_bits(device):
+    """Under float16 autocast the kernels take activations and output gradients as they are, and add
+    in float32; nothing is copied to float32 for them."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(96, 5)).to(device)
+    inputs = torch.randn(8, 2, 6, 6, device=device)
+    batch = LabelledBatch(inputs, torch.arange(8, device=device) % 5)
+    parameters = list(model.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+    losses = reference.cross_entropy(model(batch.inputs), batch.labels)
+    truth = reference.hypergradient_dots(losses, parameters, direction)
+    dots = []
+    with torch.autocast(device.type, torch.float16):
+        counted, launched = (
+            Ghost(Objective(model), parameters).linearize(batch, gradients=1) for _ in range(2)
+        )
+        for linearization in (counted, launched):
+            linearization.gradient(torch.ones(8, device=device))
+        cost = step_cost(lambda: dots.append(counted.dots(direction)))
+        with recorded_launches() as launches:
+            launched.dots(direction)
+    assert relative(dots[0], truth) < 5e-3  # observed 1e-3
+    passed = {}
+    for one in launches:
+        name = one.kernel.__name__
+        dtypes = {one.arguments[place].dtype for place in ACTIVATIONS[name]}
+        passed[name] = dtypes, one.options["ACC"].name
+    assert passed == dict.fromkeys(ACTIVATIONS, ({torch.float16}, "fp32"))
+    # the inputs are copied to float16, and directions; activations, which are larger, are not
+    copies = [o.bytes for o in cost.operators if o.name == "_to_copy"]
+    assert max(copies) == inputs.numel() * (4 + 2) < 8 * 6 * 4 * 4 * (4 + 2)
 
 
 def test_opcheck(device):
