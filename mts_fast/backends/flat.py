@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast._multi_tensor import is_plain, parts
+from mts_fast._columns import is_plain
+from mts_fast._multi_tensor import parts
 from mts_fast.backends.eligibility import same_layout
 from mts_fast.reference.update_rules import ElementwiseState
 from mts_fast.reference.virtual_update import State, masked_direction

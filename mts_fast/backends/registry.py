@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_choice, fail
-from mts_fast.backends.columns import devices_of
+from mts_fast._columns import devices_of
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import under_transform
 from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons

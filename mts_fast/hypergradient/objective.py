@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mts_fast import ops
 from mts_fast._check import check_integer, check_range, describe, fail
-from mts_fast._isolation import Restoring, World, replaced_parameters
+from mts_fast._isolation import Restoring, World, all_modules, replaced_parameters
 from mts_fast._sharding import Sharding
 from mts_fast.hypergradient.nests import leaves, map_tensors
 from mts_fast.hypergradient.refused import Refused
@@ -244,11 +244,14 @@ class Objective:
         # where dynamo was never imported, nothing is wrapped; importing it here would take seconds
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
         wrapper = () if dynamo is None else dynamo.OptimizedModule
-        return [
-            path or "the model"
-            for path, module in self.model.named_modules()
-            if isinstance(module, wrapper) or module._compiled_call_impl is not None
-        ]
+
+        def compiled(module: nn.Module) -> bool:
+            return isinstance(module, wrapper) or module._compiled_call_impl is not None
+
+        # paths cost more than modules, and are seldom asked for
+        if not any(map(compiled, all_modules([self.model]))):
+            return []
+        return [path or "the model" for path, m in self.model.named_modules() if compiled(m)]
 
     def _call(self, inputs: Any) -> Any:
         try:

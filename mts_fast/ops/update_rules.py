@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_number, describe, fail
-from mts_fast.backends.columns import are_tensors, devices_of, shapes_of
+from mts_fast._columns import are_tensors, devices_of, shapes_of
 from mts_fast.reference.update_rules import (
     AdamRule,
     MuonRule,

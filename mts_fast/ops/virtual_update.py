@@ -20,7 +20,7 @@ from mts_fast._check import (
     fail,
 )
 from mts_fast.backends import flat
-from mts_fast.backends.columns import are_tensors, devices_of, dtypes_of, shapes_of
+from mts_fast._columns import are_tensors, devices_of, dtypes_of, shapes_of
 from mts_fast.backends.cpp import virtual_update as cpp
 from mts_fast.backends.registry import register, register_flat, register_triton, resolve
 from mts_fast.backends.triton import virtual_update as triton

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mts_fast.backends.columns import dtypes_of
+from mts_fast._columns import dtypes_of
 from mts_fast.backends.eligibility import several_devices
 
 # earlier versions lack functions that the kernels use; block pointers, which later versions remove,
