@@ -3,13 +3,19 @@ parameters of a model costs more than the kernel that serves them all."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_, mul
+from types import NoneType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+A = TypeVar("A")
+Question = Callable[[Sequence[Any]], A]
 
 # of the base class: what a subclass overrides is not asked
 _data_ptr = torch._C.TensorBase.data_ptr
@@ -31,11 +37,58 @@ PLAIN_DTYPES = {
 }
 
 
+class Column(list[Tensor]):
+    """A list of tensors that remembers what it answered, or of several such lists, one behind the
+    other. For the time of one call, in which nothing changes the list or the tensors' layouts."""
+
+    def __init__(self, tensors: Iterable[Tensor] = (), parts: Sequence[Column] = ()) -> None:
+        super().__init__(tensors)
+        self.parts = parts
+        self.answers: dict[str, Any] = {}
+
+
+def end_to_end(*columns: Sequence[Tensor]) -> Column:
+    """One column of several."""
+    parts = [c if isinstance(c, Column) else Column(c) for c in columns]
+    return Column(itertools.chain.from_iterable(parts), parts)
+
+
+def _remembered(joined: Callable[[list[A]], A]) -> Callable[[Question[A]], Question[A]]:
+    """A question that a `Column` is asked once; `joined` is the answer of its parts together."""
+
+    def decorated(question: Question[A]) -> Question[A]:
+        name = question.__name__
+
+        @functools.wraps(question)
+        def ask(tensors: Sequence[Any]) -> A:
+            if not isinstance(tensors, Column):
+                return question(tensors)
+            answer = tensors.answers.get(name, tensors)  # itself: none yet
+            if answer is tensors:
+                parts = tensors.parts
+                answer = joined([ask(p) for p in parts]) if parts else question(tensors)
+                tensors.answers[name] = answer
+            return answer
+
+        return ask
+
+    return decorated
+
+
+def _all(answers: list[set[A]]) -> set[A]:
+    return set().union(*answers)
+
+
+def _behind(answers: list[list[A]]) -> list[A]:
+    return list(itertools.chain.from_iterable(answers))
+
+
 def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
     """Addresses of their first entries."""
     return list(map(_data_ptr, tensors))
 
 
+@_remembered(_behind)
 def sizes_of(tensors: Sequence[Tensor]) -> list[int]:
     """Their numbers of entries."""
     return list(map(_numel, tensors))
@@ -46,16 +99,19 @@ def bytes_of(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(mul, map(_numel, tensors), map(_element_size, tensors)))
 
 
+@_remembered(_all)
 def dtypes_of(tensors: Sequence[Tensor]) -> set[torch.dtype]:
     """The dtypes that occur."""
     return set(map(_dtype, tensors))
 
 
+@_remembered(_all)
 def devices_of(tensors: Sequence[Tensor]) -> set[torch.device]:
     """The devices that occur."""
     return set(map(_device, tensors))
 
 
+@_remembered(_behind)
 def shapes_of(tensors: Sequence[Tensor]) -> list[torch.Size]:
     """Their shapes."""
     return list(map(_shape, tensors))
@@ -66,6 +122,7 @@ def strides_of(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return list(map(_stride, tensors))
 
 
+@_remembered(all)
 def are_tensors(column: Sequence[object]) -> bool:
     """Whether all are tensors of torch's own class."""
     return set(map(type, column)) <= PLAIN_TYPES
@@ -73,19 +130,27 @@ def are_tensors(column: Sequence[object]) -> bool:
 
 def are_missing(column: Sequence[object]) -> bool:
     """Whether all are None."""
-    return set(map(type, column)) <= {type(None)}
+    return set(map(type, column)) <= {NoneType}
 
 
+def are_present(column: Sequence[object]) -> bool:
+    """Whether none is None."""
+    return NoneType not in map(type, column)
+
+
+@_remembered(all)
 def are_strided(tensors: Sequence[Tensor]) -> bool:
     """Whether none is sparse or of another layout."""
     return set(map(_layout, tensors)) <= {torch.strided}
 
 
+@_remembered(all)
 def are_contiguous(tensors: Sequence[Tensor]) -> bool:
     """Whether all are dense, with the last axis innermost."""
     return all(map(_is_contiguous, tensors))
 
 
+@_remembered(all)
 def are_plain(column: Sequence[Tensor]) -> bool:
     """Whether torch's multi-tensor operators take all of them (`is_plain`)."""
     return (
@@ -111,6 +176,7 @@ def are_of_one_kind(tensors: Sequence[Tensor]) -> bool:
     return len(dtypes_of(tensors)) <= 1 and len(devices_of(tensors)) <= 1
 
 
+@_remembered(any)
 def any_requires_grad(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd follows one of them."""
     return any(map(_requires_grad, tensors))
@@ -121,9 +187,12 @@ def are_same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+def detached(tensors: Sequence[Tensor]) -> Column:
     """The same memory without a graph."""
-    return list(map(_detach, tensors))
+    column = Column(map(_detach, tensors))
+    if isinstance(tensors, Column):
+        column.answers = {**tensors.answers, any_requires_grad.__name__: False}
+    return column
 
 
 def data_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -143,4 +212,17 @@ def parts_of(
     on; each tensor has no gaps."""
     sizes = map(math.prod, shapes)
     starts = itertools.accumulate(sizes, initial=whole.storage_offset())
-    return list(map(_as_strided, itertools.repeat(whole), shapes, strides, starts))
+    return list(map(_as_strided, itertools.repeat(whole), shapes, strides, starts))  # type: ignore[arg-type]
+
+
+def at(column: Sequence[A], indices: Sequence[int]) -> Sequence[A]:
+    """The entries at these indices; the column itself where these are all, in its order."""
+    if len(indices) == len(column) and list(indices) == list(range(len(column))):
+        return column
+    return [column[i] for i in indices]
+
+
+def put(out: list[A], indices: Sequence[int], values: Iterable[A]) -> None:
+    """Each value at its index."""
+    for i, value in zip(indices, values, strict=True):
+        out[i] = value
