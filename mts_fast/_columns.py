@@ -47,10 +47,15 @@ class Column(list[Tensor]):
         self.answers: dict[str, Any] = {}
 
 
+def as_column(tensors: Sequence[Tensor]) -> Column:
+    """These tensors as a column, which they may be already."""
+    return tensors if isinstance(tensors, Column) else Column(tensors)
+
+
 def end_to_end(*columns: Sequence[Tensor]) -> Column:
     """One column of several."""
-    parts = [c if isinstance(c, Column) else Column(c) for c in columns]
-    return Column(itertools.chain.from_iterable(parts), parts)
+    parts = list(map(as_column, columns))
+    return parts[0] if len(parts) == 1 else Column(itertools.chain.from_iterable(parts), parts)
 
 
 def _remembered(joined: Callable[[list[A]], A]) -> Callable[[Question[A]], Question[A]]:
@@ -108,7 +113,10 @@ def dtypes_of(tensors: Sequence[Tensor]) -> set[torch.dtype]:
 @_remembered(_all)
 def devices_of(tensors: Sequence[Tensor]) -> set[torch.device]:
     """The devices that occur."""
-    return set(map(_device, tensors))
+    devices = list(map(_device, tensors))
+    # to compare with the first is quicker than to hash each
+    alike = bool(devices) and devices.count(devices[0]) == len(devices)
+    return set(devices[:1] if alike else devices)
 
 
 @_remembered(_behind)
@@ -224,5 +232,8 @@ def at(column: Sequence[A], indices: Sequence[int]) -> Sequence[A]:
 
 def put(out: list[A], indices: Sequence[int], values: Iterable[A]) -> None:
     """Each value at its index."""
+    if len(indices) == len(out) and list(indices) == list(range(len(out))):
+        out[:] = values
+        return
     for i, value in zip(indices, values, strict=True):
         out[i] = value

@@ -6,6 +6,7 @@ and sparse ones are treated one by one.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -122,6 +123,24 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         dtype = torch.promote_types(part[0].dtype, torch.float32)
         norms += torch._foreach_norm(part, 2.0, dtype=dtype)
     return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+
+
+def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
+    """max |x| over all entries [], on the device of the first; NaN where one is, 0 of none."""
+    most: list[Tensor] = []
+    for group in by_kind(tensors):
+        members = [t for i in group if (t := tensors[i]).numel()]
+        if members and members[0].device.type in CHUNK:
+            # on a CPU a multi-tensor operator is a loop
+            for part in parts(members):
+                most.append(side_by_side([members[i] for i in part]).abs().amax())
+        elif members:
+            most += torch._foreach_norm(members, math.inf)
+    if not most:
+        return torch.zeros(())
+    if len({m.dtype for m in most}) > 1:
+        most = [m.double() for m in most]
+    return torch.stack([m.to(most[0].device) for m in most]).amax()
 
 
 def multiples(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from mts_fast._columns import (
     are_missing,
     are_plain,
     are_present,
+    as_column,
     devices_of,
     dtypes_of,
     end_to_end,
@@ -47,7 +48,7 @@ def alike(states: Sequence[State], *columns: Sequence[Tensor]) -> tuple[list[Ali
         members = list(range(start, start + len(group)))
         start += len(group)
         whole = len(group) == len(states)
-        part = [_column(c) if whole else Column(c[members[0] : start]) for c in columns]
+        part = [as_column(c) if whole else Column(c[members[0] : start]) for c in columns]
         made = _alike(group, members, part)
         if made is None:
             others += members
@@ -83,15 +84,11 @@ def _alike(group: Sequence[State], members: list[int], columns: list[Column]) ->
     present = {n: c for n, c in group.tensors.items() if not are_missing(c)}
     if not all(map(are_present, present.values())):
         return None
-    tensors = {name: Column(c) for name, c in present.items()}  # type: ignore[arg-type]
+    tensors = {name: as_column(c) for name, c in present.items()}  # type: ignore[arg-type]
     if not are_alike([*columns, *tensors.values()]):
         return None
     first: dict[str, Any] = {name: c[0] for name, c in {**group.tensors, **group.counts}.items()}
     return Alike(members, group.base.live(**first), columns, tensors)
-
-
-def _column(tensors: Sequence[Tensor]) -> Column:
-    return tensors if isinstance(tensors, Column) else Column(tensors)
 
 
 def _key(group: Alike) -> Hashable:

@@ -24,6 +24,7 @@ from mts_fast.reference.update_rules import (
     UpdateRule,
 )
 from mts_fast.reference.update_rules.rule import NOT_NEGATIVE, Bounds
+from mts_fast.reference.update_rules.states import LiveStates
 
 _rules: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: SGDRule(),
@@ -144,7 +145,7 @@ class LiveGroup:
 
     options: dict[str, Any]
     parameters: Column
-    states: list[Mapping[str, Any]]
+    states: LiveStates
 
 
 def live_groups(optimizer: torch.optim.Optimizer) -> list[LiveGroup]:
@@ -152,8 +153,8 @@ def live_groups(optimizer: torch.optim.Optimizer) -> list[LiveGroup]:
     groups = []
     none: dict[str, Any] = {}
     for group in optimizer.param_groups:
-        parameters = Column(p for p in group["params"] if p.requires_grad)
-        states = [state or none for state in map(optimizer.state.get, parameters)]
+        parameters = Column([p for p in group["params"] if p.requires_grad])
+        states = LiveStates([state or none for state in map(optimizer.state.get, parameters)])
         groups.append(LiveGroup(group, parameters, states))
     return groups
 
@@ -199,13 +200,11 @@ def checked_groups(
 def _check_states(op: str, arg: str, rule: UpdateRule, group: LiveGroup) -> None:
     """Names, shapes and numbers in the states of a group, and the rule's own reasons."""
     names = tuple(rule.state_tensors(group.options))
-    columns = [[state.get(name) for state in group.states] for name in names]
-    present = all(_all_present(column, group.parameters) for column in columns)
-    for name in rule.optional_state_tensors if present else ():
-        present &= _all_present([state.get(name) for state in group.states], group.parameters)
-    numbers = all(
-        _are_counts([state.get(name) for state in group.states]) for name in rule.state_numbers
+    present = all(
+        _all_present(group.states.column(name), group.parameters)
+        for name in (*names, *rule.optional_state_tensors)
     )
+    numbers = all(_are_counts(group.states, name) for name in rule.state_numbers)
     explains = type(rule).reasons is not UpdateRule.reasons
     if present and numbers and not explains:
         return
@@ -256,13 +255,15 @@ def _all_present(tensors: list[Any], parameters: Sequence[Tensor]) -> bool:
     )
 
 
-def _are_counts(values: list[Any]) -> bool:
-    """Whether all are finite numbers of at least 0 on the CPU, as counts of steps are; asked
-    without a loop."""
-    if set(map(type, values)) <= {Tensor} and sizes_of(values) == [1] * len(values):
-        if not all(device.type == "cpu" for device in devices_of(values)):
-            return False
-        values = [value.item() for value in values]
+def _are_counts(states: LiveStates, name: str) -> bool:
+    """Whether the numbers of that name are finite and at least 0, as counts of steps are; asked
+    without a loop, and of none that is on a device."""
+    entries = states.column(name)
+    if not are_tensors(entries) or sizes_of(entries) != [1] * len(entries):
+        return False
+    if any(device.type != "cpu" for device in devices_of(entries)):
+        return False
+    values = states.numbers(name)
     return all(type(value) is float and 0 <= value < math.inf for value in values)
 
 

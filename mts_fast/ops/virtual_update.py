@@ -20,9 +20,11 @@ from mts_fast._check import (
 )
 from mts_fast._columns import (
     Column,
+    any_requires_grad,
     are_present,
     are_strided,
     are_tensors,
+    as_column,
     at,
     detached,
     devices_of,
@@ -43,7 +45,7 @@ from mts_fast.ops.update_rules import (
     trainable_parameters,
 )
 from mts_fast.reference.update_rules import largest_gradient
-from mts_fast.reference.update_rules.states import States, samples, states_at
+from mts_fast.reference.update_rules.states import States, anew, samples, states_at
 from mts_fast.reference.virtual_update import State, masked_direction
 
 __all__ = [
@@ -141,7 +143,7 @@ class VirtualUpdate:
 
     parameters: list[Tensor]
     direction: ScaledDirection | None  # kappa * along, where `along` was given
-    _before: list[Tensor]
+    _before: Column  # tensors of its own, whose layout nobody changes
     _gradients: list[Tensor | None]
     _states: Sequence[State]
     _most: Tensor | None = None  # max |g|, where these gradients are a part of all
@@ -164,7 +166,7 @@ class VirtualUpdate:
             p, g, v = (_select(moved, column) for column in columns)
             most = self._most
             largest = _largest(self._states, self._gradients) if most is None else most
-            states = states_at(self._states, moved)
+            states = states_at(anew(self._states), moved)
             run = resolve(DIRECTION, end_to_end(p, g, v), rules_of(states))
             kappa_v, counts = run(p, g, states, v, hypergradient_lr, largest)
             put(scaled, moved, kappa_v)
@@ -234,6 +236,8 @@ def virtual_update(
     """
     rule, groups = checked_groups(optimizer, OP, "optimizer")
     parameters = end_to_end(*(group.parameters for group in groups))
+    if isinstance(gradients, list | tuple) and are_present(gradients):
+        gradients = Column(gradients)
     _check_like("gradients", gradients, parameters)
     if all(g is None for g in gradients):
         hint = "the loss does not depend on any parameter of the optimizer"
@@ -248,7 +252,7 @@ def virtual_update(
     before = detached(parameters)
     after, direction = _run(before, gradients, states, along, hypergradient_lr, largest)
     # `before` and `states` are not copies: `.scale` has to be called before the real step
-    return VirtualUpdate(after, direction, list(before), list(gradients), states, largest)
+    return VirtualUpdate(after, direction, before, list(gradients), states, largest)
 
 
 @torch.no_grad()
@@ -288,11 +292,16 @@ def _run(
 
 
 def _without_graph(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    if are_present(tensors):
+        column = as_column(tensors)  # type: ignore[arg-type]
+        return detached(column) if any_requires_grad(column) else column
     return [t.detach() if t is not None and t.requires_grad else t for t in tensors]
 
 
 def _present(*columns: Sequence[Tensor | None]) -> list[int]:
     """Where all columns have a tensor."""
+    if all(map(are_present, columns)):
+        return list(range(len(columns[0])))
     return [i for i, row in enumerate(zip(*columns, strict=True)) if are_present(row)]
 
 
@@ -306,7 +315,7 @@ def _largest(states: Sequence[State], gradients: Sequence[Tensor | None]) -> Ten
 def _select(indices: list[int], column: Sequence[Tensor | None]) -> Column:
     """The tensors at these indices, where there are some."""
     selected = at(column, indices)
-    return selected if isinstance(selected, Column) else Column(selected)  # type: ignore[arg-type]
+    return as_column(selected)  # type: ignore[arg-type]
 
 
 def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -78,8 +78,9 @@ def virtual_update(
                 p, g, *(tensors or ([], [])), s.lr, *_adam_scalars(s)
             )
         put(out, members, updates)
-    rest = at(parameters, others), at(gradients, others), states_at(states, others)
-    put(out, others, flat.virtual_update(*rest))
+    if others:
+        rest = at(parameters, others), at(gradients, others), states_at(states, others)
+        put(out, others, flat.virtual_update(*rest))
     return out
 
 
@@ -102,10 +103,12 @@ def hypergradient_direction(
         kernel_calls = [call for call in calls if isinstance(call.state, AdamState)]
         plain = [call for call in calls if not isinstance(call.state, AdamState)]
         others = sorted([*others, *(i for call in plain for i in call.members)])
-    rows = at(parameters, others), at(gradients, others), states_at(states, others)
-    v = at(along, others)
-    made, counts = flat.hypergradient_direction(*rows, v, hypergradient_lr, largest)
-    put(out, others, made)
+    counts: list[Tensor] = []
+    if others:
+        rows = at(parameters, others), at(gradients, others), states_at(states, others)
+        v = at(along, others)
+        made, counts = flat.hypergradient_direction(*rows, v, hypergradient_lr, largest)
+        put(out, others, made)
     for members, s, (p, g, v), tensors in kernel_calls:
         lr = s.lr if hypergradient_lr is None else hypergradient_lr
         floor = float(noise_floor(g[0].dtype, largest))

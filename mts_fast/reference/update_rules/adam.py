@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from mts_fast.reference.update_rules.rule import (
     effective_gradient,
     number,
 )
-from mts_fast.reference.update_rules.states import StateColumns
+from mts_fast.reference.update_rules.states import LiveStates, StateColumns
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class AdamRule(ReadRule):
             step=number(state.get("step", 0.0)),
         )
 
-    def read_all(self, group: Options, states: Sequence[Options]) -> StateColumns:
+    def read_all(self, group: Options, states: LiveStates) -> StateColumns:
         base = self.read(group, {})
-        tensors = {name: [state.get(name) for state in states] for name in base.tensors}
-        counts = {"step": [number(state.get("step", 0.0)) for state in states]}
-        return StateColumns(base, len(states), tensors, counts)
+        tensors = {name: states.column(name) for name in base.tensors}
+        return StateColumns(base, len(states), tensors, {"step": states.numbers("step")})

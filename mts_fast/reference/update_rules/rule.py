@@ -10,13 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mts_fast._check import fail
 from mts_fast.reference.update_rules.noise import is_noise
+
+if TYPE_CHECKING:
+    from mts_fast.reference.update_rules.states import LiveStates
 
 OP = "virtual_update"
 Number = float | Tensor  # a tensor where reading it would wait for a device
@@ -181,7 +184,7 @@ class UpdateRule(ABC):
         """The rule with the current options and state."""
         return RuleState(self, dict(group), dict(state))
 
-    def read_all(self, group: Options, states: Sequence[Options]) -> Sequence[State]:
+    def read_all(self, group: Options, states: LiveStates) -> Sequence[State]:
         """The rule with the current options and the states of several parameters."""
         return [self.read(group, state) for state in states]
 

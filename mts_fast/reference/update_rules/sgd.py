@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from mts_fast.reference.update_rules.rule import (
     effective_gradient,
     number,
 )
-from mts_fast.reference.update_rules.states import StateColumns
+from mts_fast.reference.update_rules.states import LiveStates, StateColumns
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class SGDRule(ReadRule):
             buffer=state.get("momentum_buffer"),
         )
 
-    def read_all(self, group: Options, states: Sequence[Options]) -> StateColumns:
+    def read_all(self, group: Options, states: LiveStates) -> StateColumns:
         base = self.read(group, {})
-        buffers = [state.get("momentum_buffer") for state in states]
-        return StateColumns(base, len(states), {"buffer": buffers}, {})
+        return StateColumns(base, len(states), {"buffer": states.column("momentum_buffer")}, {})

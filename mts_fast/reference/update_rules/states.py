@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
 
 from torch import Tensor
 
-from mts_fast._columns import at
-from mts_fast.reference.update_rules.rule import ElementwiseState, Number, State
+from mts_fast._columns import Column, are_tensors, at
+from mts_fast.reference.update_rules.rule import ElementwiseState, Number, Options, State, number
+
+
+class LiveStates(list[Options]):
+    """Entries of `optimizer.state`, asked by column; each column is read once."""
+
+    def __init__(self, states: Iterable[Options]) -> None:
+        super().__init__(states)
+        self._columns: dict[str, list[Any]] = {}
+        self._numbers: dict[str, list[Number]] = {}
+
+    def column(self, name: str) -> list[Any]:
+        """The entry of each; None where it is missing."""
+        if name not in self._columns:
+            entries: list[Any] = [state.get(name) for state in self]
+            self._columns[name] = Column(entries) if are_tensors(entries) else entries
+        return self._columns[name]
+
+    def numbers(self, name: str) -> list[Number]:
+        """The same of numbers; 0 where there is none."""
+        if name not in self._numbers:
+            entries = self.column(name)
+            self._numbers[name] = [0.0 if n is None else number(n) for n in entries]
+        return self._numbers[name]
 
 
 class StateColumns(Sequence[State]):
@@ -77,6 +100,14 @@ class States(Sequence[State]):
     @functools.cached_property
     def _objects(self) -> list[State]:
         return list(itertools.chain.from_iterable(self.groups))
+
+
+def anew(states: Sequence[State]) -> Sequence[State]:
+    """The same, of which nothing was asked before."""
+    if not isinstance(states, States):
+        return states
+    groups = [g.at(range(len(g))) if isinstance(g, StateColumns) else g for g in states.groups]
+    return States(groups)
 
 
 def states_at(states: Sequence[State], indices: Sequence[int]) -> Sequence[State]:
