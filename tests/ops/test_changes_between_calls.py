@@ -122,9 +122,10 @@ def channels_last(optimizer, gradients):
 
 
 def negative(optimizer, gradients):
-    """A tensor whose sign is a mark: its memory holds the opposite."""
+    """Tensors whose sign is a mark: their memory holds the opposite, with gaps and without."""
     gradients[1] = torch.complex(torch.zeros(7), gradients[1]).conj().imag
-    assert gradients[1].is_neg()
+    gradients[4] = torch._neg_view(-gradients[4])
+    assert gradients[1].is_neg() and gradients[4].is_neg()
 
 
 def missing(optimizer, gradients):
@@ -207,7 +208,7 @@ def check(optimizer, gradients):
     together = mts_fast.virtual_update(optimizer, gradients, along=along)
     for scaled in (update.scale(along), together.direction):
         for mine, exact in zip(scaled, directions(optimizer, gradients, along), strict=True):
-            torch.testing.assert_close(mine, exact, rtol=2e-5, atol=1e-9)
+            torch.testing.assert_close(mine, exact, rtol=2e-6, atol=1e-9)  # observed 6e-7
 
 
 @pytest.mark.parametrize("steps", [1, 3])  # "a buffer is there" and a history
@@ -252,4 +253,4 @@ def test_a_state_that_changes_before_scale_is_read_anew():
     for mine, exact in zip(
         update.scale(along), directions(optimizer, gradients, along), strict=True
     ):
-        torch.testing.assert_close(mine, exact, rtol=2e-5, atol=1e-9)
+        torch.testing.assert_close(mine, exact, rtol=2e-6, atol=1e-9)  # observed 6e-7
