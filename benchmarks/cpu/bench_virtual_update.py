@@ -5,8 +5,6 @@ The implementations take turns and allocate their results. Bytes that must move:
 and buffers read, the result written.
 """
 
-import copy
-
 import pytest
 import torch
 from deep_models import DEEP_MODELS
@@ -80,15 +78,14 @@ def bench_host_time_of_many_small_tensors(benchmark, optimizer):
         "scale": lambda: update.scale(along),
         "torch's step": live.step,
     }
-    clone, copied = copy.deepcopy((live, leaves))
-    clone.step()
-    for mine, truth in zip(update.parameters, copied, strict=True):
+    live.step()
+    for mine, truth in zip(update.parameters, leaves, strict=True):
         torch.testing.assert_close(mine, truth.detach(), rtol=1e-6, atol=1e-6)
     seconds = {}
     benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
     benchmark.extra_info |= {
         "parameters": len(leaves),
-        "ratios": {k: round(r, 2) for k, r in ratios(seconds, "torch's step").items()},
+        "ratios": {k: round(r, 2) for k, r in ratios(seconds, "virtual_update").items()},
     }
 
 
