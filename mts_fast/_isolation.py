@@ -6,6 +6,7 @@ graph recorded before stays valid afterwards.
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import threading
@@ -13,36 +14,45 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mts_fast._multi_tensor import copies, overwrite
+from mts_fast._columns import are_same
+from mts_fast._multi_tensor import SavedValues, copies, overwrite
+
+_training = attrgetter("training")
 
 
 class World:
     """The modules that a call may run: their buffers and modes, and where their generators are.
 
-    The list of modules is made once, and anew by `refresh`.
+    The list of modules is made once, and anew by `refresh` where a module was added or replaced.
     """
 
     def __init__(self, *roots: nn.Module) -> None:
         self.roots = roots
         # parameters that a forward writes to: tables with max_norm, and others once seen
         self.written: list[Tensor] = []
+        self.modules: list[nn.Module] = []
+        self._children: list[nn.Module | None] = []
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for modules that were added or replaced."""
-        self.modules = _all_modules(self.roots)
-        tensors = (t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()))
-        self.devices = {t.device for t in tensors if t is not None and t.is_cuda}
-        tables = [m for m in self.modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        """Look for modules that were added or replaced, or moved to another device."""
+        children = children_of(self.modules)
+        if not self.modules or not are_same(children, self._children):
+            self.modules = all_modules(self.roots)
+            self._children = children_of(self.modules)
+            kinds = (nn.Embedding, nn.EmbeddingBag)
+            self._tables = [m for m in self.modules if isinstance(m, kinds)]
+        self.devices = {t.device for t in (*self.parameters(), *self.buffers()) if t.is_cuda}
         # tables whose gradient is divided by how often a row occurs
-        self.frequency_tables = [m for m in tables if m.scale_grad_by_freq]
-        self.note_written(m.weight for m in tables if m.max_norm is not None)
+        self.frequency_tables = [m for m in self._tables if m.scale_grad_by_freq]
+        self.note_written(m.weight for m in self._tables if m.max_norm is not None)
 
     def note_written(self, parameters: Iterable[Tensor]) -> None:
         """Treat these parameters as state of a forward, like buffers."""
@@ -50,21 +60,25 @@ class World:
 
     def parameters(self) -> list[Tensor]:
         """All parameters."""
-        return [p for m in self.modules for p in m._parameters.values() if p is not None]
+        entries = itertools.chain.from_iterable(m._parameters.values() for m in self.modules)
+        return [p for p in entries if p is not None]
 
     def modes(self) -> tuple[bool, ...]:
         """Which modules are in train mode."""
-        return tuple(module.training for module in self.modules)
+        return tuple(map(_training, self.modules))
 
-    def buffers(self) -> Iterator[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """All buffers."""
-        for module in self.modules:
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    yield buffer
+        entries = itertools.chain.from_iterable(m._buffers.values() for m in self.modules)
+        return [b for b in entries if b is not None]
 
 
-def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+def children_of(modules: Iterable[nn.Module]) -> list[nn.Module | None]:
+    """What modules hold as modules, in order; None where a name has none."""
+    return list(itertools.chain.from_iterable(m._modules.values() for m in modules))
+
+
+def all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
     """Every module once, as `modules()` lists them, without the names that it makes."""
     modules: dict[int, nn.Module] = {}
     todo = [*reversed(roots)]
@@ -72,7 +86,8 @@ def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
         module = todo.pop()
         if id(module) not in modules:
             modules[id(module)] = module
-            todo += [m for m in reversed(module._modules.values()) if m is not None]
+            if module._modules:
+                todo += [m for m in reversed(module._modules.values()) if m is not None]
     return list(modules.values())
 
 
@@ -296,23 +311,18 @@ def replaced_parameters(
 
     `written` is called after both.
     """
-    saved = copies(parameters)
+    saved = SavedValues(parameters)
+
+    def copied(copy: Callable[[], None]) -> None:
+        copy()
+        if written is not None:
+            written()
+        # autocast's cached low-precision weights are stale after the copy
+        torch.clear_autocast_cache()
+
     return Restoring(
-        lambda: _overwrite(parameters, saved, written),
-        lambda: _overwrite(parameters, values, written),
+        lambda: copied(saved.restore), lambda: copied(lambda: overwrite(parameters, values))
     )
-
-
-def _overwrite(
-    parameters: Sequence[Tensor],
-    values: Sequence[Tensor],
-    written: Callable[[], object] | None,
-) -> None:
-    overwrite(parameters, values)
-    if written is not None:
-        written()
-    # autocast's cached low-precision weights are stale after the copy
-    torch.clear_autocast_cache()
 
 
 def training_mode(modules: nn.Module | World, mode: bool) -> Restoring:

@@ -24,8 +24,8 @@ ROWS = (
     ("backends",),
     ("reference",),
     (
-        *("_ambient", "_check", "_files", "_hosts", "_interrupts", "_isolation", "_launcher"),
-        *("_multi_tensor", "_outputs", "_process", "_sharding", "_version"),
+        *("_ambient", "_check", "_columns", "_files", "_hosts", "_interrupts", "_isolation"),
+        *("_launcher", "_multi_tensor", "_outputs", "_process", "_sharding", "_version"),
     ),
 )
 HEIGHT = {name: -i for i, row in enumerate(ROWS) for name in row}

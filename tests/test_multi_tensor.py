@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from device_work import Launches
 
 from mts_fast import _multi_tensor
-from mts_fast._multi_tensor import copies, inner_product, overwrite, parts
+from mts_fast._multi_tensor import (
+    SavedValues,
+    copies,
+    inner_product,
+    largest_entry,
+    overwrite,
+    parts,
+)
 
 
 def odd_tensors():
@@ -64,6 +72,51 @@ def test_tensors_of_a_subclass_are_copied_one_by_one():
     marked = torch.randn(3).as_subclass(Marked)
     (copy,) = copies([marked])
     assert torch.equal(copy, marked) and copy.data_ptr() != marked.data_ptr()
+
+
+@pytest.mark.parametrize("names", [("plain", "parameter", "no axes", "no entries", "half"), None])
+@pytest.mark.parametrize("chunk", [1, 10, 2**24])  # alone, in parts, all together
+def test_saved_values_are_put_back(names, chunk, monkeypatch):
+    """Those that may lie side by side, and every kind of tensor."""
+    monkeypatch.setitem(_multi_tensor.CHUNK, "cpu", chunk)
+    tensors = [t for n, t in odd_tensors().items() if n != "expanded" and n in (names or [n])]
+    before = [t.detach().clone() for t in tensors]
+    strides = [t.stride() for t in tensors if t.layout is torch.strided]
+    versions = [t._version for t in tensors]
+    saved = SavedValues(tensors)
+    for t in tensors:
+        t.data.zero_()
+    for value, b in zip(saved.values(), before, strict=True):
+        assert torch.equal(value.to_dense(), b.to_dense())
+    for _ in range(2):  # a clean-up may be repeated
+        saved.restore()
+        for t, b in zip(tensors, before, strict=True):
+            assert torch.equal(t.detach().to_dense(), b.to_dense())
+        for t in tensors:
+            t.data.zero_()
+    assert [t.stride() for t in tensors if t.layout is torch.strided] == strides
+    assert [t._version for t in tensors] == versions
+
+
+def test_small_tensors_are_saved_in_one_launch():
+    tensors = [torch.randn(3, 2) for _ in range(100)]
+    with Launches() as launches:
+        SavedValues(tensors)
+    assert sum(launches.by_name.values()) == 1
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64, torch.bfloat16]])
+def test_largest_entry(dtypes):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (), (0,), (700, 700)]  # the last does not lie beside others
+    tensors = [torch.randn(s, generator=g).to(d) for s in shapes for d in dtypes]
+    tensors[0][1, 2] = -7.5
+    assert float(largest_entry(tensors)) == 7.5
+    tensors[-1][5, 5] = torch.inf
+    assert float(largest_entry(tensors)) == torch.inf
+    tensors[1].fill_(torch.nan)
+    assert largest_entry(tensors).isnan()
+    assert float(largest_entry([torch.zeros(0)])) == 0.0
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 2**24])  # alone, in parts, all together

@@ -7,6 +7,7 @@ and buffers read, the result written.
 
 import pytest
 import torch
+from deep_models import DEEP_MODELS
 from measure import ratios
 from update_baselines import (
     FOREACH,
@@ -15,10 +16,12 @@ from update_baselines import (
     directions_one_by_one,
     draw_update,
     one_by_one,
+    stepped,
 )
 
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.cpp.virtual_update import hypergradient_direction, virtual_update
+from mts_fast.ops import virtual_update as virtual_update_of
 from mts_fast.reference.update_rules import largest_gradient
 from mts_fast.tuning.timing import interleaved
 
@@ -57,6 +60,32 @@ def bench_virtual_update(benchmark, model, optimizer):
         "parameters": entries,
         "ratios": {label: round(r, 2) for label, r in ratios(seconds, "C++").items()},
         "GB/s": round(moved / median / 1e9, 1),
+    }
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def bench_host_time_of_many_small_tensors(benchmark, optimizer):
+    """The public function, with all that it checks and reads, against torch's own foreach step: 152
+    parameters of a deep and narrow ViT, on which arithmetic costs next to nothing."""
+    shapes = [p.shape for p in DEEP_MODELS["ViT-12"]().parameters()]
+    drawn = draw_update(shapes, optimizer)
+    leaves = [torch.nn.Parameter(p.clone()) for p in drawn.parameters]
+    live = stepped(optimizer, leaves, drawn.gradients, foreach=True)
+    along = [torch.randn_like(p) for p in drawn.parameters]
+    update = virtual_update_of(live, drawn.gradients)
+    calls = {
+        "virtual_update": lambda: virtual_update_of(live, drawn.gradients),
+        "scale": lambda: update.scale(along),
+        "torch's step": live.step,
+    }
+    live.step()
+    for mine, truth in zip(update.parameters, leaves, strict=True):
+        torch.testing.assert_close(mine, truth.detach(), rtol=1e-6, atol=1e-6)
+    seconds = {}
+    benchmark.pedantic(lambda: seconds.update(interleaved(calls, ROUNDS)), rounds=1)
+    benchmark.extra_info |= {
+        "parameters": len(leaves),
+        "ratios": {k: round(r, 2) for k, r in ratios(seconds, "virtual_update").items()},
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mts_fast.backends.columns import devices_of
+from mts_fast._columns import devices_of
 
 
 def under_transform() -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mts_fast._check import check_choice, fail
-from mts_fast.backends.columns import devices_of
+from mts_fast._columns import devices_of
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import under_transform
 from mts_fast.backends.triton.eligibility import kernel_devices, triton_reasons
@@ -57,9 +57,12 @@ class Implementation:
 
     def has_kernel(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it has a kernel for the devices of these tensors."""
-        devices = self.devices
+        if self.devices is None:
+            return True
         # a comprehension, which torch.compile can trace
-        return devices is None or all(d.type in devices for d in {t.device for t in tensors})
+        compiling = torch.compiler.is_compiling()
+        devices = {t.device for t in tensors} if compiling else devices_of(tensors)
+        return all(device.type in self.devices for device in devices)
 
     def serves(self, tensors: Sequence[Tensor], verdict: bool | None) -> bool:
         """Whether `auto` takes it for these tensors; this machine's verdict replaces ours."""

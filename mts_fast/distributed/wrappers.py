@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mts_fast._check import describe, fail
+from mts_fast._isolation import all_modules
 from mts_fast._sharding import SHARDED_MODULE, Sharding, is_a
 from mts_fast.distributed.ranks import Alone, Ranks
 
@@ -28,12 +29,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if is_a(model, DATA_PARALLEL) else model  # type: ignore[return-value]
 
 
+def _holds(model: nn.Module, *names: str) -> bool:
+    """Whether it or a module in it is of a class of one of these names: asked of every class once,
+    without the paths of modules, in every call."""
+    classes = {cls for kind in set(map(type, all_modules([model]))) for cls in kind.__mro__}
+    return any(cls.__name__ in names for cls in classes)
+
+
 def check_wrappers(op: str, arg: str, model: nn.Module) -> None:
     """Refuse wrappers that a step cannot serve.
 
     Raises:
         RuntimeError: FullyShardedDataParallel, or a data-parallel wrapper inside the model.
     """
+    if not _holds(model, OLD_SHARDED, DATA_PARALLEL):
+        return
     for path, module in model.named_modules():
         where = f" at {path!r}" if path else ""
         if is_a(module, OLD_SHARDED):
@@ -84,7 +94,7 @@ def check_ranks(
             that was initialised, destroyed or replaced since.
     """
     check_wrappers(op, "model", model)
-    if sharding is None and any(is_a(m, SHARDED_MODULE) for m in model.modules()):
+    if sharding is None and _holds(model, SHARDED_MODULE):
         hint = "call fully_shard first, then make the optimizer, then the step"
         got = "one that was sharded since"
         fail(RuntimeError, op, "model", "as when the step was built", got, hint)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mts_fast import ops
 from mts_fast._check import check_integer, check_range, describe, fail
-from mts_fast._isolation import Restoring, World, replaced_parameters
+from mts_fast._isolation import Restoring, World, all_modules, replaced_parameters
 from mts_fast._sharding import Sharding
 from mts_fast.hypergradient.nests import leaves, map_tensors
 from mts_fast.hypergradient.refused import Refused
@@ -251,9 +251,9 @@ class Objective:
         return [path or "the model" for path, _ in self.modules_that(compiled)]
 
     def modules_that(self, condition: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
-        """The model's modules that meet a condition, with their paths. These are made only where
-        there is one."""
-        if not any(condition(module) for module in self.world.modules):
+        """The model's modules that meet a condition, with their paths."""
+        # paths cost more than modules, and are seldom asked for
+        if not any(map(condition, all_modules([self.model]))):
             return []
         return [(path, m) for path, m in self.model.named_modules() if condition(m)]
 

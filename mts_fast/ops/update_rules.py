@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mts_fast._check import check_number, describe, fail
-from mts_fast.backends.columns import are_tensors, devices_of, shapes_of
+from mts_fast._columns import Column, are_tensors, devices_of, shapes_of, sizes_of
 from mts_fast.reference.update_rules import (
     AdamRule,
     MuonRule,
@@ -23,6 +24,7 @@ from mts_fast.reference.update_rules import (
     UpdateRule,
 )
 from mts_fast.reference.update_rules.rule import NOT_NEGATIVE, Bounds
+from mts_fast.reference.update_rules.states import LiveStates
 
 _rules: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: SGDRule(),
@@ -136,6 +138,27 @@ def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
+@dataclass(frozen=True)
+class LiveGroup:
+    """The trainable parameters of a group, and their entries in `optimizer.state`, empty before
+    the first step."""
+
+    options: dict[str, Any]
+    parameters: Column
+    states: LiveStates
+
+
+def live_groups(optimizer: torch.optim.Optimizer) -> list[LiveGroup]:
+    """What an optimizer has at this moment."""
+    groups = []
+    none: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        parameters = Column([p for p in group["params"] if p.requires_grad])
+        states = LiveStates([state or none for state in map(optimizer.state.get, parameters)])
+        groups.append(LiveGroup(group, parameters, states))
+    return groups
+
+
 def check_optimizer(
     optimizer: torch.optim.Optimizer, *, op: str = "virtual_update", arg: str = "optimizer"
 ) -> UpdateRule:
@@ -145,41 +168,56 @@ def check_optimizer(
     shapes in the state. Tensors are read on the CPU alone. Messages name the optimizer by `op` and
     `arg`.
     """
+    return checked_groups(optimizer, op, arg)[0]
+
+
+def checked_groups(
+    optimizer: torch.optim.Optimizer, op: str, arg: str
+) -> tuple[UpdateRule, list[LiveGroup]]:
+    """The rule, and the groups that were checked; see `check_optimizer`."""
     rule = rule_of(op, arg, optimizer)
-    for i, group in enumerate(optimizer.param_groups):
+    groups = live_groups(optimizer)
+    for i, group in enumerate(groups):
         where = f"{arg}.param_groups[{i}]"
-        if group.get("differentiable"):
+        if group.options.get("differentiable"):
             hint = "make it with differentiable=False; MTS differentiates the step by itself"
             fail(ValueError, op, where, "without differentiable", "differentiable=True", hint)
-        devices = {p.device.type for p in group["params"] if p.requires_grad}
-        if group.get("capturable") and devices.intersection(NOT_CAPTURABLE):
-            hint = "make it with capturable=False, or move the model to the GPU first"
-            got = f"capturable=True on {', '.join(sorted(devices))}"
-            fail(ValueError, op, where, "without capturable off a GPU", got, hint)
-        _check_numbers(op, where, group, rule.numbers)
-    parameters = trainable_parameters(optimizer)
-    if not parameters:
+        if group.options.get("capturable"):
+            devices = {device.type for device in devices_of(group.parameters)}
+            if devices.intersection(NOT_CAPTURABLE):
+                hint = "make it with capturable=False, or move the model to the GPU first"
+                got = f"capturable=True on {', '.join(sorted(devices))}"
+                fail(ValueError, op, where, "without capturable off a GPU", got, hint)
+        _check_numbers(op, where, group.options, rule.numbers)
+    if not any(len(group.parameters) for group in groups):
         hint = "set requires_grad on the parameters that shall learn"
         fail(ValueError, op, arg, "given trainable parameters", "none", hint)
-    for group in optimizer.param_groups:
-        members = [p for p in group["params"] if p.requires_grad]
-        states = [optimizer.state.get(p, {}) for p in members]
-        names = tuple(rule.state_tensors(group))
-        present = all(
-            _all_present([state.get(name) for state in states], members)
-            for name in (*names, *rule.optional_state_tensors)
-        )
-        for parameter, state in zip(members, states, strict=True):
-            if not present:
-                _check_state_tensors(op, arg, parameter, state, rule, names if state else ())
-            for name in rule.state_numbers if state else ():
-                _check_state_number(op, arg, name, state.get(name))
-            reasons = rule.reasons(group, state)
-            if reasons:
-                hint = "change these options, or take another optimizer"
-                expected = "one that can be looked ahead of"
-                fail(ValueError, op, arg, expected, "; ".join(reasons), hint)
-    return rule
+    for group in groups:
+        _check_states(op, arg, rule, group)
+    return rule, groups
+
+
+def _check_states(op: str, arg: str, rule: UpdateRule, group: LiveGroup) -> None:
+    """Names, shapes and numbers in the states of a group, and the rule's own reasons."""
+    names = tuple(rule.state_tensors(group.options))
+    present = all(
+        _all_present(group.states.column(name), group.parameters)
+        for name in (*names, *rule.optional_state_tensors)
+    )
+    numbers = all(_are_counts(group.states, name) for name in rule.state_numbers)
+    explains = type(rule).reasons is not UpdateRule.reasons
+    if present and numbers and not explains:
+        return
+    for parameter, state in zip(group.parameters, group.states, strict=True):
+        if not present:
+            _check_state_tensors(op, arg, parameter, state, rule, names if state else ())
+        for name in rule.state_numbers if state and not numbers else ():
+            _check_number(op, f"{arg}.state[...][{name!r}]", state.get(name), NOT_NEGATIVE, RELOAD)
+        reasons = rule.reasons(group.options, state)
+        if reasons:
+            hint = "change these options, or take another optimizer"
+            expected = "one that can be looked ahead of"
+            fail(ValueError, op, arg, expected, "; ".join(reasons), hint)
 
 
 def _check_numbers(
@@ -208,13 +246,25 @@ def _check_number(op: str, arg: str, value: object, bounds: Bounds, hint: str) -
     check_number(op, arg, value, **bounds, hint=hint)
 
 
-def _all_present(tensors: list[Any], parameters: list[Tensor]) -> bool:
+def _all_present(tensors: list[Any], parameters: Sequence[Tensor]) -> bool:
     """Whether each parameter has a tensor of its shape on its device; asked without a loop."""
     return (
         are_tensors(tensors)
         and shapes_of(tensors) == shapes_of(parameters)
-        and len(devices_of([*tensors, *parameters])) <= 1
+        and len(devices_of(tensors) | devices_of(parameters)) <= 1
     )
+
+
+def _are_counts(states: LiveStates, name: str) -> bool:
+    """Whether the numbers of that name are finite and at least 0, as counts of steps are; asked
+    without a loop, and of none that is on a device."""
+    entries = states.column(name)
+    if not are_tensors(entries) or sizes_of(entries) != [1] * len(entries):
+        return False
+    if any(device.type != "cpu" for device in devices_of(entries)):
+        return False
+    values = states.numbers(name)
+    return all(type(value) is float and 0 <= value < math.inf for value in values)
 
 
 def _check_state_tensors(
@@ -237,15 +287,6 @@ def _check_state_tensors(
             expected = f"of shape {tuple(shape)} on {parameter.device} like its parameter"
             got = f"{describe(tensor)} on {tensor.device}"
             fail(ValueError, op, f"{arg}.state[...][{name!r}]", expected, got, RELOAD)
-
-
-def _check_state_number(op: str, arg: str, name: str, value: object) -> None:
-    """A count of steps or alike: finite and not negative; off the CPU it is not read."""
-    # the usual case
-    if type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu":
-        value = value.item()
-    if not (type(value) is float and 0 <= value < math.inf):
-        _check_number(op, f"{arg}.state[...][{name!r}]", value, NOT_NEGATIVE, RELOAD)
 
 
 def _unwrapped(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +18,34 @@ from mts_fast._check import (
     describe,
     fail,
 )
+from mts_fast._columns import (
+    Column,
+    any_requires_grad,
+    are_present,
+    are_strided,
+    are_tensors,
+    as_column,
+    at,
+    detached,
+    devices_of,
+    dtypes_of,
+    end_to_end,
+    put,
+    shapes_of,
+)
 from mts_fast.backends import flat
-from mts_fast.backends.columns import are_tensors, devices_of, dtypes_of, shapes_of
 from mts_fast.backends.cpp import virtual_update as cpp
 from mts_fast.backends.registry import register, register_flat, register_triton, resolve
 from mts_fast.backends.triton import virtual_update as triton
-from mts_fast.ops.update_rules import check_optimizer, rule_of, trainable_parameters
+from mts_fast.ops.update_rules import (
+    check_optimizer,
+    checked_groups,
+    live_groups,
+    rule_of,
+    trainable_parameters,
+)
 from mts_fast.reference.update_rules import largest_gradient
+from mts_fast.reference.update_rules.states import States, anew, samples, states_at
 from mts_fast.reference.virtual_update import State, masked_direction
 
 __all__ = [
@@ -37,8 +57,6 @@ __all__ = [
     "virtual_update",
 ]
 
-T = TypeVar("T")
-
 OP = "virtual_update"
 DIRECTION = "hypergradient_direction"
 ALONG = "virtual_update_along"
@@ -47,7 +65,7 @@ FLOATING = set(FLOATING_DTYPES)
 
 def rules_of(states: Sequence[State]) -> str:
     """The update rules of these states: the variant of an op, whose kernel depends on them."""
-    return "+".join(sorted({type(state).__name__ for state in states}))
+    return "+".join(sorted({type(state).__name__ for state in samples(states)}))
 
 
 def _updates(
@@ -81,8 +99,8 @@ def _composed(
     """Unfused: the two ops in turn. A fused implementation returns the same values."""
     rows = parameters, gradients, states
     rules = rules_of(states)
-    updated = resolve(OP, [*parameters, *gradients], rules)(*rows)
-    run = resolve(DIRECTION, [*parameters, *gradients, *along], rules)
+    updated = resolve(OP, end_to_end(parameters, gradients), rules)(*rows)
+    run = resolve(DIRECTION, end_to_end(parameters, gradients, along), rules)
     return updated, *run(*rows, along, hypergradient_lr, largest)
 
 
@@ -125,9 +143,9 @@ class VirtualUpdate:
 
     parameters: list[Tensor]
     direction: ScaledDirection | None  # kappa * along, where `along` was given
-    _before: list[Tensor]
+    _before: Column  # tensors of its own, whose layout nobody changes
     _gradients: list[Tensor | None]
-    _states: list[State]
+    _states: Sequence[State]
     _most: Tensor | None = None  # max |g|, where these gradients are a part of all
 
     def scale(
@@ -142,18 +160,16 @@ class VirtualUpdate:
         _check_lr(hypergradient_lr)
         scaled: list[Tensor | None] = [None] * len(direction)
         counts: list[Tensor] = []
-        pairs = zip(self._gradients, direction, strict=True)
-        moved = [i for i, pair in enumerate(pairs) if all(t is not None for t in pair)]
+        moved = _present(self._gradients, direction)
         if moved:
             columns = (self._before, self._gradients, direction)
             p, g, v = (_select(moved, column) for column in columns)
             most = self._most
             largest = _largest(self._states, self._gradients) if most is None else most
-            states = _select(moved, self._states)
-            run = resolve(DIRECTION, [*p, *g, *v], rules_of(states))
+            states = states_at(anew(self._states), moved)
+            run = resolve(DIRECTION, end_to_end(p, g, v), rules_of(states))
             kappa_v, counts = run(p, g, states, v, hypergradient_lr, largest)
-            for i, tensor in zip(moved, kappa_v, strict=True):
-                scaled[i] = tensor
+            put(scaled, moved, kappa_v)
         return ScaledDirection(_or_zeros(scaled, self._before), counts)
 
 
@@ -218,8 +234,10 @@ def virtual_update(
         >>> mts_fast.virtual_update(sgd, [torch.tensor([1.0, 2.0])]).parameters[0].tolist()
         [0.8999999761581421, 0.800000011920929]
     """
-    check_optimizer(optimizer)
-    parameters = trainable_parameters(optimizer)
+    rule, groups = checked_groups(optimizer, OP, "optimizer")
+    parameters = end_to_end(*(group.parameters for group in groups))
+    if isinstance(gradients, list | tuple) and are_present(gradients):
+        gradients = Column(gradients)
     _check_like("gradients", gradients, parameters)
     if all(g is None for g in gradients):
         hint = "the loss does not depend on any parameter of the optimizer"
@@ -230,8 +248,8 @@ def virtual_update(
         hint = "without it, give it to .scale()"
         fail(ValueError, OP, "hypergradient_lr", "given together with along", "alone", hint)
     _check_lr(hypergradient_lr)
-    states = list(optimizer_states(optimizer).values())
-    before = [p.detach() for p in parameters]
+    states = States([rule.read_all(group.options, group.states) for group in groups])
+    before = detached(parameters)
     after, direction = _run(before, gradients, states, along, hypergradient_lr, largest)
     # `before` and `states` are not copies: `.scale` has to be called before the real step
     return VirtualUpdate(after, direction, before, list(gradients), states, largest)
@@ -239,54 +257,65 @@ def virtual_update(
 
 @torch.no_grad()
 def _run(
-    before: list[Tensor],
+    before: Column,
     gradients: Sequence[Tensor | None],
-    states: list[State],
+    states: Sequence[State],
     along: Sequence[Tensor | None] | None,
     hypergradient_lr: float | None,
     most: Tensor | None,
 ) -> tuple[list[Tensor], ScaledDirection | None]:
     """(theta', kappa along): in one pass where `along` is given, theta' alone elsewhere."""
-    detached = [_detached(g) for g in gradients]
-    v = [_detached(t) for t in along or [None] * len(before)]
-    after = [p.clone() if g is None else p for p, g in zip(before, gradients, strict=True)]
+    g = _without_graph(gradients)
+    v = [None] * len(before) if along is None else _without_graph(along)
+    after = [p.clone() if t is None else p for p, t in zip(before, g, strict=True)]
     direction: list[Tensor | None] = [None] * len(before)
     counts: list[Tensor] = []
-    moved = [i for i, g in enumerate(gradients) if g is not None]
-    plain, both = ([i for i in moved if (v[i] is None) == absent] for absent in (True, False))
+    both = [] if along is None else _present(g, v)
+    plain = sorted(set(_present(g)).difference(both))
     if plain:
-        p, g = _select(plain, before), _select(plain, detached)
-        rows = _select(plain, states)
-        updated = resolve(OP, [*p, *g], rules_of(rows))(p, g, rows)
-        for i, tensor in zip(plain, updated, strict=True):
-            after[i] = tensor
+        columns, rows = [_select(plain, before), _select(plain, g)], states_at(states, plain)
+        run = resolve(OP, end_to_end(*columns), rules_of(rows))
+        put(after, plain, run(*columns, rows))
     if both:
-        p, g, w = (_select(both, column) for column in (before, detached, v))
-        largest = _largest(states, detached) if most is None else most
-        rows = _select(both, states)
-        run = resolve(ALONG, [*p, *g, *w], rules_of(rows))
-        *pair, counts = run(p, g, rows, w, hypergradient_lr, largest)
-        for i, tensor, scaled in zip(both, *pair, strict=True):
-            after[i], direction[i] = tensor, scaled
+        columns, rows = (
+            [_select(both, column) for column in (before, g, v)],
+            states_at(states, both),
+        )
+        largest = _largest(states, g) if most is None else most
+        run = resolve(ALONG, end_to_end(*columns), rules_of(rows))
+        updated, scaled, counts = run(*columns[:2], rows, columns[2], hypergradient_lr, largest)
+        put(after, both, updated)
+        put(direction, both, scaled)
     if along is None:
         return after, None
     return after, ScaledDirection(_or_zeros(direction, before), counts)
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+def _without_graph(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    if are_present(tensors):
+        column = as_column(tensors)  # type: ignore[arg-type]
+        return detached(column) if any_requires_grad(column) else column
+    return [t.detach() if t is not None and t.requires_grad else t for t in tensors]
+
+
+def _present(*columns: Sequence[Tensor | None]) -> list[int]:
+    """Where all columns have a tensor."""
+    if all(map(are_present, columns)):
+        return list(range(len(columns[0])))
+    return [i for i, row in enumerate(zip(*columns, strict=True)) if are_present(row)]
 
 
 def _largest(states: Sequence[State], gradients: Sequence[Tensor | None]) -> Tensor:
     """max |g| of the whole call; an unused 0 where no rule has a second moment."""
-    if any(state.has_second_moment for state in states):
+    if any(state.has_second_moment for state in samples(states)):
         return largest_gradient(g for g in gradients if g is not None)
     return torch.zeros(())
 
 
-def _select(indices: list[int], column: Sequence[T | None]) -> list[T]:
-    """The entries at these indices, without those that are None."""
-    return [t for i in indices if (t := column[i]) is not None]
+def _select(indices: list[int], column: Sequence[Tensor | None]) -> Column:
+    """The tensors at these indices, where there are some."""
+    selected = at(column, indices)
+    return as_column(selected)  # type: ignore[arg-type]
 
 
 def _or_zeros(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -308,7 +337,7 @@ def _check_like(arg: str, tensors: object, parameters: Sequence[Tensor]) -> None
         and shapes_of(tensors) == shapes_of(parameters)
         and devices_of(tensors) == devices_of(parameters)
         and len(devices_of(parameters)) == 1
-        and all(t.layout is torch.strided for t in tensors)
+        and are_strided(tensors)
     ):
         return
     for i, (parameter, tensor) in enumerate(zip(parameters, tensors, strict=True)):
@@ -332,8 +361,7 @@ def optimizer_states(optimizer: torch.optim.Optimizer) -> dict[Tensor, State]:
     """Hyper-parameters and live state of every trainable parameter, in the order of the groups."""
     rule = rule_of(OP, "optimizer", optimizer)
     states: dict[Tensor, State] = {}
-    for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if p.requires_grad]
-        live = (optimizer.state.get(p, {}) for p in parameters)
-        states.update(zip(parameters, rule.read_all(group, live), strict=True))
+    for group in live_groups(optimizer):
+        read = rule.read_all(group.options, group.states)
+        states.update(zip(group.parameters, read, strict=True))
     return states

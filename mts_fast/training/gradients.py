@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mts_fast._columns import are_contiguous, are_plain, bytes_of, pointers_of
 from mts_fast._multi_tensor import copies
 
 
@@ -17,26 +19,44 @@ def set_gradients(
 ) -> None:
     """Set `.grad` of these parameters, each in memory of its own, and clear it on the optimizer's
     remaining parameters: the optimizer steps every parameter that has a gradient."""
-    taking_part = {id(p) for p in parameters}
+    taking_part = set(map(id, parameters))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in taking_part:
                 parameter.grad = None
-    used: dict[int, tuple[int, int]] = {}  # storage -> the entries up to now, a hull
-    shared = []
-    for i, g in enumerate(gradients):
-        if g is not None:
-            # autograd may return one tensor twice, views of one tensor, or an expanded one;
-            # clipping and unscaling write in place. Sums over ranks lie side by side in a bucket
-            storage, (start, stop) = g.untyped_storage().data_ptr(), _extent(g)
-            first, end = used.get(storage, (stop, start))
-            if not _is_dense(g) or (start < end and first < stop):
-                shared.append(i)
-            used[storage] = min(first, start), max(end, stop)
+    present = [i for i, g in enumerate(gradients) if g is not None]
+    tensors = [g for g in gradients if g is not None]
+    shared = [] if _lie_apart(tensors) else [present[k] for k in _sharing(tensors)]
     values = [g.contiguous() for i in shared if (g := gradients[i]) is not None]
     copied = dict(zip(shared, copies(values), strict=True))
     for i, (parameter, g) in enumerate(zip(parameters, gradients, strict=True)):
         parameter.grad = copied.get(i, g)
+
+
+def _lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two share memory, in the usual case: all are contiguous, and in memory."""
+    if not are_plain(tensors) or not are_contiguous(tensors):
+        return False
+    ranges = sorted(zip(pointers_of(tensors), bytes_of(tensors), strict=True))
+    ends = [start + size for start, size in ranges]
+    starts = [start for start, size in ranges[1:]]
+    # a tensor without memory (of the meta device, or without entries) begins at 0
+    return all(map(operator.le, ends, starts)) and (not ranges or ranges[0][0] > 0)
+
+
+def _sharing(tensors: Sequence[Tensor]) -> list[int]:
+    """Which need memory of their own: autograd may return one tensor twice, views of one tensor,
+    or an expanded one; clipping and unscaling write in place. Sums over ranks lie side by side in a
+    bucket, and share nothing."""
+    used: dict[int, tuple[int, int]] = {}  # storage -> the entries up to now, a hull
+    sharing = []
+    for i, g in enumerate(tensors):
+        storage, (start, stop) = g.untyped_storage().data_ptr(), _extent(g)
+        first, end = used.get(storage, (stop, start))
+        if not _is_dense(g) or (start < end and first < stop):
+            sharing.append(i)
+        used[storage] = min(first, start), max(end, stop)
+    return sharing
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -20,8 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils import _pytree as pytree
 
 from mts_fast._check import fail
+from mts_fast._columns import devices_of
 from mts_fast._isolation import RngState, World, without_device_generators
-from mts_fast.backends.columns import devices_of
 from mts_fast.backends.precision import allows_tf32
 from mts_fast.hypergradient.double_backward import DoubleBackward
 from mts_fast.hypergradient.ghost import Ghost

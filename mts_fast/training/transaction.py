@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mts_fast._ambient import Ambient
+from mts_fast._columns import bytes_of
 from mts_fast._isolation import (
     RngState,
     SavedBuffers,
@@ -18,7 +21,7 @@ from mts_fast._isolation import (
     restore_mapping,
     restore_open,
 )
-from mts_fast._multi_tensor import copies
+from mts_fast._multi_tensor import SavedValues
 from mts_fast._sharding import is_sharded
 
 
@@ -28,12 +31,8 @@ class SavedOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._groups = [(group, saved_dict(group)) for group in optimizer.param_groups]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        tensors = [v for state in optimizer.state.values() for v in state.values()]
-        tensors = [v for v in tensors if isinstance(v, Tensor)]
-        saved = iter(copies([*parameters, *tensors]))
-        self._parameters = [(p, next(saved)) for p in parameters]
-        self._state = {p: (state, _saved(state, saved)) for p, state in optimizer.state.items()}
+        self._values = SavedValues(_tensors(optimizer))
+        self._state = [(p, state, _entries(state)) for p, state in optimizer.state.items()]
 
     def restore(self) -> None:
         """Put everything back, into the tensors that held it."""
@@ -41,26 +40,45 @@ class SavedOptimizer:
         optimizer.param_groups[:] = [group for group, _ in self._groups]
         for group, saved in self._groups:
             restore_dict(group, saved)
-        for parameter, before in self._parameters:
-            parameter.data.copy_(before)
-        for parameter in [p for p in optimizer.state if p not in self._state]:
+        self._values.restore()
+        before = {id(p) for p, *_ in self._state}
+        for parameter in [p for p in optimizer.state if id(p) not in before]:
             del optimizer.state[parameter]
-        for parameter, (state, saved) in self._state.items():
+        for parameter, state, entries in self._state:
             optimizer.state[parameter] = state
-            restore_dict(state, saved)
+            _restore_entries(state, entries)
 
 
-def saved_dict(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (the object, a copy of its value)."""
-    return _saved(values, iter(copies([v for v in values.values() if isinstance(v, Tensor)])))
+@dataclass(frozen=True)
+class SavedDict:
+    """The entries of a mapping, and the values of those that are tensors."""
+
+    entries: dict[str, tuple[Any, Any]]
+    tensors: SavedValues
 
 
-def _saved(values: dict[str, Any], saved: Iterator[Tensor]) -> dict[str, tuple[Any, Any]]:
-    """The same, with copies of the tensors in their order."""
-    return {
-        name: (v, next(saved) if isinstance(v, Tensor) else _copied(v))
-        for name, v in values.items()
-    }
+def saved_dict(values: dict[str, Any]) -> SavedDict:
+    """What a mapping holds; `restore_dict` puts it back."""
+    return SavedDict(_entries(values), SavedValues(_tensors_among(values.values())))
+
+
+def restore_dict(values: dict[str, Any], saved: SavedDict) -> None:
+    """Put objects and values back, into the tensors that held them."""
+    saved.tensors.restore()
+    _restore_entries(values, saved.entries)
+
+
+def _entries(values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (the object, a copy of it; of a tensor itself)."""
+    return {name: (v, v if isinstance(v, Tensor) else _copied(v)) for name, v in values.items()}
+
+
+def _restore_entries(values: dict[str, Any], entries: dict[str, tuple[Any, Any]]) -> None:
+    """Make a mapping hold these entries again."""
+    for name in [n for n in values if n not in entries]:
+        del values[name]
+    for name, (original, before) in entries.items():
+        values[name] = original if isinstance(original, Tensor) else _copied(before)
 
 
 def _copied(value: Any) -> Any:
@@ -70,24 +88,19 @@ def _copied(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def restore_dict(values: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
-    """Put objects and values back, into the tensors that held them."""
-    for name in [n for n in values if n not in saved]:
-        del values[name]
-    for name, (original, before) in saved.items():
-        if isinstance(original, Tensor):
-            original.data.copy_(before)
-            values[name] = original
-        else:
-            values[name] = _copied(before)
+def _tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters and state tensors."""
+    states = (state.values() for state in optimizer.state.values())
+    return _parameters(optimizer) + _tensors_among(itertools.chain.from_iterable(states))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that a `SavedOptimizer` copies: parameters and state tensors."""
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
-    for state in optimizer.state.values():
-        tensors += [v for v in state.values() if isinstance(v, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(bytes_of(_tensors(optimizer)))
 
 
 class Versions:
@@ -141,7 +154,7 @@ class Transaction:
         self._world = world
         self._buffers = SavedBuffers(world)
         # copies in a first call, in which a forward may turn out to write to parameters
-        self._parameters: list[tuple[Tensor, Tensor]] = []
+        self._parameters = SavedValues([])
         self._versions = [(p, p._version) for p in world.parameters()]
         self.generators = RngState.capture(world)  # at the start of the call
         self._selector = SavedOptimizer(selector_optimizer)
@@ -154,20 +167,20 @@ class Transaction:
 
     def save_parameters(self) -> None:
         """Copy all parameters, until it is known which of them the forwards write to."""
-        parameters = self._world.parameters()
-        self._parameters = list(zip(parameters, copies(parameters), strict=True))
+        self._parameters = SavedValues(self._world.parameters())
 
     def written_parameters(self) -> list[Tensor]:
         """Parameters that forwards wrote to and that were not known to be written. In a first call
         values are compared, too: version counters miss writes through `.data`."""
         known = {id(p) for p in self._world.written}
         seen = {id(p) for p, version in self._versions if p._version != version}
-        seen |= {id(p) for p, before in self._parameters if not _equal(p, before)}
+        saved = zip(self._parameters.tensors, self._parameters.values(), strict=True)
+        seen |= {id(p) for p, before in saved if not _equal(p, before)}
         return [p for p, _ in self._versions if id(p) in seen - known]
 
     def forget_parameters(self) -> None:
         """Free the copies of `save_parameters`."""
-        self._parameters = []
+        self._parameters = SavedValues([])
 
     def save_optimizer(self) -> None:
         """Copy the classifier's parameters and optimizer state, which its step moves."""
@@ -188,8 +201,7 @@ class Transaction:
         for module, named in self._named:
             restore_mapping(module._parameters, named)
         self._buffers.restore()
-        for parameter, before in self._parameters:
-            parameter.data.copy_(before)
+        self._parameters.restore()
         self.generators.restore()
         self._restore_counters(self._counters)
 

@@ -11,6 +11,7 @@ import mts_fast
 from mts_fast import reference
 from mts_fast.ops import update_rules
 from mts_fast.ops.virtual_update import optimizer_states
+from mts_fast.reference.update_rules.states import LiveStates
 
 optim = torch.optim
 DECAY = {"weight_decay": 0.05}
@@ -350,7 +351,7 @@ def test_states_read_at_once_are_those_read_one_by_one(name, steps, device):
     rule = update_rules.rule_of("test", "optimizer", optimizer)
     for group in optimizer.param_groups:
         live = [optimizer.state.get(p, {}) for p in group["params"]]
-        together = rule.read_all(group, live)
+        together = rule.read_all(group, LiveStates(live))
         for state, expected in zip(together, (rule.read(group, s) for s in live), strict=True):
             assert type(state) is type(expected)
             assert contents(state) == contents(expected)

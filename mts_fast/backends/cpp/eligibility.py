@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mts_fast._columns import any_requires_grad, devices_of
 from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import several_devices
 
@@ -19,10 +20,14 @@ def reasons_against_cpp(tensors: Sequence[Tensor]) -> list[str]:
     status = extension()
     reasons = [] if status.available else [status.reason]
     reasons += several_devices(tensors)
-    if any(t.is_cuda for t in tensors) and status.available and not status.info["cuda"]:
+    if (
+        any(device.type == "cuda" for device in devices_of(tensors))
+        and status.available
+        and not status.info["cuda"]
+    ):
         reasons.append("it was built without CUDA kernels; MTS_FAST_CUDA=1 builds them")
     if tensors[0].dtype not in DTYPES:
         reasons.append(f"its kernel takes float32 or float64, not {tensors[0].dtype}")
-    if any(t.requires_grad for t in tensors):
+    if any_requires_grad(tensors):
         reasons.append("its kernel has no backward")
     return reasons

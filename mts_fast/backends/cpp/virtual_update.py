@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mts_fast._columns import at, dtypes_of, put
 from mts_fast.backends import flat
+from mts_fast.backends.alike import alike
 from mts_fast.backends.cpp.eligibility import DTYPES, reasons_against_cpp
 from mts_fast.backends.eligibility import same_layout
 from mts_fast.reference.update_rules.noise import noise_floor
+from mts_fast.reference.update_rules.states import samples, states_at
 from mts_fast.reference.virtual_update import AdamState, SGDState, State
 
 torch.library.define(
@@ -49,7 +52,7 @@ def _fake_direction(parameters: list[Tensor], *_: object) -> list[Tensor]:
 def reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot serve these parameters and gradients."""
     reasons = reasons_against_cpp(tensors)
-    other = {str(t.dtype) for t in tensors if t.dtype not in DTYPES}
+    other = {str(dtype) for dtype in dtypes_of(tensors) if dtype not in DTYPES}
     if other and tensors[0].dtype in DTYPES:
         reasons.append(f"its kernel takes float32 or float64, not {', '.join(sorted(other))}")
     return reasons
@@ -62,28 +65,22 @@ def virtual_update(
     steps. The reference serves tensors whose rule has no kernel, or whose memory layout is not that
     of their gradient and state, small ones side by side.
     """
-    rows = list(zip(parameters, gradients, states, strict=True))
-    served = [i for i, (p, g, state) in enumerate(rows) if _fits(state, p, g)]
     out = list(parameters)
-    others = sorted(set(range(len(rows))).difference(served))
-    made = flat.virtual_update(*_select(others, parameters, gradients, states))
-    for i, updated in zip(others, made, strict=True):
-        out[i] = updated
-    for members in _groups(parameters, states, served):
-        p, g, state_lists = _columns(members, parameters, gradients, states)
-        s = states[members[0]]
+    calls, others = _calls(states, parameters, gradients)
+    for members, s, (p, g), tensors in calls:
         if isinstance(s, SGDState):
             updates = torch.ops.mts_fast.virtual_update_sgd(
-                *(p, g, state_lists[0] if state_lists else []),
+                *(p, g, tensors[0] if tensors else []),
                 *(s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, s.maximize),
             )
         else:
-            assert isinstance(s, AdamState)
             updates = torch.ops.mts_fast.virtual_update_adam(
-                p, g, *(state_lists or ([], [])), s.lr, *_adam_scalars(s)
+                p, g, *(tensors or ([], [])), s.lr, *_adam_scalars(s)
             )
-        for i, updated in zip(members, updates, strict=True):
-            out[i] = updated
+        put(out, members, updates)
+    if others:
+        rest = at(parameters, others), at(gradients, others), states_at(states, others)
+        put(out, others, flat.virtual_update(*rest))
     return out
 
 
@@ -98,62 +95,60 @@ def hypergradient_direction(
     """(kappa * along, counts of masked entries): Adam's by the kernel, grouped as in
     `virtual_update`. The others, SGD's too, are products of the reference, small ones side by side.
     """
-    rows = list(zip(parameters, gradients, states, along, strict=True))
-    served = [
-        i
-        for i, (p, g, state, v) in enumerate(rows)
-        if isinstance(state, AdamState) and _fits(state, p, g, v)
-    ]
     out: list[Tensor] = list(along)
-    others = sorted(set(range(len(rows))).difference(served))
-    p, g, rules, v = _select(others, parameters, gradients, states, along)
-    made, counts = flat.hypergradient_direction(p, g, rules, v, hypergradient_lr, largest)
-    for i, direction in zip(others, made, strict=True):
-        out[i] = direction
-    for members in _groups(parameters, states, served):
-        p, g, state_lists = _columns(members, parameters, gradients, states)
-        s = states[members[0]]
-        assert isinstance(s, AdamState)
+    kernel_calls: list[_Call] = []
+    others = list(range(len(states)))
+    if any(isinstance(state, AdamState) for state in samples(states)):
+        calls, others = _calls(states, parameters, gradients, along)
+        kernel_calls = [call for call in calls if isinstance(call.state, AdamState)]
+        plain = [call for call in calls if not isinstance(call.state, AdamState)]
+        others = sorted([*others, *(i for call in plain for i in call.members)])
+    counts: list[Tensor] = []
+    if others:
+        rows = at(parameters, others), at(gradients, others), states_at(states, others)
+        v = at(along, others)
+        made, counts = flat.hypergradient_direction(*rows, v, hypergradient_lr, largest)
+        put(out, others, made)
+    for members, s, (p, g, v), tensors in kernel_calls:
         lr = s.lr if hypergradient_lr is None else hypergradient_lr
         floor = float(noise_floor(g[0].dtype, largest))
         *directions, count = torch.ops.mts_fast.hypergradient_direction_adam(
-            *(p, g, *(state_lists or ([], [])), [along[i] for i in members]),
-            *(floor, lr, *_adam_scalars(s)),
+            *(p, g, *(tensors or ([], [])), v), *(floor, lr, *_adam_scalars(s))
         )
         counts.append(count)
-        for i, direction in zip(members, directions, strict=True):
-            out[i] = direction
+        put(out, members, directions)
     return out, counts
 
 
-def _select(indices: Sequence[int], *columns: Sequence[Any]) -> list[list[Any]]:
-    """The entries at these indices of every column."""
-    return [[column[i] for i in indices] for column in columns]
+class _Call(NamedTuple):
+    """Parameters of one call of a kernel."""
+
+    members: Sequence[int]
+    state: Any  # of the first
+    columns: Sequence[Sequence[Tensor]]
+    tensors: Sequence[Sequence[Tensor]]  # of the states; none before the first step
 
 
-def _groups(
-    parameters: Sequence[Tensor], states: Sequence[State], served: Sequence[int]
-) -> Iterable[list[int]]:
-    """Indices of the tensors of each call of a kernel."""
+def _calls(states: Sequence[State], *columns: Sequence[Tensor]) -> tuple[list[_Call], list[int]]:
+    """(calls of kernels, the parameters that they cannot serve)."""
+    groups, others = alike(states, *columns)
+    calls = []
+    for group in groups:
+        tensors = [group.tensors[name] for name in _read(group.state) if name in group.tensors]
+        dtypes = {column[0].dtype for column in (*group.columns, *tensors)}
+        if _has_kernel(group.state) and len(dtypes) == 1:
+            calls.append(_Call(group.members, group.state, group.columns, tensors))
+        else:
+            others += group.members
+    fitting = [i for i in others if _fits(states[i], *(column[i] for column in columns))]
     together: dict[tuple, list[int]] = defaultdict(list)
-    for i in served:
-        together[_key(parameters[i], states[i])].append(i)
-    return together.values()
-
-
-def _columns(
-    members: Sequence[int],
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[State],
-) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Parameters, gradients and state tensors of a group; a list for each name of the state."""
-    by_name = zip(*(_state_tensors(states[i]) for i in members), strict=True)
-    return (
-        [parameters[i] for i in members],
-        [gradients[i] for i in members],
-        [list(column) for column in by_name],
-    )
+    for i in fitting:
+        together[_key(columns[0][i], states[i])].append(i)
+    for members in together.values():
+        by_name = list(zip(*(_state_tensors(states[i]) for i in members), strict=True))
+        selected = [at(column, members) for column in columns]
+        calls.append(_Call(members, states[members[0]], selected, list(map(list, by_name))))
+    return calls, sorted(set(others).difference(fitting))
 
 
 def _adam_scalars(s: AdamState) -> tuple:
@@ -161,27 +156,36 @@ def _adam_scalars(s: AdamState) -> tuple:
     return (*s.betas, s.eps, s.weight_decay, s.step, s.decoupled, s.maximize)
 
 
+def _read(state: State | None) -> tuple[str, ...]:
+    """Names of the tensors that a kernel reads of a state, where they are there."""
+    if isinstance(state, SGDState):
+        return ("buffer",) if state.momentum else ()
+    return ("exp_avg", "exp_avg_sq") if isinstance(state, AdamState) else ()
+
+
 def _state_tensors(state: State) -> list[Tensor]:
     """The tensors that a rule reads besides parameter and gradient; none before the first step."""
-    tensors: list[Tensor | None] = []
-    if isinstance(state, SGDState):
-        tensors = [state.buffer if state.momentum else None]
-    elif isinstance(state, AdamState):
-        tensors = [state.exp_avg, state.exp_avg_sq]
-    return [t for t in tensors if t is not None]
+    return [t for name in _read(state) if (t := getattr(state, name)) is not None]
 
 
-def _fits(state: State, parameter: Tensor, *others: Tensor) -> bool:
-    """Whether a kernel supports the rule with its options and scalars, and all tensors have one
-    dtype and one memory layout, so that one loop reads them in the order of memory."""
+def _has_kernel(state: State | None) -> bool:
+    """Whether a kernel supports the rule with its options and scalars."""
     if not isinstance(state, SGDState | AdamState):
         return False
     if isinstance(state, AdamState) and state.amsgrad:
         return False
-    if any(isinstance(scalar, Tensor) for scalar in _scalars(state)):
+    return not any(isinstance(scalar, Tensor) for scalar in _scalars(state))
+
+
+def _fits(state: State, parameter: Tensor, *others: Tensor) -> bool:
+    """Whether a kernel serves the rule, and all tensors have one dtype and one memory layout, so
+    that one loop reads them in the order of memory."""
+    if not _has_kernel(state):
         return False
     tensors = [parameter, *others, *_state_tensors(state)]
-    return all(t.dtype == parameter.dtype and same_layout(parameter, t) for t in tensors)
+    return all(
+        t.dtype == parameter.dtype and same_layout(parameter, t) and not t.is_neg() for t in tensors
+    )
 
 
 def _scalars(state: SGDState | AdamState) -> list[float | Tensor]:

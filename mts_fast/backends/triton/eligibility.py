@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mts_fast.backends.columns import dtypes_of
+from mts_fast._columns import any_requires_grad, dtypes_of
 from mts_fast.backends.eligibility import several_devices
 
 # earlier versions lack functions that the kernels use; block pointers, which later versions remove,
@@ -95,6 +95,6 @@ def reasons_against_triton(
     if other:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         reasons.append(f"its kernel takes {floating} of {names}, not {', '.join(other)}")
-    if not backward and any(t.requires_grad for t in tensors):
+    if not backward and any_requires_grad(tensors):
         reasons.append("its kernel has no backward")
     return reasons

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mts_fast import reference
-from mts_fast.backends.columns import (
+from mts_fast._columns import (
     are_contiguous,
     are_missing,
     are_tensors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +18,10 @@ from mts_fast.reference.update_rules.rule import (
     Number,
     Options,
     ReadRule,
-    State,
     effective_gradient,
     number,
 )
+from mts_fast.reference.update_rules.states import LiveStates, StateColumns
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class AdamState(ElementwiseState):
     """Hyper-parameters of torch.optim.Adam or AdamW and the live moments of one tensor."""
 
     tensors: ClassVar = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts: ClassVar = ("step",)
     lr: Number
     betas: tuple[Number, Number] = (0.9, 0.999)
     eps: Number = 1e-8
@@ -124,14 +125,7 @@ class AdamRule(ReadRule):
             step=number(state.get("step", 0.0)),
         )
 
-    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+    def read_all(self, group: Options, states: LiveStates) -> StateColumns:
         base = self.read(group, {})
-        return [
-            base.live(
-                exp_avg=state.get("exp_avg"),
-                exp_avg_sq=state.get("exp_avg_sq"),
-                max_exp_avg_sq=state.get("max_exp_avg_sq"),
-                step=number(state.get("step", 0.0)),
-            )
-            for state in states
-        ]
+        tensors = {name: states.column(name) for name in base.tensors}
+        return StateColumns(base, len(states), tensors, {"step": states.numbers("step")})

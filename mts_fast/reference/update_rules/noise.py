@@ -7,11 +7,12 @@ is exactly 0 without rounding), kappa is lr / eps times noise and drowns the res
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from mts_fast._multi_tensor import largest_entry
 
 # in units of eps max |g|: sums of gradients that cancel were seen to leave 1 to 3
 NOISE_PLACES = 8
@@ -24,10 +25,7 @@ def largest_gradient(gradients: Iterable[Tensor]) -> Tensor:
     0 where it is NaN or infinite: then no entry is taken for noise, and the NaN shows in kappa v.
     Nothing waits for a device.
     """
-    filled = [g for g in gradients if g.numel()]
-    if not filled:
-        return torch.zeros(())
-    largest = torch.nn.utils.get_total_norm(filled, math.inf)
+    largest = largest_entry(list(gradients))
     largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
     return torch.where(largest.isfinite(), largest, 0.0)
 

@@ -8,15 +8,18 @@ take them. Nothing here writes to either.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mts_fast._check import fail
 from mts_fast.reference.update_rules.noise import is_noise
+
+if TYPE_CHECKING:
+    from mts_fast.reference.update_rules.states import LiveStates
 
 OP = "virtual_update"
 Number = float | Tensor  # a tensor where reading it would wait for a device
@@ -64,10 +67,12 @@ class ElementwiseState(State):
 
     #: names of its tensors of the parameter's shape, each None before it exists
     tensors: ClassVar[tuple[str, ...]]
+    #: names of its numbers that parameters of a group do not share
+    counts: ClassVar[tuple[str, ...]] = ()
     lr: Number
 
     def live(self, **fields: Tensor | Number | None) -> Self:
-        """This state with other tensors, or steps taken; cheaper than reading a group anew."""
+        """This state with other tensors, or counts; cheaper than reading a group anew."""
         state = object.__new__(type(self))
         state.__dict__.update(self.__dict__, **fields, base=self)
         return state
@@ -179,7 +184,7 @@ class UpdateRule(ABC):
         """The rule with the current options and state."""
         return RuleState(self, dict(group), dict(state))
 
-    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+    def read_all(self, group: Options, states: LiveStates) -> Sequence[State]:
         """The rule with the current options and the states of several parameters."""
         return [self.read(group, state) for state in states]
 

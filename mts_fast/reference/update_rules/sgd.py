@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,10 +15,10 @@ from mts_fast.reference.update_rules.rule import (
     Number,
     Options,
     ReadRule,
-    State,
     effective_gradient,
     number,
 )
+from mts_fast.reference.update_rules.states import LiveStates, StateColumns
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,6 @@ class SGDRule(ReadRule):
             buffer=state.get("momentum_buffer"),
         )
 
-    def read_all(self, group: Options, states: Iterable[Options]) -> list[State]:
+    def read_all(self, group: Options, states: LiveStates) -> StateColumns:
         base = self.read(group, {})
-        return [base.live(buffer=state.get("momentum_buffer")) for state in states]
+        return StateColumns(base, len(states), {"buffer": states.column("momentum_buffer")}, {})

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mts_fast._check import fail
-from mts_fast.backends.columns import (
+from mts_fast._columns import (
     are_missing,
     are_tensors,
     dtypes_of,
