@@ -139,7 +139,7 @@ MTS_FAST_INLINE void layer_norm(const LayerNormParams<scalar_t>& params, scalar_
 }
 
 template <typename scalar_t>
-MTS_FAST_INLINE void channel_norm(const ChannelNormParams<scalar_t>& params, int64_t begin,
+MTS_FAST_INLINE void group_norm(const GroupNormParams<scalar_t>& params, int64_t begin,
                                   int64_t end) {
   const int64_t positions = params.positions;
   for (int64_t group = begin; group < end; ++group) {
@@ -175,8 +175,8 @@ MTS_FAST_INLINE void channel_norm(const ChannelNormParams<scalar_t>& params, int
   MTS_FAST_FOR_EVERY_ISA(layer_norm_sample_gradients, layer_norm,                                  \
                          (const LayerNormParams<scalar_t>& p, scalar_t* s, int64_t b, int64_t e),  \
                          (p, s, b, e))                                                             \
-  MTS_FAST_FOR_EVERY_ISA(channel_norm_sample_gradients, channel_norm,                              \
-                         (const ChannelNormParams<scalar_t>& p, int64_t b, int64_t e), (p, b, e))
+  MTS_FAST_FOR_EVERY_ISA(group_norm_sample_gradients, group_norm,                              \
+                         (const GroupNormParams<scalar_t>& p, int64_t b, int64_t e), (p, b, e))
 MTS_FAST_NORMS(float)
 MTS_FAST_NORMS(double)
 

@@ -20,7 +20,7 @@ struct LayerNormParams {
 
 // x and b are [samples, channels, positions], contiguous.
 template <typename scalar_t>
-struct ChannelNormParams {
+struct GroupNormParams {
   const scalar_t* x;
   const scalar_t* b;
   const scalar_t* mean;      // [channels] of batch norm; null: each group's own statistics
@@ -47,9 +47,9 @@ void layer_norm_sample_gradients(const LayerNormParams<double>& params, double* 
 
 // For groups [begin, end) of the samples groups in all, with x^ normalised over the channels and
 // positions of a group: the same sums over the positions.
-void channel_norm_sample_gradients(const ChannelNormParams<float>& params, int64_t begin,
+void group_norm_sample_gradients(const GroupNormParams<float>& params, int64_t begin,
                                    int64_t end);
-void channel_norm_sample_gradients(const ChannelNormParams<double>& params, int64_t begin,
+void group_norm_sample_gradients(const GroupNormParams<double>& params, int64_t begin,
                                    int64_t end);
 
 }  // namespace mts_fast::cpu

@@ -48,16 +48,15 @@ std::tuple<Tensor, Tensor> layer_norm_sample_gradients(const Tensor& x, const Te
 }
 
 // x and b are [B, C, S]; mean and variance [C] or absent.
-std::tuple<Tensor, Tensor> channel_norm_sample_gradients(const Tensor& x, const Tensor& b,
-                                                         int64_t groups,
-                                                         const std::optional<Tensor>& mean,
-                                                         const std::optional<Tensor>& variance,
-                                                         double eps) {
+std::tuple<Tensor, Tensor> group_norm_sample_gradients(const Tensor& x, const Tensor& b,
+                                                       int64_t groups, double eps,
+                                                       const std::optional<Tensor>& mean,
+                                                       const std::optional<Tensor>& variance) {
   const int64_t samples = x.size(0), channels = x.size(1), positions = x.size(2);
   Tensor weight = torch::stable::new_empty(x, {samples, channels});
   Tensor bias = torch::stable::new_empty(x, {samples, channels});
   with_scalar_type(x, [&]<typename scalar_t>() {
-    const cpu::ChannelNormParams<scalar_t> params{data<const scalar_t>(x),
+    const cpu::GroupNormParams<scalar_t> params{data<const scalar_t>(x),
                                                   data<const scalar_t>(b),
                                                   data_or_null<scalar_t>(mean),
                                                   data_or_null<scalar_t>(variance),
@@ -69,7 +68,7 @@ std::tuple<Tensor, Tensor> channel_norm_sample_gradients(const Tensor& x, const 
                                                   eps};
     torch::stable::parallel_for(0, samples * groups, tasks_of(params.group_channels * positions),
                                 [&](int64_t begin, int64_t end) {
-                                  cpu::channel_norm_sample_gradients(params, begin, end);
+                                  cpu::group_norm_sample_gradients(params, begin, end);
                                 });
   });
   return {weight, bias};
@@ -79,7 +78,7 @@ std::tuple<Tensor, Tensor> channel_norm_sample_gradients(const Tensor& x, const 
 
 STABLE_TORCH_LIBRARY_IMPL(mts_fast, CPU, m) {
   m.impl("layer_norm_sample_gradients", TORCH_BOX(&layer_norm_sample_gradients));
-  m.impl("channel_norm_sample_gradients", TORCH_BOX(&channel_norm_sample_gradients));
+  m.impl("group_norm_sample_gradients", TORCH_BOX(&group_norm_sample_gradients));
 }
 
 }  // namespace mts_fast
