@@ -1,5 +1,6 @@
-// Gradients of norms by sample on the CPU. Bytes moved per float32 entry: 8, x and b once; the norm,
-// its product with b and two sums move 28. A row or group is read three times, but stays in cache.
+// Gradients of norms by sample on the CPU. Bytes moved per float32 entry: 8, x and b once; the
+// norm, its product with b and two sums move 28. A row or group is read three times, but stays in
+// cache.
 #include "norm_sample_gradients.h"
 
 #include <algorithm>
@@ -18,7 +19,7 @@ constexpr int64_t kShort = 128;
 constexpr int64_t kBlock = 64;
 // rows whose terms are added to a column's sum in one pass over the columns.
 constexpr int64_t kRows = 4;
-// rows summed in scalar_t before they are added to the result, so that errors do not grow with T.
+// rows summed in scalar_t before they are added up in double.
 constexpr int64_t kBlockRows = 64;
 
 struct Moments {
@@ -78,12 +79,14 @@ MTS_FAST_INLINE Moments moments_of(const scalar_t* __restrict__ x, int64_t count
   return {mean, 1.0 / std::sqrt(squares / size + eps)};
 }
 
-// column sums += the terms of kCount rows from x and b on.
+// column sums [2, channels], of x^ b and of b, += the terms of kCount rows from x and b on.
 template <typename scalar_t, int64_t kCount>
 MTS_FAST_INLINE void add_rows(const LayerNormParams<scalar_t>& params,
                               const scalar_t* __restrict__ x, const scalar_t* __restrict__ b,
-                              scalar_t* __restrict__ weight, scalar_t* __restrict__ bias) {
+                              scalar_t* sums) {
   const int64_t channels = params.channels;
+  scalar_t* __restrict__ weight = sums;
+  scalar_t* __restrict__ bias = sums + channels;
   // 1. mean and rstd of each row
   scalar_t mean[kCount], rstd[kCount];
   for (int64_t k = 0; k < kCount; ++k) {
@@ -105,42 +108,41 @@ MTS_FAST_INLINE void add_rows(const LayerNormParams<scalar_t>& params,
 }
 
 template <typename scalar_t>
-MTS_FAST_INLINE void layer_norm(const LayerNormParams<scalar_t>& params, scalar_t* scratch,
-                                int64_t begin, int64_t end) {
+MTS_FAST_INLINE void layer_norm(const LayerNormParams<scalar_t>& params,
+                                const LayerNormSums<scalar_t>& sums, int64_t begin, int64_t end) {
   const int64_t channels = params.channels;
-  scalar_t* block_weight = scratch;
-  scalar_t* block_bias = scratch + channels;
+  scalar_t* __restrict__ block = sums.block;
+  double* __restrict__ total = sums.total;
   for (int64_t i = begin; i < end; ++i) {
     const scalar_t* x = params.x + i * params.positions * channels;
     const scalar_t* b = params.b + i * params.positions * channels;
-    scalar_t* weight = params.weight + i * channels;
-    scalar_t* bias = params.bias == nullptr ? nullptr : params.bias + i * channels;
-    std::fill(weight, weight + channels, scalar_t(0));
-    if (bias != nullptr) std::fill(bias, bias + channels, scalar_t(0));
+    std::fill(total, total + 2 * channels, 0.0);
     for (int64_t first = 0; first < params.positions; first += kBlockRows) {
       const int64_t last = std::min(first + kBlockRows, params.positions);
       // 1. the column sums of a block of rows
-      std::fill(scratch, scratch + 2 * channels, scalar_t(0));
+      std::fill(block, block + 2 * channels, scalar_t(0));
       int64_t t = first;
       for (; t + kRows <= last; t += kRows) {
-        add_rows<scalar_t, kRows>(params, x + t * channels, b + t * channels, block_weight,
-                                  block_bias);
+        add_rows<scalar_t, kRows>(params, x + t * channels, b + t * channels, block);
       }
       for (; t < last; ++t) {
-        add_rows<scalar_t, 1>(params, x + t * channels, b + t * channels, block_weight, block_bias);
+        add_rows<scalar_t, 1>(params, x + t * channels, b + t * channels, block);
       }
-      // 2. added to the result
-      for (int64_t c = 0; c < channels; ++c) weight[c] += block_weight[c];
-      if (bias != nullptr) {
-        for (int64_t c = 0; c < channels; ++c) bias[c] += block_bias[c];
-      }
+      // 2. added to those of the blocks before
+      for (int64_t c = 0; c < 2 * channels; ++c) total[c] += static_cast<double>(block[c]);
     }
+    // 3. the sample's gradients
+    scalar_t* __restrict__ weight = params.weight + i * channels;
+    for (int64_t c = 0; c < channels; ++c) weight[c] = static_cast<scalar_t>(total[c]);
+    if (params.bias == nullptr) continue;
+    scalar_t* __restrict__ bias = params.bias + i * channels;
+    for (int64_t c = 0; c < channels; ++c) bias[c] = static_cast<scalar_t>(total[channels + c]);
   }
 }
 
 template <typename scalar_t>
 MTS_FAST_INLINE void group_norm(const GroupNormParams<scalar_t>& params, int64_t begin,
-                                  int64_t end) {
+                                int64_t end) {
   const int64_t positions = params.positions;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * params.group_channels;  // of all samples' channels
@@ -155,6 +157,7 @@ MTS_FAST_INLINE void group_norm(const GroupNormParams<scalar_t>& params, int64_t
       m.rstd = 1.0 / std::sqrt(static_cast<double>(params.variance[channel]) + params.eps);
     }
     const scalar_t mean = static_cast<scalar_t>(m.mean);
+    const double rounded_off = m.mean - static_cast<double>(mean);
     // 2. the sums of each of its channels
     for (int64_t c = first; c < first + params.group_channels; ++c) {
       const scalar_t* __restrict__ x = params.x + c * positions;
@@ -163,7 +166,7 @@ MTS_FAST_INLINE void group_norm(const GroupNormParams<scalar_t>& params, int64_t
       sum_up<scalar_t, 2>(positions, sums, [&](int64_t j, int64_t s) {
         return s == 0 ? (x[j] - mean) * b[j] : b[j];
       });
-      params.weight[c] = static_cast<scalar_t>(m.rstd * sums[0]);
+      params.weight[c] = static_cast<scalar_t>(m.rstd * (sums[0] - rounded_off * sums[1]));
       params.bias[c] = static_cast<scalar_t>(sums[1]);
     }
   }
@@ -171,11 +174,12 @@ MTS_FAST_INLINE void group_norm(const GroupNormParams<scalar_t>& params, int64_t
 
 }  // namespace
 
-#define MTS_FAST_NORMS(scalar_t)                                                                   \
-  MTS_FAST_FOR_EVERY_ISA(layer_norm_sample_gradients, layer_norm,                                  \
-                         (const LayerNormParams<scalar_t>& p, scalar_t* s, int64_t b, int64_t e),  \
-                         (p, s, b, e))                                                             \
-  MTS_FAST_FOR_EVERY_ISA(group_norm_sample_gradients, group_norm,                              \
+#define MTS_FAST_NORMS(scalar_t)                                                                \
+  MTS_FAST_FOR_EVERY_ISA(layer_norm_sample_gradients, layer_norm,                               \
+                         (const LayerNormParams<scalar_t>& p, const LayerNormSums<scalar_t>& s, \
+                          int64_t b, int64_t e),                                                \
+                         (p, s, b, e))                                                          \
+  MTS_FAST_FOR_EVERY_ISA(group_norm_sample_gradients, group_norm,                               \
                          (const GroupNormParams<scalar_t>& p, int64_t b, int64_t e), (p, b, e))
 MTS_FAST_NORMS(float)
 MTS_FAST_NORMS(double)

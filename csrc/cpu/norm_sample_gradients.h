@@ -33,23 +33,25 @@ struct GroupNormParams {
   double eps;
 };
 
-// entries of scratch that layer_norm_sample_gradients needs for this many channels.
-inline int64_t layer_norm_scratch(int64_t channels) { return 2 * channels; }
+// Sums of the layer norm in progress, [2, channels] each: of a block of rows, and of all before it.
+template <typename scalar_t>
+struct LayerNormSums {
+  scalar_t* block;
+  double* total;
+};
 
 // For samples [begin, end), with x^ = (x - mean_t) / sqrt(variance_t + eps) over the channels of
 // position t (RMS norm: mean_t = 0):
 //   weight[i, c] = sum_t x^_itc b_itc
 //   bias[i, c]   = sum_t b_itc
-void layer_norm_sample_gradients(const LayerNormParams<float>& params, float* scratch,
-                                 int64_t begin, int64_t end);
-void layer_norm_sample_gradients(const LayerNormParams<double>& params, double* scratch,
-                                 int64_t begin, int64_t end);
+void layer_norm_sample_gradients(const LayerNormParams<float>& params,
+                                 const LayerNormSums<float>& sums, int64_t begin, int64_t end);
+void layer_norm_sample_gradients(const LayerNormParams<double>& params,
+                                 const LayerNormSums<double>& sums, int64_t begin, int64_t end);
 
 // For groups [begin, end) of the samples groups in all, with x^ normalised over the channels and
 // positions of a group: the same sums over the positions.
-void group_norm_sample_gradients(const GroupNormParams<float>& params, int64_t begin,
-                                   int64_t end);
-void group_norm_sample_gradients(const GroupNormParams<double>& params, int64_t begin,
-                                   int64_t end);
+void group_norm_sample_gradients(const GroupNormParams<float>& params, int64_t begin, int64_t end);
+void group_norm_sample_gradients(const GroupNormParams<double>& params, int64_t begin, int64_t end);
 
 }  // namespace mts_fast::cpu

@@ -40,8 +40,9 @@ std::tuple<Tensor, Tensor> layer_norm_sample_gradients(const Tensor& x, const Te
                                                 centered};
     torch::stable::parallel_for(
         0, samples, tasks_of(positions * channels), [&](int64_t begin, int64_t end) {
-          std::vector<scalar_t> scratch(cpu::layer_norm_scratch(channels));
-          cpu::layer_norm_sample_gradients(params, scratch.data(), begin, end);
+          std::vector<scalar_t> block(2 * channels);
+          std::vector<double> total(2 * channels);
+          cpu::layer_norm_sample_gradients(params, {block.data(), total.data()}, begin, end);
         });
   });
   return {weight, bias};
@@ -53,23 +54,24 @@ std::tuple<Tensor, Tensor> group_norm_sample_gradients(const Tensor& x, const Te
                                                        const std::optional<Tensor>& mean,
                                                        const std::optional<Tensor>& variance) {
   const int64_t samples = x.size(0), channels = x.size(1), positions = x.size(2);
+  // by passed statistics every channel is normalised alone.
+  if (mean.has_value()) groups = channels;
   Tensor weight = torch::stable::new_empty(x, {samples, channels});
   Tensor bias = torch::stable::new_empty(x, {samples, channels});
   with_scalar_type(x, [&]<typename scalar_t>() {
     const cpu::GroupNormParams<scalar_t> params{data<const scalar_t>(x),
-                                                  data<const scalar_t>(b),
-                                                  data_or_null<scalar_t>(mean),
-                                                  data_or_null<scalar_t>(variance),
-                                                  data<scalar_t>(weight),
-                                                  data<scalar_t>(bias),
-                                                  channels / groups,
-                                                  groups,
-                                                  positions,
-                                                  eps};
-    torch::stable::parallel_for(0, samples * groups, tasks_of(params.group_channels * positions),
-                                [&](int64_t begin, int64_t end) {
-                                  cpu::group_norm_sample_gradients(params, begin, end);
-                                });
+                                                data<const scalar_t>(b),
+                                                data_or_null<scalar_t>(mean),
+                                                data_or_null<scalar_t>(variance),
+                                                data<scalar_t>(weight),
+                                                data<scalar_t>(bias),
+                                                channels / groups,
+                                                groups,
+                                                positions,
+                                                eps};
+    torch::stable::parallel_for(
+        0, samples * groups, tasks_of(params.group_channels * positions),
+        [&](int64_t begin, int64_t end) { cpu::group_norm_sample_gradients(params, begin, end); });
   });
   return {weight, bias};
 }

@@ -20,12 +20,16 @@ from mts_fast.backends.triton.launch import launch
 # bytes, in the accumulator's dtype, of a row or group that stays in registers: 16 warps with 16
 # float32 a thread
 WHOLE_BYTES = 32_768
-# of a tile of several rows or of a part of a group, and of a tile per warp
-TILE_BYTES = 8192
-BYTES_PER_WARP = 2048
+# of a tile of several rows or of a part of a group, and of a tile per warp: twice as many of either
+# spill registers
+TILE_BYTES = 4096
+BYTES_PER_WARP = 1024
+MOST_WARPS = 16
 # rows of a layer norm that a program adds up: its partial sums are then 1/16 of what it reads in
 # bfloat16
 ROWS = 32
+# channels of a tile that lie side by side in memory: 64 bytes of bfloat16. 128 spill registers
+SIDE_BY_SIDE = 32
 # of int32
 LARGEST_OFFSET = 2**31 - 1
 
@@ -72,7 +76,7 @@ def group_tile(
         entries = TILE_BYTES // acc_dtype.itemsize
         # the axis that is contiguous in memory first
         if channels_last:
-            columns = min(columns, entries)
+            columns = min(columns, SIDE_BY_SIDE)
             length = min(length, entries // columns)
         else:
             length = min(length, entries)
@@ -82,7 +86,7 @@ def group_tile(
 
 
 def _warps(entries: int, acc_dtype: torch.dtype) -> int:
-    return max(1, entries * acc_dtype.itemsize // BYTES_PER_WARP)
+    return min(max(1, entries * acc_dtype.itemsize // BYTES_PER_WARP), MOST_WARPS)
 
 
 @triton.jit
