@@ -61,15 +61,17 @@ MTS_FAST_INLINE void sum_up(int64_t count, double* sums, const Term& term) {
   sum_by_lanes<scalar_t, kManyLanes, kSums>(count, sums, term);
 }
 
-// Mean and variance in two passes; without centering the mean is 0, and the variance that of 0.
+// Mean and variance in two passes, the mean from the gaps to the first entry, so that a mean far
+// from 0 loses no digits; without centering the mean is 0, and the variance that of 0.
 template <typename scalar_t>
 MTS_FAST_INLINE Moments moments_of(const scalar_t* __restrict__ x, int64_t count, double eps,
                                    bool centered) {
   const double size = static_cast<double>(count);
   double mean = 0.0, squares;
   if (centered) {
-    sum_up<scalar_t, 1>(count, &mean, [&](int64_t j, int64_t) { return x[j]; });
-    mean /= size;
+    const scalar_t pivot = x[0];
+    sum_up<scalar_t, 1>(count, &mean, [&](int64_t j, int64_t) { return x[j] - pivot; });
+    mean = mean / size + static_cast<double>(pivot);
   }
   const scalar_t center = static_cast<scalar_t>(mean);
   sum_up<scalar_t, 1>(count, &squares, [&](int64_t j, int64_t) {

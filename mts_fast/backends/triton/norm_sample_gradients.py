@@ -10,19 +10,16 @@ from mts_fast.backends.triton.eligibility import accumulator
 
 torch.library.define(
     "mts_fast::layer_norm_sample_gradients_triton",
-    "(Tensor x, Tensor b, float eps, bool centered, bool bias) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor b, float eps, bool centered, bool bias) -> Tensor",
 )
 torch.library.define(
     "mts_fast::group_norm_sample_gradients_triton",
-    "(Tensor x, Tensor b, int groups, float eps, Tensor? mean, Tensor? variance)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor b, int groups, float eps, Tensor? mean, Tensor? variance) -> Tensor",
 )
 
 
 @torch.library.impl("mts_fast::layer_norm_sample_gradients_triton", ("cpu", "cuda"))
-def _layer_norm(
-    x: Tensor, b: Tensor, eps: float, centered: bool, bias: bool
-) -> tuple[Tensor, Tensor]:
+def _layer_norm(x: Tensor, b: Tensor, eps: float, centered: bool, bias: bool) -> Tensor:
     from mts_fast.backends.triton.kernels import norm_sample_gradients as kernel
 
     if not kernel.offsets_fit_int32(x, b):
@@ -33,7 +30,7 @@ def _layer_norm(
 @torch.library.impl("mts_fast::group_norm_sample_gradients_triton", ("cpu", "cuda"))
 def _group_norm(
     x: Tensor, b: Tensor, groups: int, eps: float, mean: Tensor | None, variance: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     from mts_fast.backends.triton.kernels import norm_sample_gradients as kernel
 
     if not kernel.offsets_fit_int32(x, b):
@@ -42,16 +39,13 @@ def _group_norm(
 
 
 @torch.library.register_fake("mts_fast::layer_norm_sample_gradients_triton")
-def _fake_layer_norm(
-    x: Tensor, b: Tensor, eps: float, centered: bool, bias: bool
-) -> tuple[Tensor, Tensor]:
-    sums = _new(x, b, len(x), x.shape[2])
-    return sums, _new(x, b, len(x) if bias else 0, x.shape[2])
+def _fake_layer_norm(x: Tensor, b: Tensor, eps: float, centered: bool, bias: bool) -> Tensor:
+    return _new(x, b, 2 if bias else 1, len(x), x.shape[2])
 
 
 @torch.library.register_fake("mts_fast::group_norm_sample_gradients_triton")
-def _fake_group_norm(x: Tensor, b: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _new(x, b, len(x), x.shape[1]), _new(x, b, len(x), x.shape[1])
+def _fake_group_norm(x: Tensor, b: Tensor, *_: object) -> Tensor:
+    return _new(x, b, 2, *x.shape[:2])
 
 
 def _new(x: Tensor, b: Tensor, *shape: int) -> Tensor:
@@ -69,8 +63,8 @@ def layer_norm_sample_gradients(
     if x.shape[2] > longest or not x.numel():
         return reference.layer_norm_sample_gradients(x, b, eps, centered, bias)
     op = torch.ops.mts_fast.layer_norm_sample_gradients_triton
-    of_weight, of_bias = op(x, b, eps, centered, bias)
-    return of_weight, of_bias if bias else None
+    sums = op(x, b, eps, centered, bias)
+    return sums[0], sums[1] if bias else None
 
 
 def group_norm_sample_gradients(
@@ -85,4 +79,5 @@ def group_norm_sample_gradients(
     if not x.numel():
         return reference.group_norm_sample_gradients(x, b, groups, eps, mean, variance)
     op = torch.ops.mts_fast.group_norm_sample_gradients_triton
-    return op(x, b, groups, eps, mean, variance)
+    of_weight, of_bias = op(x, b, groups, eps, mean, variance)
+    return of_weight, of_bias

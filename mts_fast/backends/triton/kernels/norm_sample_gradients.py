@@ -254,9 +254,9 @@ def group_norm_sample_gradients_kernel(
 
 def layer_norm_sample_gradients(
     x: Tensor, b: Tensor, eps: float, centered: bool, bias: bool
-) -> tuple[Tensor, Tensor]:
-    """(weight, bias) [B, C] of x, b [B, T, C], in any strides; bias without rows where not asked
-    for. float32, and float64 where one is float64."""
+) -> Tensor:
+    """[2, B, C], weight and bias, of x, b [B, T, C], in any strides; [1, B, C] without bias.
+    float32, and float64 where one is float64."""
     samples, positions, channels = x.shape
     acc_dtype = accumulator(torch.promote_types(x.dtype, b.dtype))
     tile = row_tile(positions, channels, acc_dtype)
@@ -277,8 +277,7 @@ def layer_norm_sample_gradients(
         ACC=TRITON_DTYPE[acc_dtype],
         num_warps=tile.warps,
     )
-    sums = partial.squeeze(2) if chunks == 1 else partial.sum(2)
-    return sums[0], sums[1] if bias else sums.new_empty(0, channels)
+    return partial.squeeze(2) if chunks == 1 else partial.sum(2)
 
 
 def group_norm_sample_gradients(
@@ -288,9 +287,9 @@ def group_norm_sample_gradients(
     eps: float,
     mean: Tensor | None,
     variance: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(weight, bias) [B, C] of x, b [B, C, S], in any strides, mean and variance [C]; float32, and
-    float64 where one is float64."""
+) -> Tensor:
+    """[2, B, C], weight and bias, of x, b [B, C, S], in any strides, mean and variance [C]; float32,
+    and float64 where one is float64."""
     samples, channels, positions = x.shape
     acc_dtype = accumulator(torch.promote_types(x.dtype, b.dtype))
     normalized = mean is None or variance is None
@@ -320,7 +319,7 @@ def group_norm_sample_gradients(
         ACC=TRITON_DTYPE[acc_dtype],
         num_warps=tile.warps,
     )
-    return sums[0], sums[1]
+    return sums
 
 
 def offsets_fit_int32(*tensors: Tensor) -> bool:
