@@ -23,15 +23,12 @@ from mts_fast.backends.triton.eligibility import reasons_against_triton
 LAYER_NORM, GROUP_NORM = "layer_norm_sample_gradients", "group_norm_sample_gradients"
 # options of the layer norm that pick another kernel; a request's variant joins them by "+"
 CENTERED, BIAS = "centered", "bias"
+GROUPS = "groups="  # and their number: the variant of the group norm
 
 register(LAYER_NORM, "reference", reference.layer_norm_sample_gradients)
 register(GROUP_NORM, "reference", reference.group_norm_sample_gradients)
-register(
-    LAYER_NORM, "cpp", cpp.layer_norm_sample_gradients, cpp.reasons, wins=cpp.layer_norm_wins
-)
-register(
-    GROUP_NORM, "cpp", cpp.group_norm_sample_gradients, cpp.reasons, wins=cpp.group_norm_wins
-)
+register(LAYER_NORM, "cpp", cpp.layer_norm_sample_gradients, cpp.reasons, wins=cpp.layer_norm_wins)
+register(GROUP_NORM, "cpp", cpp.group_norm_sample_gradients, cpp.reasons, wins=cpp.group_norm_wins)
 register_triton(LAYER_NORM, triton.layer_norm_sample_gradients, reasons_against_triton)
 register_triton(GROUP_NORM, triton.group_norm_sample_gradients, reasons_against_triton)
 
@@ -155,8 +152,13 @@ def layer_norm_variant(centered: bool, bias: bool) -> str:
 
 
 def group_norm_variant(groups: int) -> str:
-    """The variant of a request for so many groups, whose number decides the kernel's tile."""
-    return f"groups={groups}"
+    """The variant of a request: the number of groups decides the kernel's tile."""
+    return f"{GROUPS}{groups}"
+
+
+def groups_of_variant(variant: str) -> int:
+    """The number of groups of such a variant."""
+    return int(variant.removeprefix(GROUPS))
 
 
 def _check_pair(op: str, x: Tensor, b: Tensor, axes: str) -> None:

@@ -158,8 +158,8 @@ def test_nothing_of_the_caller_is_changed(backend):
 
 @pytest.mark.skipif(not extension().available, reason=extension().reason)
 def test_where_auto_takes_the_kernel():
-    """Contiguous float32 and float64; group norms from 64 positions on."""
-    long, short = torch.ones(2, 4, 64), torch.ones(2, 4, 63)
+    """Contiguous float32 and float64; group norms from 128 positions on."""
+    long, short = torch.ones(2, 4, 128), torch.ones(2, 4, 127)
     assert kernel_for(LAYER_NORM, [short, short]) is not None
     assert kernel_for(LAYER_NORM, [short.half(), short.half()]) is None
     assert kernel_for(LAYER_NORM, [short, short.double()]) is None
@@ -177,7 +177,9 @@ def test_opcheck():
     check(torch.ops.mts_fast.layer_norm_sample_gradients, x, b, 1e-5, True, True)
     check(torch.ops.mts_fast.layer_norm_sample_gradients, x, b, 1e-5, False, False)
     check(torch.ops.mts_fast.group_norm_sample_gradients, x, b, 2, 1e-5, None, None)
-    check(torch.ops.mts_fast.group_norm_sample_gradients, x, b, 2, 1e-5, x[0, :, 0], b[0, :, 0].abs())
+    check(
+        torch.ops.mts_fast.group_norm_sample_gradients, x, b, 2, 1e-5, x[0, :, 0], b[0, :, 0].abs()
+    )
 
 
 X = torch.zeros(2, 4, 6)

@@ -326,7 +326,5 @@ def offsets_fit_int32(*tensors: Tensor) -> bool:
     """Whether the offsets within every tile of these [B, *, *] fit int32: a tile has no more entries
     than WHOLE_BYTES bytes have, so they do unless those are far apart."""
     entries = WHOLE_BYTES // torch.float32.itemsize
-    spans = (
-        sum(min(t.shape[i], entries) * t.stride(i) for i in (1, 2)) for t in tensors
-    )
+    spans = (sum(min(t.shape[i], entries) * t.stride(i) for i in (1, 2)) for t in tensors)
     return max(spans) <= LARGEST_OFFSET

@@ -74,7 +74,7 @@ def _of_last_axes_fused(
     call: LayerCall, b: Tensor, axis: SampleAxis, size: int
 ) -> dict[str, Tensor] | None:
     """The same by a kernel; None where there is none for these tensors."""
-    first = axis == SampleAxis() or axis == SampleAxis(axis.axis) and b.shape[axis.axis] == size
+    first = axis == SampleAxis() or (axis == SampleAxis(axis.axis) and b.shape[axis.axis] == size)
     if "weight" not in call.sources or not first:
         return None
     shape = call.argument("weight").shape
