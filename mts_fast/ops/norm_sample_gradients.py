@@ -56,9 +56,9 @@ def layer_norm_sample_gradients(
         TypeError, ValueError: wrong dtypes, differing shapes or devices, a negative eps.
 
     Notes:
-        Both kernels read x and b once, and do not write x^; they accumulate in float32 (float64) and
-        are deterministic. The C++ kernel takes x and b of one dtype, float32 or float64, the Triton
-        kernel any dtypes and strides, and rows of 8192 channels (4096 in float64) at most; what a
+        Both kernels read x and b once, and do not write x^; they accumulate in float32 (float64)
+        and are deterministic. The C++ kernel takes x and b of one dtype, float32 or float64, the
+        Triton kernel any dtypes and strides, and rows of 8192 channels (4096 in float64) at most; what a
         kernel does not take runs the reference.
 
     Source: the weights of a norm in row 6, where each sample's own gradient is <v, gradient_i>.
@@ -103,7 +103,8 @@ def group_norm_sample_gradients(
             group's own.
 
     Returns:
-        (weight [B, C], bias [B, C]), float32 (float64 where x or b is float64); without derivatives.
+        (weight [B, C], bias [B, C]), float32 (float64 where x or b is float64); without
+        derivatives.
 
     Raises:
         TypeError, ValueError: wrong dtypes, differing shapes or devices, groups that do not divide

@@ -1,4 +1,4 @@
-"""Every sample's gradients of a norm's weight and bias: sums of x^ b and of b over its positions."""
+"""Every sample's gradients of a norm's weight and bias: sums of x^ b and of b over positions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 def layer_norm_sample_gradients(
     x: Tensor, b: Tensor, eps: float, centered: bool = True, bias: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """(sum_t x^_it b_it [B, C], sum_t b_it [B, C]) of x, b [B, T, C]; x^ is the layer norm of x over
-    the channels, or its RMS norm where not `centered`; in float32 at least."""
+    """(sum_t x^_it b_it [B, C], sum_t b_it [B, C]) of x, b [B, T, C]; x^ is the layer norm of x
+    over the channels, or its RMS norm where not `centered`; in float32 at least."""
     x, b = _same_dtype(x, b)
     normalize = F.layer_norm if centered else F.rms_norm
     normalized = normalize(x, x.shape[2:], eps=eps)

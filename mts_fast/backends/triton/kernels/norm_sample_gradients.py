@@ -288,8 +288,8 @@ def group_norm_sample_gradients(
     mean: Tensor | None,
     variance: Tensor | None,
 ) -> Tensor:
-    """[2, B, C], weight and bias, of x, b [B, C, S], in any strides, mean and variance [C]; float32,
-    and float64 where one is float64."""
+    """[2, B, C], weight and bias, of x, b [B, C, S], in any strides, mean and variance [C];
+    float32, and float64 where one is float64."""
     samples, channels, positions = x.shape
     acc_dtype = accumulator(torch.promote_types(x.dtype, b.dtype))
     normalized = mean is None or variance is None
@@ -323,8 +323,8 @@ def group_norm_sample_gradients(
 
 
 def offsets_fit_int32(*tensors: Tensor) -> bool:
-    """Whether the offsets within every tile of these [B, *, *] fit int32: a tile has no more entries
-    than WHOLE_BYTES bytes have, so they do unless those are far apart."""
+    """Whether the offsets within every tile of these [B, *, *] fit int32: a tile has no more
+    entries than WHOLE_BYTES bytes have, so they do unless those are far apart."""
     entries = WHOLE_BYTES // torch.float32.itemsize
     spans = (sum(min(t.shape[i], entries) * t.stride(i) for i in (1, 2)) for t in tensors)
     return max(spans) <= LARGEST_OFFSET
