@@ -134,7 +134,7 @@ bench-compare: setup
 GPU_SECONDS ?= 580
 BENCH_SECONDS ?= 450
 GPU_WORKERS ?= 8
-GPU_BENCH ?= cross_entropy linear_cross_entropy virtual_update hypergradient_dot
+GPU_BENCH ?= cross_entropy linear_cross_entropy virtual_update hypergradient_dot norm_sample_gradients
 GPU_ARGS ?=
 TUNE ?=
 IN_TIME := timeout -s INT -k 10 $(GPU_SECONDS) env -u TRITON_INTERPRET -u MTS_FAST_BENCH_TINY MTS_FAST_BENCH_SECONDS=$(BENCH_SECONDS)
@@ -177,7 +177,7 @@ gpu-tune: setup
 CALL := PIP_NO_INDEX=1 PYTHONUNBUFFERED=1
 CALL_TESTS := tests/backends tests/ops tests/training tests/hypergradient tests/csrc/test_cuda_kernels.py --ignore tests/backends/triton/test_compiles.py
 # benchmark:selection
-CALL_BENCH := hypergradient_dot:bfloat16 cross_entropy:bfloat16_and_not_statistics virtual_update:perturb_or_update linear_cross_entropy:50257
+CALL_BENCH := hypergradient_dot:bfloat16 cross_entropy:bfloat16_and_not_statistics virtual_update:perturb_or_update linear_cross_entropy:50257 norm_sample_gradients:bfloat16
 
 call-setup:
 	@test -f $(VENV)/.ready && touch $(VENV)/.ready || $(CALL) $(MAKE) setup
@@ -189,7 +189,7 @@ gpu-call-1: call-setup
 gpu-call-2: call-setup
 	@status=0; for pair in $(CALL_BENCH); do \
 	  words=$$(echo $${pair#*:} | tr _ ' '); \
-	  $(CALL) $(MAKE) GPU_SECONDS=130 BENCH_SECONDS=95 GPU_ARGS="-k '$$words'" gpu-run-$${pair%%:*} || status=$$?; \
+	  $(CALL) $(MAKE) GPU_SECONDS=105 BENCH_SECONDS=75 GPU_ARGS="-k '$$words'" gpu-run-$${pair%%:*} || status=$$?; \
 	done; exit $$status
 
 gpu-call-3: call-setup

@@ -12,6 +12,11 @@ from mts_fast.backends.triton.kernels.linear_cross_entropy_backward import (
     linear_cross_entropy_tangent,
 )
 from mts_fast.backends.triton.kernels.logits_tile import Problem
+from mts_fast.backends.triton.kernels.norm_sample_gradients import (
+    group_norm_sample_gradients,
+    layer_norm_sample_gradients,
+    longest_row,
+)
 from mts_fast.backends.triton.kernels.perturb import global_norm, perturb
 from mts_fast.backends.triton.kernels.sample_dot import sample_dot
 from mts_fast.backends.triton.kernels.scale import scale_
@@ -24,6 +29,10 @@ HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 IGNORED = -100
 # several short rows per tile; a whole row, aligned to 8; rows in tiles; rows that are not aligned
 CLASSES = (10, 1000, 32_000, 50_257)
+# channels of a layer norm: several rows per tile; the longest rows of float64 and of float32
+ROW_CHANNELS = (64, 768, 4096, 8192)
+# (C, S) and groups: in registers with several warps, the largest there, of few positions, in tiles
+GROUPED = (((64, 1024), 32), ((64, 4096), 32), ((512, 16), 32), ((256, 3136), 32), ((96, 1024), 1))
 
 
 def new(*shape: int, dtype: torch.dtype = FULL) -> torch.Tensor:
@@ -107,6 +116,42 @@ def dot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"sample_dot {_name(dtype)}", lambda x=x: sample_dot(x, x)
 
 
+def norm_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Rows of a layer and an RMS norm; groups in registers, in tiles, by passed statistics."""
+    for kind, x_dtype, b_dtype in (
+        ("bfloat16", HALF, HALF),
+        ("float32", FULL, FULL),
+        ("float64", DOUBLE, DOUBLE),
+        # under autocast a norm computes in float32
+        ("float32 from bfloat16", HALF, FULL),
+    ):
+        for channels in ROW_CHANNELS:
+            if channels > longest_row(torch.promote_types(x_dtype, FULL)):
+                continue
+            x, b = (new(8, 200, channels, dtype=dtype) for dtype in (x_dtype, b_dtype))
+
+            def rows(x=x, b=b) -> None:
+                layer_norm_sample_gradients(x, b, 1e-5, True, True)
+                layer_norm_sample_gradients(x, b, 1e-5, False, False)
+
+            yield f"rows C={channels} {kind}", rows
+        for shape, groups in GROUPED:
+            image, back = (new(8, *shape, dtype=dtype) for dtype in (x_dtype, b_dtype))
+            moment = new(shape[0])
+
+            def grouped(x=image, b=back, groups=groups, moment=moment) -> None:
+                group_norm_sample_gradients(x, b, groups, 1e-5, None, None)
+                group_norm_sample_gradients(x, b, groups, 1e-5, moment, moment)
+                # channels last
+                x, b = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, b))
+                group_norm_sample_gradients(x, b, groups, 1e-5, None, None)
+
+            yield f"{groups} groups of {' x '.join(map(str, shape))} {kind}", grouped
+    one = new(1, 1, 1)
+    yield "rows of one", lambda: layer_norm_sample_gradients(one, one, 1e-5, True, True)
+    yield "groups of one", lambda: group_norm_sample_gradients(one, one, 1, 1e-5, None, None)
+
+
 def update_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """theta', kappa v and both, of aligned and unaligned tensors; the norm and the perturbation.
 
@@ -136,6 +181,7 @@ GROUPS = {
     "cross_entropy": cross_entropy_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "hypergradient_dot": dot_cases,
+    "norm_sample_gradients": norm_cases,
     "virtual_update": update_cases,
 }
 

@@ -96,6 +96,8 @@ def launch_small():
         linear_cross_entropy(hidden, weight, labels, bias).sum().backward()
         ops.hypergradient_dot(draw(5, 7, 47), draw(101, 47), draw(5, 7, 101), draw(101))
         ops.sample_dot(draw(5, 331), draw(5, 331))
+        ops.layer_norm_sample_gradients(draw(5, 35, 47), draw(5, 35, 47))
+        ops.group_norm_sample_gradients(draw(5, 6, 331), draw(5, 6, 331), 2)
         for kind in (torch.optim.SGD, torch.optim.AdamW):
             leaves = [draw(33, 47, grad=True), draw(101, grad=True)]
             gradients = [draw(33, 47), draw(101)]

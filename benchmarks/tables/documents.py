@@ -148,6 +148,7 @@ def kernel_table(_: str) -> str:
     for noun, base in (
         ("virtual_update", "reference"),
         ("cross_entropy", "reference"),
+        ("norm_sample_gradients", "reference"),
     ):
         for row in json.loads((RESULTS / f"{noun}.json").read_text())["rows"]:
             rivals = {name: x for name, x in row["ratios"].items() if name not in ("C++", base)}

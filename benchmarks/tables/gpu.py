@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 # the nouns of bench_<noun>.py
-KERNELS = ("cross_entropy", "linear_cross_entropy", "virtual_update", "hypergradient_dot")
+KERNELS = (
+    *("cross_entropy", "linear_cross_entropy", "virtual_update", "hypergradient_dot"),
+    "norm_sample_gradients",
+)
 STEPS, TUNING = "step", "tune"
 # what roofline.py reports of a step
 ROOFLINE = ("GB", "GB/s", "TFLOP", "TFLOP/s", "roof ms", "% of roof", "% of roof by bytes")

@@ -243,9 +243,9 @@ def _cannot_run(op: str, backend: str, why: Sequence[str], hint: str) -> Runtime
     return RuntimeError(f"{op}: backend {backend!r} cannot run: {'; '.join(why)}; {hint}")
 
 
-def kernel_for(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+def kernel_for(op: str, tensors: Sequence[Tensor], variant: str = "") -> Callable[..., Any] | None:
     """The function that serves `op` on these tensors; None where it is the reference."""
-    function = resolve(op, tensors)
+    function = resolve(op, tensors, variant)
     return None if function is _implementations[op]["reference"].function else function
 
 

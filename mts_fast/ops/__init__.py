@@ -16,6 +16,10 @@ from mts_fast.ops.neighbor_statistics import (
     neighbor_statistics,
     neighbor_statistics_,
 )
+from mts_fast.ops.norm_sample_gradients import (
+    group_norm_sample_gradients,
+    layer_norm_sample_gradients,
+)
 from mts_fast.ops.percentile_rank import percentile_rank
 from mts_fast.ops.update_rules import register_update_rule
 from mts_fast.ops.virtual_update import VirtualUpdate, trainable_parameters, virtual_update
@@ -32,10 +36,12 @@ __all__ = [
     "class_centroids_",
     "cross_entropy",
     "current_backend",
+    "group_norm_sample_gradients",
     "has_kernels",
     "hypergradient_dot",
     "kernel_for",
     "label_agreement",
+    "layer_norm_sample_gradients",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "neighbor_statistics",

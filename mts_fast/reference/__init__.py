@@ -25,6 +25,10 @@ from mts_fast.reference.neighbor_statistics import (
     neighbor_statistics,
     neighbor_statistics_,
 )
+from mts_fast.reference.norm_sample_gradients import (
+    group_norm_sample_gradients,
+    layer_norm_sample_gradients,
+)
 from mts_fast.reference.online_features import online_features, standardize
 from mts_fast.reference.percentile_rank import class_median, percentile_rank
 from mts_fast.reference.perturb import global_norm, perturb
@@ -59,12 +63,14 @@ __all__ = [
     "forgetting",
     "global_norm",
     "gradient_norm",
+    "group_norm_sample_gradients",
     "hypergradient_direction",
     "hypergradient_dot",
     "hypergradient_dots",
     "hypergradient_double_backward",
     "kappa",
     "label_agreement",
+    "layer_norm_sample_gradients",
     "linear_cross_entropy",
     "linear_cross_entropy_tangent",
     "log_weights",

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from mts_fast.backends.verdicts.requests import Request, Shape
 from mts_fast.ops.cross_entropy import STATISTICS
+from mts_fast.ops.norm_sample_gradients import BIAS, CENTERED, groups_of_variant
 from mts_fast.reference import AdamState, SGDState, Target
 
+# torch's default of its norms
+NORM_EPS = 1e-5
 # what the states of a request are made with; a decay, so that parameters are read
 RULES: dict[str, Callable[[Tensor], Any]] = {
     "SGDState": lambda p: SGDState(0.1, 0.9, weight_decay=1e-4, buffer=torch.randn_like(p)),
@@ -144,6 +147,20 @@ def _sample_dot(request: Request, tensors: list[Tensor]) -> Case:
     return Case(tensors[0].device, tuple(tensors))
 
 
+def _layer_norm(request: Request, tensors: list[Tensor]) -> Case:
+    options = request.variant.split("+")
+    arguments = (*tensors, NORM_EPS, CENTERED in options, BIAS in options)
+    return Case(tensors[0].device, arguments)
+
+
+def _group_norm(request: Request, tensors: list[Tensor]) -> Case:
+    x, b, *moments = tensors
+    if moments:
+        moments[1] = moments[1].square()  # a variance
+    arguments = (x, b, groups_of_variant(request.variant), NORM_EPS, *moments)
+    return Case(x.device, arguments)
+
+
 def _update(request: Request, tensors: list[Tensor]) -> Case | None:
     rules = [RULES.get(name) for name in request.variant.split("+")]
     columns = 2 if request.op == "virtual_update" else 3
@@ -176,6 +193,8 @@ _MAKERS: dict[str, Callable[[Request, list[Tensor]], Case | None]] = {
     "linear_cross_entropy_tangent": _linear_cross_entropy,
     "hypergradient_dot": _dot,
     "sample_dot": _sample_dot,
+    "layer_norm_sample_gradients": _layer_norm,
+    "group_norm_sample_gradients": _group_norm,
     "virtual_update": _update,
     "hypergradient_direction": _update,
     "virtual_update_along": _update,

@@ -160,6 +160,8 @@ def shapes_of(op):
         "linear_cross_entropy_tangent": [torch.randn(4, 6), torch.randn(9, 6)],
         "hypergradient_dot": [*of_products, torch.randn(5)],
         "sample_dot": [torch.randn(4, 6), torch.randn(4, 6)],
+        "layer_norm_sample_gradients": [torch.randn(4, 3, 6), torch.randn(4, 3, 6)],
+        "group_norm_sample_gradients": [torch.randn(4, 6, 3), torch.randn(4, 6, 3)],
         "virtual_update": matrices * 2,
         "hypergradient_direction": matrices * 3,
         "virtual_update_along": matrices * 3,
@@ -170,6 +172,8 @@ def shapes_of(op):
 
 VARIANTS = {
     "weighted_cross_entropy": ("", "statistics"),
+    "layer_norm_sample_gradients": ("centered+bias", ""),
+    "group_norm_sample_gradients": ("groups=2",),
     **dict.fromkeys(
         ("virtual_update", "hypergradient_direction", "virtual_update_along"),
         ("SGDState", "AdamState", "AdamState+SGDState"),

@@ -92,7 +92,7 @@ class LayerCall:
             return self.args[position]
         return self.kwargs.get(name, default)
 
-    def option(self, name: str, position: int, default: Any) -> Any:
+    def option(self, name: str, position: int, default: Any = None) -> Any:
         """Another argument as it was passed."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 

@@ -18,6 +18,7 @@ KERNELS = {
         f"linear_cross_entropy_{kernel}" for kernel in ("forward", "merge", "backward", "tangent")
     },
     "hypergradient_dot": {"hypergradient_dot", "sample_dot"},
+    "norm_sample_gradients": {"layer_norm_sample_gradients", "group_norm_sample_gradients"},
     "virtual_update": {"sgd", "adam", "square_sum", "perturb"},
 }
 

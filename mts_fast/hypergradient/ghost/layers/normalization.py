@@ -1,13 +1,15 @@
 """Normalisation layers: their parameters are few, so each sample's own gradient of them is kept.
 
 y = w x^ + c, with x^ the normalised input: sample i's gradients are the sums over its positions of
-x^ b and of b. They give the dots and the gradient for any weights; one normalisation, no replay.
+x^ b and of b. They give the dots and the gradient for any weights; one normalisation, no replay,
+and one pass over x and b where a kernel of `norm_sample_gradients` is in force.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,24 @@ from torch import Tensor
 
 from mts_fast.hypergradient.ghost.rules import LayerCall, SampleGradients, register_layer
 from mts_fast.hypergradient.ghost.sample_axis import SampleAxis
+from mts_fast.ops import kernel_for
+from mts_fast.ops.norm_sample_gradients import (
+    GROUP_NORM,
+    LAYER_NORM,
+    group_norm_variant,
+    layer_norm_variant,
+)
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """How a norm with its channels on axis 1 makes x^: by each group's mean and variance, or by
+    those passed."""
+
+    groups: int
+    eps: float
+    mean: Tensor | None = None  # [C]
+    variance: Tensor | None = None  # [C]
 
 
 def _terms(call: LayerCall, name: str, b: Tensor) -> Tensor:
@@ -39,6 +59,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
     """Layer and RMS norm."""
+    fused = _of_last_axes_fused(call, b, axis, size)
+    if fused is not None:
+        return fused
     gradients = {}
     for name in call.sources:
         shape = call.argument(name).shape
@@ -47,8 +70,33 @@ def _of_last_axes(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> di
     return gradients
 
 
+def _of_last_axes_fused(
+    call: LayerCall, b: Tensor, axis: SampleAxis, size: int
+) -> dict[str, Tensor] | None:
+    """The same by a kernel; None where there is none for these tensors."""
+    first = axis == SampleAxis() or (axis == SampleAxis(axis.axis) and b.shape[axis.axis] == size)
+    if "weight" not in call.sources or not first:
+        return None
+    shape = call.argument("weight").shape
+    x, b = (axis.samples(t, size).reshape(size, -1, shape.numel()) for t in (call.input, b))
+    centered, bias = call.rule.function is F.layer_norm, "bias" in call.sources
+    run = kernel_for(LAYER_NORM, [x, b], layer_norm_variant(centered, bias))
+    if run is None:
+        return None
+    eps = call.option("eps", 4, 1e-5) if centered else call.option("eps", 3, None)
+    # torch's rms_norm without eps takes that of the dtype in which it computes
+    eps = torch.finfo(_at_least_float32(x.dtype)).eps if eps is None else eps
+    sums = run(x, b, eps, centered, bias)
+    by_name = zip(("weight", "bias"), sums, strict=True)
+    return {name: g.reshape(size, *shape) for name, g in by_name if name in call.sources}
+
+
 def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dict[str, Tensor]:
     """Group, instance and batch norm: the channels on axis 1."""
+    if axis == SampleAxis():
+        fused = _of_channels_fused(call, b)
+        if fused is not None:
+            return {name: _sum(g.unflatten(0, (size, -1))) for name, g in fused.items()}
     gradients = {}
     for name in call.sources:
         terms = _terms(call, name, b)
@@ -60,6 +108,31 @@ def _of_channels(call: LayerCall, b: Tensor, axis: SampleAxis, size: int) -> dic
         per_row = _sum(terms.flatten(2).transpose(1, 2)) if terms.ndim > 2 else terms  # [B r, C]
         gradients[name] = _sum(axis.samples(per_row, size).reshape(size, -1, per_row.shape[1]))
     return gradients
+
+
+def _of_channels_fused(call: LayerCall, b: Tensor) -> dict[str, Tensor] | None:
+    """The gradients of each row of axis 0 by a kernel; None where there is none."""
+    if "weight" not in call.sources or b.ndim < 3:
+        return None
+    x, b = call.input.flatten(2), b.flatten(2)
+    by = _channel_statistics(call, x.shape[1])
+    passed = [t for t in (by.mean, by.variance) if t is not None]
+    run = kernel_for(GROUP_NORM, [x, b, *passed], group_norm_variant(by.groups))
+    if run is None:
+        return None
+    sums = run(x, b, by.groups, by.eps, by.mean, by.variance)
+    by_name = zip(("weight", "bias"), sums, strict=True)
+    return {name: g for name, g in by_name if name in call.sources}
+
+
+def _channel_statistics(call: LayerCall, channels: int) -> ChannelStatistics:
+    if call.rule.function is F.group_norm:
+        return ChannelStatistics(call.option("num_groups", 1), call.option("eps", 4, 1e-5))
+    eps = call.option("eps", 7, 1e-5)
+    if call.rule.function is F.instance_norm and call.option("use_input_stats", 5, True):
+        return ChannelStatistics(channels, eps)
+    moments = call.option("running_mean", 1), call.option("running_var", 2)
+    return ChannelStatistics(channels, eps, *moments)
 
 
 def _batch_norm_couples(call: LayerCall) -> str | None:
