@@ -58,8 +58,8 @@ def layer_norm_sample_gradients(
     Notes:
         Both kernels read x and b once, and do not write x^; they accumulate in float32 (float64)
         and are deterministic. The C++ kernel takes x and b of one dtype, float32 or float64, the
-        Triton kernel any dtypes and strides, and rows of 8192 channels (4096 in float64) at most; what a
-        kernel does not take runs the reference.
+        Triton kernel any dtypes and strides, and rows of 8192 channels (4096 in float64) at most;
+        what a kernel does not take runs the reference.
 
     Source: the weights of a norm in row 6, where each sample's own gradient is <v, gradient_i>.
 

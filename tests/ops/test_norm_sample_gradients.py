@@ -15,8 +15,8 @@ from mts_fast.ops import (
 from mts_fast.ops.norm_sample_gradients import GROUP_NORM, LAYER_NORM
 
 BACKENDS = ("reference", "cpp")
-# B, T, C: the least; no multiple of the rows that the kernel takes at once, nor of its lanes; several
-# blocks of rows; one position; a row longer than a block of lanes
+# B, T, C: the least; no multiple of the rows that the kernel takes at once, nor of its lanes;
+# several blocks of rows; one position; a row longer than a block of lanes
 ROWS = ((1, 1, 2), (3, 7, 37), (2, 150, 64), (5, 1, 130), (2, 3, 5000))
 # B, C, S, groups: the same for groups; one group; an instance norm; one position
 GROUPED = ((1, 1, 2, 1), (3, 6, 37, 3), (2, 8, 300, 1), (2, 5, 130, 5), (4, 12, 1, 3))

@@ -13,8 +13,8 @@ from mts_fast.backends.cpp.extension import extension
 from mts_fast.backends.eligibility import several_devices
 from mts_fast.backends.registry import on_cpu
 
-# positions of a channel from which on the group norm's kernel is faster: 1.9 times torch at 256, 1.3
-# at 144, 1.0 to 1.2 at 64, 0.7 at 16 (1 and 2 threads, AVX-512)
+# positions of a channel from which on the group norm's kernel is faster: 1.9 times torch at 256,
+# 1.3 at 144, 1.0 to 1.2 at 64, 0.7 at 16 (1 and 2 threads, AVX-512)
 FEWEST_POSITIONS = 128
 
 torch.library.define(
