@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mts_fast._columns import are_same
-from mts_fast._multi_tensor import SavedValues, copies, overwrite
+from mts_fast._multi_tensor import SavedValues, overwrite
 
 _training = attrgetter("training")
 
@@ -185,7 +185,7 @@ class SavedBuffers:
         tensors |= {id(p): p for p in world.written}
         present = [b for b in tensors.values() if not nn.parameter.is_lazy(b)]
         self._present = present
-        self._saved = copies(present)
+        self._saved = SavedValues(present)
         self._counted = tuple(b for b in present if not b.is_inference())
         self._versions = tuple(b._version for b in self._counted)
 
@@ -193,10 +193,11 @@ class SavedBuffers:
         """Put names and values back."""
         for module, names in self._names:
             restore_mapping(module._buffers, names)
-        for buffer, before in zip(self._present, self._saved, strict=True):
+        values = self._saved.values()
+        for buffer, before in zip(self._present, values, strict=True):
             if buffer.shape != before.shape:
                 buffer.data = torch.empty_like(before)
-        overwrite(self._present, self._saved)
+        overwrite(self._present, values)
         # the values are again those that a graph recorded before has saved
         torch._C._autograd._unsafe_set_version_counter(self._counted, self._versions)
 

@@ -112,7 +112,7 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) 
             if flat_a.itemsize < 4:  # products of small 16-bit numbers would be 0
                 flat_a = flat_a.float()
             sums.append((flat_a * flat_b).sum().to(a[0].device, dtype))
-    return torch.stack(sums).sum()
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

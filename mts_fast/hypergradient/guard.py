@@ -43,7 +43,7 @@ def invariant_gap(
         expected = total(expected)
     weighted = p * dots
     gap = (weighted.sum() - expected).abs()
-    scale = weighted.abs().sum().maximum(expected.abs())
+    scale = torch.linalg.vector_norm(weighted, 1).maximum(expected.abs())
     return gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 

@@ -15,7 +15,7 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     """(nearest [B, k], centroid [B, 1]): top-k cosines to the validation features, and the cosine
     to their mean. features [B, D] and val_features [V, D] are penultimate activations.
     """
-    scaled = val_features / power_of_two(val_features.detach().abs().amax())
+    scaled = val_features / power_of_two(torch.linalg.vector_norm(val_features.detach(), torch.inf))
     rows = torch.cat([features, val_features, scaled.mean(0, keepdim=True)])
     unit, val_unit, centroid = unit_rows(rows).split([len(features), len(val_features), 1])
     nearest = (unit @ val_unit.T).topk(k, dim=1).values

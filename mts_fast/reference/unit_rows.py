@@ -13,7 +13,8 @@ def unit_rows(rows: Tensor) -> Tensor:
     The rows are scaled first, since squares of float32 numbers beyond 1e19 overflow, below 1e-23
     vanish.
     """
-    return F.normalize(rows / power_of_two(rows.detach().abs().amax(1, keepdim=True)), dim=1)
+    largest = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=1, keepdim=True)
+    return F.normalize(rows / power_of_two(largest), dim=1)
 
 
 def power_of_two(largest: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class StoredLinearization(GhostLinearization):
     def _over_p(self, values: Tensor) -> Tensor:
         """values / p. p is 0 only where all weights are 0; the result is then 0."""
         assert self._p is not None
-        return torch.where(self._p > 0, values / self._p, 0.0)
+        return (values / self._p).masked_fill(self._p <= 0, 0.0)
 
     def _consumed(self) -> Iterator[Record]:
         """The records, each dropped after its use unless a gradient is still to come."""
