@@ -5,6 +5,7 @@ Where a count depends on values or on a kernel's inside, the lower one is taken.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -115,8 +116,10 @@ def read_by_launch(op, args):
     if op == "hypergradient_direction":
         _, gradients, states, along = args[:4]
         args = (along, gradients, states) if isinstance(states[0], AdamState) else (along,)
-    states = [vars(leaf) for leaf in tree_leaves(args) if dataclasses.is_dataclass(leaf)]
-    return tensors_of([args, states])
+    # columns of tensors and of states are sequences of their own classes
+    leaves = tree_leaves([list(a) if isinstance(a, Sequence) else a for a in args])
+    states = [vars(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)]
+    return tensors_of([leaves, states])
 
 
 def _convolution_backward_flops(*args, out_val):

@@ -82,10 +82,10 @@ class RecordedOutputs(FunctionMode):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._since += 1
         norms = func is F.batch_norm and bool(args) and trains(*args, **kwargs)
-        kept = self._kept(args[0]) if norms else None
+        read = self._read(args[0]) if norms else None
         result = func(*args, **kwargs)
-        if kept is not None:
-            self.calls[-1].output = kept
+        if read is not None:
+            self.calls[-1].output = read
             self.calls[-1].statistics = _statistics(result, *args, **kwargs)
         elif func in LINEAR and len(args) > 1:
             self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
@@ -99,7 +99,7 @@ class RecordedOutputs(FunctionMode):
         if self.calls:
             self.calls[-1].rectified[self._since] = Unchanged.of(result)
 
-    def _kept(self, x: Tensor) -> Unchanged | None:
+    def _read(self, x: Tensor) -> Unchanged | None:
         """The last output, where BatchNorm reads that and autograd keeps it. An activation in
         place, or a sum, would be computed again on its own result."""
         last = self._last
