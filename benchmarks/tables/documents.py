@@ -222,7 +222,7 @@ def resource_table(_: str) -> str:
     ]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         configurations = [row for row in rows if row["kernel"] == kernel]
-        cells = [str(len({row["case"] for row in configurations}))]
+        cells = [str(sum(row["capability"] == 80 for row in configurations))]
         for value, unit in (("registers", 1), ("shared", 1024)):
             for chip in (80, 90):
                 of_chip = [row[value] for row in configurations if row["capability"] == chip]

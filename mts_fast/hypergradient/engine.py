@@ -75,8 +75,12 @@ class RetainedGraph(Linearization):
         self._graph: Tensor | None = None
         self._losses: Tensor | None = None
         if gradients:
-            self._graph = engine.objective.losses(batch)
+            self._graph = self._forward()
             self._losses = self._graph.detach()
+
+    def _forward(self) -> Tensor:
+        """The losses [B] with their graph."""
+        return self.engine.objective.losses(self.batch)
 
     @property
     def losses(self) -> Tensor:

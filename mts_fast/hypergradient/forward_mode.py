@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from mts_fast._isolation import RngState, preserved_rng
 from mts_fast._multi_tensor import copies
 from mts_fast.hypergradient.engine import Engine, Linearization, RetainedGraph
 from mts_fast.hypergradient.frequency import FrequencyTables, frequency_reasons
-from mts_fast.hypergradient.fused_tangents import FusedTangents
+from mts_fast.hypergradient.fused_tangents import FusedTangents, GraphWritten
 from mts_fast.hypergradient.objective import LabelledBatch
 from mts_fast.hypergradient.serving import eager, serving, sharded_reasons
 from mts_fast.hypergradient.synced import synced_reasons
-from mts_fast.hypergradient.training_forward import LinearCall, RecordedOutputs
+from mts_fast.hypergradient.training_forward import ForwardCall, RecordedForward
 
 
 class ForwardMode(Engine):
@@ -52,7 +52,7 @@ class ForwardMode(Engine):
         batch: LabelledBatch,
         direction: Sequence[Tensor],
         rng: RngState,
-        calls: deque[LinearCall],
+        calls: deque[ForwardCall],
     ) -> Tensor:
         """d [B], with the calls of the training forward where it has run; the caller puts buffers
         back."""
@@ -75,7 +75,6 @@ class ForwardMode(Engine):
             _plain_encoder_layers(),
             FrequencyTables(self.objective).differentiable(),
             forward_ad.dual_level(),
-            FusedTangents(calls, at, counters),
         ):
             duals = {
                 name: forward_ad.make_dual(p.detach(), tangent[id(p)])
@@ -83,7 +82,8 @@ class ForwardMode(Engine):
                 if id(p) in tangent
             }
             swapped = _Functional(model, {**duals, **buffers})
-            losses = self.objective.with_model(swapped).losses(batch)
+            with FusedTangents(calls, at, counters):
+                losses = self.objective.with_model(swapped).losses(batch)
             dots = forward_ad.unpack_dual(losses).tangent
         return torch.zeros_like(losses) if dots is None else dots
 
@@ -96,16 +96,27 @@ class ForwardLinearization(RetainedGraph):
     def __init__(
         self, engine: ForwardMode, batch: LabelledBatch, gradients: int, dots: bool
     ) -> None:
-        self._calls: deque[LinearCall] = deque()
-        # without a graph nothing is kept, and a mode would keep torch.compile from its graphs
-        records = dots and gradients > 0 and not engine.objective.is_compiled
-        with RecordedOutputs() if records else nullcontext() as recorded:
-            super().__init__(engine, batch, gradients)
-        if recorded is not None:
-            self._calls = recorded.calls
+        self._calls: deque[ForwardCall] = deque()
+        # a mode would keep torch.compile from its graphs
+        self._records = dots and not engine.objective.is_compiled
+        super().__init__(engine, batch, gradients)
+
+    def _forward(self) -> Tensor:
+        if not self._records:
+            return super()._forward()
+        with RecordedForward() as recorded:
+            graph = super()._forward()
+        self._calls = recorded.calls
+        return graph
 
     def dots(self, direction: Sequence[Tensor]) -> Tensor:
         calls, self._calls = self._calls, deque()
+        try:
+            return self._tangent(direction, calls)
+        except GraphWritten:
+            return self._tangent(direction, deque())
+
+    def _tangent(self, direction: Sequence[Tensor], calls: deque[ForwardCall]) -> Tensor:
         with self._rewound_buffers():
             return self.engine.tangent(self.batch, direction, self._rng, calls)
 

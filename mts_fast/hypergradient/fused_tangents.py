@@ -18,17 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast._ambient import FunctionMode
+from mts_fast.hypergradient.ghost.watch import writes_in_place
 from mts_fast.hypergradient.nests import leaves
 from mts_fast.hypergradient.training_forward import (
     LINEAR,
     RECTIFIERS,
     BatchStatistics,
-    LinearCall,
+    Calls,
+    ForwardCall,
     makes_rectified,
+    under_functorch,
 )
 
 # w' x_hat + b' of a BatchNorm as factor x + shift, [C] each
 Affine = tuple[Tensor, Tensor]
+
+
+class GraphWritten(BaseException):
+    """The forward with tangents is about to write to a result of the training forward, which did
+    not: it has to run without those. No code of a model may take it for an error of its own."""
 
 
 class FusedTangents(FunctionMode):
@@ -36,92 +44,134 @@ class FusedTangents(FunctionMode):
 
     Args:
         calls: those of the training forward where it has run; each is dropped once its turn has
-            come.
+            come, and all of them from the first one on that is not made again.
         tangents: those of the parameters, by the address of the parameter.
         counters: ids of numbers that forwards count in (BatchNorm's `num_batches_tracked`): nothing
-            is added to them until something reads them.
+            is added to one until something reads it.
     """
 
     def __init__(
         self,
-        calls: deque[LinearCall] | None = None,
+        calls: deque[ForwardCall] | None = None,
         tangents: Mapping[int, Tensor] | None = None,
         counters: Iterable[int] = (),
     ) -> None:
         super().__init__()
-        self._calls: deque[LinearCall] = deque() if calls is None else calls
+        self._calls: deque[ForwardCall] = deque() if calls is None else calls
         self._affine = _affine_maps(self._calls, tangents or {})
-        self._counters = frozenset(counters)
+        self._counters = set(counters)
         self._to_add: dict[int, int] = {}
-        self._last: LinearCall | None = None  # the same call of the training forward as the last
-        self._since = 0  # calls since then
+        self._order = Calls()
+        self._shared: set[int] = set()  # addresses of the memory of results that were taken
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._since += 1
+        if under_functorch():
+            return func(*args, **kwargs)
+        if self._order.copies_input(func, args):
+            return self._order.copied(func(*args))
+        before = self._same_call(func, args, kwargs)
+        if before is None and self._shared and self._may_write(func, args, kwargs):
+            raise GraphWritten
+        result = self._run(func, args, kwargs, before)
+        if self._order.note(result):
+            if before is None:
+                self._calls.clear()
+            else:
+                self._calls.popleft()
+        return result
+
+    def _same_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ForwardCall | None:
+        """The next call of the training forward, where this is the same."""
+        if not self._calls or self._calls[0].key != self._order.key(func, args, kwargs):
+            return None
+        return self._calls[0]
+
+    def _may_write(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a call may write to the memory of a result that was taken."""
+        flags = True in (a for a in args if type(a) is bool) or kwargs.get("inplace")
+        if not (flags or writes_in_place(func) or "out" in kwargs):
+            return False
+        written = leaves((args[:1], kwargs.get("out")))
+        return any(t.untyped_storage().data_ptr() in self._shared for t in written)
+
+    def _run(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: ForwardCall | None,
+    ) -> Any:
         if self._counters and self._counts(func, args, kwargs):
             return args[0]
         result = None
         if func is F.batch_norm:
-            affine = self._affine_of(args[0]) if args else None
+            affine = None if before is None else self._affine.get(id(before.statistics))
             result = _batch_norm(*args, affine=affine, **kwargs)
         elif func in LINEAR and len(args) > 1:
-            result = self._linear(func, args, kwargs)
+            if before is not None and before.has_weight(args[1]):
+                output = self._taken(before)
+                result = None if output is None else _with_tangent(func, output, *args, **kwargs)
         elif func in RECTIFIERS and args:
-            makes = makes_rectified(func, *args, **kwargs)
-            result = self._rectified(*args[:1]) if makes else _rectify(*args[:1])
+            if not makes_rectified(func, *args, **kwargs):
+                result = _rectify(args[0])
+            elif before is not None and (output := self._taken(before)) is not None:
+                result = _rectified(args[0], output)
         return func(*args, **kwargs) if result is None else result
 
-    def _linear(
-        self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        self._last, self._since = None, 0
-        if not self._calls:
-            return None
-        call = self._calls.popleft()
-        if not call.matches(args[0], args[1]):
-            return None
-        self._last = call
-        output = call.result()
-        return None if output is None else _with_tangent(func, output, *args, **kwargs)
-
-    def _rectified(self, x: Tensor) -> Tensor | None:
-        """max(x, 0) where the training forward's is known; its tangent is that of x where it is
-        positive."""
-        if self._last is None:
-            return None
-        known = self._last.rectified.pop(self._since, None)
-        output = None if known is None else known.value()
-        if output is None or output.shape != x.shape or output.dtype != x.dtype:
-            return None
-        tangent = forward_ad.unpack_dual(x).tangent
-        if tangent is None:
-            return output
-        return forward_ad.make_dual(output, torch.ops.aten.threshold_backward(tangent, output, 0))
-
-    def _affine_of(self, x: Tensor) -> Affine | None:
-        """For a BatchNorm that reads the output of the last linear map, as in the training
-        forward."""
-        if self._last is None or self._last.statistics is None:
-            return None
-        output = self._last.result()
-        if output is None or forward_ad.unpack_dual(x).primal.data_ptr() != output.data_ptr():
-            return None
-        return self._affine.get(id(self._last.statistics))
+    def _taken(self, call: ForwardCall) -> Tensor | None:
+        """The result of the training forward, where it is known."""
+        result = call.known()
+        if result is not None:
+            self._shared.add(result.untyped_storage().data_ptr())
+        return result
 
     def _counts(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
-        """Whether the call adds to a counter, which then waits; any other that reads it finds it as
-        it has to be."""
+        """Whether the call adds to a counter, which then waits. Any other call that has a counter
+        finds it as it has to be, and may have made a view of it: it waits no more."""
         adds = func is Tensor.add_ and id(args[0]) in self._counters and not kwargs
         if adds and type(args[1]) is int:
             self._to_add[id(args[0])] = self._to_add.get(id(args[0]), 0) + args[1]
             return True
-        if self._to_add:
-            for t in leaves((args, kwargs)):
-                if (number := self._to_add.pop(id(t), 0)) != 0:
-                    t.add_(number)
+        for t in leaves((args, kwargs)):
+            if id(t) in self._counters:
+                self._counters.remove(id(t))
+                t.add_(self._to_add.pop(id(t), 0))
         return False
+
+
+def _affine_maps(calls: Iterable[ForwardCall], tangents: Mapping[int, Tensor]) -> dict[int, Affine]:
+    """factor = w' / deviation and shift = b' - factor mean of every BatchNorm whose statistics are
+    known, by their id; a few launches for all."""
+    kinds: dict[object, list[BatchStatistics]] = defaultdict(list)
+    for call in calls:
+        s = call.statistics
+        if s is None or s.weight not in tangents or s.bias not in tangents:
+            continue
+        # a view that begins where a parameter does has its address, too
+        if tangents[s.weight].shape == tangents[s.bias].shape == s.mean.shape:
+            kinds[s.mean.dtype, s.mean.device].append(s)
+    maps: dict[int, Affine] = {}
+    for alike in kinds.values():
+        weights, biases = [tangents[s.weight] for s in alike], [tangents[s.bias] for s in alike]
+        factors = torch._foreach_mul(weights, [s.inverse for s in alike])
+        shifts = torch._foreach_addcmul(biases, factors, [s.mean for s in alike], value=-1)
+        pairs = zip(factors, shifts, strict=True)
+        maps |= {id(s): pair for s, pair in zip(alike, pairs, strict=True)}
+    return maps
+
+
+def _rectified(x: Tensor, output: Tensor) -> Tensor:
+    """The known max(x, 0), with its tangent: that of x where it is positive."""
+    tangent = forward_ad.unpack_dual(x).tangent
+    if tangent is None:
+        return output
+    return forward_ad.make_dual(output, torch.ops.aten.threshold_backward(tangent, output, 0))
 
 
 def _rectify(x: Tensor) -> Tensor | None:
@@ -132,26 +182,6 @@ def _rectify(x: Tensor) -> Tensor | None:
     primal.relu_()
     torch.ops.aten.threshold_backward.grad_input(tangent, primal, 0, grad_input=tangent)
     return x
-
-
-def _affine_maps(calls: Iterable[LinearCall], tangents: Mapping[int, Tensor]) -> dict[int, Affine]:
-    """factor = w' / deviation and shift = b' - factor mean of every BatchNorm whose statistics are
-    known, by their id; a few launches for all."""
-    kinds: dict[object, list[BatchStatistics]] = defaultdict(list)
-    for call in calls:
-        s = call.statistics
-        if s is not None and s.weight in tangents and s.bias in tangents:
-            kinds[s.mean.dtype, s.mean.device].append(s)
-    maps: dict[int, Affine] = {}
-    for alike in kinds.values():
-        factors = torch._foreach_mul(
-            [tangents[s.weight] for s in alike], [s.inverse for s in alike]
-        )
-        shifts = torch._foreach_addcmul(
-            [tangents[s.bias] for s in alike], factors, [s.mean for s in alike], value=-1
-        )
-        maps |= {id(s): pair for s, *pair in zip(alike, factors, shifts, strict=True)}  # type: ignore[misc]
-    return maps
 
 
 def _with_tangent(
@@ -244,7 +274,7 @@ class _BatchNorm(torch.autograd.Function):
             )[0]
         if weight_t is None and bias_t is None:
             return tangent
-        if ctx.affine is not None:
+        if ctx.affine is not None and weight_t is not None and bias_t is not None:
             factor, shift = (t.view([1, -1] + [1] * (x.ndim - 2)) for t in ctx.affine)
             if tangent is None:
                 return torch.addcmul(shift, x, factor)

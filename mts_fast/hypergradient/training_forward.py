@@ -1,10 +1,14 @@
-"""What the graph of a training forward holds that the forward with tangents needs again."""
+"""What the graph of a training forward holds that the forward with tangents needs again.
+
+Both run the same program. Every call of the first one is noted with the calls that made its
+arguments; a result is taken only while the second one has made the same calls in the same order.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mts_fast._ambient import FunctionMode
+from mts_fast.hypergradient.nests import leaves
 
 # maps that are linear in their first two arguments together: (input, weight, bias, ...)
 LINEAR = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear}
+# arguments that are compared by value, beside nests of these
+_COMPARED = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _IN_PLACE = {torch.relu_, Tensor.relu_}
 RECTIFIERS = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
 # nodes of BatchNorm whose second and third results are the mean and 1 / deviation of the batch
@@ -50,66 +57,114 @@ class BatchStatistics:
 
 
 @dataclass
-class LinearCall:
-    """A call of a linear map, and what followed it before the next one."""
+class ForwardCall:
+    """A call of the training forward that made tensors."""
 
-    weight: int  # its address
-    shape: torch.Size  # of the input
-    output: Unchanged | None = None  # where BatchNorm keeps it, too
-    statistics: BatchStatistics | None = None  # of that BatchNorm
-    # outputs of ReLUs, by their number among all calls since this one
-    rectified: dict[int, Unchanged] = field(default_factory=dict)
+    key: object  # see `Calls.key`
+    weight: tuple[int, torch.Size] | None = None  # of a linear map: its address and shape
+    result: Unchanged | None = None  # of a linear map or a ReLU, where autograd keeps it
+    statistics: BatchStatistics | None = None  # of a BatchNorm
 
-    def matches(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether a call with these arguments is the same one."""
-        return x.shape == self.shape and weight.data_ptr() == self.weight
+    def has_weight(self, weight: Tensor) -> bool:
+        """Whether a linear map was called with this weight."""
+        return self.weight == (weight.data_ptr(), weight.shape)
 
-    def result(self) -> Tensor | None:
-        """The output, where nothing has written to it since."""
-        return None if self.output is None else self.output.value()
+    def known(self) -> Tensor | None:
+        """The result, where autograd keeps it and nothing has written to it."""
+        return None if self.result is None else self.result.value()
 
 
-class RecordedOutputs(FunctionMode):
-    """Around the training forward: every linear map in order, with outputs that autograd keeps."""
+class Calls:
+    """Numbers the calls of a forward that make tensors, and tells what each was made of."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._made: dict[int, int] = {}  # id of a tensor -> the last call that gave it
+
+    def copies_input(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether the call copies a tensor that no call has made, as the first forward of a kind
+        gets copies of the batch: it counts for none."""
+        return func is torch.clone and len(args) == 1 and id(args[0]) not in self._made
+
+    def copied(self, copy: Tensor) -> Tensor:
+        """The copy, which no call has made either."""
+        self._made.pop(id(copy), None)
+        return copy
+
+    def key(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[object, ...]:
+        """The function and its arguments: of tensors, the shape and the call that made it."""
+        return func, self._described(args), self._described(kwargs)
+
+    def _described(self, value: Any) -> object:
+        if isinstance(value, Tensor):
+            return self._made.get(id(value)), value.shape
+        if isinstance(value, tuple | list):
+            return [self._described(v) for v in value]
+        if isinstance(value, dict):
+            return {name: self._described(v) for name, v in value.items()}
+        return value if isinstance(value, _COMPARED) else type(value)
+
+    def note(self, results: Any) -> bool:
+        """Count a call with these results; one that makes no tensor (of a size, a hook) is none."""
+        made = leaves(results)
+        if not made:
+            return False
+        self._number += 1
+        for t in made:
+            self._made[id(t)] = self._number
+        return True
+
+
+class RecordedForward(FunctionMode):
+    """Around the training forward: every call in order, with results that autograd keeps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: deque[LinearCall] = deque()
-        self._last: Unchanged | None = None  # the output of the last one
-        self._result: Tensor | None = None
-        self._since = 0  # calls since then
+        self.calls: deque[ForwardCall] = deque()
+        self._order = Calls()
+        # the last linear map, its result and that one's version
+        self._last: tuple[ForwardCall, Tensor, Unchanged] | None = None
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._since += 1
+        if under_functorch():
+            return func(*args, **kwargs)
+        if self._order.copies_input(func, args):
+            return self._order.copied(func(*args))
+        made = ForwardCall(self._order.key(func, args, kwargs))
         norms = func is F.batch_norm and bool(args) and trains(*args, **kwargs)
-        read = self._read(args[0]) if norms else None
+        if norms:
+            self._note_read(args[0])
         result = func(*args, **kwargs)
-        if read is not None:
-            self.calls[-1].output = read
-            self.calls[-1].statistics = _statistics(result, *args, **kwargs)
+        if norms:
+            made.statistics = _statistics(result, *args, **kwargs)
         elif func in LINEAR and len(args) > 1:
-            self.calls.append(LinearCall(args[1].data_ptr(), args[0].shape))
-            self._result, self._last = result, Unchanged.of(result)
-            self._since = 0
+            made.weight = args[1].data_ptr(), args[1].shape
+            self._last = made, result, Unchanged.of(result)
         elif makes_rectified(func, *args, **kwargs) and _saves_result(result):
-            self._note_rectified(result)
+            made.result = Unchanged.of(result)
+        if self._order.note(result):
+            self.calls.append(made)
         return result
 
-    def _note_rectified(self, result: Tensor) -> None:
-        if self.calls:
-            self.calls[-1].rectified[self._since] = Unchanged.of(result)
-
-    def _read(self, x: Tensor) -> Unchanged | None:
-        """The last output, where BatchNorm reads that and autograd keeps it. An activation in
-        place, or a sum, would be computed again on its own result."""
-        last = self._last
-        if x is not self._result or last is None or last.value() is None or not _is_saved(x):
-            return None
-        return last
+    def _note_read(self, x: Tensor) -> None:
+        """BatchNorm reads x: where that is the result of the last linear map, autograd keeps it.
+        An activation in place, or a sum, would be computed again on its own result."""
+        if self._last is None:
+            return
+        call, result, unchanged = self._last
+        if x is result and unchanged.value() is not None and _is_saved(x):
+            call.result = unchanged
 
     def __exit__(self, *raised: object) -> None:
-        self._result = self._last = None
+        self._last = None
         super().__exit__(*raised)
+
+
+def under_functorch() -> bool:
+    """Whether the call is inside torch.func, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def trains(*args: Any, training: bool = False, **_: Any) -> bool:
@@ -145,10 +200,12 @@ def _statistics(
     *_: Any,
     **__: Any,
 ) -> BatchStatistics | None:
-    """Those that autograd keeps for F.batch_norm's backward; None without weight and bias, and in
-    mixed dtypes."""
+    """Those that autograd keeps for F.batch_norm's backward; None without weight and bias, in mixed
+    dtypes, and under checkpointing."""
     node: Any = result.grad_fn
     if weight is None or bias is None or node is None or node.name() not in _NORM_NODES:
+        return None
+    if not _is_saved(result):
         return None
     mean, inverse = node._saved_result1, node._saved_result2
     dtypes = {t.dtype for t in (input, weight, bias, mean, inverse)}

@@ -19,10 +19,11 @@ def online_features(features: Tensor, val_features: Tensor, *, k: int = 3) -> tu
     rows = torch.cat([features, val_features, scaled.mean(0, keepdim=True)])
     unit, val_unit, centroid = unit_rows(rows).split([len(features), len(val_features), 1])
     nearest = (unit @ val_unit.T).topk(k, dim=1).values
-    return nearest, unit @ centroid.T
+    return nearest, (unit @ centroid[0])[:, None]
 
 
 def standardize(values: Tensor) -> Tensor:
     """Subtract one mean and divide by one population deviation, both over all entries."""
-    variance, mean = torch.var_mean(values, correction=0)
-    return (values - mean) / (variance + VARIANCE_EPSILON).sqrt()
+    # the mean of var_mean is a running one, and rounded more
+    variance = values.var(correction=0)
+    return (values - values.mean()) / (variance + VARIANCE_EPSILON).sqrt()
