@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_pool import SLOW
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -50,7 +51,15 @@ def test_readme_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+# of the rest, tests/examples runs those with a framework
+ALWAYS_RUN = {"train_digits", "resume", "data_parallel"}
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(e, marks=() if e.stem in ALWAYS_RUN else SLOW) for e in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_examples_run_and_draw(example, tmp_path):
     """Each example runs with small settings and shows a figure."""
     for package in ("transformers", "peft", "tensorboard", "accelerate", "lightning"):
@@ -75,11 +84,11 @@ def test_examples_run_and_draw(example, tmp_path):
     ("example", "package"),
     [
         ("train_digits", "sklearn"),
-        ("text_classifier", "transformers"),
-        ("lora", "peft"),
-        ("watch_weights", "tensorboard"),
-        ("hf_trainer", "transformers"),
-        ("lightning_module", "lightning"),
+        pytest.param("text_classifier", "transformers", marks=SLOW),
+        pytest.param("lora", "peft", marks=SLOW),
+        pytest.param("watch_weights", "tensorboard", marks=SLOW),
+        pytest.param("hf_trainer", "transformers", marks=SLOW),
+        pytest.param("lightning_module", "lightning", marks=SLOW),
         ("accelerate_loop", "accelerate"),
     ],
 )

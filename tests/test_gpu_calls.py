@@ -42,7 +42,8 @@ def test_calls_end_in_time(number):
     assert 0 < seconds(text) <= MOST_SECONDS - (SETUP_SECONDS if number == 1 else 0)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("number", [1, 2])
 def test_what_is_selected_exists(number):
     """Every pytest of a call collects something."""
     lines = re.findall(r"-m pytest ([^>|;]*)", commands(number))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from rank_pool import SLOW
 
 import mts_fast
 from mts_fast._process import TolerantStream, interrupts, postponed
@@ -99,9 +100,9 @@ def demo(tmp_path):
     ("number", "to_all"),
     [
         (signal.SIGINT, False),
-        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, False, marks=SLOW),
         (signal.SIGINT, True),
-        (signal.SIGHUP, True),
+        pytest.param(signal.SIGHUP, True, marks=SLOW),
     ],
 )
 def test_an_interrupted_demo_leaves_no_process(number, to_all, demo):

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from rank_pool import SLOW
 
 from mts_fast.cli.main import main
 from mts_fast.demo import gsnr, sampled_gradient
@@ -84,6 +85,7 @@ def test_a_damaged_file_of_a_job_is_trained_again(text, tmp_path):
     assert load_result(tmp_path, JOB) is None
 
 
+@SLOW
 def test_an_interrupted_run_goes_on(tmp_path, capsys):
     """The second of two seeds alone is trained, and the table is of both."""
     arguments = ["demo", "--steps", "2", "--first-seed", "7", "--out", str(tmp_path)]
@@ -110,6 +112,7 @@ def test_variants_of_a_study_differ_and_can_be_made(name):
         make_scenario(DATA, 1, changes=job.scenario)
 
 
+@SLOW
 def test_a_study_has_a_row_for_every_variant(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["--study", "selector-every", "--seeds", "2", "--steps", "4"]

@@ -34,7 +34,7 @@ def test_two_ranks_then_four_then_one(ranks, tmp_path, kinds, optimizer):
         torch.testing.assert_close(rank[0], straight[0], **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=SLOW), "sharded"])
 def test_a_load_without_the_planner_is_refused(ranks, tmp_path, kind):
     """It would leave the optimizers without their state."""
     ranks.results(run, 2, kind, str(tmp_path), 0, (6, 6))

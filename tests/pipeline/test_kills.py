@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
+from rank_pool import SLOW
 from small_runs import COUNTS, make_tree, records_of, table_of
 
-KILLS = 10 if os.environ.get("MTS_FAST_TEST_ALL") == "1" else 1
+KILLS = 10
 TIMES = ("seconds", "samples_per_second")
 
 
@@ -43,6 +44,7 @@ def outcome(folder):
     return table_of(folder), records
 
 
+@SLOW
 def test_killed_and_resumed(command, tmp_path):
     began = time.perf_counter()
     assert start(command, tmp_path, "run").wait() == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from rank_pool import SLOW
 
 from worlds.runner import FAILURES, run
 from worlds.sampling import RUN
@@ -19,7 +20,9 @@ PARTS = 15
 ONCE_WRONG = (Path(__file__).parent / "once_wrong.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [*range(8), *(pytest.param(p, marks=SLOW) for p in range(8, PARTS))]
+)
 def test_worlds_are_computed_right_or_refused(part):
     @seed(part)
     @settings(
