@@ -47,7 +47,7 @@ def test_calls_end_in_time(number):
 def test_what_is_selected_exists(number):
     """Every pytest of a call collects something."""
     lines = re.findall(r"-m pytest ([^>|;]*)", commands(number))
-    assert len(lines) == {1: 2, 2: 4}[number]
+    assert len(lines) == {1: 2, 2: 5}[number]
     for line in lines:
         words = shlex.split(line)
         arguments = [w for w in words if not w.startswith(("--benchmark-json", "--maxfail"))]
