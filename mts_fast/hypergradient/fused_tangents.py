@@ -68,12 +68,12 @@ class FusedTangents(FunctionMode):
         if under_functorch():
             return func(*args, **kwargs)
         if self._order.copies_input(func, args):
-            return self._order.copied(func(*args))
+            return self._order.copied(func(*args, **kwargs))
         before = self._same_call(func, args, kwargs)
         if before is None and self._shared and self._may_write(func, args, kwargs):
             raise GraphWritten
         result = self._run(func, args, kwargs, before)
-        if self._order.note(result):
+        if self._calls and self._order.note(result):
             if before is None:
                 self._calls.clear()
             else:

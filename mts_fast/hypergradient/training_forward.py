@@ -131,7 +131,7 @@ class RecordedForward(FunctionMode):
         if under_functorch():
             return func(*args, **kwargs)
         if self._order.copies_input(func, args):
-            return self._order.copied(func(*args))
+            return self._order.copied(func(*args, **kwargs))
         made = ForwardCall(self._order.key(func, args, kwargs))
         norms = func is F.batch_norm and bool(args) and trains(*args, **kwargs)
         if norms:

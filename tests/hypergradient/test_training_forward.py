@@ -109,6 +109,15 @@ class InPlace(Residual):
         return self.norms[1](self.convs[1](z)).mean((2, 3))
 
 
+class CopiesItsInput(Residual):
+    """In another memory format, which a view then needs."""
+
+    def forward(self, x):
+        x = torch.clone(x, memory_format=torch.channels_last)
+        rows = x.permute(0, 2, 3, 1).view(-1, WIDTH)
+        return super().forward(x) + rows.view(len(x), -1, WIDTH).mean(1)
+
+
 class TwoNorms(Residual):
     """Two BatchNorms read one convolution, and one of them a part of it."""
 
@@ -189,6 +198,7 @@ MODELS = {
     "an extra call of another size": ExtraOfAnotherSize,
     "branches": Branches,
     "in place without gradients": InPlace,
+    "a copy of its input": CopiesItsInput,
     "two norms of one output": TwoNorms,
     "weight detached": lambda: ByFunction(torch.Tensor.detach, unchanged),
     "bias detached": lambda: ByFunction(unchanged, torch.Tensor.detach),
